@@ -1,0 +1,1 @@
+"""Prune any PyTorch model to a budget, keep its accuracy, prove the speed-up."""

@@ -1,0 +1,45 @@
+"""The one family of errors that ekgfx raises on purpose: what was wrong, the value, what to do."""
+
+
+class EkgfxError(Exception):
+    """Base of every error a user can cause or mend. The command line prints it as one line and exits with 2."""
+
+
+class TraceError(EkgfxError):
+    """The model could not be turned into a graph."""
+
+
+class ModelError(EkgfxError):
+    """A MODEL argument, a factory or its weights could not be used."""
+
+
+class DataError(EkgfxError):
+    """A data specification, an image or a label could not be used."""
+
+
+class PlanError(EkgfxError):
+    """A plan does not fit the model it is applied to."""
+
+
+class BudgetError(EkgfxError):
+    """Nothing can be pruned, or the budget cannot be reached; says how far it can go."""
+
+
+class PruneError(EkgfxError):
+    """A pruned model did not pass its verification."""
+
+
+class TrainingError(EkgfxError):
+    """Training or search met a value it cannot go on from (NaN or infinite loss, wrong class count)."""
+
+
+class RecipeError(EkgfxError):
+    """A recipe or an option has an unknown key or an unusable value."""
+
+
+class RunError(EkgfxError):
+    """A run directory or a file in it is missing, changed, newer than this version, or cannot be written."""
+
+
+class ExportError(EkgfxError):
+    """A model could not be exported, or the exported file differs from the model."""

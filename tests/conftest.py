@@ -1,0 +1,16 @@
+"""Fixtures that several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with real data and weights: EKGFX_DATA, by default ../shared/data beside the repository."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = Path(os.environ.get("EKGFX_DATA", default))
+    if not path.is_dir():
+        pytest.skip(f"no development data in {path}; set EKGFX_DATA to the folder with cifar10/ and weights/")
+    return path

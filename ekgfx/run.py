@@ -1,0 +1,276 @@
+"""The run directory: everything one job knows, in files that survive a kill at any moment.
+
+A file is written beside its place, flushed to disk and renamed, so that it is either the old one or the new one. Line
+files (`*.jsonl`) only grow; a line that was torn by a kill is dropped when the run goes on. One process at a time may
+write to a run: it holds the lock file, which the operating system releases when that process dies.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+import filelock
+
+from ekgfx.errors import RunError
+
+FORMAT = 1
+MANIFEST = "run.json"
+_LOCK = ".lock"
+_PARTIAL = ".part"
+_PACKAGES = ("ekgfx", "torch", "torchvision", "timm", "torch-pruning", "onnx", "onnxruntime-gpu", "onnxruntime")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path` to write to; when the block ends well, that file is flushed and takes `path`'s place.
+
+    Raises RunError when the disk refuses (no space, no permission); `path` then is as it was.
+    """
+    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    try:
+        yield partial
+        with partial.open("r+b") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; {_advice(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` to `path` as indented JSON, wholly or not at all. NaN and infinity are refused (ValueError)."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; RunError when it is missing, unreadable or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(f"{path} is missing; a run is made by `ekgfx prune -o {path.parent}`") from error
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: {error}; restore it, or start a new run") from error
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    """What `verify` compares: the file's length in bytes and its SHA-256."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """run.json of the run at `path`; RunError when it is no run, damaged, or written by a newer ekgfx."""
+    if not path.is_dir():
+        raise RunError(f"no run at {path}: the folder does not exist; `ekgfx prune` makes one")
+    manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict):
+        raise RunError(f"{path / MANIFEST} is damaged: it holds no object; restore it, or start a new run")
+    check_format(manifest, path / MANIFEST)
+    return manifest
+
+
+def check_format(value: Mapping[str, Any], where: Path) -> None:
+    """Refuses a file whose format this version does not know."""
+    version = value.get("format")
+    if not isinstance(version, int) or version < 1:
+        raise RunError(f"{where} is damaged: it names no format version; restore it, or start a new run")
+    if version > FORMAT:
+        raise RunError(f"{where} has format {version}, this ekgfx reads up to {FORMAT}: upgrade ekgfx")
+
+
+def verify(path: Path, name: str) -> Path:
+    """The path of a run's file, after comparing it with the checksum in run.json (RunError when it differs)."""
+    recorded = read_manifest(path).get("files", {}).get(name)
+    file = path / name
+    if not isinstance(recorded, Mapping):
+        raise RunError(f"the run at {path} has no {name} yet; finish it with `ekgfx prune --resume {path}`")
+    if not file.is_file():
+        raise RunError(f"{file} is missing; restore it, or make the run again")
+    if checksum(file) != dict(recorded):
+        raise RunError(f"{file} was changed or cut short since it was written; restore it, or make the run again")
+    return file
+
+
+def newest(root: Path = Path("runs")) -> Path:
+    """The run under `root` that was created last."""
+    found = [(read_manifest(path.parent).get("created", ""), path.parent) for path in root.glob(f"*/{MANIFEST}")]
+    if not found:
+        raise RunError(f"no run under {root}/; name one, or make one with `ekgfx prune`")
+    return max(found)[1]
+
+
+def fresh_path(model: str, root: Path = Path("runs")) -> Path:
+    """A new folder name under `root`, from the model's name and the time."""
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", model.rsplit(":", 1)[-1]).strip("-.") or "run"
+    return root / f"{stem}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+
+
+def environment() -> dict[str, str]:
+    """Versions of Python, the platform and the packages that decide a result."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@dataclass(eq=False)
+class Run:
+    """A run directory that this process may write to, until `close` (or the end of a `with` block)."""
+
+    path: Path
+    manifest: dict[str, Any]
+    _lock: filelock.FileLock
+
+    @classmethod
+    def create(cls, path: Path, **facts: Any) -> Self:
+        """Makes `path` and its run.json, which holds `facts` (JSON values) besides command, versions and time.
+
+        RunError when `path` already holds a run or other files, or cannot be made.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot make the run at {path}: {error.strerror or error}; {_advice(error)}") from error
+        lock = _acquire(path)
+        found = sorted(entry.name for entry in path.iterdir() if entry.name != _LOCK)
+        if found:
+            lock.release()
+            if MANIFEST in found:
+                raise RunError(f"{path} already holds a run; go on with --resume {path}, or choose another with -o")
+            raise RunError(f"{path} holds other files ({found[0]}, …); choose an empty or new folder with -o")
+        manifest = {
+            "format": FORMAT,
+            "created": datetime.now(UTC).isoformat(),
+            "command": sys.argv,
+            "versions": environment(),
+            "status": "running",
+            "files": {},
+            **facts,
+        }
+        run = cls(path, manifest, lock)
+        try:
+            run.update()
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    @classmethod
+    def reopen(cls, path: Path) -> Self:
+        """Takes an existing run to write to it; what a kill left half-written is cleared away."""
+        read_manifest(path)
+        lock = _acquire(path)
+        for partial in path.rglob(f".*{_PARTIAL}"):
+            partial.unlink()
+        for lines in path.glob("*.jsonl"):
+            _drop_torn_line(lines)
+        return cls(path, read_manifest(path), lock)
+
+    def update(self, **facts: Any) -> None:
+        """Changes entries of run.json."""
+        self.manifest = {**self.manifest, **facts}
+        write_json(self.path / MANIFEST, self.manifest)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a JSON file of the run and records its checksum."""
+        write_json(self.path / name, value)
+        self.record(name)
+
+    def record(self, *names: str) -> None:
+        """Records the checksums of finished files in run.json."""
+        self.update(files={**self.manifest["files"], **{name: checksum(self.path / name) for name in names}})
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Adds one line to a JSON-lines file, on disk when this returns."""
+        path = self.path / name
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror or error}; {_advice(error)}") from error
+
+    def lines(self, name: str) -> list[Any]:
+        """The records of a JSON-lines file, oldest first; none when there is no such file."""
+        return read_lines(self.path / name)
+
+    def close(self) -> None:
+        """Lets other processes write to this run."""
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The records of a JSON-lines file; a last line without its end (being written, or torn) is left out."""
+    if not path.exists():
+        return []
+    try:
+        whole, _, _ = path.read_bytes().rpartition(b"\n")
+        return [json.loads(line) for line in whole.splitlines()]
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: {error}; restore it, or start a new run") from error
+
+
+def _acquire(path: Path) -> filelock.FileLock:
+    lock = filelock.FileLock(path / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise RunError(f"another process is using the run at {path}; wait for it, or choose another with -o") from error
+    except OSError as error:
+        raise RunError(f"cannot lock the run at {path}: {error.strerror or error}; {_advice(error)}") from error
+    return lock
+
+
+def _drop_torn_line(path: Path) -> None:
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        with path.open("r+b") as file:
+            file.truncate(end)
+
+
+def _flush_folder(path: Path) -> None:
+    """Makes a rename in this folder last (POSIX; Windows has no such call)."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _advice(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space and go on with --resume"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "choose a folder you may write to with -o"
+    return "check the folder, or choose another with -o"

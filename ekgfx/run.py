@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,16 +32,18 @@ _PACKAGES = ("ekgfx", "torch", "torchvision", "timm", "torch-pruning", "onnx", "
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, before_rename: Callable[[Path], None] = lambda _: None) -> Iterator[Path]:
     """Yields a path beside `path` to write to; when the block ends well, that file is flushed and takes `path`'s place.
 
-    Raises RunError when the disk refuses (no space, no permission); `path` then is as it was.
+    before_rename: called with the finished file. Raises RunError when the disk refuses (no space, no permission);
+    `path` then is as it was.
     """
     partial = path.with_name(f".{path.name}{_PARTIAL}")
     try:
         yield partial
         with partial.open("r+b") as written:
             os.fsync(written.fileno())
+        before_rename(partial)
         os.replace(partial, path)
         _flush_folder(path.parent)
     except OSError as error:
@@ -52,9 +54,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` to `path` as indented JSON, wholly or not at all. NaN and infinity are refused (ValueError)."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(_json(value), encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -103,7 +104,8 @@ def verify(path: Path, name: str) -> Path:
         raise RunError(f"the run at {path} has no {name} yet; finish it with `ekgfx prune --resume {path}`")
     if not file.is_file():
         raise RunError(f"{file} is missing; restore it, or make the run again")
-    if checksum(file) != dict(recorded):
+    # A kill between recording a new file and its rename leaves the file before it, which is whole.
+    if checksum(file) not in (recorded.get("now"), recorded.get("before")):
         raise RunError(f"{file} was changed or cut short since it was written; restore it, or make the run again")
     return file
 
@@ -191,14 +193,26 @@ class Run:
         self.manifest = {**self.manifest, **facts}
         write_json(self.path / MANIFEST, self.manifest)
 
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """As `replacing`, for a file of the run, whose checksum is recorded in run.json just before the rename."""
+
+        def record(partial: Path) -> None:
+            before = self.manifest["files"].get(name, {}).get("now")
+            entry = {"now": checksum(partial), "before": before}
+            self.update(files={**self.manifest["files"], name: entry})
+
+        with replacing(self.path / name, record) as partial:
+            yield partial
+
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file of the run and records its checksum."""
-        write_json(self.path / name, value)
-        self.record(name)
+        with self.replacing(name) as partial:
+            partial.write_text(_json(value), encoding="utf-8")
 
-    def record(self, *names: str) -> None:
-        """Records the checksums of finished files in run.json."""
-        self.update(files={**self.manifest["files"], **{name: checksum(self.path / name) for name in names}})
+    def has(self, name: str) -> bool:
+        """Whether this run has finished writing a file; RunError when the file was changed since."""
+        return (self.path / name).exists() and bool(verify(self.path, name))
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Adds one line to a JSON-lines file, on disk when this returns."""
@@ -237,6 +251,10 @@ def read_lines(path: Path) -> list[Any]:
         raise RunError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged: {error}; restore it, or start a new run") from error
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _acquire(path: Path) -> filelock.FileLock:

@@ -1,0 +1,50 @@
+"""The command line: parses, calls the library, renders. One file per command; torch is imported when a command runs."""
+
+import sys
+
+import click
+
+from ekgfx import __version__
+from ekgfx.cli.recipes import recipes
+from ekgfx.errors import EkgfxError
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, invoke_without_command=True
+)
+@click.version_option(__version__)
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Prune any PyTorch model to a budget, keep its accuracy, prove the speed-up.
+
+    Start with: ekgfx prune --recipe quickstart
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+for command in (recipes,):
+    cli.add_command(command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits: 0 done, 2 bad input or an error with advice (one line on stderr), 130 Ctrl-C."""
+    try:
+        cli.main(arguments, prog_name="ekgfx", standalone_mode=False)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "ekgfx"
+        _fail(f"{error.format_message()} (see {command} --help)")
+    except click.ClickException as error:
+        _fail(error.format_message())
+    except EkgfxError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+    except (KeyboardInterrupt, click.Abort):
+        print("ekgfx: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"ekgfx: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

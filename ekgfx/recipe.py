@@ -1,0 +1,183 @@
+"""Recipes: complete, runnable settings, as YAML files or as the sum of command-line flags.
+
+The dataclasses here are the one list of settings: their fields are the keys a recipe may hold, their annotations the
+types that are accepted, their defaults what happens when nothing is said. A run keeps its settings in run.json in the
+same form, so that `--resume` needs nothing else.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ekgfx.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Train the model before pruning it (0 epochs: take it as it comes)."""
+
+    epochs: int = 0
+    lr: float = 0.05
+    batch_size: int = 128
+
+
+@dataclass(frozen=True)
+class Search:
+    """The budget (kept fraction of MACs or of parameters) and the way to it."""
+
+    flops: float | None = None
+    params: float | None = None
+    strategy: Literal["ekg", "global", "uniform"] = "ekg"
+    importance: Literal["taylor", "magnitude", "fpgm", "bn-scale", "hessian", "lamp"] = "taylor"
+    knowledge: Literal["ensemble", "single", "none"] = "ensemble"
+    align: int = 1
+    ignore: tuple[str, ...] = ()
+    train_per_class: int = 256
+    val_per_class: int = 32
+    images: int = 32
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        for key in ("flops", "params"):
+            kept = getattr(self, key)
+            if kept is not None and not 0 < kept < 1:
+                raise RecipeError(f"{key} is the fraction to keep, between 0 and 1 (0.55 keeps 55%); got {kept}")
+        if self.flops is not None and self.params is not None:
+            raise RecipeError(f"one budget at a time: got flops {self.flops} and params {self.params}; leave one out")
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Training of the pruned network; `teachers` is the size of the memory bank (0: no bank)."""
+
+    epochs: int = 0
+    lr: float = 0.01
+    batch_size: int = 128
+    weight_decay: float = 5e-4
+    teachers: int = 5
+
+
+@dataclass(frozen=True)
+class Export:
+    """ONNX file, parity check and latency table at the end of the job."""
+
+    onnx: bool = False
+    batches: tuple[int, ...] = (1, 64)
+    fp16: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything `ekgfx prune` needs to know. See the command's --help for what each setting means."""
+
+    model: str | None = None
+    description: str = ""
+    measured: str = ""
+    weights: str = "auto"
+    input: str | None = None
+    classes: int | None = None
+    data: str = "photos"
+    seed: int = 0
+    device: str = "auto"
+    pretrain: Pretrain = field(default_factory=Pretrain)
+    search: Search = field(default_factory=Search)
+    finetune: Finetune = field(default_factory=Finetune)
+    export: Export = field(default_factory=Export)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; `parse` reads them back to an equal recipe."""
+        return dataclasses.asdict(self)
+
+
+def parse(settings: object, where: str = "the recipe") -> Recipe:
+    """A Recipe from nested plain values, strictly: RecipeError names an unknown key or a value of another type."""
+    return _build(Recipe, settings, where, "")
+
+
+def names() -> list[str]:
+    """The recipes that come with the package."""
+    folder = resources.files("ekgfx.recipes")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load(name: str) -> Recipe:
+    """A recipe by its name, or from a YAML file by its path."""
+    if name.endswith((".yaml", ".yml")):
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(
+                f"cannot read the recipe {name}: {error}; `ekgfx recipes` lists the known ones"
+            ) from error
+    elif name in names():
+        text = resources.files("ekgfx.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        raise RecipeError(f"no recipe {name!r}{_hint(name, names())}; `ekgfx recipes` lists them, a file ends in .yaml")
+    try:
+        settings = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"recipe {name} is not YAML: {' '.join(str(error).split())}") from error
+    return parse({} if settings is None else settings, f"recipe {name}")
+
+
+def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with some settings replaced, named by dotted keys (`"search.flops"`), as the CLI's flags do."""
+    settings = recipe.to_json()
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        place = settings
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    return parse(settings, "the command line")
+
+
+def _build(cls: type[Any], settings: object, where: str, prefix: str) -> Any:
+    if not isinstance(settings, Mapping):
+        section = f"{prefix[:-1]} of {where}" if prefix else where
+        raise RecipeError(f"{section} must be keys with values, got {settings!r}")
+    hints = typing.get_type_hints(cls)
+    for key in settings:
+        if key not in hints:
+            raise RecipeError(f"unknown key {prefix}{key!s} in {where}{_hint(str(key), hints)}")
+    values = {key: _convert(hints[key], value, where, prefix + key) for key, value in settings.items()}
+    return cls(**values)
+
+
+def _convert(hint: Any, value: object, where: str, key: str) -> Any:
+    """`value` as the annotated type: no guessing, except that a whole number may stand where a fraction is due and a
+    list where a tuple is."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where, f"{key}.")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        if value is None:
+            return None
+        return _convert(next(part for part in arguments if part is not types.NoneType), value, where, key)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise RecipeError(f"{key} in {where} must be one of {', '.join(arguments)}; got {value!r}")
+    if origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_convert(arguments[0], item, where, key) for item in value)
+        raise RecipeError(f"{key} in {where} must be a list; got {value!r}")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
+        raise RecipeError(f"{key} in {where} must be {kind}; got {value!r}")
+    return value
+
+
+def _hint(word: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

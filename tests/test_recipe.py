@@ -1,0 +1,70 @@
+"""Recipes: strict keys and types, flags on top, every shipped recipe readable."""
+
+import pytest
+
+from ekgfx import recipe
+from ekgfx.errors import RecipeError
+from ekgfx.recipe import Recipe
+
+
+def written(tmp_path, text: str) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_file_sets_what_it_names_and_nothing_else(tmp_path):
+    loaded = recipe.load(written(tmp_path, "model: timm:resnet18\nsearch: {flops: 0.5, ignore: [fc*]}\nseed: 3\n"))
+    assert (loaded.model, loaded.search.flops, loaded.search.ignore, loaded.seed) == ("timm:resnet18", 0.5, ("fc*",), 3)
+    assert loaded.search.params is None
+    assert loaded.finetune == Recipe().finetune
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_shipped_recipes_load_and_survive_json(name):
+    loaded = recipe.load(name)
+    assert loaded.model
+    assert loaded.description
+    assert loaded.measured
+    assert recipe.parse(loaded.to_json()) == loaded
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("serach: {flops: 0.5}", "unknown key serach in .*; did you mean search?"),
+        ("search: {flop: 0.5}", "unknown key search.flop in .*; did you mean flops?"),
+        ("finetune: {epochs: ten}", "finetune.epochs in .* must be a whole number; got 'ten'"),
+        ("finetune: {epochs: 1.5}", "finetune.epochs in .* must be a whole number; got 1.5"),
+        ("finetune: {epochs: true}", "finetune.epochs in .* must be a whole number; got True"),
+        ("finetune: {lr: 1e-2}", "finetune.lr in .* must be a number; got '1e-2'"),
+        ("search: {strategy: greedy}", "search.strategy in .* must be one of ekg, global, uniform; got 'greedy'"),
+        ("search: {ignore: fc}", "search.ignore in .* must be a list; got 'fc'"),
+        ("search: 3", "search of .* must be keys with values, got 3"),
+        ("- model", "must be keys with values, got"),
+        ("model: [", "is not YAML"),
+        ("model: !!python/object/apply:os.system [ls]", "is not YAML: could not determine a constructor"),
+        ("search: {flops: 55}", "flops is the fraction to keep, between 0 and 1 .*; got 55"),
+        ("search: {flops: 0.5, params: 0.5}", "one budget at a time"),
+        ("a: &a [*a]", "unknown key a in"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(tmp_path, text, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        recipe.load(written(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_recipe():
+    with pytest.raises(RecipeError, match=r"no recipe 'quikstart'; did you mean quickstart\?"):
+        recipe.load("quikstart")
+    with pytest.raises(RecipeError, match=r"cannot read the recipe nowhere\.yaml"):
+        recipe.load("nowhere.yaml")
+
+
+def test_flags_win_over_the_recipe():
+    base = recipe.parse({"search": {"flops": 0.5, "align": 8}})
+    changed = recipe.override(base, {"search.flops": 0.7, "seed": 1})
+    assert (changed.search.flops, changed.search.align, changed.seed) == (0.7, 8, 1)
+    with pytest.raises(RecipeError, match="must be one of"):
+        recipe.override(base, {"search.strategy": "best"})

@@ -1,0 +1,16 @@
+"""What each operator says about axes; `rule` teaches a new one."""
+
+from ekgfx.rules import (  # noqa: F401  (importing a family registers its rules)
+    attention,
+    constants,
+    layers,
+    normalization,
+    pieces,
+    pointwise,
+    reduction,
+    shape,
+    spatial,
+)
+from ekgfx.rules.registry import Call, Effect, known, lookup, rule, unknown
+
+__all__ = ["Call", "Effect", "known", "lookup", "rule", "unknown"]

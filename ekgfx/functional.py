@@ -1,0 +1,127 @@
+"""Make an exported graph purely functional, so that activations can be kept, reused and differentiated."""
+
+import copy
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+
+# Higher-order operators that only wrap a nested graph: (position of the graph, position of its first input).
+WRAPPERS = {"wrap_with_autocast": (4, 5), "wrap_with_set_grad_enabled": (1, 2), "tag_activation_checkpoint": (0, 1)}
+
+
+def functionalize(program: ExportedProgram) -> fx.Graph:
+    """The program's graph with nested graphs inlined, in-place operators replaced, and dead nodes removed.
+
+    An in-place operator on a tensor that nobody reads through another view afterwards is replaced by its functional
+    twin; that is nearly all of them, and much faster than tracing again. Where a view is read later, PyTorch's own
+    functionalization is used.
+    """
+    graph = _inlined(program.graph_module)
+    if not _replace_in_place(graph):
+        graph = _inlined(program.run_decompositions({}).graph_module)
+        _replace_in_place(graph)
+    _canonical_batch_norm(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return graph
+
+
+def _inlined(module: fx.GraphModule) -> fx.Graph:
+    """A copy of the graph in which every wrapped nested graph stands in place of its call."""
+    graph = fx.Graph()
+    done: dict[fx.Node, object] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), fx.GraphModule):
+            continue
+        wrapper = WRAPPERS.get(getattr(node.target, "__name__", "")) if node.op == "call_function" else None
+        if wrapper is None:
+            done[node] = graph.node_copy(node, lambda n: done[n])  # type: ignore[arg-type, return-value]
+            continue
+        nested: fx.GraphModule = getattr(module, node.args[wrapper[0]].target)  # type: ignore[union-attr]
+        inner = _inlined(nested)
+        inputs = fx.map_arg(node.args[wrapper[1] :], lambda n: done[n])
+        values = dict(zip((n for n in inner.nodes if n.op == "placeholder"), inputs, strict=True))  # type: ignore[arg-type]
+        done[node] = graph.graph_copy(inner, values)  # type: ignore[arg-type]
+    # getitem on an inlined call reads a Python tuple: take the element itself.
+    return _without_tuple_reads(graph, module, done)
+
+
+def _without_tuple_reads(graph: fx.Graph, module: fx.GraphModule, done: dict) -> fx.Graph:
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.args and isinstance(node.args[0], list | tuple):
+            if getattr(node.target, "__name__", "") == "getitem":
+                node.replace_all_uses_with(node.args[0][node.args[1]])
+                graph.erase_node(node)
+    for node in module.graph.nodes:
+        if node.op == "output":
+            graph_output = next((n for n in graph.nodes if n.op == "output"), None)
+            if graph_output is not None:
+                graph_output.meta = copy.copy(node.meta)
+    return graph
+
+
+def _aliased_arguments(node: fx.Node, write: bool) -> list[fx.Node]:
+    """Tensor arguments that the operator writes to (write=True) or may return a view of."""
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return []
+    found = []
+    for i, argument in enumerate(node.target._schema.arguments):
+        info = argument.alias_info
+        if info is not None and info.is_write is write:
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+            found += [v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, fx.Node)]
+    return found
+
+
+def _replace_in_place(graph: fx.Graph) -> bool:
+    """Replace in-place operators by functional ones; False if one of them is read through another view later."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    family: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.nodes:
+        sources = _aliased_arguments(node, write=False)
+        if getattr(node.target, "__name__", "") == "getitem":
+            sources = [node.args[0]]
+        shared = {node}.union(*(family[s] for s in sources))
+        for member in shared:
+            family[member] = shared
+    for node in list(graph.nodes):
+        written = _aliased_arguments(node, write=True)
+        if not written:
+            continue
+        functional = functional_twin(node.target)
+        target = written[0]
+        others = family[target] - {target, node}
+        read_later = any(order[user] > order[node] for member in others for user in member.users if user is not node)
+        if functional is None or len(written) > 1 or target.op == "placeholder" or read_later:
+            return False
+        node.target = functional
+        target.replace_all_uses_with(
+            node, delete_user_cb=lambda user, n=node: user is not n and order.get(user, 0) > order[n]
+        )
+    return True
+
+
+def functional_twin(op: OpOverload) -> OpOverload | None:
+    """aten.relu_.default → aten.relu.default."""
+    namespace, _, name = op._schema.name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    return getattr(packet, op._overloadname, None) if name.endswith("_") and packet is not None else None
+
+
+def _canonical_batch_norm(graph: fx.Graph) -> None:
+    """`_native_batch_norm_legit_no_training(...)[0]` → `batch_norm(..., training=False)`."""
+    native = torch.ops.aten._native_batch_norm_legit_no_training.default
+    for node in list(graph.nodes):
+        if node.target is not native:
+            continue
+        x, weight, bias, mean, var, momentum, eps = node.args
+        with graph.inserting_before(node):
+            args = (x, weight, bias, mean, var, False, momentum, eps, True)
+            norm = graph.call_function(torch.ops.aten.batch_norm.default, args)
+        norm.meta = {**node.meta, "val": node.meta["val"][0]}
+        for user in list(node.users):
+            if user.args[1] == 0:
+                user.replace_all_uses_with(norm)
+                graph.erase_node(user)

@@ -1,0 +1,226 @@
+"""A functional graph of ATen operators with an expression for every dimension of every tensor.
+
+Every operator's arguments are bound to their schema names, and the rules are run over the graph once.
+"""
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from ekgfx.axes import Axis, Dims, freeze
+from ekgfx.errors import TraceError
+from ekgfx.functional import functionalize
+from ekgfx.rules import Call, Effect, lookup, unknown
+from ekgfx.rules.registry import TensorDims
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operator of the graph: its node, its arguments by schema name (tensors as fx Nodes), and its effect."""
+
+    node: fx.Node
+    args: Mapping[str, Any]
+    effect: Effect
+
+    @property
+    def target(self) -> Any:
+        return self.node.target
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+    @property
+    def module(self) -> str:
+        """Qualified name of the module whose forward ran this operator ('' for the model itself)."""
+        return owner(self.node)
+
+
+class AxisGraph:
+    """A model as a functional graph, with one symbolic expression for every dimension of every tensor.
+
+    Attributes:
+        model: the traced module, unchanged; its current weights are read whenever a sub-network is made.
+        graph: the functional fx graph.
+        operations: the operators in order.
+        dims: the dimensions of every node's output (a list of them where an operator returns several tensors).
+        weights: placeholder name → qualified name of the parameter or buffer.
+        constants: placeholder name → tensor constant.
+        inputs: placeholder names of the user's inputs, in order.
+        unknown_ops: operators without a rule → number of uses.
+    """
+
+    def __init__(self, model: nn.Module, program: torch.export.ExportedProgram, example: tuple[tuple, dict]) -> None:
+        self.model = model
+        self.graph = functionalize(program)
+        self.example = example
+        self.in_spec = program.call_spec.in_spec
+        self.out_spec = program.call_spec.out_spec
+        self.weights: dict[str, str] = {}
+        self.constants: dict[str, Tensor] = {}
+        self.inputs: list[str] = []
+        for spec in program.graph_signature.input_specs:
+            match spec.kind:
+                case InputKind.PARAMETER | InputKind.BUFFER:
+                    self.weights[spec.arg.name] = spec.target
+                case InputKind.CONSTANT_TENSOR:
+                    self.constants[spec.arg.name] = program.constants[spec.target]
+                case InputKind.USER_INPUT:
+                    self.inputs.append(spec.arg.name)
+                case _:
+                    raise TraceError(f"cannot analyse a model with a {spec.kind.name} input ({spec.target})")
+        self.unknown_ops: dict[str, int] = {}
+        self.batch = Axis(0, "batch", frozen="batch dimension", batch=True)
+        self.dims: dict[str, Dims | list[Dims]] = {}
+        self.operations: list[Operation] = []
+        self._propagate()
+
+    # -- the one pass of the rules over the graph ------------------------------------------------------------------
+
+    def _propagate(self) -> None:
+        tied: dict[int, Dims] = {}
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                self.dims[node.name] = self._placeholder(node, tied)
+            elif node.op == "call_function":
+                self._operation(node)
+            elif node.op == "output":
+                for out in node.all_input_nodes:
+                    for dims in _listed(self.dims.get(out.name, ())):
+                        for dim in dims:
+                            freeze(dim, "output of the model")
+
+    def _placeholder(self, node: fx.Node, tied: dict[int, Dims]) -> Dims:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return ()
+        shape = tuple(value.shape)
+        if node.name in self.weights:
+            name = self.weights[node.name]
+            key = id(self.tensor(name))
+            if key not in tied:
+                tied[key] = tuple(Axis(n, f"{name} dim {d}") for d, n in enumerate(shape))
+                if not node.users:
+                    for axis in tied[key]:
+                        freeze(axis, f"{name} is not used when the model runs")
+            return tied[key]
+        if node.name in self.constants:
+            return tuple(Axis(n, node.name, frozen=f"constant {node.name}") for n in shape)
+        inputs = tuple(Axis(n, node.name, frozen=f"input {node.name}") for n in shape)
+        if shape and shape[0] == self.example_batch:
+            self.batch.size = shape[0]
+            return (self.batch, *inputs[1:])
+        return inputs
+
+    def _operation(self, node: fx.Node) -> None:
+        if node.target is operator.getitem:
+            source, i = node.args
+            if isinstance(self.dims.get(source.name), list):  # type: ignore[union-attr]
+                self.dims[node.name] = self.dims[source.name][i]  # type: ignore[index, union-attr, assignment]
+            return
+        shapes = [tuple(v.shape) for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+        args = bind(node)
+        if not shapes:
+            return
+        call = Call(
+            op=_op_name(node.target),
+            args={name: self.symbolic(value) for name, value in args.items()},
+            shapes=shapes,
+            where=owner(node),
+        )
+        rule = lookup(node.target)
+        if rule is None:
+            self.unknown_ops[call.op] = self.unknown_ops.get(call.op, 0) + 1
+        effect = (rule or unknown)(call)
+        self.operations.append(Operation(node, args, effect))
+        out = effect.out
+        several = isinstance(node.meta["val"], list | tuple)
+        self.dims[node.name] = out if several else out[0] if isinstance(out, list) else out
+
+    def symbolic(self, value: Any) -> Any:
+        """An argument with every fx Node in it replaced by the dimensions of its tensor."""
+        if isinstance(value, fx.Node):
+            dims = self.dims.get(value.name)
+            return (
+                [TensorDims(d) for d in dims] if isinstance(dims, list) else None if dims is None else TensorDims(dims)
+            )
+        if isinstance(value, list | tuple):
+            return [self.symbolic(v) for v in value]
+        return value
+
+    # -- what can be asked of it -----------------------------------------------------------------------------------
+
+    @cached_property
+    def example_batch(self) -> int:
+        """Leading size shared by all tensor inputs; 0 if they share none (then no dimension counts as the batch)."""
+        sizes = {t.shape[0] if t.ndim else 0 for t in pytree.tree_leaves(self.example) if isinstance(t, Tensor)}
+        return sizes.pop() if len(sizes) == 1 else 0
+
+    def tensor(self, name: str) -> Tensor:
+        """The model's current parameter or buffer of that qualified name."""
+        module, _, leaf = name.rpartition(".")
+        return getattr(self.model.get_submodule(module), leaf)
+
+    def operation(self, node: fx.Node) -> Operation | None:
+        """The operator at a node, None for inputs, element reads and the output."""
+        return self._by_node.get(node)
+
+    def root_weight(self, value: Any) -> str | None:
+        """Qualified name of the parameter that an argument is, or is computed from along first tensor arguments."""
+        while isinstance(value, fx.Node) and value.op == "call_function":
+            value = next(iter(value.all_input_nodes), None)
+        return self.weights.get(value.name) if isinstance(value, fx.Node) else None
+
+    @cached_property
+    def _by_node(self) -> dict[fx.Node, Operation]:
+        return {operation.node: operation for operation in self.operations}
+
+    @cached_property
+    def last_uses(self) -> dict[str, list[str]]:
+        """Node → nodes whose values nobody reads after it."""
+        last: dict[str, str] = {}
+        for node in self.graph.nodes:
+            for used in (node, *node.all_input_nodes):
+                last[used.name] = node.name
+        dying: dict[str, list[str]] = {}
+        for name, at in last.items():
+            dying.setdefault(at, []).append(name)
+        return dying
+
+    def weight_dims(self) -> dict[str, Dims]:
+        """Qualified name of every parameter and buffer in the graph → the expressions of its dimensions."""
+        return {name: self.dims[placeholder] for placeholder, name in self.weights.items()}  # type: ignore[misc]
+
+
+def bind(node: fx.Node) -> dict[str, Any]:
+    """A node's arguments by the names of the operator's schema, defaults filled in."""
+    if not isinstance(node.target, OpOverload):
+        return {**dict(enumerate(node.args)), **node.kwargs}  # type: ignore[dict-item]
+    arguments = node.target._schema.arguments
+    bound = {a.name: a.default_value for a in arguments if a.has_default_value() or a.kwarg_only}
+    bound.update(zip((a.name for a in arguments), node.args, strict=False))
+    bound.update(node.kwargs)
+    return {a.name: bound.get(a.name) for a in arguments}
+
+
+def owner(node: fx.Node) -> str:
+    """Qualified name of the innermost module that ran this node ('' for the model itself)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    name = next(reversed(stack.values()))[0] if stack else ""
+    return name.split("@")[0]  # a module called twice is numbered by torch.export
+
+
+def _op_name(target: Any) -> str:
+    return str(target) if isinstance(target, OpOverload) else getattr(target, "__name__", str(target))
+
+
+def _listed(dims: Dims | list[Dims]) -> list[Dims]:
+    return dims if isinstance(dims, list) else [dims]

@@ -1,0 +1,142 @@
+"""Operators that contract an input with a weight: convolutions, linear layers, matrix products, embeddings."""
+
+from ekgfx.axes import ONE, Axis, Dims, Expr, Prod, size
+from ekgfx.rules.pointwise import broadcast
+from ekgfx.rules.registry import Call, Effect, rule
+
+
+@rule(
+    "aten.conv1d.default",
+    "aten.conv2d.default",
+    "aten.conv3d.default",
+    "aten.conv1d.padding",
+    "aten.conv2d.padding",
+    "aten.conv3d.padding",
+)
+def convolution(call: Call) -> Effect:
+    """input (N, γ·ι, *space), weight (γ·ω, ι, *kernel), bias (γ·ω) → (N, γ·ω, *space'), with γ = groups."""
+    x, weight, bias, groups = call["input"], call["weight"], call["bias"], call["groups"]
+    batch = x[: -len(weight) + 1]  # empty for an unbatched input
+    channels, space = x[len(batch)], x[len(batch) + 1 :]
+    gamma = call.fresh(groups)
+    omega = call.fresh(size(weight[0]) // groups)
+    call.unify(channels, Prod((gamma, weight[1])))
+    call.unify(weight[0], Prod((gamma, omega)))
+    if bias:
+        call.unify(bias[0], weight[0])
+    call.freeze(*weight[2:], why="kernel size")
+    call.freeze(*space, why="space")
+    out = (*batch, weight[0], *call.constants(call.shape[len(batch) + 1 :], "space"))
+    return Effect(out, sizes={"groups": gamma}, produces=("weight", omega))
+
+
+@rule("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input")
+def transposed_convolution(call: Call) -> Effect:
+    """input (N, γ·ι, *space), weight (γ·ι, ω, *kernel), bias (γ·ω) → (N, γ·ω, *space'), with γ = groups."""
+    x, weight, bias, groups = call["input"], call["weight"], call["bias"], call["groups"]
+    batch = x[: -len(weight) + 1]
+    gamma = call.fresh(groups)
+    iota = call.fresh(size(weight[0]) // groups)
+    produced: Expr = Prod((gamma, weight[1]))
+    call.unify(x[len(batch)], weight[0])
+    call.unify(weight[0], Prod((gamma, iota)))
+    if bias:
+        call.unify(bias[0], produced)
+    call.freeze(*weight[2:], why="kernel size")
+    call.freeze(*x[len(batch) + 1 :], why="space")
+    out = (*batch, produced, *call.constants(call.shape[len(batch) + 1 :], "space"))
+    return Effect(out, sizes={"groups": gamma}, produces=("weight", weight[1]))
+
+
+@rule("aten.linear.default")
+def linear(call: Call) -> Effect:
+    """input (*, ι), weight (ω, ι), bias (ω) → (*, ω)."""
+    x, weight, bias = call["input"], call["weight"], call["bias"]
+    call.unify(x[-1], weight[-1])
+    if bias:
+        call.unify(bias[0], weight[0])
+    return Effect((*x[:-1], *weight[:-1]), produces=("weight", weight[0]))
+
+
+@rule("aten.addmm.default")
+def addmm(call: Call) -> Effect:
+    """self (broadcastable to (n, m)), mat1 (n, k), mat2 (k, m) → (n, m)."""
+    a, b = call["mat1"], call["mat2"]
+    call.unify(a[1], b[0])
+    return Effect(broadcast(call, (a[0], b[1]), call["self"]), produces=("mat2", b[1]))
+
+
+@rule("aten.matmul.default", "aten.mm.default", "aten.bmm.default", "aten.mv.default", "aten.dot.default")
+def matmul(call: Call) -> Effect:
+    """(*, n, k) × (*, k, m) → (*, n, m); a vector operand has no n or no m of its own; leading dims broadcast."""
+    a, b = call.tensors()
+    call.unify(a[-1], b[-2] if len(b) > 1 else b[0])
+    rows, columns = a[-2:-1], b[-1:] if len(b) > 1 else ()
+    out = (*broadcast(call, a[:-2], b[:-2]), *rows, *columns)
+    names = list(call.args)
+    return Effect(out, produces=(names[1], columns[0]) if columns else None)
+
+
+@rule("aten.baddbmm.default")
+def baddbmm(call: Call) -> Effect:
+    a, b = call["batch1"], call["batch2"]
+    call.unify(a[2], b[1])
+    return Effect(broadcast(call, (*broadcast(call, a[:1], b[:1]), a[1], b[2]), call["self"]))
+
+
+@rule("aten.einsum.default")
+def einsum(call: Call) -> Effect:
+    """Dimensions with the same letter are one dimension; a letter on the right only passes through."""
+    equation: str = call["equation"].replace(" ", "")
+    operands: list[Dims] = call["tensors"]
+    left, _, right = equation.partition("->")
+    terms = left.split(",")
+    spelled: list[list[str]] = []
+    for term, dims in zip(terms, operands, strict=True):
+        missing = len(dims) - len(term.replace("...", ""))
+        spelled.append(_letters(term, missing))
+    if "->" not in equation:
+        every = [letter for term in spelled for letter in term]
+        dots = sorted({x for x in every if x[0] == "."}, key=lambda x: -int(x[1:]))
+        output = dots + sorted(x for x in set(every) if every.count(x) == 1 and x[0] != ".")
+    else:
+        widest = max((int(x[1:]) for term in spelled for x in term if x[0] == "."), default=0)
+        output = _letters(right, widest)
+    known: dict[str, Expr] = {}
+    for term, dims in zip(spelled, operands, strict=True):
+        for letter, dim in zip(term, dims, strict=True):
+            if size(known.get(letter, ONE)) == 1:
+                known[letter] = dim
+            elif size(dim) > 1:
+                call.unify(known[letter], dim)
+    for letter in known.keys() - set(output):
+        if sum(letter in term for term in spelled) == 1:
+            call.freeze(known[letter], why="summed over")
+    return Effect(tuple(known[letter] for letter in output))
+
+
+def _letters(term: str, missing: int) -> list[str]:
+    """Spell an einsum term out: the ellipsis becomes .n … .1, numbered from the right as broadcasting aligns."""
+    before, dots, after = term.partition("...")
+    return [*before, *(f".{i}" for i in range(missing, 0, -1) if dots), *after]
+
+
+@rule("aten.embedding.default")
+def embedding(call: Call) -> Effect:
+    """weight (entries, ω), indices (*) → (*, ω)."""
+    weight, indices = call["weight"], call["indices"]
+    call.freeze(weight[0], why="looked up by index")
+    return Effect((*indices, weight[1]), produces=("weight", weight[1]))
+
+
+@rule("aten.bilinear.default")
+def bilinear(call: Call) -> Effect:
+    """input1 (*, i), input2 (*, j), weight (ω, i, j), bias (ω) → (*, ω)."""
+    weight: tuple[Axis, ...] = call["weight"]
+    call.unify(call["input1"][-1], weight[1])
+    call.unify(call["input2"][-1], weight[2])
+    if call["bias"]:
+        call.unify(call["bias"][0], weight[0])
+    return Effect(
+        (*broadcast(call, call["input1"][:-1], call["input2"][:-1]), weight[0]), produces=("weight", weight[0])
+    )

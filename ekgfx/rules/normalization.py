@@ -1,0 +1,45 @@
+"""Normalizations: their parameters follow the channels; statistics over channels are taken over the kept ones."""
+
+from ekgfx.axes import Prod, size
+from ekgfx.rules.registry import Call, Effect, rule
+
+AFFINE = ("weight", "bias", "running_mean", "running_var")
+
+
+@rule("aten.batch_norm.default", "aten.instance_norm.default")
+def batch_norm(call: Call) -> Effect:
+    """input (N, C, *), all parameters and running statistics (C)."""
+    x = call["input"]
+    for name in AFFINE:
+        if call[name]:
+            call.unify(x[1], call[name][0])
+    return Effect(x, carries=True)
+
+
+@rule("aten.layer_norm.default", "aten.rms_norm.default", "aten._fused_rms_norm.default")
+def layer_norm(call: Call) -> Effect:
+    """input (*, normalized_shape), parameters (normalized_shape); statistics over the kept positions."""
+    x = call["input"]
+    normalized = x[len(x) - len(call["normalized_shape"]) :]
+    for name in AFFINE[:2]:
+        for dim, parameter in zip(normalized, call.args.get(name) or (), strict=False):
+            call.unify(dim, parameter)
+    return Effect(x, sizes={"normalized_shape": normalized}, carries=True, statistics=True)
+
+
+@rule("aten.group_norm.default")
+def group_norm(call: Call) -> Effect:
+    """input (N, γ·ω, *), parameters (γ·ω), γ = num_groups; statistics over the kept part of each group."""
+    x, groups = call["input"], call["num_groups"]
+    gamma, omega = call.fresh(groups), call.fresh(size(x[1]) // groups)
+    call.unify(x[1], Prod((gamma, omega)))
+    for name in AFFINE[:2]:
+        if call[name]:
+            call.unify(x[1], call[name][0])
+    return Effect(x, sizes={"num_groups": gamma}, carries=True, statistics=True)
+
+
+@rule("aten.local_response_norm.default")
+def local_response_norm(call: Call) -> Effect:
+    call.freeze(call["input"][1], why="neighbouring channels mix")
+    return Effect(call["input"])

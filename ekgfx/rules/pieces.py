@@ -1,0 +1,129 @@
+"""Operators that join tensors along a dimension or take pieces of one: cat, stack, split, chunk, slice, select, index."""
+
+from ekgfx.axes import ONE, Dims, Expr, Prod, Sum, fixed, size
+from ekgfx.rules.pointwise import broadcast
+from ekgfx.rules.registry import Call, Effect, rule
+
+
+def _replace(dims: Dims, at: int, expr: Expr) -> Dims:
+    return tuple(expr if d == at % len(dims) else old for d, old in enumerate(dims))
+
+
+@rule("aten.cat.default", "aten.concat.default")
+def cat(call: Call) -> Effect:
+    tensors: list[Dims] = [t for t in call["tensors"] if not (len(t) == 1 and size(t[0]) == 0)]
+    dim = call["dim"] % len(tensors[0])
+    for other in tensors[1:]:
+        for d, (a, b) in enumerate(zip(tensors[0], other, strict=True)):
+            if d != dim:
+                call.unify(a, b)
+    return Effect(_replace(tensors[0], dim, Sum(tuple(t[dim] for t in tensors))))
+
+
+@rule("aten.stack.default")
+def stack(call: Call) -> Effect:
+    tensors: list[Dims] = call["tensors"]
+    out = list(broadcast(call, *tensors))
+    dim = call["dim"]
+    out.insert(dim if dim >= 0 else dim + len(out) + 1, call.constant(len(tensors), "stacked"))
+    return Effect(tuple(out))
+
+
+@rule("aten.split_with_sizes.default", "aten.split.sizes")
+def split_with_sizes(call: Call) -> Effect:
+    x, name = call["self"], "split_sizes" if "split_sizes" in call.args else "split_size"
+    dim = call["dim"] % len(x)
+    parts = [call.fresh(n) for n in call[name]]
+    call.unify(Sum(tuple(parts)), x[dim])
+    return Effect([_replace(x, dim, part) for part in parts], sizes={name: parts})
+
+
+@rule("aten.split.Tensor", "aten.chunk.default")
+def equal_pieces(call: Call) -> Effect:
+    """Pieces of one size, and so they must stay: the dimension is Prod(pieces, piece)."""
+    x, dim = call["self"], call["dim"] % len(call["self"])
+    pieces = len(call.shapes)
+    if size(x[dim]) % pieces or call.shapes[0][dim] * pieces != size(x[dim]):
+        call.freeze(x[dim], why="uneven pieces")
+        return Effect([_replace(x, dim, call.constant(s[dim], "uneven pieces")) for s in call.shapes])
+    piece = call.fresh(size(x[dim]) // pieces)
+    call.unify(x[dim], Prod((call.constant(pieces, "number of pieces"), piece)))
+    return Effect([_replace(x, dim, piece)] * pieces, sizes={"split_size": piece} if "split_size" in call.args else {})
+
+
+@rule("aten.glu.default")
+def glu(call: Call) -> Effect:
+    """The first half of a dimension gated by the second: Prod(2, piece) → piece."""
+    x, dim = call["self"], call["dim"] % len(call["self"])
+    piece = call.fresh(size(x[dim]) // 2)
+    call.unify(x[dim], Prod((call.constant(2, "halves"), piece)))
+    return Effect(_replace(x, dim, piece))
+
+
+@rule("aten.unbind.int")
+def unbind(call: Call) -> Effect:
+    x, dim = call["self"], call["dim"] % len(call["self"])
+    call.freeze(x[dim], why="unbound")
+    return Effect([x[:dim] + x[dim + 1 :]] * len(call.shapes))
+
+
+@rule("aten.select.int")
+def select(call: Call) -> Effect:
+    x, dim = call["self"], call["dim"] % len(call["self"])
+    call.freeze(x[dim], why="one position is selected")
+    return Effect(x[:dim] + x[dim + 1 :])
+
+
+@rule("aten.slice.Tensor", "aten.narrow.default")
+def slice_(call: Call) -> Effect:
+    """The positions from start to end; bounds are recomputed as counts of what lies before."""
+    x, dim = call["self"], call["dim"] % len(call["self"])
+    length, taken = size(x[dim]), call.shape[dim]
+    start = call["start"] or 0
+    start = max(start + length, 0) if start < 0 else min(start, length)
+    if taken == length:  # the whole dimension (a slice to the end keeps its open bound)
+        return Effect(x)
+    if call.args.get("step", 1) != 1 or fixed(x[dim]) or taken == 0:
+        call.freeze(x[dim], why="strided slice")
+        return Effect(_replace(x, dim, call.constant(taken, "slice")))
+    before, piece, after = (call.fresh(n) for n in (start, taken, length - start - taken))
+    call.unify(Sum((before, piece, after)), x[dim])
+    name, bound = ("length", piece) if "length" in call.args else ("end", Sum((before, piece)))
+    return Effect(_replace(x, dim, piece), sizes={"start": before, name: bound})
+
+
+@rule("aten.index.Tensor")
+def index(call: Call) -> Effect:
+    """x[i, :, j, …]: indexed dimensions are replaced by the broadcast dimensions of the indices."""
+    x, indices = call["self"], list(call["indices"])
+    indices += [None] * (len(x) - len(indices))
+    at = [d for d, i in enumerate(indices) if i is not None]
+    call.freeze(*(x[d] for d in at), why="indexed")
+    new = broadcast(call, *(indices[d] for d in at))
+    if len(new) + len(x) - len(at) != len(call.shape):  # a boolean mask: its own dimensions are consumed
+        for dims in call.tensors():
+            call.freeze(*dims, why="indexed by a mask")
+        return Effect(call.constants(call.shape, "indexed by a mask"))
+    rest = [x[d] for d in range(len(x)) if d not in at]
+    front = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
+    return Effect((*rest[:front], *new, *rest[front:]))
+
+
+@rule("aten.index_select.default")
+def index_select(call: Call) -> Effect:
+    x = call["self"]
+    call.freeze(x[call["dim"]], why="indexed")
+    return Effect(_replace(x, call["dim"], call["index"][0] if call["index"] else ONE))
+
+
+@rule("aten.gather.default")
+def gather(call: Call) -> Effect:
+    """The gathered dimension freezes; the others are those of the index, where they are as long as the input's."""
+    x, index, dim = call["self"], call["index"], call["dim"] % len(call["self"])
+    call.freeze(x[dim], index[dim], why="indexed")
+    for d, (a, b) in enumerate(zip(x, index, strict=True)):
+        if d != dim and size(a) == size(b):
+            call.unify(a, b)
+        elif d != dim:
+            call.freeze(a, b, why="indexed")
+    return Effect(index)

@@ -1,0 +1,70 @@
+"""Operators that compute each output position from the inputs at the same position."""
+
+from ekgfx.axes import ONE, Dims, Expr, size
+from ekgfx.rules.registry import Call, Effect, rule
+
+
+def broadcast(call: Call, *tensors: Dims) -> Dims:
+    """Align from the right, unify the dimensions larger than one; the result has the rank of the longest."""
+    rank = max(map(len, tensors), default=0)
+    out: list[Expr] = [ONE] * rank
+    for dims in tensors:
+        for i, dim in enumerate(dims, rank - len(dims)):
+            if size(dim) == 1:
+                continue
+            if size(out[i]) == 1:
+                out[i] = dim
+            else:
+                call.unify(out[i], dim)
+    return tuple(out)
+
+
+@rule("pointwise")  # every operator that PyTorch tags as pointwise, see registry.lookup
+@rule(
+    "aten.dropout.default",
+    "aten.feature_dropout.default",
+    "aten.native_dropout.default",
+    "aten.clone.default",
+    "aten.contiguous.default",
+    "aten.alias.default",
+    "aten.detach.default",
+    "aten.lift_fresh_copy.default",
+    "aten.lift_fresh.default",
+    "aten.to.dtype",
+    "aten.to.device",
+    "aten.to.dtype_layout",
+    "aten.to.other",
+    "aten._to_copy.default",
+    "aten.type_as.default",
+    "aten.where.self",
+    "aten.where.ScalarSelf",
+    "aten.where.ScalarOther",
+    "aten.where.Scalar",
+    "aten.masked_fill.Scalar",
+    "aten.masked_fill.Tensor",
+    "aten.copy.default",
+    "aten.rrelu.default",
+    "aten.hardswish.default",
+    "aten.zeros_like.default",
+    "aten.ones_like.default",
+    "aten.full_like.default",
+    "aten.empty_like.default",
+    "aten.rand_like.default",
+    "aten.randn_like.default",
+    "aten.bernoulli.default",
+    "aten.float.default",
+    "aten.relu6.default",
+    "aten.log_sigmoid.default",
+    "aten.fake_quantize_per_tensor_affine.default",
+)
+def pointwise(call: Call) -> Effect:
+    out = broadcast(call, *call.tensors())
+    return Effect([out] * len(call.shapes) if len(call.shapes) > 1 else out, carries=True)
+
+
+@rule("aten.prelu.default")
+def prelu(call: Call) -> Effect:
+    x, weight = call["self"], call["weight"]
+    if size(weight[0]) > 1:
+        call.unify(x[1], weight[0])
+    return Effect(x, carries=True)

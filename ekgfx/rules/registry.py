@@ -1,0 +1,153 @@
+"""One short pure function per operator, found through one table.
+
+A rule is given a `Call`: the operator's arguments by their schema names, every tensor as the tuple of its dimensions'
+expressions. It states equations (`call.unify`), forbids what it must (`call.freeze`) and returns an `Effect`: the
+expressions of the output, and which integer arguments follow from expressions.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from ekgfx import axes
+from ekgfx.axes import Axis, Dims, Expr
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an operator does to axes.
+
+    out: dimensions of the output tensor, or a list of them where the operator returns several tensors.
+    sizes: integer arguments that are counts of expressions, by name; recomputed when the expressions are cut.
+    produces: (argument name, expression): the output axes that this operator computes anew from that weight.
+    carries: every output position depends on the input at the same position alone (up to statistics), so a channel's
+        importance may be read behind it.
+    statistics: the value depends on which positions take part, as a mean does: cutting differs from zeroing.
+    """
+
+    out: Dims | list[Dims]
+    sizes: Mapping[str, Expr | Sequence[Expr]] = field(default_factory=dict)
+    produces: tuple[str, Expr] | None = None
+    carries: bool = False
+    statistics: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of an operator: arguments by schema name (tensors as Dims), traced output shape(s), and where it stands."""
+
+    op: str
+    args: Mapping[str, Any]
+    shapes: list[Shape]
+    where: str
+
+    def __getitem__(self, name: str) -> Any:
+        return self.args[name]
+
+    @property
+    def shape(self) -> Shape:
+        """Traced shape of the (first) output."""
+        return self.shapes[0]
+
+    @property
+    def label(self) -> str:
+        return f"{self.op} in {self.where}" if self.where else self.op
+
+    def tensors(self) -> list[Dims]:
+        """The dimensions of every tensor argument."""
+        found: list[Dims] = []
+        for value in self.args.values():
+            if is_dims(value):
+                found.append(value)
+            elif isinstance(value, list):
+                found.extend(v for v in value if is_dims(v))
+        return found
+
+    def unify(self, a: Expr, b: Expr) -> None:
+        axes.unify(a, b, self.label)
+
+    def freeze(self, *exprs: Expr, why: str = "positions mix") -> None:
+        for expr in exprs:
+            axes.freeze(expr, f"{self.label}: {why}")
+
+    def fresh(self, size: int) -> Axis:
+        """A new free axis."""
+        return Axis(size, self.label)
+
+    def constant(self, size: int, why: str = "fixed size") -> Axis:
+        """A new frozen axis."""
+        return Axis(size, self.label, frozen=f"{self.label}: {why}")
+
+    def constants(self, shape: Iterable[int], why: str = "fixed size") -> Dims:
+        return tuple(self.constant(n, why) for n in shape)
+
+
+class TensorDims(tuple):
+    """The dimensions of a tensor argument; a type of its own so that an empty tuple of integers is never mistaken for it."""
+
+
+def is_dims(value: object) -> bool:
+    return isinstance(value, TensorDims)
+
+
+Rule = Callable[[Call], Effect]
+
+_RULES: dict[str, Rule] = {}
+
+
+def _key(op: OpOverload | str) -> str:
+    return str(op)
+
+
+def rule(*ops: OpOverload | str, replace: bool = False) -> Callable[[Rule], Rule]:
+    """Register the rule of one or more operators (overloads such as `torch.ops.aten.relu.default`, or their names).
+
+    Raises:
+        ValueError: an operator already has a rule and `replace` is not given.
+    """
+
+    def register(function: Rule) -> Rule:
+        for op in ops:
+            if _key(op) in _RULES and not replace:
+                raise ValueError(
+                    f"{op} already has the rule {_RULES[_key(op)].__name__}; pass replace=True to change it"
+                )
+            _RULES[_key(op)] = function
+        return function
+
+    return register
+
+
+def lookup(op: Any) -> Rule | None:
+    """The rule of an operator: its own, or the pointwise rule where PyTorch itself tags the operator as pointwise."""
+    found = _RULES.get(_key(op))
+    if found is None and isinstance(op, OpOverload) and torch.Tag.pointwise in op.tags:
+        return _RULES["pointwise"]
+    return found
+
+
+def known() -> list[str]:
+    """Names of all operators that have a rule of their own."""
+    return sorted(_RULES)
+
+
+def unknown(call: Call) -> Effect:
+    """Sound by default: an operator without a rule freezes every axis that touches it."""
+    why = "no rule for this operator"
+    for dims in call.tensors():
+        call.freeze(*dims, why=why)
+    return Effect([_same_batch(call, shape, why) for shape in call.shapes])
+
+
+def _same_batch(call: Call, shape: Shape, why: str) -> Dims:
+    out = list(call.constants(shape, why))
+    for dims in call.tensors():
+        if shape and dims and axes.size(dims[0]) == shape[0] and any(a.batch for a in axes.axes(dims[0])):
+            out[0] = dims[0]  # the leading dimension is the input's batch: its size is known only when run
+            break
+    return tuple(out)

@@ -1,0 +1,169 @@
+"""Evaluate a sub-network without surgery: the graph on sliced weights, integer arguments recomputed.
+
+This is the one mechanism by which a sub-network is judged: the search runs it, surgery is checked against it.
+"""
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
+
+from ekgfx.axes import Axis, Expr, axes, count, positions
+from ekgfx.errors import PlanError
+from ekgfx.graph import AxisGraph, Operation
+
+BATCH_NORM = torch.ops.aten.batch_norm.default
+KERNELS = ("aten.conv", "aten.linear")  # operators whose weights the rescaling applies to
+
+
+class GraphRunner:
+    """Runs an axis graph operator by operator; subclasses say which weights it runs on and what an operator computes."""
+
+    def __init__(self, graph: AxisGraph, weights: Mapping[str, Tensor]) -> None:
+        self.graph = graph
+        self.weights = weights
+        self.device = next((t.device for t in weights.values()), torch.device("cpu"))
+
+    def compute(self, operation: Operation, args: dict[str, Any], counts: Mapping[Axis, int]) -> Any:
+        raise NotImplementedError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(args, kwargs)[0]
+
+    def run(
+        self, args: tuple, kwargs: dict[str, Any] | None = None, capture: Iterable[str] = ()
+    ) -> tuple[Any, dict[str, Any]]:
+        """The model's output, and the values of the nodes named in `capture` (still attached for autograd).
+
+        Raises:
+            PlanError: the inputs do not have the structure that was traced.
+        """
+        graph, wanted = self.graph, set(capture)
+        inputs = self._inputs(args, kwargs or {})
+        counts = self.counts(inputs)
+        env: dict[str, Any] = {}
+        for node in graph.graph.nodes:
+            if node.op == "placeholder":
+                env[node.name] = inputs[node.name] if node.name in inputs else self._weight(node.name)
+            elif node.op == "output":
+                return self._output(node, env), {name: env[name] for name in wanted}
+            elif node.target is operator.getitem:
+                env[node.name] = env[node.args[0].name][node.args[1]]
+            elif (operation := graph.operation(node)) is not None:
+                loaded = {name: _load(value, env) for name, value in operation.args.items()}
+                env[node.name] = self.compute(operation, loaded, counts)
+            for dead in graph.last_uses.get(node.name, ()):
+                if dead not in wanted:
+                    env.pop(dead, None)
+        raise AssertionError("a graph ends with its output")
+
+    def counts(self, inputs: Mapping[str, Any]) -> dict[Axis, int]:
+        """Kept positions per axis for the batch at hand."""
+        first = next((t for t in inputs.values() if isinstance(t, Tensor) and t.ndim), None)
+        return {self.graph.batch: len(first)} if first is not None and self.graph.batch.size else {}
+
+    def _weight(self, placeholder: str) -> Tensor:
+        name = self.graph.weights.get(placeholder)
+        return self.weights[name] if name is not None else self.graph.constants[placeholder].to(self.device)
+
+    def _inputs(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if len(leaves) != len(self.graph.inputs):
+            raise PlanError(
+                f"the model was traced with {len(self.graph.inputs)} inputs, it was called with {len(leaves)} ({spec})"
+            )
+        return dict(zip(self.graph.inputs, leaves, strict=True))
+
+    def _output(self, node: fx.Node, env: dict[str, Any]) -> Any:
+        values = [_load(value, env) for value in node.args[0]]  # type: ignore[union-attr]
+        return pytree.tree_unflatten(values[len(values) - self.graph.out_spec.num_leaves :], self.graph.out_spec)
+
+
+def _load(value: Any, env: Mapping[str, Any]) -> Any:
+    if isinstance(value, fx.Node):
+        return env[value.name]
+    if isinstance(value, list | tuple):
+        return [_load(v, env) for v in value]
+    return value
+
+
+def call(target: Any, args: Mapping[Any, Any]) -> Any:
+    """Call an operator with its arguments by schema name."""
+    if not isinstance(target, OpOverload):
+        return target(
+            *(v for k, v in args.items() if isinstance(k, int)), **{k: v for k, v in args.items() if isinstance(k, str)}
+        )
+    schema = target._schema.arguments
+    return target(
+        *(args[a.name] for a in schema if not a.kwarg_only), **{a.name: args[a.name] for a in schema if a.kwarg_only}
+    )
+
+
+def resize(operation: Operation, args: dict[str, Any], counts: Mapping[Axis, int]) -> dict[str, Any]:
+    """The arguments with every integer that follows from an expression recomputed for the kept counts."""
+    for name, expr in operation.effect.sizes.items():
+        args[name] = [count(e, counts) for e in expr] if isinstance(expr, list | tuple) else count(expr, counts)  # type: ignore[arg-type]
+    return args
+
+
+class SubNetwork(GraphRunner):
+    """The network that is left when every axis keeps the given positions; differentiable in weights and activations.
+
+    Args:
+        graph: the traced model; its current weights are sliced now.
+        kept: axis → ascending kept positions (axes that are not named keep all).
+        batch_stats: BatchNorm normalizes by the statistics of the batch; running averages are neither used nor changed.
+        rescale: kernels of convolutions and linear layers keep the Frobenius norm that they had before slicing.
+    """
+
+    def __init__(
+        self, graph: AxisGraph, kept: Mapping[Axis, Tensor], *, batch_stats: bool = False, rescale: bool = False
+    ) -> None:
+        super().__init__(graph, slice_weights(graph, kept, rescale=rescale))
+        self.kept = {axis: len(index) for axis, index in kept.items()}
+        self.batch_stats = batch_stats
+
+    def counts(self, inputs: Mapping[str, Any]) -> dict[Axis, int]:
+        return {**self.kept, **super().counts(inputs)}
+
+    def compute(self, operation: Operation, args: dict[str, Any], counts: Mapping[Axis, int]) -> Any:
+        if self.batch_stats and operation.target is BATCH_NORM:
+            args |= {"running_mean": None, "running_var": None, "training": True}
+        if args.get("device") is not None:
+            args["device"] = self.device
+        return call(operation.target, resize(operation, args, counts))
+
+
+def slice_weights(graph: AxisGraph, kept: Mapping[Axis, Tensor], *, rescale: bool = False) -> dict[str, Tensor]:
+    """Every parameter and buffer of the graph with only the kept positions; uncut ones are the model's own tensors."""
+    kernels = kernel_names(graph) if rescale else set()
+    sliced = {}
+    for name, dims in graph.weight_dims().items():
+        full = graph.tensor(name)
+        cut = slice_tensor(full, dims, kept)
+        if name in kernels and cut is not full:
+            cut = cut * (full.norm() / cut.norm().clamp_min(1e-12))
+        sliced[name] = cut
+    return sliced
+
+
+def slice_tensor(tensor: Tensor, dims: Iterable[Expr], kept: Mapping[Axis, Tensor]) -> Tensor:
+    """The kept positions of every dimension; the tensor itself where nothing is cut."""
+    for d, dim in enumerate(dims):
+        if any(axis in kept for axis in axes(dim)):
+            tensor = tensor.index_select(d, positions(dim, kept).to(tensor.device))
+    return tensor
+
+
+def kernel_names(graph: AxisGraph) -> set[str]:
+    """Parameters that are, as they stand, the weight of a convolution or a linear layer."""
+    names = set()
+    for operation in graph.operations:
+        weight = operation.args.get("weight")
+        if str(operation.target).startswith(KERNELS) and isinstance(weight, fx.Node) and weight.name in graph.weights:
+            names.add(graph.weights[weight.name])
+    return names

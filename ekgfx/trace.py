@@ -1,0 +1,92 @@
+"""The front door: from an nn.Module to everything that can be known about pruning it.
+
+traced = ekgfx.trace(model, torch.randn(1, 3, 224, 224))
+print(traced.groups)                    # what can be pruned together
+traced.cost(plan)                       # what a plan leaves, without running anything
+traced.subnetwork(plan)(images)         # what the pruned network computes, without cutting anything
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ekgfx.cost import Cost, Products, cost_of, mac_table
+from ekgfx.errors import TraceError
+from ekgfx.graph import AxisGraph
+from ekgfx.groups import Groups, find_groups
+from ekgfx.plan import Plan
+from ekgfx.sliced import SubNetwork
+
+
+class TracedModel(AxisGraph):
+    """A traced model: its axis graph, and the questions that can be asked of it."""
+
+    @cached_property
+    def groups(self) -> Groups:
+        """The channel groups: every free axis of a parameter, with all places that it cuts."""
+        return find_groups(self)
+
+    def cost(self, plan: Plan | None = None) -> Cost:
+        """MACs per sample and parameters of the (sub-)network, from the expressions alone."""
+        counts = {axis: len(kept) for axis, kept in self.groups.kept(plan).items()}
+        return cost_of(self, self._mac_table, counts)
+
+    @cached_property
+    def _mac_table(self) -> dict[str, Products]:
+        return mac_table(self)
+
+    def subnetwork(self, plan: Plan | None = None, *, batch_stats: bool = False, rescale: bool = False) -> SubNetwork:
+        """The network that `plan` leaves, as the graph on sliced weights; see `SubNetwork`."""
+        return SubNetwork(self, self.groups.kept(plan), batch_stats=batch_stats, rescale=rescale)
+
+
+def trace(model: nn.Module, example_inputs: Tensor | tuple | list, kwargs: dict[str, Any] | None = None) -> TracedModel:
+    """Trace a model in evaluation mode.
+
+    Args:
+        model: any module that `torch.export` can follow; neither its weights nor its modes are changed.
+        example_inputs: one tensor or a tuple of positional arguments; if all tensors share their leading size it is the
+            batch (a batch of one is doubled, so that the batch can be told from other sizes of one).
+        kwargs: keyword arguments.
+
+    Raises:
+        TraceError: the model's forward cannot be turned into a graph; the message says where.
+    """
+    args = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    example = _at_least_two((args, dict(kwargs or {})))
+    with evaluation_mode(model):
+        try:
+            with torch.no_grad():
+                program = torch.export.export(model, *example, strict=False)
+        except Exception as error:  # torch.export raises many types, all of them about the user's model
+            raise TraceError(f"{type(model).__name__} could not be traced: {_first_lines(error)}") from error
+    return TracedModel(model, program, example)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and each back into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _at_least_two(example: tuple[tuple, dict]) -> tuple[tuple, dict]:
+    tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor)]
+    if not tensors or any(t.ndim == 0 or t.shape[0] != 1 for t in tensors):
+        return example
+    return pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]), example)
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])[:500] or type(error).__name__

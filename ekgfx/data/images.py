@@ -1,0 +1,129 @@
+"""Image files as batches: timm's transforms in torch's DataLoader, with randomness that belongs to the sample."""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ekgfx.data.base import CPU, Batch, Split, Views, generator, mixed_seed
+from ekgfx.data.sources import ImageSource
+from ekgfx.errors import DataError
+
+JITTER = 0.2  # of brightness, contrast and saturation, where several views are taken
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What timm's transforms need to know: output size (H, W), normalization, crop and interpolation."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    interpolation: str
+
+    def transform(self, views: Views) -> Any:
+        """timm's evaluation transform, or its training transform: random resized crop and flip, and in several views a
+        jitter of brightness, contrast and saturation."""
+        return create_transform(
+            input_size=(3, *self.size),
+            is_training=views.augment,
+            color_jitter=JITTER if views.count > 1 else 0.0,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+        )
+
+
+class _Decoder(Dataset):
+    """Views of one image as V×C×H×W with its label and index; a DataError is returned, not raised, because a worker
+    process would wrap it in its traceback."""
+
+    def __init__(self, source: ImageSource, geometry: Geometry, views: Views) -> None:
+        self.source = source
+        self.transform = geometry.transform(views)
+        self.views = views
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int] | DataError:
+        try:
+            image, label = self.source.read(index)
+        except DataError as error:
+            return error
+        shown = []
+        for view in range(self.views.count):
+            with seeded(mixed_seed(self.views.seed, index, view)):
+                shown.append(self.transform(image))
+        return torch.stack(shown), label, index
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """The transforms draw from Python's, NumPy's and torch's global generators: seed these, and put them back after."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _collate(samples: list[tuple[Tensor, int, int] | DataError]) -> tuple[Tensor, Tensor, Tensor] | DataError:
+    for sample in samples:
+        if isinstance(sample, DataError):
+            return sample
+    images, labels, index = zip(*samples, strict=True)
+    return torch.stack(images, dim=1), torch.tensor(labels), torch.tensor(index)
+
+
+@dataclass(frozen=True)
+class ImageSplit(Split):
+    """Image files, decoded and transformed by timm's transforms, in worker processes if asked."""
+
+    source: ImageSource
+    geometry: Geometry
+    labelled: bool = True
+    device: torch.device = CPU
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @cached_property
+    def _labels(self) -> Tensor | None:
+        return self.source.labels()  # some sources open every file for it
+
+    def all_labels(self) -> Tensor | None:
+        return self._labels
+
+    def to(self, device: torch.device) -> "ImageSplit":
+        return replace(self, device=device)
+
+    def batches(self, chunks: Sequence[Tensor], views: Views) -> Iterator[Batch]:
+        decoder = _Decoder(self.source, self.geometry, views)
+        pinned = self.device.type == "cuda"
+        loader = DataLoader(
+            decoder,
+            batch_sampler=[chunk.tolist() for chunk in chunks],
+            num_workers=views.workers,
+            collate_fn=_collate,
+            pin_memory=pinned,
+            generator=generator(views.seed),  # or it would draw from, and so change, the global one
+        )
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            images, labels, index = batch
+            images = (images[0] if views.count == 1 else images).to(self.device, non_blocking=pinned)
+            yield Batch(images, labels.to(self.device) if self.labelled else None, index)

@@ -1,0 +1,199 @@
+"""Where image files come from: folders, and anything `timm.data.create_dataset` opens with random access.
+
+An image that cannot be read is an error that names it. timm's own data set class would put its neighbour in its place,
+and a label or a bank's row, looked up by index, would then belong to another image.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_dataset
+from timm.data.dataset import ImageDataset, IterableImageDataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder, find_images_and_targets
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ekgfx.errors import DataError
+
+
+class ImageSource(ABC):
+    """Labelled images by index, decoded when asked for."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """The image in RGB, and its label (-1 where there is none). Raises DataError, naming the image."""
+
+    @abstractmethod
+    def labels(self) -> Tensor | None:
+        """int64 labels of all images; None where there are none."""
+
+
+def decode(file: str | Path | IO[bytes], name: str) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    # SyntaxError and ValueError are what Pillow raises on some broken PNG files
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot read the image {name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class FileImages(ImageSource):
+    """Files and their labels (None: no labels)."""
+
+    files: Sequence[str]
+    file_labels: Sequence[int] | None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        label = -1 if self.file_labels is None else self.file_labels[index]
+        return decode(self.files[index], self.files[index]), label
+
+    def labels(self) -> Tensor | None:
+        return None if self.file_labels is None else torch.tensor(self.file_labels, dtype=torch.int64)
+
+    def take(self, index: Tensor) -> "FileImages":
+        chosen = index.tolist()
+        labels = None if self.file_labels is None else [self.file_labels[i] for i in chosen]
+        return FileImages([self.files[i] for i in chosen], labels)
+
+
+@dataclass(frozen=True)
+class ReaderImages(ImageSource):
+    """A timm reader: gives open files and labels."""
+
+    dataset: ImageDataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        file, label, *_ = self.dataset.reader[index]
+        with file:
+            return decode(file, self.dataset.filename(index)), int(label)
+
+    def labels(self) -> Tensor:
+        return torch.tensor([int(self.dataset.reader[i][1]) for i in range(len(self))], dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class PairImages(ImageSource):
+    """A torchvision data set: gives (PIL image, label) by index."""
+
+    dataset: Dataset
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]  # torch's Dataset does not declare it
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        try:
+            image, label = self.dataset[index]
+            return image.convert("RGB"), int(label)
+        except OSError as error:
+            raise DataError(f"cannot read image {index} of {self.name}: {error}") from error
+
+    def labels(self) -> Tensor:
+        return torch.tensor([self.read(i)[1] for i in range(len(self))], dtype=torch.int64)
+
+
+_LABELLED_NAME = re.compile(r"(\d+)_")
+_TEST_FOLDERS = ("val", "validation", "valid", "test", "eval")
+
+
+def open_folder(folder: Path, classes: int | None) -> tuple[dict[str, FileImages], int | None]:
+    """The image files of each set found in a folder ('train' and 'test', or only 'all'), and the number of classes.
+
+    Sets: `train` and one of `val`, `validation`, `valid`, `test`, `eval`, where the folder has both; otherwise one set
+    (in a folder of one of those names, if there is no other).
+
+    Labels, the same way in every set: from class folders, numbered in natural order of their names as timm does, or by
+    ImageNet's class index if they are all ImageNet ids (n01440764) and the model has 1000 outputs; else from the number
+    before the first underscore of each file's name (0012_anything.jpg is class 12); else there are none.
+    """
+    inside = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    named = [name for name in ("train", *_TEST_FOLDERS) if name in inside]
+    if len(named) < 2 or named[0] != "train":
+        images, count, _ = _list_images(folder / named[0] if named == inside and named else folder, classes, None)
+        return {"all": images}, count
+    train, test = folder / "train", folder / named[1]
+    train_images, count, class_to_index = _list_images(train, classes, None)
+    test_images, test_count, _ = _list_images(test, classes, class_to_index)
+    if count is not None and test_count is not None:
+        count = max(count, test_count)
+    elif count != test_count:
+        raise DataError(f"of {train} and {test} only one has labels")
+    return {"train": train_images, "test": test_images}, count
+
+
+def _list_images(
+    folder: Path, classes: int | None, class_to_index: dict[str, int] | None
+) -> tuple[FileImages, int | None, dict[str, int] | None]:
+    """Images of one set, number of classes, and the numbers of its class folders (None where it has none)."""
+    try:
+        samples, found = find_images_and_targets(str(folder))
+    except OSError as error:
+        raise DataError(f"cannot list {folder}: {error}") from error
+    if not samples:
+        raise DataError(f"no images in {folder} or its folders; use .jpg, .jpeg or .png files")
+    files = [file for file, _ in samples]
+    if set(found) == {""}:
+        labels = _labels_of_names(files)
+        count = None if labels is None else max(labels) + 1
+        return FileImages(files, labels), classes if count and classes and count <= classes else count, None
+    if "" in found:
+        raise DataError(f"{folder} has images of its own beside class folders, such as {files[0]}: move them or these")
+    if class_to_index is None:
+        class_to_index = _imagenet_index(found) if classes == ImageNetInfo().num_classes() else None
+        class_to_index = class_to_index or found
+    unknown = sorted(set(found) - set(class_to_index))
+    if unknown:
+        raise DataError(f"class folder '{unknown[0]}' of {folder} is none of the training set's")
+    names = {number: name for name, number in found.items()}
+    labels = [class_to_index[names[number]] for _, number in samples]
+    return FileImages(files, labels), len(class_to_index), class_to_index
+
+
+def _labels_of_names(files: Sequence[str]) -> list[int] | None:
+    """The number before the first underscore of each name; None if no name has one."""
+    found = [_LABELLED_NAME.match(Path(file).name) for file in files]
+    if not any(found):
+        return None
+    for file, match in zip(files, found, strict=True):
+        if match is None:
+            raise DataError(f"{file} has no label: other names here begin with a class number (0012_name.jpg)")
+    return [int(match[1]) for match in found if match]
+
+
+def _imagenet_index(names: dict[str, int]) -> dict[str, int] | None:
+    """ImageNet-1k's class index of all its ids, if all names are such ids."""
+    index = {label: number for number, label in enumerate(ImageNetInfo().label_names())}
+    return index if set(names) <= set(index) else None
+
+
+def open_timm(name: str, root: str | None, split: str) -> ImageSource:
+    """A data set by timm's name, such as `torch/imagenet`, `hfds/org/name`, or a folder if the name has no prefix."""
+    try:
+        dataset = create_dataset(name, root, split=split)
+    # timm asserts, and passes on what torchvision and datasets raise about names, roots and missing files
+    except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"timm cannot open '{name}' ({split}) in {root or 'no folder'}: {error}") from error
+    if isinstance(dataset, IterableImageDataset):
+        raise DataError(f"timm:{name} is read as a stream, but samples are needed by index: use hfds/… or folder:DIR")
+    if not isinstance(dataset, ImageDataset):
+        return PairImages(dataset, f"timm:{name}")
+    if isinstance(dataset.reader, ReaderImageFolder):
+        files, targets = zip(*dataset.reader.samples, strict=True)
+        return FileImages(files, targets)
+    return ReaderImages(dataset)

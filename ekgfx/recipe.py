@@ -140,6 +140,15 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     return parse(settings, "the command line")
 
 
+def declared(key: str) -> tuple[Any, Any]:
+    """The annotated type and the default of a setting named by its dotted key."""
+    owner: Any = Recipe
+    *sections, last = key.split(".")
+    for section in sections:
+        owner = typing.get_type_hints(owner)[section]
+    return typing.get_type_hints(owner)[last], getattr(owner(), last)
+
+
 def _build(cls: type[Any], settings: object, where: str, prefix: str) -> Any:
     if not isinstance(settings, Mapping):
         section = f"{prefix[:-1]} of {where}" if prefix else where

@@ -1,10 +1,12 @@
 """The command line: parses, calls the library, renders. One file per command; torch is imported when a command runs."""
 
+import logging
 import sys
 
 import click
 
 from ekgfx import __version__
+from ekgfx.cli.groups import groups
 from ekgfx.cli.recipes import recipes
 from ekgfx.errors import EkgfxError
 
@@ -19,11 +21,12 @@ def cli(context: click.Context) -> None:
 
     Start with: ekgfx prune --recipe quickstart
     """
+    logging.getLogger("ekgfx").addHandler(_Notes())
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for command in (recipes,):
+for command in (groups, recipes):
     cli.add_command(command)
 
 
@@ -43,6 +46,13 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         print("ekgfx: stopped", file=sys.stderr)
         sys.exit(130)
+
+
+class _Notes(logging.Handler):
+    """Shows the library's warnings as they are, on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.secho(f"{record.levelname.lower()}: {record.getMessage()}", err=True, fg="yellow")
 
 
 def _fail(message: str) -> None:

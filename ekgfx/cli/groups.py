@@ -1,0 +1,104 @@
+"""`ekgfx groups`: what of a model can be pruned together, and what cannot be pruned and why."""
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ekgfx.trace import TracedModel
+
+
+@click.command()
+@click.argument("model")
+@click.option("--why", is_flag=True, help="Also say which dimensions cannot be pruned, and why.")
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON, one object, on stdout.")
+@click.option(
+    "--input", metavar="SHAPE", help="Shape of the example input, such as 1x3x224x224 (comma: several inputs)."
+)
+@click.option("--classes", type=int, help="Number of classes to build the model with.")
+def groups(model: str, why: bool, as_json: bool, input: str | None, classes: int | None) -> None:
+    """Show the coupled channel groups of MODEL.
+
+    MODEL is timm:NAME, package.module:factory, path/file.py:factory or a run directory. Weights don't matter here and
+    are not fetched.
+    """
+    import ekgfx
+    from ekgfx import source
+
+    built = source.parse(model, "none", input, classes).build()
+    traced = ekgfx.trace(built.model, built.example_inputs)
+    if as_json:
+        click.echo(json.dumps(_facts(model, traced), indent=1))
+    else:
+        _show(model, traced, why)
+
+
+def _facts(model: str, traced: "TracedModel") -> dict[str, Any]:
+    cost = traced.cost()
+    return {
+        "model": model,
+        "macs": cost.macs,
+        "params": cost.params,
+        "structure": traced.groups.digest,
+        "prunable_share": traced.groups.prunable_share,
+        "groups": [
+            {
+                "name": group.name,
+                "size": group.size,
+                "producers": list(group.producers),
+                "macs": group.macs,
+                "places": [{"parameter": p.parameter, "dim": p.dim, "layout": p.layout} for p in group.places],
+            }
+            for group in traced.groups.values()
+        ],
+        "frozen": [
+            {"parameter": f.parameter, "dim": f.dim, "size": f.size, "reason": f.reason} for f in traced.groups.frozen
+        ],
+        "unknown_ops": dict(traced.unknown_ops),
+    }
+
+
+def _show(model: str, traced: "TracedModel", why: bool) -> None:
+    from ekgfx.cli.render import human, out, table
+
+    cost = traced.cost()
+    rows = [
+        (
+            group.name,
+            str(group.size),
+            str(len(group.producers)),
+            str(len({place.parameter for place in group.places})),
+            human(group.macs),
+            f"{100 * group.macs / cost.macs:.1f}%" if cost.macs else "–",
+        )
+        for group in traced.groups.values()
+    ]
+    columns = ("group", "channels", "producers", "parameters cut", "MACs governed", "of all")
+    out.print(table(None, columns, rows, numbers=range(1, 6)))
+    out.print(
+        f"\n{model}: {len(rows)} groups, {human(cost.macs)} MACs, {human(cost.params)} parameters; "
+        f"{100 * traced.groups.prunable_share:.1f}% of the parameters lie in tensors that some group cuts"
+    )
+    for op, uses in traced.unknown_ops.items():
+        out.print(f"{op} has no rule ({uses} uses): what touches it stays whole; CONTRIBUTING.md shows how to add one")
+    if why:
+        out.print()
+        out.print(
+            table(None, ("cannot be pruned because", "dimensions", "for example"), _reasons(traced), numbers=(1,))
+        )
+    elif traced.groups.frozen:
+        out.print("--why lists what cannot be pruned, and the reasons")
+
+
+def _reasons(traced: "TracedModel") -> list[tuple[str, str, str]]:
+    """One row per reason, the most frequent first; the module in which an operator stands is left to the examples."""
+    found: dict[str, list[str]] = {}
+    for place in traced.groups.frozen:
+        reason = re.sub(r" in [^\s:]+: ", ": ", place.reason)
+        found.setdefault(reason, []).append(f"{place.parameter} dim {place.dim}")
+    ordered = sorted(found.items(), key=lambda item: -len(item[1]))
+    return [
+        (reason, str(len(dims)), ", ".join(dims[:2]) + (", …" if len(dims) > 2 else "")) for reason, dims in ordered
+    ]

@@ -1,0 +1,34 @@
+"""Command-line flags for settings: type and default come from the recipe's dataclasses, so that they cannot differ."""
+
+import typing
+from collections.abc import Callable
+from typing import Any, Literal
+
+import click
+
+from ekgfx import recipe
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def setting(key: str, *flags: str, help: str, metavar: str | None = None) -> Decorator:
+    """A flag that sets the recipe's `key` (dotted). Not given, it leaves the recipe as it is."""
+    hint, default = recipe.declared(key)
+    many = typing.get_origin(hint) is tuple
+    shown = "" if many or default is None or default == "" else f"  [default: {default}]"
+    name = key.replace(".", "__")
+    return click.option(name, *flags, type=_type(hint), multiple=many, default=None, metavar=metavar, help=help + shown)
+
+
+def given(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were typed, by dotted key; None and empty tuples were not."""
+    return {name.replace("__", "."): value for name, value in parameters.items() if value not in (None, ())}
+
+
+def _type(hint: Any) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return click.Choice(arguments)
+    if origin is not None:  # `int | None`, `tuple[str, ...]`
+        return _type(arguments[0])
+    return hint

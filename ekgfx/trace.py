@@ -7,6 +7,7 @@ traced.subnetwork(plan)(images)         # what the pruned network computes, with
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -35,6 +36,12 @@ class TracedModel(AxisGraph):
         """MACs per sample and parameters of the (sub-)network, from the expressions alone."""
         counts = {axis: len(kept) for axis, kept in self.groups.kept(plan).items()}
         return cost_of(self, self._mac_table, counts)
+
+    def rebound(self, model: nn.Module) -> "TracedModel":
+        """The same graph over the weights of another module that was built the same way."""
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     @cached_property
     def _mac_table(self) -> dict[str, Products]:

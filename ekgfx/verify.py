@@ -1,0 +1,146 @@
+"""Two independent checks of the analysis: zeroing instead of cutting, and tracing the pruned model again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ekgfx.axes import Axis, Dims, axes, count, positions, size
+from ekgfx.errors import PruneError
+from ekgfx.graph import AxisGraph, Operation
+from ekgfx.plan import Plan
+from ekgfx.rules.registry import is_dims
+from ekgfx.sliced import GraphRunner, call, resize
+from ekgfx.trace import TracedModel, evaluation_mode
+
+
+# Copies that PyTorch leaves out where a narrower tensor happens to be contiguous already.
+LAYOUT_ONLY = {f"aten.{name}.default" for name in ("contiguous", "clone", "alias")}
+
+
+class MaskedNetwork(GraphRunner):
+    """The uncut network with the pruned entries of every weight set to zero.
+
+    Where a value depends on which positions take part (layer norm, group norm), it is taken over the kept positions;
+    everything else runs exactly as in the original, so agreement with the sliced graph shows that the cut is right.
+    """
+
+    def __init__(self, graph: AxisGraph, kept: Mapping[Axis, Tensor]) -> None:
+        weights = {name: mask_tensor(graph.tensor(name), dims, kept) for name, dims in graph.weight_dims().items()}
+        super().__init__(graph, weights)
+        self.kept = kept
+
+    def compute(self, operation: Operation, args: dict[str, Any], counts: Mapping[Axis, int]) -> Any:
+        if not operation.effect.statistics:
+            return call(operation.target, resize(operation, args, counts))
+        dims = {name: self.graph.symbolic(value) for name, value in operation.args.items()}
+        cut = {name: self._gather(value, dims[name]) for name, value in args.items()}
+        kept = {axis: len(index) for axis, index in self.kept.items()}
+        result = call(operation.target, resize(operation, cut, {**kept, **counts}))
+        out = operation.effect.out
+        return _scatter(result, out if isinstance(out, tuple) else out[0], self.kept, counts)
+
+    def _gather(self, value: Any, dims: Any) -> Any:
+        if isinstance(value, Tensor) and is_dims(dims):
+            for d, dim in enumerate(dims):
+                if any(axis in self.kept for axis in axes(dim)):
+                    value = value.index_select(d, positions(dim, self.kept))
+        return value
+
+
+def _scatter(value: Tensor, dims: Dims, kept: Mapping[Axis, Tensor], counts: Mapping[Axis, int]) -> Tensor:
+    full = value.new_zeros([count(dim, counts) for dim in dims])
+    rows = [
+        positions(dim, kept) if any(a in kept for a in axes(dim)) else torch.arange(n)
+        for dim, n in zip(dims, full.shape, strict=True)
+    ]
+    full[torch.meshgrid(*rows, indexing="ij")] = value
+    return full
+
+
+def mask_tensor(tensor: Tensor, dims: Dims, kept: Mapping[Axis, Tensor]) -> Tensor:
+    """The tensor with every position that is not kept set to zero."""
+    for d, dim in enumerate(dims):
+        if any(axis in kept for axis in axes(dim)):
+            stays = torch.zeros(size(dim), dtype=torch.bool)
+            stays[positions(dim, kept)] = True
+            shape = [-1 if i == d else 1 for i in range(tensor.ndim)]
+            tensor = torch.where(stays.view(shape).to(tensor.device), tensor, torch.zeros((), dtype=tensor.dtype))
+    return tensor
+
+
+def relative_error(a: Any, b: Any) -> float:
+    """Largest |a − b| over all output tensors, relative to the largest |b|; shapes must agree."""
+    worst = 0.0
+    for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
+        if isinstance(x, Tensor):
+            if x.shape != y.shape:
+                raise PruneError(f"outputs have different shapes: {tuple(x.shape)} and {tuple(y.shape)}")
+            if x.numel():
+                worst = max(
+                    worst, ((x - y).abs().max() / y.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).item()
+                )
+    return worst
+
+
+def check_masked(traced: TracedModel, plan: Plan, inputs: tuple) -> float:
+    """Relative error between the sliced graph and the masked original, on the given inputs."""
+    with torch.no_grad():
+        return relative_error(
+            traced.subnetwork(plan)(*inputs), MaskedNetwork(traced, traced.groups.kept(plan))(*inputs)
+        )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first operator whose shape in the pruned model is not the predicted one."""
+
+    node: str
+    module: str
+    predicted: tuple[int, ...]
+    actual: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.node} in {self.module or 'the model'}: predicted shape {self.predicted}, found {self.actual}"
+
+
+def predicted_shapes(graph: AxisGraph, counts: Mapping[Axis, int]) -> dict[str, tuple[int, ...]]:
+    """Operator node → shape of its (first) output when the axes keep `counts` positions."""
+    shapes = {}
+    for operation in graph.operations:
+        out = operation.effect.out
+        shapes[operation.name] = tuple(count(dim, counts) for dim in (out if isinstance(out, tuple) else out[0]))
+    return shapes
+
+
+def compare_shapes(traced: TracedModel, plan: Plan, again: TracedModel) -> Difference | None:
+    """Compare the predicted shape of every operator with the one found when the pruned model was traced again.
+
+    Raises:
+        PruneError: the pruned model runs other operators than the original did.
+    """
+    kept = {axis: len(index) for axis, index in traced.groups.kept(plan).items()}
+    predicted = predicted_shapes(traced, kept)
+    actual = predicted_shapes(again, {})
+    old, new = ([op for op in graph.operations if str(op.target) not in LAYOUT_ONLY] for graph in (traced, again))
+    if [op.target for op in old] != [op.target for op in new]:
+        where = next((a for a, b in zip(old, new, strict=False) if a.target != b.target), (old or new)[-1])
+        raise PruneError(
+            f"the pruned model runs other operators than the original, from {where.name} in {where.module} on"
+        )
+    for before, after in zip(old, new, strict=True):
+        if predicted[before.name] != actual[after.name]:
+            return Difference(before.name, before.module, predicted[before.name], actual[after.name])
+    return None
+
+
+def check_pruned(
+    traced: TracedModel, plan: Plan, pruned: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None
+) -> float:
+    """Relative error between the pruned module and the sliced graph, both in evaluation mode."""
+    kwargs = kwargs or {}
+    with torch.no_grad(), evaluation_mode(pruned):
+        return relative_error(pruned(*args, **kwargs), traced.subnetwork(plan, rescale=plan.rescale)(*args, **kwargs))

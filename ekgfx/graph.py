@@ -67,10 +67,11 @@ class AxisGraph:
         self.weights: dict[str, str] = {}
         self.constants: dict[str, Tensor] = {}
         self.inputs: list[str] = []
+        canonical = {id(p): name for name, p in model.named_parameters()}  # a shared parameter goes by its first name
         for spec in program.graph_signature.input_specs:
             match spec.kind:
                 case InputKind.PARAMETER | InputKind.BUFFER:
-                    self.weights[spec.arg.name] = spec.target
+                    self.weights[spec.arg.name] = canonical.get(id(self.tensor(spec.target)), spec.target)
                 case InputKind.CONSTANT_TENSOR:
                     self.constants[spec.arg.name] = program.constants[spec.target]
                 case InputKind.USER_INPUT:
@@ -86,10 +87,10 @@ class AxisGraph:
     # -- the one pass of the rules over the graph ------------------------------------------------------------------
 
     def _propagate(self) -> None:
-        tied: dict[int, Dims] = {}
+        shared: dict[str, Dims] = {}
         for node in self.graph.nodes:
             if node.op == "placeholder":
-                self.dims[node.name] = self._placeholder(node, tied)
+                self.dims[node.name] = self._placeholder(node, shared)
             elif node.op == "call_function":
                 self._operation(node)
             elif node.op == "output":
@@ -97,21 +98,24 @@ class AxisGraph:
                     for dims in _listed(self.dims.get(out.name, ())):
                         for dim in dims:
                             freeze(dim, "output of the model")
+        self._freeze_unused()
 
-    def _placeholder(self, node: fx.Node, tied: dict[int, Dims]) -> Dims:
+    def _freeze_unused(self) -> None:
+        """What the graph does not read is not understood: other uses (in training, say) may exist."""
+        used = {self.weights[n.name] for n in self.graph.nodes if n.name in self.weights and n.users}
+        for placeholder, name in self.weights.items():
+            if name not in used:
+                for dim in self.dims[placeholder]:
+                    freeze(dim, f"{name} is not used in evaluation mode")  # type: ignore[arg-type]
+
+    def _placeholder(self, node: fx.Node, shared: dict[str, Dims]) -> Dims:
         value = node.meta.get("val")
         if not isinstance(value, Tensor):
             return ()
         shape = tuple(value.shape)
         if node.name in self.weights:
             name = self.weights[node.name]
-            key = id(self.tensor(name))
-            if key not in tied:
-                tied[key] = tuple(Axis(n, f"{name} dim {d}") for d, n in enumerate(shape))
-                if not node.users:
-                    for axis in tied[key]:
-                        freeze(axis, f"{name} is not used when the model runs")
-            return tied[key]
+            return shared.setdefault(name, tuple(Axis(n, f"{name} dim {d}") for d, n in enumerate(shape)))
         if node.name in self.constants:
             return tuple(Axis(n, node.name, frozen=f"constant {node.name}") for n in shape)
         inputs = tuple(Axis(n, node.name, frozen=f"input {node.name}") for n in shape)

@@ -142,7 +142,7 @@ class Groups(Mapping[str, ChannelGroup]):
 def find_groups(graph: AxisGraph) -> Groups:
     """Collect the free axes of all parameters into groups."""
     dims = graph.weight_dims()
-    parameters = {name for name, _ in graph.model.named_parameters(remove_duplicate=False)} & dims.keys()
+    parameters = {name for name, _ in graph.model.named_parameters()}
     places: dict[Axis, list[Place]] = {}
     frozen: list[FrozenPlace] = []
     for name in (n for n in dims if n in parameters):

@@ -144,3 +144,27 @@ def check_pruned(
     kwargs = kwargs or {}
     with torch.no_grad(), evaluation_mode(pruned):
         return relative_error(pruned(*args, **kwargs), traced.subnetwork(plan, rescale=plan.rescale)(*args, **kwargs))
+
+
+def perturb(model: nn.Module, seed: int = 0) -> None:
+    """Randomize all parameters and norm statistics in place, so that an error in the analysis cannot hide.
+
+    Freshly initialized networks hide errors: scales and residual gammas are zero or one, biases zero, running statistics
+    trivial, and attention maps are nearly uniform (so query and key weights are scaled up as well).
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(t: Tensor) -> Tensor:
+        return torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.3 if parameter.ndim < 2 else 0.5 * max(parameter.std().item(), 0.02)
+            parameter.add_(noise(parameter) * scale)
+            if any(part in name for part in ("qkv", "query", "key", ".q.", ".k.", "q_", "k_", ".kv")):
+                parameter.mul_(3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.add_(noise(buffer) * 0.2)
+            elif name.endswith("running_var"):
+                buffer.mul_(1 + 0.5 * torch.rand(buffer.shape, generator=generator).to(buffer))

@@ -1,0 +1,140 @@
+"""Groups derived by hand, and exactness of every cut of the small networks."""
+
+import copy
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import ekgfx
+from ekgfx.errors import PlanError
+from ekgfx.verify import check_masked, check_pruned, compare_shapes, perturb
+
+from .models import HAND_DERIVED, Concat, GroupNormed, Residual, Tied, TwoInputs, example
+
+
+def random_plan(traced: ekgfx.TracedModel, seed: int) -> ekgfx.Plan:
+    rng = random.Random(seed)
+    return ekgfx.Plan(
+        {n: tuple(sorted(rng.sample(range(g.size), rng.randint(1, g.size)))) for n, g in traced.groups.items()}
+    )
+
+
+@pytest.fixture(params=HAND_DERIVED, ids=lambda cls: cls.__name__, scope="module")
+def case(request: pytest.FixtureRequest) -> tuple[type[nn.Module], nn.Module, ekgfx.TracedModel]:
+    torch.manual_seed(0)
+    model = request.param().double().eval()
+    perturb(model)
+    return request.param, model, ekgfx.trace(model, example(request.param))
+
+
+def test_groups_are_those_derived_by_hand(case: tuple) -> None:
+    cls, _, traced = case
+    found = {g.name: (g.size, {f"{p.parameter}:{p.dim}" for p in g.places}) for g in traced.groups.values()}
+    assert found == {name: (size, set(places.split())) for name, (size, places) in cls.expected.items()}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_cut_is_exact(case: tuple, seed: int) -> None:
+    cls, model, traced = case
+    plan = random_plan(traced, seed)
+    inputs = example(cls, batch=3, seed=seed)
+    assert check_masked(traced, plan, inputs) < 1e-12
+    pruned = ekgfx.prune(model, plan, traced)
+    assert type(pruned) is cls
+    assert check_pruned(traced, plan, pruned, inputs) < 1e-12
+    again = ekgfx.trace(pruned, example(cls))
+    assert compare_shapes(traced, plan, again) is None
+    assert again.cost() == traced.cost(plan)
+
+
+def test_a_pruned_model_trains_copies_and_reloads(case: tuple) -> None:
+    cls, model, traced = case
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    pruned = ekgfx.prune(model, random_plan(traced, 1), traced).train()
+    optimizer = torch.optim.SGD(pruned.parameters(), 0.1)
+    output = pruned(*example(cls, batch=4))
+    (output["logits"] if isinstance(output, dict) else output).square().mean().backward()
+    assert all(p.grad is not None for p in pruned.parameters())
+    optimizer.step()
+    twin = copy.deepcopy(pruned)
+    twin.load_state_dict(pruned.state_dict())
+    inputs = example(cls, seed=5)
+    first, second = pruned.eval()(*inputs), twin.eval()(*inputs)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), "pruning changed the original"
+
+
+def test_macs_and_parameters_of_a_conv_by_hand() -> None:
+    traced = ekgfx.trace(Concat(), torch.zeros(1, 3, 8, 8))
+    # a: 64·3·4, b: 64·3·6, c: 36·9·10·5, head: 5·2
+    assert traced.cost().macs == 64 * 3 * 4 + 64 * 3 * 6 + 36 * 9 * 10 * 5 + 10
+    assert traced.cost().params == (12 + 4) + (18 + 6) + (450 + 5) + (10 + 2)
+    cut = traced.cost(ekgfx.Plan({"a": (0,), "c": (1, 2)}))
+    assert cut.macs == 64 * 3 * 1 + 64 * 3 * 6 + 36 * 9 * 7 * 2 + 4
+    assert traced.groups["b"].macs == 64 * 3 * 6 + 36 * 9 * 10 * 5
+
+
+def test_producers_and_gates_of_a_residual_stream() -> None:
+    traced = ekgfx.trace(Residual().eval(), torch.zeros(1, 3, 8, 8))
+    stream, inner = traced.groups["stem"], traced.groups["a"]
+    assert stream.producers == ("stem.weight", "b.weight")
+    # the stem is read behind its relu, the second conv behind addition, norm and relu; the inner conv behind its relu
+    assert [gate.node for gate in stream.gates] == ["relu", "relu_2"]
+    assert [gate.node for gate in inner.gates] == ["relu_1"]
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = Tied().eval()
+    pruned = ekgfx.prune(model, ekgfx.Plan({"table": (0, 3, 7)}), example_inputs=example(Tied))
+    assert pruned.out.weight is pruned.table.weight
+    assert pruned.table.weight.shape == (11, 3)
+
+
+def test_group_norm_keeps_equal_members() -> None:
+    pruned = ekgfx.prune(
+        GroupNormed().eval(), ekgfx.Plan({"a#0": (1, 2), "a#1": (0, 1)}), example_inputs=torch.zeros(2, 3, 8, 8)
+    )
+    assert (pruned.norm.num_groups, pruned.norm.num_channels) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ({"stemm": (0,)}, "did you mean 'stem'"),
+        ({"stem": ()}, "keeps no channel of 'stem'"),
+        ({"stem": (0, 8)}, "numbers below 8"),
+        ({"stem": (2, 1)}, "not ascending"),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused(kept: dict, message: str) -> None:
+    traced = ekgfx.trace(Residual(), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(PlanError, match=message):
+        traced.subnetwork(ekgfx.Plan(kept))
+
+
+def test_a_plan_of_another_model_is_refused() -> None:
+    one, other = (
+        ekgfx.trace(Residual(), torch.zeros(1, 3, 8, 8)),
+        ekgfx.trace(TwoInputs(), (torch.zeros(2, 4), torch.zeros(2, 6))),
+    )
+    with pytest.raises(PlanError, match="another model"):
+        other.subnetwork(ekgfx.Plan({}, structure=one.groups.digest))
+
+
+def test_plans_survive_json() -> None:
+    plan = ekgfx.Plan({"a": (0, 2), "b": (1,)}, structure="abc", rescale=True)
+    assert ekgfx.Plan.from_json(plan.to_json()) == plan
+    for text in ("", "[]", "{}", '{"version": 99}', '{"version": 1, "kept": {"a": "xx"}}'):
+        with pytest.raises(PlanError):
+            ekgfx.Plan.from_json(text)
+
+
+def test_the_checks_can_fail() -> None:
+    """A plan that the masked network and the sliced one disagree on must be noticed: shift one kept index."""
+    model = Residual().double().eval()
+    perturb(model)
+    traced = ekgfx.trace(model, example(Residual))
+    pruned = ekgfx.prune(model, ekgfx.Plan({"a": (0, 2)}), traced)
+    assert check_pruned(traced, ekgfx.Plan({"a": (0, 3)}), pruned, example(Residual)) > 1e-3

@@ -1,0 +1,224 @@
+"""Building a memory bank: every teacher answers for every training sample, one pass each, resumable."""
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ekgfx.bank.rows import RowFormat, infidelity
+from ekgfx.bank.store import FORMAT, MANIFEST, Bank, rows_file
+from ekgfx.bank.teachers import pick_teachers
+from ekgfx.errors import DataError, RunError
+from ekgfx.loss import at_least_single, default_temperature, logits_themselves
+from ekgfx.run import checksum, read_json, write_json
+from ekgfx.search.result import SearchResult
+from ekgfx.trace import TracedModel
+
+SAVE_EVERY = 5.0
+"""Seconds between two notes of how far a teacher's file has come: what a kill can cost."""
+
+
+class Progress(NamedTuple):
+    """Teacher `teacher` of `teachers` (from 1) has answered for `samples` so far; the whole took `seconds`."""
+
+    teacher: int
+    teachers: int
+    samples: int
+    seconds: float
+
+
+def build_bank(
+    traced: TracedModel,
+    result: SearchResult,
+    batches: Iterable[Any],
+    path: str | Path | None = None,
+    teachers: int = 5,
+    *,
+    knowledge: Literal["ensemble", "single"] = "ensemble",
+    top_k: int | None = None,
+    logits: Callable[[Any], Tensor] = logits_themselves,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Bank:
+    """Ask the interim sub-networks about every training image: ℳ = { M_k = O(D_train; T_k) } (eq. 10).
+
+    Args:
+        traced: the model that was searched, with the same weights.
+        result: the search's result; its history gives the teachers.
+        batches: un-augmented training batches in index order, iterated once per teacher: `(images, labels, index)`, or
+            `(images, labels)` or images, numbered from 0. BatchNorm takes each batch's statistics, as in the search.
+        path: folder for the bank; None keeps it in memory. A bank that was interrupted goes on where it stopped.
+        teachers: K.
+        knowledge: "ensemble" takes K sub-networks of the history, "single" the unpruned network alone.
+        top_k: keep only the k largest logits of each sample. What any storage loses is recorded for every teacher:
+            `infidelity`, the mean KL_T of the stored from the full prediction.
+        logits: the logits B × C × … in a model's output.
+        on_progress: called after every batch.
+
+    Raises:
+        RunError: the folder holds the bank of another search, or cannot be written.
+        DataError: the batches are missing, or not in index order.
+    """
+    if isinstance(batches, Iterator):
+        raise DataError("the bank reads the batches once per teacher; give a list or a DataLoader, not an iterator")
+    picked = pick_teachers(result.losses[:-1] or result.losses, teachers) if knowledge == "ensemble" else [0]
+    networks = [_Teacher(traced, result, step, logits) for step in picked]
+    row = _row_format(networks[0], batches, top_k)
+    start = time.monotonic()
+
+    def progress(number: int, samples: int) -> None:
+        if on_progress is not None:
+            on_progress(Progress(number + 1, len(picked), samples, time.monotonic() - start))
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary if path is None else path)
+        record = _begin(folder, row, result, picked, _fingerprint(traced, result, picked))
+        for number, network in enumerate(networks):
+            if "file" not in record["teachers"][number]:
+                record["teachers"][number] |= _write_rows(folder, number, row, network, batches, progress)
+                write_json(folder / MANIFEST, record)
+        if path is None:
+            rows = [np.fromfile(rows_file(folder, number), row.dtype) for number in range(len(picked))]
+            return Bank(row, record["teachers"], rows)
+    return Bank.open(folder, verify=False)
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """An interim sub-network that answers with logits."""
+
+    traced: TracedModel
+    result: SearchResult
+    step: int
+    logits: Callable[[Any], Tensor]
+
+    def answers(self, batches: Iterable[Any], skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Sample indices and logits of every batch, in order; the first `skip` samples are not asked about again."""
+        plan = self.result.plans[self.step]
+        network = self.traced.subnetwork(plan, batch_stats=True, rescale=plan.rescale)
+        seen, last = 0, -1
+        for batch in batches:
+            inputs, index = _inputs(batch, seen)
+            if int(index[0]) <= last or (index.diff() <= 0).any():
+                raise DataError(
+                    f"the bank's batches must come in ascending order of their samples, but after sample {last} come "
+                    f"{index[:4].tolist()}…; turn shuffling off"
+                )
+            seen, last = seen + len(index), int(index[-1])
+            if seen <= skip:
+                continue
+            if seen - len(index) < skip:
+                raise RunError("the memory bank was begun with batches of another size; use that size, or a new folder")
+            with torch.no_grad():
+                output = network(*(value.to(network.device, non_blocking=True) for value in inputs))
+            yield index, at_least_single(self.logits(output))
+        if not seen:
+            raise DataError("the memory bank got no batches")
+
+
+def _inputs(batch: Any, seen: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """A batch's inputs and its sample indices, counted on from `seen` where it has none."""
+    images = batch if isinstance(batch, Tensor) else batch[0]
+    inputs = tuple(images) if isinstance(images, tuple | list) else (images,)
+    if isinstance(batch, Tensor) or len(batch) < 3:
+        return inputs, torch.arange(seen, seen + len(inputs[0]))
+    return inputs, batch[2].cpu()
+
+
+def _row_format(teacher: _Teacher, batches: Iterable[Any], top_k: int | None) -> RowFormat:
+    _, logits = next(teacher.answers(batches))
+    shape = tuple(logits.shape[1:])
+    if top_k is not None and not (len(shape) == 1 and 0 < top_k < shape[0]):
+        raise DataError(f"cannot keep the top {top_k} of logits of shape {shape}; give a number below the class count")
+    return RowFormat(shape, top_k, default_temperature(shape[0]))
+
+
+def _write_rows(
+    folder: Path,
+    number: int,
+    row: RowFormat,
+    teacher: _Teacher,
+    batches: Iterable[Any],
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Write one teacher's file, going on after the rows that an interrupted run has noted. Returns its description."""
+    partial, note, whole = (
+        folder / f"teacher-{number}.part",
+        folder / f"teacher-{number}.json",
+        rows_file(folder, number),
+    )
+    done: dict[str, Any] = (
+        read_json(note) if note.is_file() and partial.is_file() else {"samples": 0, "infidelity": 0.0}
+    )
+    try:
+        with partial.open("r+b" if done["samples"] else "wb") as file:
+            file.truncate(done["samples"] * row.dtype.itemsize)
+            file.seek(0, os.SEEK_END)
+            saved = time.monotonic()
+            for index, logits in teacher.answers(batches, skip=done["samples"]):
+                rows = row.encode(index, logits)
+                file.write(rows.tobytes())
+                done["samples"] += len(rows)
+                done["infidelity"] += infidelity(row, rows, logits)
+                progress(number, done["samples"])
+                if time.monotonic() - saved >= SAVE_EVERY:
+                    _flush(file)
+                    write_json(note, done)
+                    saved = time.monotonic()
+            _flush(file)
+        os.replace(partial, whole)
+    except OSError as error:
+        raise RunError(
+            f"cannot write the memory bank at {folder}: {error.strerror or error}; free some space, or choose another "
+            "folder, and build it again: it goes on where it stopped"
+        ) from error
+    note.unlink(missing_ok=True)
+    return {"infidelity": done["infidelity"] / done["samples"], "file": checksum(whole)}
+
+
+def _flush(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _begin(
+    folder: Path, row: RowFormat, result: SearchResult, picked: Sequence[int], fingerprint: str
+) -> dict[str, Any]:
+    """The manifest of a new bank, or of the one that this call goes on with."""
+    fresh = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "shape": list(row.shape),
+        "top_k": row.top_k,
+        "temperature": row.temperature,
+        "teachers": [{"step": step, "loss": result.losses[step]} for step in picked],
+    }
+    if (folder / MANIFEST).is_file():
+        record: dict[str, Any] = read_json(folder / MANIFEST)
+        if any(record.get(key) != fresh[key] for key in ("format", "fingerprint", "shape", "top_k")):
+            raise RunError(f"{folder} holds the memory bank of another model, search or top_k; choose another folder")
+        return record
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make the folder {folder}: {error.strerror or error}") from error
+    write_json(folder / MANIFEST, fresh)
+    return fresh
+
+
+def _fingerprint(traced: TracedModel, result: SearchResult, picked: Sequence[int]) -> str:
+    """What a bank depends on: the weights, and the teachers' plans."""
+    digest = hashlib.sha256()
+    for name, value in sorted(traced.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    for step in picked:
+        digest.update(result.plans[step].to_json().encode())
+    return digest.hexdigest()

@@ -1,0 +1,101 @@
+"""A finished memory bank: files of fixed-size rows per teacher, memory-mapped, and the manifest that describes them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ekgfx.bank.rows import RowFormat, Rows
+from ekgfx.errors import DataError, RunError
+from ekgfx.run import checksum, read_json
+
+FORMAT = 1
+MANIFEST = "bank.json"
+
+
+class Bank:
+    """Logits of every teacher for every training sample. `bank.logits(index)` → B × K × C × …, float32.
+
+    Attributes:
+        row: how a sample's logits are stored.
+        teachers: K descriptions, the best teacher first: step, loss, infidelity (mean KL_T of what is stored).
+        samples: N.
+    """
+
+    def __init__(self, row: RowFormat, teachers: Sequence[Mapping[str, Any]], rows: Sequence[Rows]) -> None:
+        self.row, self.teachers, self._rows = row, tuple(teachers), tuple(rows)
+        self.samples = len(rows[0])
+        # A bank on all of a data set is read by position. One on a part of it looks the samples up.
+        whole = not self.samples or int(rows[0]["sample"][-1]) == self.samples - 1
+        self._known = None if whole else np.array(rows[0]["sample"])
+
+    def logits(self, index: Tensor) -> Tensor:
+        """Logits of the K teachers for the samples `index` (B): B × K × C × …, on the CPU.
+
+        Raises DataError for a sample that the teachers were not asked about.
+        """
+        wanted = index.cpu().numpy()
+        places = wanted if self._known is None else np.searchsorted(self._known, wanted)
+        found = (places >= 0) & (places < self.samples)
+        if self._known is not None and found.all():
+            found = self._known[places] == wanted
+        if not found.all():
+            raise DataError(
+                f"sample {int(wanted[~found][0])} is not among the {self.samples} samples of the memory bank; the bank "
+                "belongs to another data set, split or subset: build it again"
+            )
+        return torch.stack([self.row.decode(rows[places]) for rows in self._rows], 1)
+
+    def resident(self, device: torch.device | str) -> "ResidentBank":
+        """The whole bank in the memory of `device`, for data sets that fit (CIFAR-10: 5 MB)."""
+        size = int(self._rows[0]["sample"][-1]) + 1
+        index = torch.from_numpy(self._rows[0]["sample"].astype(np.int64))
+        whole = torch.zeros(size, len(self._rows), *self.row.shape, dtype=torch.float16)
+        whole[index] = torch.stack([self.row.decode(np.asarray(rows)).half() for rows in self._rows], 1)
+        return ResidentBank(whole.to(device))
+
+    @classmethod
+    def open(cls, path: str | Path, verify: bool = True) -> Self:
+        """The bank in the folder `path`, memory-mapped.
+
+        verify: compare the files with their checksums (reads all of them once). Raises RunError when the bank is
+        unfinished, damaged, or written by a newer version.
+        """
+        path = Path(path)
+        manifest = read_json(path / MANIFEST)
+        if manifest["format"] > FORMAT:
+            raise RunError(
+                f"{path} has bank format {manifest['format']}, this ekgfx reads up to {FORMAT}: upgrade ekgfx"
+            )
+        for number, teacher in enumerate(manifest["teachers"]):
+            file = rows_file(path, number)
+            if "file" not in teacher:
+                raise RunError(
+                    f"the memory bank {path} is unfinished (teacher {number}); build it again, it goes on there"
+                )
+            size = file.stat().st_size if file.is_file() else -1
+            if size != teacher["file"]["bytes"] or (verify and checksum(file) != teacher["file"]):
+                raise RunError(f"{file} was changed, cut short or removed since it was written; build the bank again")
+        row = RowFormat(tuple(manifest["shape"]), manifest["top_k"], manifest["temperature"])
+        rows = [np.memmap(rows_file(path, n), row.dtype, "r") for n in range(len(manifest["teachers"]))]
+        return cls(row, manifest["teachers"], rows)
+
+
+@dataclass(frozen=True)
+class ResidentBank:
+    """A bank that lies in a device's memory. values: N × K × C × …, float16, by sample index."""
+
+    values: Tensor
+
+    def logits(self, index: Tensor) -> Tensor:
+        """Logits of the K teachers for the samples `index` (B): B × K × C × …, float32, on the bank's device."""
+        return self.values[index.to(self.values.device)].float()
+
+
+def rows_file(folder: Path, number: int) -> Path:
+    """Where the rows of teacher `number` lie."""
+    return folder / f"teacher-{number}.rows"

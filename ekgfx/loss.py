@@ -1,0 +1,148 @@
+"""Losses: cross-entropy against labels, and the fine-tuning objective with the bank's knowledge (eq. 11 and 12)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ekgfx.errors import DataError, TrainingError
+
+MANY_CLASSES = 1000
+"""From this many classes on the paper softens with T = 10, below with T = 4."""
+
+
+class KnowledgeSource(Protocol):
+    """What the loss needs of a memory bank: the teachers' logits by sample, best teacher first."""
+
+    def logits(self, index: Tensor) -> Tensor:
+        """Logits of every teacher for the samples `index` (B): B × K × C × …"""
+        ...
+
+
+def at_least_single(values: Tensor) -> Tensor:
+    """Half-precision values in float32, others as they are."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
+def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    """CE(target, output), mean over samples and positions. output: logits B × K × …; target: classes (integers,
+    B × …) or probabilities (B × K × …)."""
+    output = at_least_single(output)
+    return functional.cross_entropy(output, target.to(output.dtype) if target.is_floating_point() else target)
+
+
+def check_classes(logits: Tensor, target: Any) -> None:
+    """DataError when integer labels name classes that the logits B × K × … do not have."""
+    if not isinstance(target, Tensor) or target.is_floating_point() or not target.numel():
+        return
+    low, high = int(target.min()), int(target.max())
+    if low < 0 or high >= logits.shape[1]:
+        raise DataError(
+            f"the data has a label {low if low < 0 else high}, but the model has {logits.shape[1]} outputs (classes "
+            f"0…{logits.shape[1] - 1}); use data with the model's classes, or give the model a classifier for the data"
+        )
+
+
+def logits_themselves(output: Any) -> Tensor:
+    """The output, which must be one tensor of logits, B × K × …"""
+    if isinstance(output, Tensor) and output.dim() >= 2:
+        return output
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    raise DataError(f"the model returns {shape}, not logits of shape batch × classes; pass logits=…, and loss=…")
+
+
+def default_temperature(classes: int) -> float:
+    """T of the paper: 4 below 1000 classes, 10 from there on."""
+    return 10.0 if classes >= MANY_CLASSES else 4.0
+
+
+def softened_kl(x: Tensor, z: Tensor, temperature: float) -> Tensor:
+    """KL_T(x‖z) = T·KL(softmax(x/T) ‖ softmax(z/T)) per sample; logits … × C → …. (T, not T²: the paper's scale.)"""
+    log_x = functional.log_softmax(x / temperature, -1)
+    log_z = functional.log_softmax(z / temperature, -1)
+    return temperature * (log_x.exp() * (log_x - log_z)).sum(-1)
+
+
+def useful_teachers(bank: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """Which teachers still know more than the student (eq. 12): a mask of K booleans for the batch.
+
+    bank: B × K × … × C, the best teacher first. student: B × … × C, the mean logits over the views. With
+    top = bank[:, 0], teacher k takes part while Σ_batch KL_T(top ‖ M_k) < Σ_batch KL_T(top ‖ student).
+    """
+    top = bank[:, 0]
+    distance = softened_kl(top[:, None], bank, temperature).transpose(0, 1).flatten(1).sum(1)
+    return distance < softened_kl(top, student, temperature).sum()
+
+
+def teacher_knowledge(bank: Tensor, useful: Tensor) -> Tensor:
+    """M̄: the mean logits of the useful teachers, B × … × C. bank: B × K × … × C; useful: K booleans."""
+    weights = useful.to(bank.dtype)
+    return torch.tensordot(weights / weights.sum().clamp(min=1), bank, dims=([0], [1]))
+
+
+def guided_loss(views: Sequence[Tensor], label_loss: Tensor | None, bank: Tensor, temperature: float) -> Tensor:
+    """L = Σ_a [ CE(y, p_a) + KL_T(M̄ ‖ p_a) ] / A, mean over the batch (eq. 11).
+
+    views: A tensors of logits B × … × C. label_loss: Σ_a CE(y, p_a) / A, or None for data without labels.
+    bank: B × K × … × C.
+    """
+    with torch.no_grad():
+        student = torch.stack(tuple(views)).mean(0)
+        target = teacher_knowledge(bank, useful_teachers(bank, student, temperature))
+    guidance = torch.stack([softened_kl(target, view, temperature).mean() for view in views]).mean()
+    return guidance if label_loss is None else label_loss + guidance
+
+
+class EKGLoss(nn.Module):
+    """Ensemble-knowledge-guided loss for any training loop: `loss(outputs, labels, index)`.
+
+    Args:
+        bank: the memory bank.
+        temperature: T; by default 4 below 1000 classes and 10 from there on.
+        loss: the label loss of one view, `loss(output, labels)` → mean over the batch.
+        logits: the logits B × C × … in a model's output; by default the output itself.
+
+    `outputs`: what the model gave for each augmented view of the same images (a list, or a tensor V × B × C).
+    `labels`: what `loss` takes (B classes), or None for data without labels: then only the bank teaches.
+    `index`: B sample indices into the bank.
+    """
+
+    def __init__(
+        self,
+        bank: KnowledgeSource,
+        temperature: float | None = None,
+        loss: Callable[[Any, Any], Tensor] = cross_entropy,
+        logits: Callable[[Any], Tensor] = logits_themselves,
+    ) -> None:
+        super().__init__()
+        self.bank, self.temperature, self.loss, self.logits = bank, temperature, loss, logits
+
+    def forward(self, outputs: Sequence[Any] | Tensor, labels: Any, index: Tensor) -> Tensor:
+        views = [at_least_single(self.logits(output)).movedim(1, -1) for output in outputs]
+        bank = self.bank.logits(index).to(views[0]).movedim(2, -1)
+        if bank[:, 0].shape != views[0].shape:
+            raise TrainingError(
+                f"the memory bank has logits {tuple(bank[:, 0].shape)} (samples … classes) for this batch, the model "
+                f"gives {tuple(views[0].shape)}; the bank belongs to another model or another data set"
+            )
+        label_loss = None if labels is None else _mean_over_views(self.loss, outputs, labels)
+        return guided_loss(views, label_loss, bank, self.temperature or default_temperature(views[0].shape[-1]))
+
+
+class LabelLoss(nn.Module):
+    """The label loss over one or more views: fine-tuning without knowledge. Called as `EKGLoss` is."""
+
+    def __init__(self, loss: Callable[[Any, Any], Tensor] = cross_entropy) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, outputs: Sequence[Any] | Tensor, labels: Any, index: Tensor) -> Tensor:
+        if labels is None:
+            raise TrainingError("data without labels can only be fine-tuned with a memory bank; pass bank=…")
+        return _mean_over_views(self.loss, outputs, labels)
+
+
+def _mean_over_views(loss: Callable[[Any, Any], Tensor], outputs: Sequence[Any] | Tensor, labels: Any) -> Tensor:
+    return torch.stack([loss(output, labels) for output in outputs]).mean()

@@ -1,0 +1,213 @@
+"""The search for a plan within a budget: `search(traced, batches, flops=0.55)`."""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ekgfx.errors import BudgetError, DataError, RecipeError
+from ekgfx.loss import cross_entropy, logits_themselves
+from ekgfx.plan import Plan
+from ekgfx.search import ekg, global_, importance_peers, uniform
+from ekgfx.search.details import AUTHORS, PAPER, Details, authors_cost
+from ekgfx.search.ignore import ignored_groups
+from ekgfx.search.importance import Criterion, taylor
+from ekgfx.search.problem import Budget, Problem, width_rules
+from ekgfx.search.recorder import Recorder
+from ekgfx.search.result import Candidate, Measure, SearchResult, Step, as_steps
+from ekgfx.search.reward import Knowledge, KnowledgeMode, Objective, evaluate, label_free, validation_batches
+from ekgfx.sliced import BATCH_NORM
+from ekgfx.trace import TracedModel
+
+__all__ = [
+    "AUTHORS",
+    "PAPER",
+    "Candidate",
+    "Details",
+    "Measure",
+    "SearchResult",
+    "Step",
+    "authors_cost",
+    "search",
+]
+
+Strategy = Literal["ekg", "global", "uniform"]
+STRATEGIES = get_args(Strategy)
+ONE_STEP = {"global": global_.run, "uniform": uniform.run}
+
+IMPORTANCE: Mapping[str, Criterion] = {
+    "taylor": taylor,
+    "magnitude": importance_peers.magnitude,
+    "fpgm": importance_peers.fpgm,
+    "bn-scale": importance_peers.bn_scale,
+    "hessian": importance_peers.hessian,
+    "lamp": importance_peers.lamp,
+}
+NEEDS_DATA = ("taylor", "hessian")
+
+
+def search(
+    traced: TracedModel,
+    batches: Iterable[Any] = (),
+    *,
+    flops: float | None = None,
+    params: float | None = None,
+    cost: Callable[[Plan], float] | None = None,
+    budget: float | None = None,
+    strategy: Strategy = "ekg",
+    importance: str = "taylor",
+    knowledge: KnowledgeMode = "ensemble",
+    step: float = 0.2,
+    align: int = 1,
+    min_width: float = 0.0,
+    ignore: Sequence[str] = (),
+    loss: Callable[[Any, Any], Tensor] = cross_entropy,
+    logits: Callable[[Any], Tensor] = logits_themselves,
+    rescale: bool | None = None,
+    details: Details = PAPER,
+    seed: int = 0,
+    on_step: Callable[[Step], None] | None = None,
+    resume_from: Sequence[Step | Mapping[str, Any]] | None = None,
+) -> SearchResult:
+    """Search for the sub-network within a budget that keeps the most potential.
+
+    Args:
+        traced: the model; neither its weights nor its running averages are changed.
+        batches: validation batches on the model's device: `(images, labels, …)`, `(images, None, …)` or images; images
+            may be a tuple of inputs. Without labels, the unpruned network's soft predictions are the labels. They are
+            read once and held. `uniform` and `global` with an importance of the weights alone need none.
+        flops, params: the budget: fraction of the MACs or the parameters that is kept. Or `cost`, any function of a
+            plan, with `budget`, the fraction of it that is kept. Exactly one of the three.
+        strategy: "ekg"; "uniform" (one width for all groups), "global" (one threshold for all channels).
+        importance: which channels go first: "taylor" (the paper's), or torch-pruning's "magnitude" (L1), "fpgm",
+            "bn-scale", "hessian", "lamp".
+        knowledge: what the reward compares with: the running "ensemble" of the sub-networks found so far, the "single"
+            unpruned network, or "none".
+        step: r, the width ratio that a group made by one layer loses at once.
+        align: kept channels are a multiple of this where the group is at least that wide.
+        min_width: least width ratio of every group.
+        ignore: glob patterns of groups, parameters or modules that keep all their channels.
+        loss: label loss, `loss(output, target)` → mean over the batch.
+        logits: logits B × K × … in a model's output, which the knowledge is compared with.
+        rescale: whether cut kernels of convolutions and linear layers keep their norm (recorded in the plan). None: as
+            the authors do where the model has BatchNorm, which cancels the factor almost everywhere; without it the
+            factor would change what the network computes, and they are left alone.
+        details: departures from the paper, for comparisons with the authors' program.
+        seed: for networks that draw random numbers; everything else is deterministic.
+        on_step: called after every step.
+        resume_from: the steps of an interrupted search (or their JSON) to go on after.
+
+    Raises:
+        BudgetError: nothing can be pruned, or the budget cannot be reached; says how far it can go.
+        DataError: batches are missing, or don't fit the model's output.
+        PlanError: an ignore pattern matches nothing; `resume_from` belongs to another model, data or search.
+        TrainingError: the loss is not finite.
+        RecipeError: an option has an unknown value.
+    """
+    _check_option("strategy", strategy, STRATEGIES)
+    _check_option("importance", importance, IMPORTANCE)
+    _check_option("knowledge", knowledge, get_args(KnowledgeMode))
+    if align < 1 or not 0 < step <= 1 or not 0 <= min_width < 1:
+        raise RecipeError(
+            f"align {align}, step {step}, min_width {min_width}: use an align of at least 1, a step in (0, 1], and a "
+            "least width in [0, 1)"
+        )
+    history = as_steps(resume_from or ())
+    problem = Problem(
+        traced=traced,
+        batches=validation_batches(batches),
+        objective=Objective(loss, logits, details.batch_size),
+        budget=_budget(traced, flops, params, cost, budget),
+        rules=width_rules(traced, ignored_groups(traced.groups, ignore), align, min_width),
+        guided=knowledge != "none",
+        ensemble=knowledge == "ensemble",
+        rescale=_has_batch_norm(traced) if rescale is None else rescale,
+    )
+    problem.check_reachable()
+    if not problem.batches and (strategy == "ekg" or importance in NEEDS_DATA):
+        raise DataError(f"strategy {strategy!r} with importance {importance!r} needs validation batches; pass some")
+    recorder = Recorder(problem, on_step)
+    with _reproducible(seed):
+        problem, baseline, unpruned = _measure_unpruned(problem)
+        if strategy == "ekg":
+            ekg.run(problem, IMPORTANCE[importance], recorder, unpruned, step=step, details=details, history=history)
+        elif history:
+            recorder.again(history[0])
+        else:
+            ONE_STEP[strategy](problem, IMPORTANCE[importance], recorder)
+    return SearchResult(
+        full=problem.full(),
+        sizes={name: group.size for name, group in traced.groups.items()},
+        baseline=baseline,
+        steps=tuple(recorder.steps),
+        settings={
+            "budget": {"unit": problem.budget.unit, "keep": problem.budget.keep},
+            "strategy": strategy,
+            "importance": importance,
+            "knowledge": knowledge,
+            "step": step,
+            "align": align,
+            "min_width": min_width,
+            "ignore": list(ignore),
+            "rescale": problem.rescale,
+            "details": asdict(details),
+            "seed": seed,
+            "samples": sum(batch.samples for batch in problem.batches),
+        },
+    )
+
+
+def _measure_unpruned(problem: Problem) -> tuple[Problem, Measure, Knowledge]:
+    """Θ₀ measured, its logits per batch (T₀), and the problem with labels where it had none."""
+    network, objective = problem.network(problem.full()), problem.objective
+    if problem.batches and problem.batches[0].target is None:
+        if objective.loss is not cross_entropy:
+            raise DataError("a loss of your own needs targets, and the validation batches have none")
+        problem = replace(problem, batches=label_free(network, problem.batches, objective))
+    if not problem.batches:
+        return problem, problem.measure(problem.full(), None), ()
+    evaluation, logits = evaluate(network, problem.batches, objective, None)
+    if problem.guided:
+        evaluation, _ = evaluate(network, problem.batches, objective, logits)
+    return problem, problem.measure(problem.full(), evaluation), logits
+
+
+def _budget(
+    traced: TracedModel,
+    flops: float | None,
+    params: float | None,
+    cost: Callable[[Plan], float] | None,
+    budget: float | None,
+) -> Budget:
+    if (flops is not None) + (params is not None) + (budget is not None) != 1 or (cost is None) != (budget is None):
+        raise BudgetError("give one budget: flops=…, params=…, or cost=… with budget=…, the fraction that is kept")
+    if flops is not None:
+        return Budget.of(lambda plan: traced.cost(plan).macs, flops, "MACs")
+    if params is not None:
+        return Budget.of(lambda plan: traced.cost(plan).params, params, "parameters")
+    assert cost is not None and budget is not None
+    return Budget.of(cost, budget, "cost")
+
+
+def _check_option(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), list(known), 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"
+        raise RecipeError(f"unknown {name} {value!r}; {hint}")
+
+
+def _has_batch_norm(traced: TracedModel) -> bool:
+    return any(operation.target is BATCH_NORM for operation in traced.operations)
+
+
+@contextmanager
+def _reproducible(seed: int) -> Iterator[None]:
+    """The same random numbers and the same convolution algorithms every time; the user's are put back afterwards."""
+    backend = torch.backends.cudnn
+    with torch.random.fork_rng(), backend.flags(enabled=backend.enabled, benchmark=False, deterministic=True):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,77 @@
+"""Where the authors' program departs from the paper, as named options; `PAPER` is the default, `AUTHORS` their program.
+
+They exist so that the program's recorded numbers can be compared with ours. Use `PAPER` for everything else:
+
+- whole_group_filter: the program's candidate filter cuts the wrong axis of its score arrays. A group that was never
+  pruned is judged by the importance of all its channels instead of those it would lose, and one that was pruned before
+  always passes. Wide groups (the residual streams) are then never candidates, whatever their spare channels.
+- batch_size: it divides the sum of losses over every batch by the nominal batch size, the smaller last batch included,
+  so that its losses depend on how the data are cut into batches.
+- rounded_last_width: its search for the last width rounds ratios to two decimals, which can add a channel and then stop
+  one below the width it looked for, or two below.
+
+Two more of its habits are no options. It counts 2·H·W·C for every BatchNorm on top of the MACs: pass
+`cost=authors_cost(traced)`. And it records the unpruned network's loss with the last candidate's widths in its history.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from ekgfx.cost import evaluate
+from ekgfx.plan import Plan
+from ekgfx.search.candidates import Proposal
+from ekgfx.search.widths import WidthRule, last_width
+from ekgfx.trace import TracedModel
+
+
+@dataclass(frozen=True)
+class Details:
+    """Departures from the paper; see the module."""
+
+    whole_group_filter: bool = False
+    batch_size: int | None = None
+    rounded_last_width: bool = False
+
+    def stake(self, scores: Tensor, proposal: Proposal, width: float) -> float:
+        """The importance by which the filter judges a candidate: what it loses. width: of its group now."""
+        if not self.whole_group_filter:
+            return proposal.lost
+        return float(scores.sum()) if width == 1.0 else 0.0
+
+    def last_width(self, rule: WidthRule, width: float, kept: int, met: Callable[[int], bool]) -> float:
+        """The width of the smallest reduction from `kept` channels that still reaches the budget.
+
+        width: the next width, which overshoots the budget. met: whether a kept count is within it.
+        """
+        if self.rounded_last_width:
+            return _rounded_last_width(rule, width, met)
+        return last_width(range(rule.kept(width), kept, rule.align), met) / rule.size
+
+
+PAPER = Details()
+AUTHORS = Details(whole_group_filter=True, batch_size=256, rounded_last_width=True)
+
+
+def authors_cost(traced: TracedModel) -> Callable[[Plan], float]:
+    """The authors' cost of a plan: MACs, and 2·H·W·C for every BatchNorm."""
+    norms = [op for op in traced.operations if str(op.target).startswith("aten.batch_norm")]
+
+    def cost(plan: Plan) -> float:
+        counts = {axis: len(kept) for axis, kept in traced.groups.kept(plan).items()}
+        values = evaluate([traced.dims[norm.name] for norm in norms], {**counts, traced.batch: 1})  # type: ignore[misc]
+        return traced.cost(plan).macs + 2 * values
+
+    return cost
+
+
+def _rounded_last_width(rule: WidthRule, width: float, met: Callable[[int], bool], reach: float = 0.2) -> float:
+    """The program's `fine_search`: widths from `width` upwards in units of 1/C, rounded to two decimals."""
+    found = width
+    for unrounded in np.arange(width, width + reach, 1 / rule.size):
+        found = round(float(unrounded), 2)
+        if not met(rule.kept(found)):
+            return round(float(unrounded) - 1 / rule.size, 5)
+    return found

@@ -1,0 +1,30 @@
+"""One threshold on importance for all groups: the channels that matter least in the whole network go first."""
+
+import torch
+
+from ekgfx.plan import Plan
+from ekgfx.search.candidates import important_first
+from ekgfx.search.importance import Criterion, Scores
+from ekgfx.search.problem import Problem
+from ekgfx.search.recorder import Recorder
+from ekgfx.search.thresholds import largest_within, record_single_step
+
+
+def run(problem: Problem, criterion: Criterion, recorder: Recorder) -> None:
+    """Rank the channels of all groups together and keep the first, as many as the budget allows; one recorded step."""
+    scores = criterion(problem, problem.full(), None)
+    ranked = torch.cat([scores[group] for group in problem.rules]).sort(descending=True).values.tolist()
+
+    def cut(count: int) -> Plan:
+        return above(problem, scores, ranked[count - 1] if count else float("inf"))
+
+    record_single_step(problem, recorder, largest_within(problem, cut, len(ranked)))
+
+
+def above(problem: Problem, scores: Scores, threshold: float) -> Plan:
+    """Every group with the channels whose importance reaches `threshold`, rounded up to an allowed width."""
+    plan = problem.full()
+    for group, rule in problem.rules.items():
+        count = rule.kept(int((scores[group] >= threshold).sum()) / rule.size)
+        plan = plan.with_kept(group, important_first(range(rule.size), scores[group])[:count])
+    return plan

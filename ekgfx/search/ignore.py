@@ -1,0 +1,40 @@
+"""Which groups the user wants left alone: glob patterns over names of groups, parameters and modules."""
+
+import difflib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from ekgfx.errors import PlanError
+from ekgfx.groups import ChannelGroup, Groups
+
+
+def names_of(group: ChannelGroup) -> set[str]:
+    """Everything a pattern may say to mean this group: its name, its parameters, and the modules that hold them."""
+    names = {group.name}
+    for place in group.places:
+        parts = place.parameter.split(".")
+        names.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return names
+
+
+def ignored_groups(groups: Groups, patterns: Sequence[str]) -> frozenset[str]:
+    """Names of the groups that some pattern matches, by group, parameter or module name (`*` also matches dots).
+
+    Raises PlanError for a pattern that matches nothing, with the nearest names.
+    """
+    known = {group.name: names_of(group) for group in groups.values()}
+    ignored: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name, names in known.items() if any(fnmatchcase(other, pattern) for other in names)}
+        if not matched:
+            raise PlanError(
+                f"--ignore {pattern!r} matches no prunable group, parameter or module{_nearest(pattern, known)}"
+            )
+        ignored |= matched
+    return frozenset(ignored)
+
+
+def _nearest(pattern: str, known: dict[str, set[str]]) -> str:
+    every = sorted(set().union(*known.values()))
+    close = difflib.get_close_matches(pattern, every, n=3)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else "; `ekgfx groups MODEL` lists them"

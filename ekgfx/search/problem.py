@@ -1,0 +1,125 @@
+"""What a search is asked: the model, the data, the budget, and which widths its groups may take."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ekgfx.axes import membership
+from ekgfx.errors import BudgetError
+from ekgfx.groups import ChannelGroup
+from ekgfx.plan import Plan
+from ekgfx.search.result import Measure
+from ekgfx.search.reward import Evaluation, Objective, ValidationBatch
+from ekgfx.search.widths import WidthRule
+from ekgfx.sliced import SubNetwork
+from ekgfx.trace import TracedModel
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a cost may stay. cost: of a plan, in any unit; unit: its name; keep: target fraction of `full`, the
+    cost of the unpruned model."""
+
+    cost: Callable[[Plan], float]
+    full: float
+    keep: float
+    unit: str
+
+    @classmethod
+    def of(cls, cost: Callable[[Plan], float], keep: float, unit: str) -> "Budget":
+        """Raises BudgetError for a target that is no fraction."""
+        if not 0 < keep <= 1:
+            hint = f"; did you mean {keep / 100:g}?" if 1 < keep <= 100 else ""
+            raise BudgetError(f"the budget is the fraction of {unit} that is kept, in (0, 1], not {keep:g}{hint}")
+        return cls(cost, cost(Plan()), keep, unit)
+
+    def fraction(self, plan: Plan) -> float:
+        """Cost of a plan over that of the unpruned model."""
+        return self.cost(plan) / self.full
+
+    def met(self, plan: Plan) -> bool:
+        """Whether the plan is within the budget."""
+        return self.fraction(plan) <= self.keep
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A search, before it starts.
+
+    rules: the widths of every group that may shrink, by name. batches: validation data, empty where the strategy needs
+    none. ensemble: whether the knowledge follows the accepted sub-networks (eq. 8). guided: whether the reward has a
+    knowledge term at all. rescale: cut kernels keep their norm.
+    """
+
+    traced: TracedModel
+    batches: Sequence[ValidationBatch]
+    objective: Objective
+    budget: Budget
+    rules: Mapping[str, WidthRule]
+    guided: bool
+    ensemble: bool
+    rescale: bool
+
+    def full(self) -> Plan:
+        """Θ₀ as a plan."""
+        return Plan(structure=self.traced.groups.digest, rescale=self.rescale)
+
+    def kept(self, plan: Plan, group: str) -> tuple[int, ...]:
+        """The channels that `group` keeps under a plan."""
+        return plan.kept.get(group) or tuple(range(self.rules[group].size))
+
+    def network(self, plan: Plan) -> SubNetwork:
+        """The sub-network of a plan, with batch statistics in its BatchNorms."""
+        return self.traced.subnetwork(plan, batch_stats=True, rescale=self.rescale)
+
+    def measure(self, plan: Plan, evaluation: Evaluation | None) -> Measure:
+        """An evaluation together with the plan's cost."""
+        cost = self.traced.cost(plan)
+        if evaluation is None:
+            return Measure(None, None, None, cost.macs, cost.params)
+        return Measure(evaluation.loss, evaluation.reward, evaluation.accuracy, cost.macs, cost.params)
+
+    def check_reachable(self) -> None:
+        """BudgetError when nothing can shrink, or when shrinking everything is not enough; says how far it can go."""
+        if not self.rules:
+            reasons = sorted({place.reason for place in self.traced.groups.frozen})
+            why = f" (frozen: {'; '.join(reasons[:3])})" if reasons else ""
+            raise BudgetError(f"nothing can be pruned in this model{why}; `ekgfx groups MODEL --why` shows every axis")
+        least = self.full()
+        for name, rule in self.rules.items():
+            least = least.with_kept(name, range(rule.minimum))
+        if not self.budget.met(least):
+            raise BudgetError(
+                f"cannot keep only {self.budget.keep:.1%} of the {self.budget.unit}: with every group at its least "
+                f"width {self.budget.fraction(least):.1%} are left; raise the budget, lower align or min_width, or "
+                "ignore fewer groups"
+            )
+
+
+def width_rules(traced: TracedModel, ignored: frozenset[str], align: int, min_width: float) -> dict[str, WidthRule]:
+    """The widths every group may take, groups in `ignored` left out.
+
+    align: in channels of the tensors, not positions of the group: one head of 64 channels is aligned to 8 as it is.
+    """
+    return {
+        group.name: WidthRule.of(
+            group.size, len(group.producers), align // math.gcd(align, channels_per_position(traced, group)), min_width
+        )
+        for group in traced.groups.values()
+        if group.name not in ignored
+    }
+
+
+def channels_per_position(traced: TracedModel, group: ChannelGroup) -> int:
+    """Neighbouring channels that stand or fall with one position of the group in all its tensors: 1 for plain channels,
+    head_dim for heads, channels per group for the groups of a convolution."""
+    dims = traced.weight_dims()
+    return math.gcd(*(_run_length(membership(dims[p.parameter][p.dim], group.axis)) for p in group.places))
+
+
+def _run_length(index: torch.Tensor) -> int:
+    """Greatest common length of the runs of one channel in a dimension's index."""
+    _, lengths = torch.unique_consecutive(index[index >= 0], return_counts=True)
+    return math.gcd(*lengths.tolist())

@@ -1,0 +1,167 @@
+"""What a search leaves behind: the plan, and the history of the sub-networks it went through; all of it JSON-able."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Self
+
+from ekgfx.errors import PlanError
+from ekgfx.plan import Plan
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A sub-network on the validation data. loss: label loss per sample; reward: ℛ of eq. 4 (higher is better); both
+    None where the search saw no data. accuracy: fraction of right classes, None where the targets are not classes.
+    macs (per sample) and params: its cost."""
+
+    loss: float | None
+    reward: float | None
+    accuracy: float | None
+    macs: int
+    params: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One sub-network that a step could have gone to: `group` cut to `kept` channels (width ratio `width`)."""
+
+    group: str
+    width: float
+    kept: int
+    measure: Measure
+
+
+@dataclass(frozen=True)
+class Step:
+    """One accepted step of a search: Θᵢ → Θᵢ₊₁.
+
+    number: i + 1. removed: the channels this step takes away, per group. widths: the width ratio of those groups
+    afterwards. measure: of the new sub-network; kept_fraction: its cost over that of the unpruned model, in the
+    budget's unit. candidates: what was evaluated. threshold: of the candidate filter, None where nothing was filtered.
+    seconds: this step; eta: seconds until the budget at the pace so far (an estimate).
+    """
+
+    number: int
+    removed: Mapping[str, tuple[int, ...]]
+    widths: Mapping[str, float]
+    measure: Measure
+    kept_fraction: float
+    candidates: tuple[Candidate, ...] = ()
+    threshold: float | None = None
+    seconds: float = 0.0
+    eta: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and numbers."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """The step that `to_json` described. Raises PlanError when fields are missing or unknown."""
+        try:
+            fields = dict(value)
+            fields["removed"] = {name: tuple(channels) for name, channels in fields["removed"].items()}
+            fields["measure"] = Measure(**fields["measure"])
+            fields["candidates"] = tuple(
+                Candidate(**{**c, "measure": Measure(**c["measure"])}) for c in fields.get("candidates", ())
+            )
+            return cls(**fields)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"this is no search step of this version: {error}; start the search anew") from error
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The outcome of a search.
+
+    full: the plan of Θ₀; sizes: channels of every group. baseline: Θ₀ measured. steps: the history,
+    oldest first. settings: what was asked (budget, strategy, importance, knowledge, …), for the record.
+    """
+
+    full: Plan
+    sizes: Mapping[str, int]
+    baseline: Measure
+    steps: tuple[Step, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def plans(self) -> tuple[Plan, ...]:
+        """Θ₀, Θ₁, … Θ*: the plan after each step, the unpruned one first."""
+        plans = [self.full]
+        for step in self.steps:
+            plans.append(apply_step(plans[-1], step, self.sizes))
+        return tuple(plans)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the final sub-network."""
+        return self.plans[-1]
+
+    @property
+    def history(self) -> tuple[Step, ...]:
+        """The accepted steps, oldest first."""
+        return self.steps
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Label loss of Θ₀, Θ₁, … Θ*, as `plans`; 0 where the search saw no data."""
+        return tuple(measure.loss or 0.0 for measure in (self.baseline, *(step.measure for step in self.steps)))
+
+    @property
+    def final(self) -> Measure:
+        """The final sub-network, measured."""
+        return self.steps[-1].measure if self.steps else self.baseline
+
+    @property
+    def kept_fraction(self) -> float:
+        """Cost of the final sub-network over that of the unpruned model, in the budget's unit."""
+        return self.steps[-1].kept_fraction if self.steps else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and numbers."""
+        return {
+            "settings": dict(self.settings),
+            "baseline": asdict(self.baseline),
+            "steps": [step.to_json() for step in self.steps],
+            "sizes": dict(self.sizes),
+            "full": json.loads(self.full.to_json()),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """The result that `to_json` described."""
+        return cls(
+            Plan.from_json(json.dumps(value["full"])),
+            value["sizes"],
+            Measure(**value["baseline"]),
+            tuple(map(Step.from_json, value["steps"])),
+            value["settings"],
+        )
+
+
+def apply_step(plan: Plan, step: Step, sizes: Mapping[str, int]) -> Plan:
+    """The plan after `step`. sizes: channels of every uncut group.
+
+    Raises PlanError when the step removes channels that `plan` does not have.
+    """
+    for name, removed in step.removed.items():
+        kept = plan.kept.get(name, tuple(range(sizes.get(name, 0))))
+        gone = set(removed)
+        if not gone <= set(kept):
+            raise PlanError(
+                f"step {step.number} of the history removes channels of {name!r} that this model does not have; "
+                "the history belongs to another model or is damaged: start the search anew"
+            )
+        plan = plan.with_kept(name, [channel for channel in kept if channel not in gone])
+    return plan
+
+
+def as_steps(history: Sequence[Step | Mapping[str, Any]]) -> tuple[Step, ...]:
+    """A history given as steps or as their JSON, checked to be numbered 1, 2, 3, …"""
+    steps = tuple(step if isinstance(step, Step) else Step.from_json(step) for step in history)
+    numbers = [step.number for step in steps]
+    if numbers != list(range(1, len(steps) + 1)):
+        raise PlanError(f"the history's steps are numbered {numbers}, not 1…{len(steps)}; it is damaged")
+    return steps

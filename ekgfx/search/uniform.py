@@ -1,0 +1,29 @@
+"""One width ratio for all groups: the largest that the budget allows."""
+
+from ekgfx.plan import Plan
+from ekgfx.search.candidates import important_first
+from ekgfx.search.importance import Criterion, Scores
+from ekgfx.search.problem import Problem
+from ekgfx.search.recorder import Recorder
+from ekgfx.search.thresholds import largest_within, record_single_step
+
+WIDTHS = 4096
+"""Ratios that are told apart."""
+
+
+def run(problem: Problem, criterion: Criterion, recorder: Recorder) -> None:
+    """Keep the same share of the most important channels in every group; one step, recorded."""
+    scores = criterion(problem, problem.full(), None)
+
+    def cut(ratio: int) -> Plan:
+        return at_width(problem, scores, ratio / WIDTHS)
+
+    record_single_step(problem, recorder, largest_within(problem, cut, WIDTHS))
+
+
+def at_width(problem: Problem, scores: Scores, width: float) -> Plan:
+    """Every group at one width ratio."""
+    plan = problem.full()
+    for group, rule in problem.rules.items():
+        plan = plan.with_kept(group, important_first(range(rule.size), scores[group])[: rule.kept(width)])
+    return plan

@@ -50,7 +50,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def _read_npz(file: Path) -> dict[str, Tensor]:
-    with np.load(file) as arrays:  # allow_pickle is off by default
+    with file.open("rb") as content, np.load(content) as arrays:  # allow_pickle is off by default
         variables = {name: arrays[name] for name in arrays.files}
     if all(name.endswith(":0") for name in variables):
         return tensorflow_state_dict(variables)
@@ -118,7 +118,7 @@ def create_pretrained(name: str, options: Mapping[str, Any]) -> tuple[nn.Module,
     if config is None or not config.has_weights:
         return _random(name, options, "none are published")
     url = _hub() if config.hf_hub_id else str(config.url)
-    away = unreachable(url)
+    away = unreachable(url, PROBE_SECONDS)
     if away and not config.hf_hub_id and not _in_torch_cache(url):
         return _random(name, options, f"hub unreachable: {away}")
     try:
@@ -153,7 +153,7 @@ def _in_torch_cache(url: str) -> bool:
     return Path(torch.hub.get_dir(), "checkpoints", Path(url).name).is_file()
 
 
-def unreachable(url: str, seconds: float = PROBE_SECONDS) -> str | None:
+def unreachable(url: str, seconds: float) -> str | None:
     """Why a server does not answer within `seconds`, or None if it does (whatever it says).
 
     The library's own download would try for a minute. The request runs in a thread because a name look-up cannot be

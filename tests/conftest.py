@@ -14,3 +14,11 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no development data in {path}; set EKGFX_DATA to the folder with cifar10/ and weights/")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The networks here are small: a second thread of torch gains little, and loses much on a busy machine."""
+    import torch
+
+    torch.set_num_threads(1)

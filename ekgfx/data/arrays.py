@@ -81,7 +81,10 @@ def read_npz(files: Sequence[Path]) -> Arrays:
 
 def _read_one_npz(file: Path) -> Arrays:
     try:
-        with np.load(file) as arrays:  # allow_pickle is off by default: an array of objects is a ValueError
+        with (
+            file.open("rb") as content,
+            np.load(content) as arrays,
+        ):  # allow_pickle is off by default: an array of objects is a ValueError
             images = arrays["images"]
             labels = arrays["labels"] if "labels" in arrays.files else None
     except KeyError:

@@ -153,7 +153,10 @@ def _list_images(
         count = None if labels is None else max(labels) + 1
         return FileImages(files, labels), classes if count and classes and count <= classes else count, None
     if "" in found:
-        raise DataError(f"{folder} has images of its own beside class folders, such as {files[0]}: move them or these")
+        loose = next(file for file, label in samples if label == found[""])
+        raise DataError(
+            f"{folder} has images of its own beside class folders, such as {loose}: move them or the folders"
+        )
     if class_to_index is None:
         class_to_index = _imagenet_index(found) if classes == ImageNetInfo().num_classes() else None
         class_to_index = class_to_index or found

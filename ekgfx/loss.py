@@ -45,6 +45,12 @@ def check_classes(logits: Tensor, target: Any) -> None:
         )
 
 
+def is_classes(target: Any, logits: Tensor) -> bool:
+    """Whether `target` holds one class for every position of logits B × K × …"""
+    integers = isinstance(target, Tensor) and not target.is_floating_point()
+    return integers and target.shape == logits.shape[:1] + logits.shape[2:]
+
+
 def logits_themselves(output: Any) -> Tensor:
     """The output, which must be one tensor of logits, B × K × …"""
     if isinstance(output, Tensor) and output.dim() >= 2:

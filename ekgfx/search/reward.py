@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ekgfx.errors import DataError, TrainingError
-from ekgfx.loss import at_least_single, check_classes, cross_entropy, logits_themselves
+from ekgfx.loss import at_least_single, check_classes, cross_entropy, is_classes, logits_themselves
 
 KnowledgeMode = Literal["ensemble", "single", "none"]
 """What the reward compares with: the running ensemble of the sub-networks found, the unpruned network, or nothing."""
@@ -85,7 +85,7 @@ class Tally:
         weight = self.objective.share(batch, self.batches)
         self.loss += float(terms[0]) * weight
         self.negative += float(terms[1]) * weight
-        if _is_classes(batch.target, logits):
+        if is_classes(batch.target, logits):
             self.right += int((logits.argmax(1) == batch.target).sum())
             self.classified += batch.target.numel()
         return logits
@@ -146,8 +146,3 @@ def label_free(
 def _validation_batch(batch: Any) -> ValidationBatch:
     images, target = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
     return ValidationBatch(tuple(images) if isinstance(images, tuple | list) else (images,), target)
-
-
-def _is_classes(target: Any, logits: Tensor) -> bool:
-    integers = isinstance(target, Tensor) and not target.is_floating_point()
-    return integers and target.shape == logits.shape[:1] + logits.shape[2:]

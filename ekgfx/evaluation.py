@@ -1,0 +1,91 @@
+"""How good a network is on data, and BatchNorm's running statistics for networks that were cut."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ekgfx.errors import DataError
+from ekgfx.loss import check_classes, cross_entropy, is_classes, logits_themselves
+from ekgfx.trace import evaluation_mode
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Means over samples. loss: label loss; accuracy: fraction of right classes, None where targets are no classes."""
+
+    loss: float
+    accuracy: float | None
+    samples: int
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss: Callable[[Any, Any], Tensor] = cross_entropy,
+    logits: Callable[[Any], Tensor] = logits_themselves,
+) -> Metrics:
+    """The model's loss and accuracy, in evaluation mode; its own mode is put back.
+
+    batches: `(images, labels, …)` with labels. Raises DataError when there are none, or labels don't fit the model.
+    """
+    device = device_of(model)
+    total, right = torch.zeros((), device=device), torch.zeros((), device=device)
+    samples = classified = 0
+    with evaluation_mode(model), torch.no_grad():
+        for batch in batches:
+            if batch[1] is None:
+                raise DataError("data without labels cannot be evaluated; give data with labels")
+            images, target = to_device(batch[0], device), to_device(batch[1], device)
+            output = model(*images) if isinstance(images, tuple | list) else model(images)
+            found = logits(output)
+            check_classes(found, target)
+            total += loss(output, target) * len(found)
+            samples += len(found)
+            if is_classes(target, found):
+                right += (found.argmax(1) == target).sum()
+                classified += target.numel()
+    if not samples:
+        raise DataError("there is no batch to evaluate on")
+    return Metrics(float(total) / samples, float(right) / classified if classified else None, samples)
+
+
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], limit: int | None = None) -> None:
+    """Replace the running statistics of every BatchNorm by the mean over (at most `limit`) un-augmented batches.
+
+    After a cut the old running averages belong to other activations. Only BatchNorm is put in training mode, and only
+    its buffers change. A model without BatchNorm is left as it is, and the batches are not read.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    device = device_of(model)
+    momenta = [norm.momentum for norm in norms]
+    with evaluation_mode(model), torch.no_grad():
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean over all batches
+            norm.train()
+        for batch in islice(batches, limit):
+            images = to_device(batch if isinstance(batch, Tensor) else batch[0], device)
+            model(*images) if isinstance(images, tuple | list) else model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter lies; the CPU for a model without any."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A tensor, or a tuple or list of them, on `device`; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, tuple | list):
+        return tuple(to_device(each, device) for each in value)
+    return value

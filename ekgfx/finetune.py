@@ -1,0 +1,302 @@
+"""Fine-tuning, guided by the memory bank or by labels alone."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ekgfx.data import Data
+from ekgfx.errors import DataError, RecipeError, TrainingError
+from ekgfx.evaluation import device_of, evaluate, to_device
+from ekgfx.loss import EKGLoss, KnowledgeSource, LabelLoss, check_classes, cross_entropy, logits_themselves
+from ekgfx.training_state import load_state, save_state
+
+CHECK_EVERY = 50
+"""Batches between two looks at the loss: every look waits for the device."""
+MILESTONES, DECAY = (0.3, 0.6, 0.8), 0.2
+"""The paper's schedule: ×0.2 after these parts of the epochs."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train. The defaults are the paper's for CIFAR.
+
+    epochs; batch_size; lr; momentum; weight_decay (on all parameters). optimizer: any name that timm knows ("sgd" is
+    with Nesterov momentum). schedule: "multistep" (×0.2 after 30, 60 and 80% of the epochs), "cosine" (to 0) or
+    "constant". warmup: epochs of linear warm-up. augment: flips, crops and, with two views, colours. views: augmented
+    views per image; None takes 2 with a bank and 1 without. amp: None, or the half precision to compute in.
+    channels_last: memory format of images and weights. workers: processes that decode images. seed: of shuffle,
+    augmentation and dropout.
+    """
+
+    epochs: int = 100
+    batch_size: int = 128
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    optimizer: str = "sgd"
+    schedule: Literal["multistep", "cosine", "constant"] = "multistep"
+    warmup: int = 0
+    augment: bool = True
+    views: int | None = None
+    amp: Literal["bf16", "fp16"] | None = None
+    channels_last: bool = False
+    workers: int = 0
+    seed: int = 0
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> "Training":
+        """Raises RecipeError for a setting that does not exist."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise RecipeError(f"fine-tuning has no setting {unknown[0]!r}; it has {', '.join(known)}")
+        return cls(**settings)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch of training. number: from 1; loss: mean over its batches; lr; seconds: of training. test_loss and
+    test_accuracy: None without test data."""
+
+    number: int
+    loss: float
+    lr: float
+    seconds: float
+    test_loss: float | None = None
+    test_accuracy: float | None = None
+
+
+def finetune(
+    model: nn.Module,
+    data: Data | Iterable[Any],
+    *,
+    bank: KnowledgeSource | None = None,
+    temperature: float | None = None,
+    loss: Callable[[Any, Any], Tensor] = cross_entropy,
+    logits: Callable[[Any], Tensor] = logits_themselves,
+    test: Iterable[Any] | None = None,
+    subset: Any = None,
+    checkpoint: str | Path | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    on_batch: Callable[[int], None] | None = None,
+    **settings: Any,
+) -> tuple[Epoch, ...]:
+    """Train a (pruned) model in place, guided by the bank (eq. 11 and 12) or by labels alone.
+
+    Args:
+        model: trained on the device it is on; left in evaluation mode.
+        data: a data set (`ekgfx.data.load`), or batches to iterate once per epoch: `(images, labels, index)`, where
+            images are B × …, or with `views=V` V × B × … or a tuple of V. Labels may be None with a bank.
+        bank: the memory bank; None trains on the labels alone.
+        temperature: T of the guidance; 4 below 1000 classes and 10 from there on.
+        loss, logits: label loss of one view, and the logits in a model's output.
+        test: batches to evaluate on after every epoch, such as `data.loader("test", 256)`.
+        subset: indices into the data set's training split; all of it if None.
+        checkpoint: file to save to after every epoch, and to go on from where it exists: training that was interrupted
+            ends as if it had not been.
+        on_epoch, on_batch: called after every epoch, and after every batch with its number in the epoch.
+        settings: the fields of `Training`.
+
+    Raises:
+        TrainingError: the loss is not finite.
+        DataError: no batches, or labels that the model has no outputs for.
+        RecipeError: an unknown setting.
+        RunError: the checkpoint is damaged, belongs to another training, or cannot be written.
+    """
+    training = Training.of(settings)
+    trainer = _Trainer(
+        model,
+        LabelLoss(loss) if bank is None else EKGLoss(bank, temperature, loss, logits),
+        logits,
+        training,
+        views=training.views or (1 if bank is None else 2),
+    )
+    batches = _batches(data, trainer, subset)
+    path = None if checkpoint is None else Path(checkpoint)
+    history = trainer.restore(path)
+    for number in range(len(history) + 1, training.epochs + 1):
+        start = time.monotonic()
+        mean = trainer.epoch(number, batches(number), on_batch or (lambda batch: None))
+        seconds = time.monotonic() - start
+        metrics = None if test is None else evaluate(model, test, loss=loss, logits=logits)
+        found = (None, None) if metrics is None else (metrics.loss, metrics.accuracy)
+        history.append(Epoch(number, mean, trainer.optimizer.param_groups[0]["lr"], seconds, *found))
+        trainer.save(path, history)
+        if on_epoch is not None:
+            on_epoch(history[-1])
+    model.eval()
+    return tuple(history)
+
+
+class _Trainer:
+    """A model with its optimizer, schedule and loss scale."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Callable[[Any, Any, Tensor], Tensor],
+        logits: Callable[[Any], Tensor],
+        training: Training,
+        views: int,
+    ) -> None:
+        self.model, self.objective, self.logits, self.training, self.views = model, objective, logits, training, views
+        self.device = device_of(model)
+        if training.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.optimizer = create_optimizer_v2(
+            model,
+            training.optimizer,
+            lr=training.lr,
+            weight_decay=training.weight_decay,
+            momentum=training.momentum,
+            filter_bias_and_bn=False,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "fp16")
+        self.schedule = _schedule(self.optimizer, training)
+
+    def epoch(self, number: int, batches: Iterable[Any], on_batch: Callable[[int], None]) -> float:
+        """Train on every batch once; returns the mean loss."""
+        if self.schedule is not None:
+            self.schedule.step(number - 1)
+        total = torch.zeros((), device=self.device)
+        count = 0
+        self.model.train()
+        with _random_numbers_of(self.training.seed, number):
+            for count, batch in enumerate(batches, 1):
+                total += self._update(batch, check=number == 1)
+                if count % CHECK_EVERY == 0:
+                    self._check(total, number, count)
+                on_batch(count)
+        if not count:
+            raise DataError("there is no batch to train on; give more data, or a smaller batch size")
+        self._check(total, number, count)
+        return float(total) / count
+
+    def _update(self, batch: Any, check: bool) -> Tensor:
+        images, labels, index = _parts(batch)
+        if self.views == 1:
+            shown, samples = to_device(images, self.device), None
+        else:
+            shown, samples = _side_by_side(images, self.device)
+        if self.training.channels_last and isinstance(shown, Tensor) and shown.dim() == 4:
+            shown = shown.contiguous(memory_format=torch.channels_last)
+        labels = to_device(labels, self.device)
+        with self._precision():
+            output = self.model(*shown) if isinstance(shown, tuple) else self.model(shown)
+        outputs = [output] if samples is None else [_part(output, samples, view) for view in range(self.views)]
+        if check:
+            check_classes(self.logits(outputs[0]), labels)
+        loss = self.objective(outputs, labels, index)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.training.amp is None:
+            return nullcontext()
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.training.amp]
+        return torch.autocast(self.device.type, half)
+
+    def _check(self, total: Tensor, epoch: int, batch: int) -> None:
+        if not math.isfinite(float(total)):
+            raise TrainingError(
+                f"the training loss is not finite in epoch {epoch}, by batch {batch} (lr {self.training.lr:g}); lower "
+                "the learning rate, or check the images for NaN"
+            )
+
+    def restore(self, path: Path | None) -> list[Epoch]:
+        """Go on from a checkpoint where there is one; returns the epochs that are done."""
+        if path is None or not path.is_file():
+            return []
+        return [Epoch(**epoch) for epoch in load_state(path, self.model, self.optimizer, self.scaler, self._identity())]
+
+    def save(self, path: Path | None, history: list[Epoch]) -> None:
+        """Write the checkpoint, if one is wanted."""
+        if path is not None:
+            record = [asdict(epoch) for epoch in history]
+            save_state(path, self.model, self.optimizer, self.scaler, self._identity(), record)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change between an interrupted training and the one that goes on with it."""
+        return {**asdict(self.training), "views": self.views, "objective": type(self.objective).__name__}
+
+
+def _batches(data: Data | Iterable[Any], trainer: _Trainer, subset: Any) -> Callable[[int], Iterable[Any]]:
+    """The training batches of an epoch."""
+    if not isinstance(data, Data):
+        return lambda epoch: data
+    training = trainer.training
+    size = data.size("train") if subset is None else len(subset)
+    loader = data.to(trainer.device).loader(
+        "train",
+        training.batch_size,
+        shuffle=True,
+        augment=training.augment,
+        views=trainer.views,
+        seed=training.seed,
+        drop_last=size >= training.batch_size,
+        subset=subset,
+        workers=training.workers,
+    )
+
+    def of_epoch(epoch: int) -> Iterable[Any]:
+        loader.set_epoch(epoch)
+        return loader
+
+    return of_epoch
+
+
+def _schedule(optimizer: torch.optim.Optimizer, training: Training) -> Scheduler | None:
+    """timm's scheduler, stepped at the start of every epoch (counted from 0)."""
+    if training.schedule == "constant":
+        return None
+    warmup: dict[str, Any] = {
+        "warmup_t": training.warmup,
+        "warmup_lr_init": training.lr / (training.warmup + 1),
+        "warmup_prefix": False,
+    }
+    if training.schedule == "cosine":
+        return CosineLRScheduler(optimizer, t_initial=training.epochs, **warmup)
+    if training.schedule != "multistep":
+        raise RecipeError(f"unknown schedule {training.schedule!r}; use multistep, cosine or constant")
+    # timm decays one step before a milestone.
+    milestones = [round(part * training.epochs) + 1 for part in MILESTONES]
+    return MultiStepLRScheduler(optimizer, milestones, DECAY, **warmup)
+
+
+def _parts(batch: Any) -> tuple[Any, Any, Tensor]:
+    """Images, labels and sample indices of a batch; a batch without indices has none to look up."""
+    index = batch[2] if len(batch) > 2 else torch.empty(0, dtype=torch.long)
+    return batch[0], batch[1], index
+
+
+def _side_by_side(images: Any, device: torch.device) -> tuple[Tensor, int]:
+    """V views as one batch of V·B, so that BatchNorm sees all of them; and B."""
+    views = [to_device(view, device) for view in images]
+    return torch.cat(views), len(views[0])
+
+
+def _part(output: Any, samples: int, view: int) -> Any:
+    """One view's part of every tensor in an output."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor[view * samples : (view + 1) * samples], output)
+
+
+@contextmanager
+def _random_numbers_of(seed: int, epoch: int) -> Iterator[None]:
+    """Dropout and the like draw the same numbers in an epoch whether or not training was interrupted before it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed * 1_000_003 + epoch)
+        yield

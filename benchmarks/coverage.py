@@ -7,7 +7,8 @@
 For each model, in float64 with all parameters perturbed: trace, group, cut about half of every group at random, and cut
 every group evenly until 55% of the MACs are left; then compare
   masked:  the sliced graph against the uncut graph with zeros in place of what was cut,
-  pruned:  the module after surgery against the sliced graph, with every operator's shape against the prediction.
+  pruned:  the module after surgery against the sliced graph, on fresh inputs of another batch size; `ekgfx.prune` itself
+           has then traced the result again and compared every operator's shape, MACs and parameters with the prediction.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def measure(name: str) -> dict[str, Any]:
 
     import ekgfx
     from ekgfx.cost import mac_table
-    from ekgfx.verify import check_masked, check_pruned, compare_shapes, perturb
+    from ekgfx.verify import check_masked, check_pruned, perturb
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -70,10 +71,6 @@ def measure(name: str) -> dict[str, Any]:
         check["prune_seconds"] = round(time.perf_counter() - start, 2)
         check["class_kept"] = type(pruned) is type(model)
         check["pruned"] = check_pruned(traced, plan, pruned, (torch.randn(3, *size, dtype=torch.float64),))
-        if check["class_kept"]:
-            again = ekgfx.trace(pruned, x)
-            check["shapes"] = str(compare_shapes(traced, plan, again) or "as predicted")
-            check["cost_as_predicted"] = again.cost() == traced.cost(plan)
     row["status"] = status(row)
     return row
 
@@ -98,13 +95,7 @@ def status(row: dict[str, Any]) -> str:
     checks = row["checks"].values()
     if any("error" in c for c in checks):
         return "failed"
-    right = all(
-        c["masked"] <= 1e-10
-        and c["pruned"] <= 1e-10
-        and c.get("shapes", "as predicted") == "as predicted"
-        and c.get("cost_as_predicted", True)
-        for c in checks
-    )
+    right = all(c["masked"] <= 1e-10 and c["pruned"] <= 1e-10 for c in checks)
     return "ok" if right and row["groups"] else "inexact" if row["groups"] else "nothing prunable"
 
 

@@ -97,12 +97,20 @@ def correct(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int]) -> li
                 if change.argument in vars(module):
                     setattr(module, change.argument, change.new)
             next(follow for layer, follow in LAYERS if isinstance(module, layer))(module)
+    owners = {operation.module for operation in graph.operations}
     return [
         choice
-        for name, changed in changes.items()
-        if not isinstance(module := root.get_submodule(name), STANDARD)
-        for choice in _by_old_value(name, module, _renamed(changed))
+        for name, module in root.named_modules()
+        if not isinstance(module, STANDARD)
+        for choice in _by_old_value(name, module, _renamed(changes.get(_governor(name, owners), [])))
     ]
+
+
+def _governor(name: str, owners: set[str]) -> str:
+    """The module whose operators a module's integers are used in: itself, or its nearest ancestor that runs any."""
+    while name and name not in owners:
+        name = name.rpartition(".")[0]
+    return name
 
 
 @dataclass(frozen=True)

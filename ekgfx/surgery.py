@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from ekgfx.attributes import Choice, correct
 from ekgfx.errors import EkgfxError, PruneError
+from ekgfx.graphed import replace_module
 from ekgfx.plan import Plan
 from ekgfx.sliced import slice_weights
-from ekgfx.trace import TracedModel, trace
+from ekgfx.trace import TracedModel, evaluation_mode, trace
 from ekgfx.verify import check_pruned, compare_shapes
 
 MOST_TRIALS = 16
@@ -51,9 +53,7 @@ def prune(
     kept = source.groups.kept(plan)
     pruned = _cut(model, slice_weights(source, kept, rescale=plan.rescale), source)
     choices = correct(pruned, source, {axis: len(index) for axis, index in kept.items()})
-    if verify:
-        _settle(pruned, choices, source, plan)
-    return pruned
+    return _settle(pruned, choices, source, plan) if verify else pruned
 
 
 def _cut(model: nn.Module, weights: Mapping[str, Tensor], source: TracedModel) -> nn.Module:
@@ -67,23 +67,56 @@ def _cut(model: nn.Module, weights: Mapping[str, Tensor], source: TracedModel) -
     return copy.deepcopy(model, memo)
 
 
-def _settle(pruned: nn.Module, choices: list[Choice], source: TracedModel, plan: Plan) -> None:
-    """Find the values of the open choices with which the pruned module is what was predicted."""
+def _settle(pruned: nn.Module, choices: list[Choice], source: TracedModel, plan: Plan) -> nn.Module:
+    """Make the cut module what was predicted: settle the open choices, then replace what cannot express it.
+
+    A module whose Python cannot give the predicted shapes is replaced, with all of its class, by its part of the graph;
+    where that does not help, its parent is, up to the model itself.
+    """
     problems = []
     for trial in itertools.islice(_assignments(pruned, choices), MOST_TRIALS):
-        for choice, value in trial.items():
-            choice.take(pruned, value)
-        try:
-            problems.append(_problem(pruned, source, plan))
-        except EkgfxError as error:
-            problems.append(str(error))
-        if not problems[-1]:
-            return
-    raise PruneError(f"the pruned {type(pruned).__name__} is not what was predicted: {problems[0]}")
+        _take(pruned, trial)
+        problem = _problem(pruned, source, plan)
+        if problem is None:
+            return pruned
+        problems.append(problem)
+    _take(pruned, next(_assignments(pruned, choices)))
+    problem, replaced = problems[0], set[str]()
+    while problem is not None:
+        path = problem.module
+        while path and (path in replaced or not _replace(pruned, path, source, plan, replaced)):
+            path = path.rpartition(".")[0]
+        if not path:
+            if "" in replaced:
+                raise PruneError(f"the pruned {type(pruned).__name__} is not what was predicted: {problem.text}")
+            replaced.add("")
+            counts = {axis: len(index) for axis, index in source.groups.kept(plan).items()}
+            pruned = replace_module(pruned, "", source, counts)
+        problem = _problem(pruned, source, plan)
+    return pruned
+
+
+def _replace(pruned: nn.Module, path: str, source: TracedModel, plan: Plan, replaced: set[str]) -> bool:
+    """Replace the module at `path` and all others of its class by their graphs; False if that cannot be done."""
+    counts = {axis: len(index) for axis, index in source.groups.kept(plan).items()}
+    kind = type(source.model.get_submodule(path))
+    alike = [name for name, module in source.model.named_modules() if type(module) is kind and name not in replaced]
+    replaced.update(alike)
+    try:
+        for name in alike:
+            replace_module(pruned, name, source, counts)
+    except (PruneError, AttributeError):  # an inner module of one replaced before is no module any more
+        return False
+    return True
+
+
+def _take(pruned: nn.Module, trial: dict[Choice, int]) -> None:
+    for choice, value in trial.items():
+        choice.take(pruned, value)
 
 
 def _assignments(pruned: nn.Module, choices: list[Choice]) -> Any:
-    """Every way to settle the choices; modules of one class share theirs. The ways closest to 'all changed' come first."""
+    """Every way to settle the choices, those closest to 'all changed' first; modules of one class share theirs."""
     kinds: dict[tuple, list[Choice]] = {}
     for choice in choices:
         kinds.setdefault((type(pruned.get_submodule(choice.module)), choice.attribute, choice.position), []).append(
@@ -98,14 +131,46 @@ def _assignments(pruned: nn.Module, choices: list[Choice]) -> Any:
         }
 
 
-def _problem(pruned: nn.Module, source: TracedModel, plan: Plan) -> str:
+@dataclass(frozen=True)
+class _Problem:
+    """What is wrong with a cut module, and the module in which it shows ('' if that is not known)."""
+
+    text: str
+    module: str = ""
+
+
+def _problem(pruned: nn.Module, source: TracedModel, plan: Plan) -> _Problem | None:
+    """Trace the cut module again and compare it with the prediction; None if all agrees."""
     args, kwargs = source.example
-    again = trace(pruned, args, kwargs)
-    difference = compare_shapes(source, plan, again)
+    try:
+        again = trace(pruned, args, kwargs)
+        difference = compare_shapes(source, plan, again)
+    except EkgfxError as error:
+        return _Problem(str(error), _failing_module(pruned, args, kwargs))
     if difference is not None:
-        return str(difference)
+        return _Problem(str(difference), difference.module)
+    if again.cost() != source.cost(plan):
+        return _Problem(f"it costs {again.cost()}, predicted were {source.cost(plan)}")
     error = check_pruned(source, plan, pruned, args, kwargs)
     dtype = next((p.dtype for p in pruned.parameters()), torch.float32)
     if not error <= TOLERANCE.get(dtype, 0.05):
-        return f"its output differs from the sliced graph's by {error:.1e} (relative)"
+        return _Problem(f"its output differs from the sliced graph's by {error:.1e} (relative)")
+    return None
+
+
+def _failing_module(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str:
+    """Name of the innermost module whose forward raises, '' if none does."""
+    running: list[str] = []
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda _, __, n=name: running.append(n)))
+        handles.append(module.register_forward_hook(lambda *_: running.pop() and None))
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            model(*args, **kwargs)
+    except Exception:  # noqa: BLE001  whatever the user's forward raises; its place is what is wanted
+        return running[-1]
+    finally:
+        for handle in handles:
+            handle.remove()
     return ""

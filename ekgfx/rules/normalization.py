@@ -8,12 +8,15 @@ AFFINE = ("weight", "bias", "running_mean", "running_var")
 
 @rule("aten.batch_norm.default", "aten.instance_norm.default")
 def batch_norm(call: Call) -> Effect:
-    """input (N, C, *), all parameters and running statistics (C)."""
+    """input (N, C, *), all parameters and running statistics (C).
+
+    In training form (weight standardization is written so) the statistics are those of the positions at hand.
+    """
     x = call["input"]
     for name in AFFINE:
         if call[name]:
             call.unify(x[1], call[name][0])
-    return Effect(x, carries=True)
+    return Effect(x, carries=True, statistics=bool(call.args.get("training", call.args.get("use_input_stats"))))
 
 
 @rule("aten.layer_norm.default", "aten.rms_norm.default", "aten._fused_rms_norm.default")

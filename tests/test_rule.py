@@ -1,0 +1,74 @@
+"""Teaching an operator: a real custom operator, first unknown, then known."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ekgfx
+from ekgfx.rules import Call, Effect, lookup, rule
+from ekgfx.rules.registry import _RULES
+from ekgfx.verify import check_masked, check_pruned, perturb
+
+
+@torch.library.custom_op("ekgfx_test::swap_halves", mutates_args=())
+def swap_halves(x: Tensor) -> Tensor:
+    return torch.cat(x.chunk(2, 1)[::-1], 1)
+
+
+@swap_halves.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(torch.ops.ekgfx_test.swap_halves(self.a(x))).mean((2, 3)))
+
+
+@pytest.fixture
+def taught() -> None:
+    @rule("ekgfx_test.swap_halves.default")
+    def swapped(call: Call) -> Effect:
+        """Channels are [2]·half; the halves change places, so a cut takes the same channels of both."""
+        from ekgfx.axes import Prod, size
+
+        x = call["x"]
+        half = call.fresh(size(x[1]) // 2)
+        call.unify(x[1], Prod((call.constant(2, "halves"), half)))
+        return Effect(x)
+
+    yield
+    del _RULES["ekgfx_test.swap_halves.default"]
+
+
+def test_an_unknown_operator_freezes_what_touches_it_and_is_named() -> None:
+    traced = ekgfx.trace(Net(), torch.zeros(2, 3, 4, 4))
+    assert traced.unknown_ops == {"ekgfx_test.swap_halves.default": 1}
+    assert list(traced.groups) == ["b"]
+    reasons = {f.reason for f in traced.groups.frozen if f.parameter == "a.weight"}
+    assert "ekgfx_test.swap_halves.default: no rule for this operator" in reasons
+
+
+def test_a_taught_operator_is_pruned_exactly(taught: None) -> None:
+    model = Net().double().eval()
+    perturb(model)
+    traced = ekgfx.trace(model, torch.zeros(2, 3, 4, 4, dtype=torch.float64))
+    assert traced.unknown_ops == {} and traced.groups["a"].size == 4
+    plan = ekgfx.Plan({"a": (0, 3), "b": (1, 2)})
+    x = torch.randn(3, 3, 4, 4, dtype=torch.float64)
+    assert check_masked(traced, plan, (x,)) < 1e-12
+    assert check_pruned(traced, plan, ekgfx.prune(model, plan, traced), (x,)) < 1e-12
+
+
+def test_a_second_rule_for_an_operator_is_refused(taught: None) -> None:
+    with pytest.raises(ValueError, match=r"swap_halves.default already has the rule swapped"):
+        rule("ekgfx_test.swap_halves.default")(lambda call: Effect(call["x"]))
+
+
+def test_pointwise_operators_are_those_that_pytorch_tags() -> None:
+    assert lookup(torch.ops.aten.erf.default) is _RULES["pointwise"]
+    assert lookup(torch.ops.aten.median.default) is None

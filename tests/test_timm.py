@@ -1,0 +1,86 @@
+"""Real architectures: exact cuts of the networks that the README names, and one network per mechanism."""
+
+import copy
+import random
+
+import pytest
+import timm
+import torch
+
+import ekgfx
+from ekgfx.verify import check_masked, check_pruned, perturb
+
+NAMED = [
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnext50_32x4d",
+    "mobilenetv2_100",
+    "mobilenetv3_small_100",
+    "efficientnet_b0",
+    "densenet121",
+    "regnety_002",
+    "convnext_atto",
+    "vit_tiny_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "ekgfx.models:resnet20_cifar",
+    "ekgfx.models:resnet56_cifar",
+]
+
+
+def build(name: str) -> tuple[torch.nn.Module, tuple[int, ...]]:
+    torch.manual_seed(0)
+    if ":" in name:
+        factory = name.partition(":")[2]
+        return getattr(ekgfx.models, factory)(), (3, 32, 32)
+    model = timm.create_model(name)
+    _, height, width = model.pretrained_cfg["input_size"]
+    return model, (3, height, width)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_random_plans_are_exact(name: str) -> None:
+    model, shape = build(name)
+    model.double().eval()
+    perturb(model)
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    traced = ekgfx.trace(model, x)
+    assert not traced.unknown_ops
+    rng = random.Random(0)
+    plan = ekgfx.Plan(
+        {n: tuple(sorted(rng.sample(range(g.size), rng.randint(1, g.size)))) for n, g in traced.groups.items()}
+    )
+    assert check_masked(traced, plan, (x,)) < 1e-10
+    pruned = ekgfx.prune(model, plan, traced)  # traces the result again: shapes, MACs and parameters as predicted
+    assert type(pruned) is type(model)
+    assert all(type(a) is type(b) for a, b in zip(pruned.modules(), model.modules(), strict=True))
+    fresh = torch.randn(3, *shape, dtype=torch.float64)
+    assert check_pruned(traced, plan, pruned, (fresh,)) < 1e-10
+    assert sum(p.numel() for p in pruned.parameters()) == traced.cost(plan).params
+
+    pruned.train()
+    optimizer = torch.optim.SGD(pruned.parameters(), 1e-3)
+    pruned(torch.randn(4, *shape, dtype=torch.float64)).square().mean().backward()
+    optimizer.step()
+    twin = copy.deepcopy(pruned).eval()
+    twin.load_state_dict(pruned.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), pruned.eval()(x), rtol=0, atol=0)
+
+
+def test_a_stream_width_assumed_in_python_is_replaced_by_its_graph() -> None:
+    """test_vit_relpos reshapes its attention to the width of the stream: Python cannot express other widths."""
+    model, shape = build("test_vit_relpos")
+    model.eval()
+    traced = ekgfx.trace(model, torch.randn(1, *shape))
+    heads = {n: tuple(range(max(1, g.size - 1))) for n, g in traced.groups.items() if n.endswith("attn.qkv")}
+    assert len(heads) == 10
+    pruned = ekgfx.prune(model, ekgfx.Plan(heads), traced)
+    assert type(pruned) is type(model)
+    assert "Graph" in type(pruned.blocks[0].attn).__name__
+    assert {k.split(".")[0] for k in pruned.state_dict()} == {k.split(".")[0] for k in model.state_dict()}
+    for batch in (1, 5):
+        x = torch.randn(batch, *shape)
+        torch.testing.assert_close(pruned.eval()(x), traced.subnetwork(ekgfx.Plan(heads))(x), rtol=1e-4, atol=1e-4)
+    pruned.train()(torch.randn(2, *shape)).sum().backward()
+    assert pruned.blocks[0].attn.get_parameter("qkv.weight").grad is not None

@@ -5,7 +5,7 @@ Three kinds of integers: those of standard layers follow from their weights; tho
 owns an operator with a recomputed argument (head counts, split sizes …) are found by their old value.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ekgfx.axes import Axis, Expr, count
+from ekgfx.axes import Axis, counted
 from ekgfx.graph import AxisGraph
 
 
@@ -95,7 +95,7 @@ def correct(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int]) -> li
         if isinstance(module, STANDARD):
             for change in changes.get(name, ()):
                 if change.argument in vars(module):
-                    setattr(module, change.argument, change.new)
+                    setattr(module, change.argument, tuple(change.new) if isinstance(change.new, list) else change.new)
             next(follow for layer, follow in LAYERS if isinstance(module, layer))(module)
     owners = {operation.module for operation in graph.operations}
     return [
@@ -125,20 +125,16 @@ def _recomputed(graph: AxisGraph, counts: Mapping[Axis, int]) -> dict[str, list[
     found: dict[str, list[_Change]] = {}
     for operation in graph.operations:
         for argument, expr in operation.effect.sizes.items():
-            change = _Change(argument, _measure(expr, {}), _measure(expr, counts))
+            change = _Change(argument, counted(expr, {}), counted(expr, counts))
             found.setdefault(operation.module, []).append(change)
     return found
-
-
-def _measure(expr: Expr | Sequence[Expr], counts: Mapping[Axis, int]) -> int | tuple[int, ...]:
-    return tuple(count(e, counts) for e in expr) if isinstance(expr, list | tuple) else count(expr, counts)  # type: ignore[arg-type]
 
 
 def _renamed(changes: list[_Change]) -> dict[int, tuple[int, ...]]:
     """Old value → the values it stands for now, changed ones first; values that never change are left out."""
     now: dict[int, dict[int, None]] = {}
     for change in changes:
-        several = isinstance(change.old, tuple)
+        several = isinstance(change.old, list)
         for old, new in zip(change.old, change.new, strict=True) if several else [(change.old, change.new)]:
             now.setdefault(old, {})[new] = None
     return {old: tuple(sorted(new, key=lambda n: n == old)) for old, new in now.items() if set(new) != {old}}

@@ -71,10 +71,11 @@ def resolve(expr: Expr) -> Expr:
     resolved Prod is an Axis, and its other factors are Axes or Sums.
     """
     match expr:
-        case Axis(bound=None):
+        case Axis() if expr.bound is None:
             return expr
         case Axis():
-            expr.bound = resolve(expr.bound)  # type: ignore[arg-type]  # path compression
+            assert expr.bound is not None
+            expr.bound = resolve(expr.bound)  # path compression
             return expr.bound
         case Sum(terms):
             flat = [t for term in map(resolve, terms) for t in (term.terms if isinstance(term, Sum) else (term,))]
@@ -209,7 +210,8 @@ def split(expr: Expr, position: int) -> tuple[Expr, Expr]:
     raise ValueError(f"no position {position} in a dimension of {size(expr)}")
 
 
-def _part(axis: Axis, positions: int) -> Axis:
+def _part(axis: Expr, positions: int) -> Axis:
+    assert isinstance(axis, Axis)  # the leading factor of a resolved Prod
     return Axis(positions, axis.origin, axis.frozen)
 
 
@@ -231,6 +233,11 @@ def count(expr: Expr, counts: Mapping[Axis, int]) -> int:
             return sum(count(term, counts) for term in terms)
         case Prod(factors):
             return reduce(mul, (count(factor, counts) for factor in factors), 1)
+
+
+def counted(exprs: Expr | Sequence[Expr], counts: Mapping[Axis, int]) -> int | list[int]:
+    """`count` of one expression, or of each in a sequence: the integers of an operator's argument."""
+    return count(exprs, counts) if isinstance(exprs, Expr) else [count(expr, counts) for expr in exprs]
 
 
 def positions(expr: Expr, kept: Mapping[Axis, Tensor]) -> Tensor:

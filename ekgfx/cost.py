@@ -18,7 +18,7 @@ Products = list[tuple[Expr, ...]]
 
 @dataclass(frozen=True)
 class Cost:
-    """MACs per sample (one multiplication with its addition; convolutions, linear layers, matrix products) and parameters."""
+    """MACs per sample (multiplications of convolutions, linear layers, attention, matrix products) and parameters."""
 
     macs: int
     params: int
@@ -80,7 +80,7 @@ def mac_products(graph: AxisGraph, operation: Operation) -> Products:
     if formula is None:
         return []
     dims = {name: graph.symbolic(value) for name, value in operation.args.items()}
-    return formula(dims, graph.dims[operation.name])  # type: ignore[arg-type]
+    return formula(dims, graph.dims[operation.name])
 
 
 def evaluate(products: Products, counts: Mapping[Axis, int]) -> int:

@@ -1,6 +1,6 @@
 """Make an exported graph purely functional, so that activations can be kept, reused and differentiated."""
 
-import copy
+from typing import Any
 
 import torch
 from torch import fx
@@ -31,34 +31,21 @@ def functionalize(program: ExportedProgram) -> fx.Graph:
 def _inlined(module: fx.GraphModule) -> fx.Graph:
     """A copy of the graph in which every wrapped nested graph stands in place of its call."""
     graph = fx.Graph()
-    done: dict[fx.Node, object] = {}
+    done: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
+        name = getattr(node.target, "__name__", "")
         if node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), fx.GraphModule):
             continue
-        wrapper = WRAPPERS.get(getattr(node.target, "__name__", "")) if node.op == "call_function" else None
-        if wrapper is None:
-            done[node] = graph.node_copy(node, lambda n: done[n])  # type: ignore[arg-type, return-value]
-            continue
-        nested: fx.GraphModule = getattr(module, node.args[wrapper[0]].target)  # type: ignore[union-attr]
-        inner = _inlined(nested)
-        inputs = fx.map_arg(node.args[wrapper[1] :], lambda n: done[n])
-        values = dict(zip((n for n in inner.nodes if n.op == "placeholder"), inputs, strict=True))  # type: ignore[arg-type]
-        done[node] = graph.graph_copy(inner, values)  # type: ignore[arg-type]
-    # getitem on an inlined call reads a Python tuple: take the element itself.
-    return _without_tuple_reads(graph, module, done)
-
-
-def _without_tuple_reads(graph: fx.Graph, module: fx.GraphModule, done: dict) -> fx.Graph:
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.args and isinstance(node.args[0], list | tuple):
-            if getattr(node.target, "__name__", "") == "getitem":
-                node.replace_all_uses_with(node.args[0][node.args[1]])
-                graph.erase_node(node)
-    for node in module.graph.nodes:
-        if node.op == "output":
-            graph_output = next((n for n in graph.nodes if n.op == "output"), None)
-            if graph_output is not None:
-                graph_output.meta = copy.copy(node.meta)
+        if node.op == "call_function" and name in WRAPPERS:
+            nested, first = WRAPPERS[name]
+            inner = _inlined(getattr(module, node.args[nested].target))
+            inputs = [done[n] for n in node.args[first:]]
+            values = dict(zip((n for n in inner.nodes if n.op == "placeholder"), inputs, strict=True))
+            done[node] = graph.graph_copy(inner, values)
+        elif name == "getitem" and not isinstance(done[node.args[0]], fx.Node):
+            done[node] = done[node.args[0]][node.args[1]]  # an inlined graph's output is a plain tuple of nodes
+        else:
+            done[node] = graph.node_copy(node, done.__getitem__)
     return graph
 
 
@@ -97,9 +84,8 @@ def _replace_in_place(graph: fx.Graph) -> bool:
         if functional is None or len(written) > 1 or target.op == "placeholder" or read_later:
             return False
         node.target = functional
-        target.replace_all_uses_with(
-            node, delete_user_cb=lambda user, n=node: user is not n and order.get(user, 0) > order[n]
-        )
+        for user in [user for user in target.users if order[user] > order[node]]:
+            user.replace_input_with(target, node)
     return True
 
 

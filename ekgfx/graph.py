@@ -7,7 +7,7 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +20,8 @@ from ekgfx.errors import TraceError
 from ekgfx.functional import functionalize
 from ekgfx.rules import Call, Effect, lookup, unknown
 from ekgfx.rules.registry import TensorDims
+
+Example = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a model
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class AxisGraph:
         unknown_ops: operators without a rule → number of uses.
     """
 
-    def __init__(self, model: nn.Module, program: torch.export.ExportedProgram, example: tuple[tuple, dict]) -> None:
+    def __init__(self, model: nn.Module, program: torch.export.ExportedProgram, example: Example) -> None:
         self.model = model
         self.graph = functionalize(program)
         self.example = example
@@ -80,7 +82,7 @@ class AxisGraph:
                     raise TraceError(f"cannot analyse a model with a {spec.kind.name} input ({spec.target})")
         self.unknown_ops: dict[str, int] = {}
         self.batch = Axis(0, "batch", frozen="batch dimension", batch=True)
-        self.dims: dict[str, Dims | list[Dims]] = {}
+        self.dims: dict[str, Any] = {}  # Dims, or a list of them
         self.operations: list[Operation] = []
         self._propagate()
 
@@ -106,7 +108,7 @@ class AxisGraph:
         for placeholder, name in self.weights.items():
             if name not in used:
                 for dim in self.dims[placeholder]:
-                    freeze(dim, f"{name} is not used in evaluation mode")  # type: ignore[arg-type]
+                    freeze(dim, f"{name} is not used in evaluation mode")
 
     def _placeholder(self, node: fx.Node, shared: dict[str, Dims]) -> Dims:
         value = node.meta.get("val")
@@ -126,9 +128,9 @@ class AxisGraph:
 
     def _operation(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
-            source, i = node.args
-            if isinstance(self.dims.get(source.name), list):  # type: ignore[union-attr]
-                self.dims[node.name] = self.dims[source.name][i]  # type: ignore[index, union-attr, assignment]
+            source, i = cast(tuple[fx.Node, int], node.args)
+            if isinstance(self.dims.get(source.name), list):
+                self.dims[node.name] = self.dims[source.name][i]
             return
         shapes = [tuple(v.shape) for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
         args = bind(node)
@@ -201,13 +203,13 @@ class AxisGraph:
 
     def weight_dims(self) -> dict[str, Dims]:
         """Qualified name of every parameter and buffer in the graph → the expressions of its dimensions."""
-        return {name: self.dims[placeholder] for placeholder, name in self.weights.items()}  # type: ignore[misc]
+        return {name: self.dims[placeholder] for placeholder, name in self.weights.items()}
 
 
 def bind(node: fx.Node) -> dict[str, Any]:
     """A node's arguments by the names of the operator's schema, defaults filled in."""
     if not isinstance(node.target, OpOverload):
-        return {**dict(enumerate(node.args)), **node.kwargs}  # type: ignore[dict-item]
+        return {**{f"{i}": value for i, value in enumerate(node.args)}, **node.kwargs}
     arguments = node.target._schema.arguments
     bound = {a.name: a.default_value for a in arguments if a.has_default_value() or a.kwarg_only}
     bound.update(zip((a.name for a in arguments), node.args, strict=False))

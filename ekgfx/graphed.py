@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ekgfx.attributes import STANDARD
-from ekgfx.axes import Axis, Expr, axes, count
+from ekgfx.axes import Axis, Expr, Prod, Sum, axes, count
 from ekgfx.errors import PruneError
 from ekgfx.graph import AxisGraph, Operation
 from ekgfx.sliced import SubNetwork
@@ -131,9 +131,9 @@ class _BatchSize:
         self.size: fx.Node | None = None
         for node in inputs:
             for d, dim in enumerate(graph.dims.get(node.name, ())):
-                if self.size is None and self._varies(dim):  # type: ignore[arg-type]
+                if self.size is None and self._varies(dim):
                     length = new.call_function(torch.ops.aten.sym_size.int, (made[node.name], d))
-                    self.size = self._times(length, count(dim, {**counts, self.axis: 1}), divide=True)  # type: ignore[arg-type]
+                    self.size = self._times(length, count(dim, {**counts, self.axis: 1}), divide=True)
 
     def _varies(self, expr: Expr) -> bool:
         return any(axis is self.axis for axis in axes(expr))
@@ -184,7 +184,7 @@ def _recomputed(
 
     args = {name: load(value) for name, value in operation.args.items()}
     for name, expr in operation.effect.sizes.items():
-        args[name] = [batch(e) for e in expr] if isinstance(expr, list | tuple) else batch(expr)  # type: ignore[arg-type]
+        args[name] = batch(expr) if isinstance(expr, Axis | Sum | Prod) else [batch(e) for e in expr]
     schema = operation.target._schema.arguments
     positional = tuple(args[a.name] for a in schema if not a.kwarg_only)
     return new.call_function(operation.target, positional, {a.name: args[a.name] for a in schema if a.kwarg_only})

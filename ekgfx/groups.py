@@ -187,7 +187,9 @@ def _producers(graph: AxisGraph) -> dict[Axis, list[tuple[str, Operation]]]:
     return found
 
 
-def _names(producers: Mapping[Axis, list], places: Mapping[Axis, list[Place]]) -> dict[Axis, str]:
+def _names(
+    producers: Mapping[Axis, list[tuple[str, Operation]]], places: Mapping[Axis, list[Place]]
+) -> dict[Axis, str]:
     base = {
         axis: (made[0][0] if made else places[axis][0].parameter).removesuffix(".weight")
         for axis, made in producers.items()
@@ -216,20 +218,20 @@ def _gates(graph: AxisGraph, axis: Axis, producers: list[Operation]) -> tuple[Ga
     for node in nodes:
         dims = graph.dims[node.name]
         for d, dim in enumerate(dims):
-            if axis in set(axes(dim)):  # type: ignore[arg-type]
-                gates.append(Gate(node.name, d, membership(dim, axis)))  # type: ignore[arg-type]
+            if axis in set(axes(dim)):
+                gates.append(Gate(node.name, d, membership(dim, axis)))
                 break
     return tuple(gates)
 
 
 def _end_of_chain(graph: AxisGraph, axis: Axis, node: fx.Node) -> fx.Node:
-    """Follow a producer's value through operators that only carry it, up to where several or other operators read it."""
+    """Follow a producer's value through operators that only carry it, up to where others or several read it."""
     while len(node.users) == 1:
         (user,) = node.users
         operation = graph.operation(user)
         if operation is None or not operation.effect.carries or isinstance(graph.dims[user.name], list):
             break
-        if not any(axis in set(axes(dim)) for dim in graph.dims[user.name]):  # type: ignore[arg-type]
+        if not any(axis in set(axes(dim)) for dim in graph.dims[user.name]):
             break
         node = user
     return node

@@ -5,14 +5,14 @@ This is the one mechanism by which a sub-network is judged: the search runs it, 
 
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from ekgfx.axes import Axis, Expr, axes, count, positions
+from ekgfx.axes import Axis, Expr, axes, counted, positions
 from ekgfx.errors import PlanError
 from ekgfx.graph import AxisGraph, Operation
 
@@ -21,7 +21,7 @@ KERNELS = ("aten.conv", "aten.linear")  # operators whose weights the rescaling 
 
 
 class GraphRunner:
-    """Runs an axis graph operator by operator; subclasses say which weights it runs on and what an operator computes."""
+    """Runs an axis graph operator by operator; subclasses say on which weights, and what an operator computes."""
 
     def __init__(self, graph: AxisGraph, weights: Mapping[str, Tensor]) -> None:
         self.graph = graph
@@ -35,7 +35,7 @@ class GraphRunner:
         return self.run(args, kwargs)[0]
 
     def run(
-        self, args: tuple, kwargs: dict[str, Any] | None = None, capture: Iterable[str] = ()
+        self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, capture: Iterable[str] = ()
     ) -> tuple[Any, dict[str, Any]]:
         """The model's output, and the values of the nodes named in `capture` (still attached for autograd).
 
@@ -70,7 +70,7 @@ class GraphRunner:
         name = self.graph.weights.get(placeholder)
         return self.weights[name] if name is not None else self.graph.constants[placeholder].to(self.device)
 
-    def _inputs(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if len(leaves) != len(self.graph.inputs):
             raise PlanError(
@@ -79,7 +79,7 @@ class GraphRunner:
         return dict(zip(self.graph.inputs, leaves, strict=True))
 
     def _output(self, node: fx.Node, env: dict[str, Any]) -> Any:
-        values = [_load(value, env) for value in node.args[0]]  # type: ignore[union-attr]
+        values = [_load(value, env) for value in cast(list[Any], node.args[0])]
         return pytree.tree_unflatten(values[len(values) - self.graph.out_spec.num_leaves :], self.graph.out_spec)
 
 
@@ -91,12 +91,11 @@ def _load(value: Any, env: Mapping[str, Any]) -> Any:
     return value
 
 
-def call(target: Any, args: Mapping[Any, Any]) -> Any:
+def call(target: Any, args: Mapping[str, Any]) -> Any:
     """Call an operator with its arguments by schema name."""
     if not isinstance(target, OpOverload):
-        return target(
-            *(v for k, v in args.items() if isinstance(k, int)), **{k: v for k, v in args.items() if isinstance(k, str)}
-        )
+        positional = [value for name, value in args.items() if name.isdigit()]
+        return target(*positional, **{name: value for name, value in args.items() if not name.isdigit()})
     schema = target._schema.arguments
     return target(
         *(args[a.name] for a in schema if not a.kwarg_only), **{a.name: args[a.name] for a in schema if a.kwarg_only}
@@ -106,7 +105,7 @@ def call(target: Any, args: Mapping[Any, Any]) -> Any:
 def resize(operation: Operation, args: dict[str, Any], counts: Mapping[Axis, int]) -> dict[str, Any]:
     """The arguments with every integer that follows from an expression recomputed for the kept counts."""
     for name, expr in operation.effect.sizes.items():
-        args[name] = [count(e, counts) for e in expr] if isinstance(expr, list | tuple) else count(expr, counts)  # type: ignore[arg-type]
+        args[name] = counted(expr, counts)
     return args
 
 

@@ -151,10 +151,10 @@ def _problem(pruned: nn.Module, source: TracedModel, plan: Plan) -> _Problem | N
         return _Problem(str(difference), difference.module)
     if again.cost() != source.cost(plan):
         return _Problem(f"it costs {again.cost()}, predicted were {source.cost(plan)}")
-    error = check_pruned(source, plan, pruned, args, kwargs)
+    off = check_pruned(source, plan, pruned, args, kwargs)
     dtype = next((p.dtype for p in pruned.parameters()), torch.float32)
-    if not error <= TOLERANCE.get(dtype, 0.05):
-        return _Problem(f"its output differs from the sliced graph's by {error:.1e} (relative)")
+    if not off <= TOLERANCE.get(dtype, 0.05):
+        return _Problem(f"its output differs from the sliced graph's by {off:.1e} (relative)")
     return None
 
 

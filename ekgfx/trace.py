@@ -8,7 +8,7 @@ traced.subnetwork(plan)(images)         # what the pruned network computes, with
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ekgfx.cost import Cost, Products, cost_of, mac_table
 from ekgfx.errors import TraceError
-from ekgfx.graph import AxisGraph
+from ekgfx.graph import AxisGraph, Example
 from ekgfx.groups import Groups, find_groups
 from ekgfx.plan import Plan
 from ekgfx.sliced import SubNetwork
@@ -52,7 +52,9 @@ class TracedModel(AxisGraph):
         return SubNetwork(self, self.groups.kept(plan), batch_stats=batch_stats, rescale=rescale)
 
 
-def trace(model: nn.Module, example_inputs: Tensor | tuple | list, kwargs: dict[str, Any] | None = None) -> TracedModel:
+def trace(
+    model: nn.Module, example_inputs: Tensor | Sequence[Any], kwargs: dict[str, Any] | None = None
+) -> TracedModel:
     """Trace a model in evaluation mode.
 
     Args:
@@ -64,7 +66,7 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple | list, kwargs: dict[
     Raises:
         TraceError: the model's forward cannot be turned into a graph; the message says where.
     """
-    args = tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)
+    args = tuple(example_inputs) if not isinstance(example_inputs, Tensor) else (example_inputs,)
     example = _at_least_two((args, dict(kwargs or {})))
     with evaluation_mode(model):
         try:
@@ -87,11 +89,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _at_least_two(example: tuple[tuple, dict]) -> tuple[tuple, dict]:
+def _at_least_two(example: Example) -> Example:
     tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor)]
     if not tensors or any(t.ndim == 0 or t.shape[0] != 1 for t in tensors):
         return example
-    return pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]), example)
+    doubled: Example = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]), example)
+    return doubled
 
 
 def _first_lines(error: Exception) -> str:

@@ -16,7 +16,6 @@ from ekgfx.rules.registry import is_dims
 from ekgfx.sliced import GraphRunner, call, resize
 from ekgfx.trace import TracedModel, evaluation_mode
 
-
 # Copies that PyTorch leaves out where a narrower tensor happens to be contiguous already.
 LAYOUT_ONLY = {f"aten.{name}.default" for name in ("contiguous", "clone", "alias")}
 
@@ -149,8 +148,8 @@ def check_pruned(
 def perturb(model: nn.Module, seed: int = 0) -> None:
     """Randomize all parameters and norm statistics in place, so that an error in the analysis cannot hide.
 
-    Freshly initialized networks hide errors: scales and residual gammas are zero or one, biases zero, running statistics
-    trivial, and attention maps are nearly uniform (so query and key weights are scaled up as well).
+    Freshly initialized networks hide errors: scales and residual gammas are zero or one, biases zero, running
+    statistics trivial, and attention maps are nearly uniform (so query and key weights are scaled up as well).
     """
     generator = torch.Generator().manual_seed(seed)
 

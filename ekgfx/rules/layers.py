@@ -89,13 +89,12 @@ def einsum(call: Call) -> Effect:
     """Dimensions with the same letter are one dimension; a letter on the right only passes through."""
     equation: str = call["equation"].replace(" ", "")
     operands: list[Dims] = call["tensors"]
-    left, _, right = equation.partition("->")
+    left, arrow, right = equation.partition("->")
     terms = left.split(",")
     spelled: list[list[str]] = []
-    for term, dims in zip(terms, operands, strict=True):
-        missing = len(dims) - len(term.replace("...", ""))
-        spelled.append(_letters(term, missing))
-    if "->" not in equation:
+    for text, dims in zip(terms, operands, strict=True):
+        spelled.append(_letters(text, len(dims) - len(text.replace("...", ""))))
+    if not arrow:
         every = [letter for term in spelled for letter in term]
         dots = sorted({x for x in every if x[0] == "."}, key=lambda x: -int(x[1:]))
         output = dots + sorted(x for x in set(every) if every.count(x) == 1 and x[0] != ".")

@@ -1,4 +1,4 @@
-"""Operators that join tensors along a dimension or take pieces of one: cat, stack, split, chunk, slice, select, index."""
+"""Operators that join tensors along a dimension or take pieces of one: cat, stack, split, slice, select, index."""
 
 from ekgfx.axes import ONE, Dims, Expr, Prod, Sum, fixed, size
 from ekgfx.rules.pointwise import broadcast

@@ -39,7 +39,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Call:
-    """One use of an operator: arguments by schema name (tensors as Dims), traced output shape(s), and where it stands."""
+    """One use of an operator: arguments by schema name (tensors as Dims), traced output shapes, and where it stands."""
 
     op: str
     args: Mapping[str, Any]
@@ -87,8 +87,8 @@ class Call:
         return tuple(self.constant(n, why) for n in shape)
 
 
-class TensorDims(tuple):
-    """The dimensions of a tensor argument; a type of its own so that an empty tuple of integers is never mistaken for it."""
+class TensorDims(tuple[Expr, ...]):
+    """The dimensions of a tensor argument; a type of its own, so that no tuple of integers is mistaken for it."""
 
 
 def is_dims(value: object) -> bool:

@@ -23,7 +23,7 @@ def runs(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[slice, s
                 right, j = right * after[j], j + 1
             else:
                 left, i = left * before[i], i + 1
-            if left == right and j > start_j and i > start_i or (i == len(before) and j == len(after)):
+            if (left == right and j > start_j and i > start_i) or (i == len(before) and j == len(after)):
                 break
         yield slice(start_i, i), slice(start_j, j)
 

@@ -1,6 +1,6 @@
 """Operators over space: pooling, interpolation, padding. Channels pass, space is frozen."""
 
-from ekgfx.axes import ONE, Dims, Expr, Sum, fixed, size
+from ekgfx.axes import ONE, Dims, Expr, Sum, fixed
 from ekgfx.rules.registry import Call, Effect, rule
 
 

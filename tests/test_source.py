@@ -361,10 +361,10 @@ def keras_resnet50(data_dir: Path, monkeypatch) -> tuple[Built, data.Data]:
 
 
 def test_resnet50_knows_real_images(data_dir: Path, monkeypatch) -> None:
-    """Strides, fp16 weights, mean, std, crop and labels at once: the loss is 0.71 without mean, 0.81 without std."""
+    """Strides, fp16 weights, mean, std, crop and labels at once: the loss is 1.75 without the mean."""
     logits, labels = outputs(*keras_resnet50(data_dir, monkeypatch), count=20)
-    assert ranks(logits, labels) == (16, 20)
-    assert float(nn.functional.cross_entropy(logits, labels)) == pytest.approx(0.3615, abs=0.01)
+    assert ranks(logits, labels) == (15, 18)
+    assert float(nn.functional.cross_entropy(logits, labels)) == pytest.approx(0.7258, abs=0.01)
 
 
 @pytest.mark.sweep

@@ -122,7 +122,7 @@ def read_cifar_binary(files: Sequence[Path], label_bytes: int) -> Arrays:
 
 def read_digits() -> Arrays:
     """scikit-learn's 1,797 handwritten digits, 8×8, as float on [0, 1]."""
-    from sklearn.datasets import load_digits
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     digits = load_digits()
     return Arrays(torch.from_numpy(digits.images).float()[:, None] / 16, torch.from_numpy(digits.target).long())
@@ -137,7 +137,7 @@ def read_photos(split: str, size: tuple[int, int], seed: int) -> Arrays:
     The test's crops come from the right-hand quarter, the others from the rest, so that they share no pixel. A crop has
     30% to 100% of the height, the aspect of `size`, and is mirrored half the time.
     """
-    from sklearn.datasets import load_sample_images
+    from sklearn.datasets import load_sample_images  # type: ignore[import-untyped]
 
     photos = [torch.tensor(photo).movedim(2, 0).float() / 255 for photo in load_sample_images().images]
     border = photos[0].shape[2] * 3 // 4

@@ -155,7 +155,7 @@ class Data:
             split: "train" or "test"
             batch_size: samples in a batch; the last one may be smaller
             shuffle: in another order for every epoch; otherwise in the order of the split, or of `subset`
-            augment: flips and crops; with two or more views also brightness, contrast and saturation (see README)
+            augment: flips and crops; with two or more views also brightness, contrast and saturation
             views: how many (augmented) views of each sample; more than one adds a leading dimension
             seed: of the shuffle and the augmentation, together with the epoch
             drop_last: leave a smaller last batch out
@@ -227,17 +227,32 @@ def spread(items: Tensor, share: float, draw: torch.Generator) -> tuple[Tensor, 
     return items[~chosen], items[chosen]
 
 
-def holdout(labels: Tensor | None, count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Divides the indices 0 … count-1 into (train, test) at random, `share` of each class for the test; sorted.
+def holdout(labels: Tensor | None, count: int, share: float) -> tuple[Tensor, Tensor]:
+    """Divides the indices 0 … count-1 into (train, test), `share` of each class for the test; sorted.
+
+    At random, but the same every time: no run may train on what another one is tested on.
 
     Raises:
         DataError: too few samples to give some to either.
     """
-    draw = generator(seed, 3)
+    draw = generator(3)
     train, test = spread(torch.cat(by_class(labels, count, draw)), share, draw)
     if not (len(train) and len(test)):
         raise DataError(f"{count} samples are too few to hold {share:.0%} of them out for the test")
     return train.sort().values, test.sort().values
+
+
+def check_labels(labels: Tensor | None, classes: int | None, index: Tensor | None, where: str) -> None:
+    """Raises DataError for a label below 0 or not below the number of classes; `index`: of which images (None: all)."""
+    if labels is None or classes is None:
+        return
+    wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten()
+    if len(wrong):
+        image = wrong[0] if index is None else index[wrong[0]]
+        raise DataError(
+            f"{where}: label {int(labels[wrong[0]])} of image {int(image)} is out of range 0…{classes - 1} "
+            f"({len(wrong)} such labels of {len(labels)})"
+        )
 
 
 def mixed_seed(*parts: int) -> int:

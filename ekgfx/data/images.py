@@ -13,7 +13,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ekgfx.data.base import CPU, Batch, Split, Views, generator, mixed_seed
+from ekgfx.data.base import CPU, Batch, Split, Views, check_labels, generator, mixed_seed
 from ekgfx.data.sources import ImageSource
 from ekgfx.errors import DataError
 
@@ -94,7 +94,8 @@ class ImageSplit(Split):
 
     source: ImageSource
     geometry: Geometry
-    labelled: bool = True
+    classes: int | None
+    name: str
     device: torch.device = CPU
 
     def __len__(self) -> int:
@@ -125,5 +126,6 @@ class ImageSplit(Split):
             if isinstance(batch, DataError):
                 raise batch
             images, labels, index = batch
+            check_labels(labels, self.classes, index, self.name)
             images = (images[0] if views.count == 1 else images).to(self.device, non_blocking=pinned)
-            yield Batch(images, labels.to(self.device) if self.labelled else None, index)
+            yield Batch(images, None if self.classes is None else labels.to(self.device), index)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ekgfx.data.arrays import Arrays, ArraySplit, read_cifar_binary, read_digits, read_npz, read_photos
 from ekgfx.data.augment import Augmentation
-from ekgfx.data.base import Data, Split, holdout
+from ekgfx.data.base import Data, Split, check_labels, holdout
 from ekgfx.data.images import Geometry, ImageSplit
 from ekgfx.data.sources import ImageSource, open_folder, open_timm
 from ekgfx.errors import DataError
@@ -79,7 +79,8 @@ def load(
         mean, std: normalization per channel of images on [0, 1]; the data set's own if None
         classes: number of the model's outputs; the data must have as many classes (numbered file names: at most)
         crop_pct, interpolation: of timm's evaluation transform, for image files
-        seed: of the split of a set that comes without one (a fifth of each class is the test set), and of photos' crops
+        seed: of photos' crops. A set that comes without a split always has the same fifth of each class as its test
+            set, so that no run trains on what another one is tested on
 
     Raises:
         DataError: an unknown spec, a missing folder, unusable files, labels or class count.
@@ -143,7 +144,7 @@ def _array_data(
     def opener(split: str) -> Callable[[], Split]:
         def opened() -> Split:
             arrays = read(split)
-            check_labels(arrays.labels, classes, f"{request.spec} ({split})")
+            check_labels(arrays.labels, classes, None, f"{request.spec} ({split})")
             return ArraySplit(arrays.images, arrays.labels, size, mean, std, augmentation)
 
         return opened
@@ -156,21 +157,8 @@ def _top_label(labels: Tensor | None) -> int:
     return -1 if labels is None else int(labels.max())
 
 
-def check_labels(labels: Tensor | None, classes: int | None, where: str) -> None:
-    """Raises DataError for a label below 0 or not below the number of classes."""
-    if labels is None or classes is None or len(labels) == 0:
-        return
-    wrong = ((labels < 0) | (labels >= classes)).nonzero()
-    if len(wrong):
-        index = int(wrong[0])
-        raise DataError(
-            f"{where}: label {int(labels[index])} of image {index} is out of range 0…{classes - 1} "
-            f"({len(wrong)} such labels)"
-        )
-
-
-def _held_out(everything: Arrays, split: str, seed: int) -> Arrays:
-    train, test = holdout(everything.labels, len(everything.images), TEST_SHARE, seed)
+def _held_out(everything: Arrays, split: str) -> Arrays:
+    train, test = holdout(everything.labels, len(everything.images), TEST_SHARE)
     return everything.take(train if split == "train" else test)
 
 
@@ -211,14 +199,14 @@ def _npz(request: Request) -> Data:
     if all(files.values()):
         return _array_data(request, folder.name, lambda split: read_npz(files[split]), None, None, None)
     whole = read_npz(everything)
-    return _array_data(request, folder.name, lambda split: _held_out(whole, split, request.seed), None, None, None)
+    return _array_data(request, folder.name, lambda split: _held_out(whole, split), None, None, None)
 
 
 def _digits(request: Request) -> Data:
-    # The split is fixed, so that accuracies compare between runs. A mirrored 2 is no 2: no flips.
+    # A mirrored 2 is no 2: no flips
     whole = read_digits()
     return _array_data(
-        request, "digits", lambda split: _held_out(whole, split, 0), Augmentation(flip=False, pad=1), DIGITS, 10
+        request, "digits", lambda split: _held_out(whole, split), Augmentation(flip=False, pad=1), DIGITS, 10
     )
 
 
@@ -238,7 +226,7 @@ def _image_data(request: Request, name: str, sources: dict[str, ImageSource], cl
     geometry = request.geometry()
 
     def opener(split: str) -> Callable[[], Split]:
-        return lambda: ImageSplit(sources[split], geometry, labelled=classes is not None)
+        return lambda: ImageSplit(sources[split], geometry, classes, f"{request.spec} ({split})")
 
     openers = {split: opener(split) for split in ("train", "test")}
     return Data(name, request.spec, classes, (3, *geometry.size), geometry.mean, geometry.std, openers)
@@ -249,7 +237,7 @@ def _folder(request: Request) -> Data:
     sets, count = open_folder(folder, request.classes)
     if "all" in sets:
         whole = sets["all"]
-        train, test = holdout(whole.labels(), len(whole), TEST_SHARE, request.seed)
+        train, test = holdout(whole.labels(), len(whole), TEST_SHARE)
         sets = {"train": whole.take(train), "test": whole.take(test)}
     return _image_data(request, folder.resolve().name, dict(sets), count)
 

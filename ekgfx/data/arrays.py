@@ -137,7 +137,7 @@ def read_photos(split: str, size: tuple[int, int], seed: int) -> Arrays:
     The test's crops come from the right-hand quarter, the others from the rest, so that they share no pixel. A crop has
     30% to 100% of the height, the aspect of `size`, and is mirrored half the time.
     """
-    from sklearn.datasets import load_sample_images  # type: ignore[import-untyped]
+    from sklearn.datasets import load_sample_images
 
     photos = [torch.tensor(photo).movedim(2, 0).float() / 255 for photo in load_sample_images().images]
     border = photos[0].shape[2] * 3 // 4

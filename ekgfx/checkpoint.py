@@ -113,11 +113,8 @@ def write_weights(run: Run, pruned: nn.Module, plan: Plan) -> None:
 
 
 def save_tensors(model: nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes a module's state to a safetensors file; tied tensors once. RunError when the disk refuses."""
-    try:
-        save_model(model, str(path), metadata)
-    except SafetensorError as error:
-        raise RunError(f"cannot write {path}: {error}; free some space and go on with --resume") from error
+    """Writes a module's state to a safetensors file; tied tensors once."""
+    save_model(model, str(path), metadata)
 
 
 def load_tensors(model: nn.Module, path: Path) -> None:

@@ -21,29 +21,58 @@ from ekgfx.errors import RecipeError
 
 
 @dataclass(frozen=True)
-class Pretrain:
-    """Train the model before pruning it (0 epochs: take it as it comes)."""
+class Training:
+    """How a network is trained; the fields of `ekgfx.finetune.Training`, which says what they mean."""
 
     epochs: int = 0
-    lr: float = 0.05
     batch_size: int = 128
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    optimizer: str = "sgd"
+    schedule: Literal["multistep", "cosine", "constant"] = "multistep"
+    warmup: float = 0.0
+    augment: bool = True
+    views: int | None = None
+    amp: Literal["bf16", "fp16"] | None = None
+    channels_last: bool = False
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class Finetune(Training):
+    """Training of the pruned network. `teachers`: size of the memory bank; `knowledge`: who they are ("none": no bank);
+    `top_k`: logits that the bank keeps of each image (all by default); `temperature`: T of the guidance."""
+
+    knowledge: Literal["ensemble", "single", "none"] = "ensemble"
+    teachers: int = 5
+    top_k: int | None = None
+    temperature: float | None = None
 
 
 @dataclass(frozen=True)
 class Search:
-    """The budget (kept fraction of MACs or of parameters) and the way to it."""
+    """The budget (kept fraction of MACs or of parameters) and the way to it; `ekgfx.search` says what the options mean.
+
+    Before a guided search the model is trained for an epoch on `train_per_class` images of each class (step 0 of the
+    paper; 0 leaves it out). Candidates are judged on `val_per_class` images of each class, or on `images` images where
+    the data has no labels, in batches of `batch_size`.
+    """
 
     flops: float | None = None
     params: float | None = None
     strategy: Literal["ekg", "global", "uniform"] = "ekg"
     importance: Literal["taylor", "magnitude", "fpgm", "bn-scale", "hessian", "lamp"] = "taylor"
     knowledge: Literal["ensemble", "single", "none"] = "ensemble"
+    step: float = 0.2
     align: int = 1
+    min_width: float = 0.0
     ignore: tuple[str, ...] = ()
+    rescale: bool | None = None
     train_per_class: int = 256
     val_per_class: int = 32
-    images: int = 32
-    batch_size: int = 64
+    images: int = 16
+    batch_size: int = 256
 
     def __post_init__(self) -> None:
         for key in ("flops", "params"):
@@ -55,28 +84,24 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Finetune:
-    """Training of the pruned network; `teachers` is the size of the memory bank (0: no bank)."""
-
-    epochs: int = 0
-    lr: float = 0.01
-    batch_size: int = 128
-    weight_decay: float = 5e-4
-    teachers: int = 5
-
-
-@dataclass(frozen=True)
 class Export:
-    """ONNX file, parity check and latency table at the end of the job."""
+    """ONNX file, parity check and latency table at the end of the job. `opset`: the exporter's own by default."""
 
     onnx: bool = False
-    batches: tuple[int, ...] = (1, 64)
     fp16: bool = False
+    batches: tuple[int, ...] = (1, 64)
+    providers: tuple[str, ...] = ()
+    opset: int | None = None
+    latency: bool = True
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything `ekgfx prune` needs to know. See the command's --help for what each setting means."""
+    """Everything `ekgfx prune` needs to know. `ekgfx prune --help` says what the settings mean.
+
+    `data`: None takes `photos`, label-free. `pretrain`: training of the model before it is pruned. `measured`: what
+    this recipe gave, and where.
+    """
 
     model: str | None = None
     description: str = ""
@@ -84,10 +109,10 @@ class Recipe:
     weights: str = "auto"
     input: str | None = None
     classes: int | None = None
-    data: str = "photos"
+    data: str | None = None
     seed: int = 0
     device: str = "auto"
-    pretrain: Pretrain = field(default_factory=Pretrain)
+    pretrain: Training = field(default_factory=Training)
     search: Search = field(default_factory=Search)
     finetune: Finetune = field(default_factory=Finetune)
     export: Export = field(default_factory=Export)
@@ -167,7 +192,7 @@ def _convert(hint: Any, value: object, where: str, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where, f"{key}.")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):  # the latter from `Literal[…] | None`
         if value is None:
             return None
         return _convert(next(part for part in arguments if part is not types.NoneType), value, where, key)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import filelock
+from safetensors import SafetensorError
 
 from ekgfx.errors import RunError
 
@@ -40,7 +41,10 @@ def replacing(path: Path, before_rename: Callable[[Path], None] = lambda _: None
     """
     partial = path.with_name(f".{path.name}{_PARTIAL}")
     try:
+        partial.touch()
+        usual = partial.stat().st_mode
         yield partial
+        partial.chmod(usual)  # some writers put a file of their own in its place, that nobody else may read
         with partial.open("r+b") as written:
             os.fsync(written.fileno())
         before_rename(partial)
@@ -48,6 +52,8 @@ def replacing(path: Path, before_rename: Callable[[Path], None] = lambda _: None
         _flush_folder(path.parent)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}; {_advice(error)}") from error
+    except SafetensorError as error:  # how that library reports what the disk refuses
+        raise RunError(f"cannot write {path}: {error}; free some space and go on with --resume") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -196,13 +202,7 @@ class Run:
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
         """As `replacing`, for a file of the run, whose checksum is recorded in run.json just before the rename."""
-
-        def record(partial: Path) -> None:
-            before = self.manifest["files"].get(name, {}).get("now")
-            entry = {"now": checksum(partial), "before": before}
-            self.update(files={**self.manifest["files"], name: entry})
-
-        with replacing(self.path / name, record) as partial:
+        with replacing(self.path / name, lambda partial: self._record(name, partial)) as partial:
             yield partial
 
     def write_json(self, name: str, value: Any) -> None:
@@ -210,9 +210,21 @@ class Run:
         with self.replacing(name) as partial:
             partial.write_text(_json(value), encoding="utf-8")
 
+    def read(self, name: str) -> Any:
+        """The value in a JSON file of the run, after comparing the file with its checksum."""
+        return read_json(verify(self.path, name))
+
     def has(self, name: str) -> bool:
         """Whether this run has finished writing a file; RunError when the file was changed since."""
-        return (self.path / name).exists() and bool(verify(self.path, name))
+        return name in self.manifest["files"] and (self.path / name).exists() and verify(self.path, name).is_file()
+
+    def adopt(self, name: str) -> None:
+        """Records the checksum of a file that was written into the run by somebody else's means."""
+        self._record(name, self.path / name)
+
+    def _record(self, name: str, file: Path) -> None:
+        before = self.manifest["files"].get(name, {}).get("now")
+        self.update(files={**self.manifest["files"], name: {"now": checksum(file), "before": before}})
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Adds one line to a JSON-lines file, on disk when this returns."""

@@ -6,7 +6,11 @@ import sys
 import click
 
 from ekgfx import __version__
+from ekgfx.cli.evaluate import evaluate
+from ekgfx.cli.export import export
+from ekgfx.cli.finetune import finetune
 from ekgfx.cli.groups import groups
+from ekgfx.cli.prune import prune
 from ekgfx.cli.recipes import recipes
 from ekgfx.errors import EkgfxError
 
@@ -26,7 +30,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (groups, recipes):
+for command in (groups, prune, finetune, evaluate, export, recipes):
     cli.add_command(command)
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
+from rich.markup import escape
 from rich.table import Table
 
 # Progress and notes go to stderr, so that stdout holds the result alone and can be piped.
@@ -46,13 +47,8 @@ def table(
     """A table with its columns named; those whose positions are in `numbers` are aligned to the right."""
     made = Table(title=title, title_justify="left", header_style="bold", show_edge=False, pad_edge=False)
     for position, column in enumerate(columns):
-        made.add_column(column, justify="right" if position in numbers else "left", overflow="fold")
+        justify: JustifyMethod = "right" if position in numbers else "left"
+        made.add_column(column, justify=justify, overflow="fold", no_wrap=position == 0)
     for row in rows:
-        made.add_row(*map(_plain, row))
+        made.add_row(*map(escape, row))
     return made
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

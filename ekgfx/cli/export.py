@@ -1,0 +1,69 @@
+"""`ekgfx export`: a run's network as ONNX, checked and timed."""
+
+import shutil
+from pathlib import Path
+
+import click
+
+from ekgfx.run import Run, newest, replacing
+
+
+def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in value.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise click.BadParameter(f"{value!r}: use whole numbers with commas, such as 1,64")
+    return numbers
+
+
+@click.command()
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--onnx",
+    "file",
+    is_flag=False,
+    flag_value="",
+    metavar="[FILE]",
+    help="Copy the ONNX file to FILE; model.onnx in RUN is written in any case.",
+)
+@click.option("--fp16", is_flag=True, help="Half-precision weights and arithmetic.")
+@click.option("--batch", "batches", default="1,64", show_default=True, callback=_numbers, help="Batch sizes to time.")
+@click.option(
+    "--provider",
+    "providers",
+    multiple=True,
+    type=click.Choice(["cpu", "cuda", "cuda-graph", "tensorrt"]),
+    help="Where to time; repeatable  [default: all that are present]",
+)
+@click.option("--no-latency", is_flag=True, help="Export and check only.")
+@click.option("--opset", type=int, help="ONNX operator set  [default: the exporter's]")
+def export(
+    run: Path | None,
+    file: str | None,
+    fp16: bool,
+    batches: tuple[int, ...],
+    providers: tuple[str, ...],
+    no_latency: bool,
+    opset: int | None,
+) -> None:
+    """Write the network of RUN (the newest one by default) as ONNX, check it against PyTorch and time it."""
+    from ekgfx.checkpoint import load_run
+    from ekgfx.cli.progress import Terminal
+    from ekgfx.cli.render import out
+    from ekgfx.delivery import export_run
+    from ekgfx.export import latency_table, parity_text
+    from ekgfx.recipe import Export
+
+    with Run.reopen(newest() if run is None else run) as opened, Terminal() as terminal:
+        asked = Export(True, fp16, batches, providers, opset, not no_latency)
+        made = export_run(opened, load_run(opened.path), asked, terminal)
+        written = opened.path / made.files["pruned"]
+        if file:
+            with replacing(Path(file)) as partial:
+                shutil.copyfile(written, partial)
+            written = Path(file)
+    if made.latency is not None:
+        out.print(latency_table(made.latency))
+    out.print(f"wrote {written}; {parity_text(made.parity['pruned'])}", soft_wrap=True)

@@ -1,0 +1,28 @@
+"""`ekgfx finetune`: train the network of a run (further)."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ekgfx.cli.options import given, setting
+from ekgfx.run import Run
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@setting("data", "--data", metavar="SPEC", help="Other data than the run's.")
+@setting("finetune.epochs", "--epochs", help="Epochs to train for.")
+@setting("finetune.lr", "--lr", help="Learning rate.")
+@setting("finetune.batch_size", "--batch-size", help="Batch size.")
+@setting("finetune.knowledge", "--knowledge", help="Who teaches: the search's sub-networks, the unpruned one, nobody.")
+@setting("finetune.teachers", "--teachers", help="Size of the memory bank.")
+@setting("finetune.amp", "--amp", help="Half precision to compute in.")
+@setting("device", "--device", metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+def finetune(run: Path, **flags: Any) -> None:
+    """Fine-tune the network of RUN with its memory bank, or go on where that was interrupted."""
+    from ekgfx.cli.work import work
+    from ekgfx.pipeline import finetune_job
+
+    with Run.reopen(run) as opened:
+        work(opened, lambda report: finetune_job(opened, report, given(flags)))

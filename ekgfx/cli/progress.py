@@ -1,0 +1,76 @@
+"""What a job looks like while it runs: one line for each thing done, and a bar with the time to go where there is a
+terminal to draw it on."""
+
+import time
+from typing import Any, Self
+
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+
+from ekgfx.bank import Progress as BankProgress
+from ekgfx.cli.render import duration, notes, percent
+from ekgfx.finetune import Epoch
+from ekgfx.search import Step
+
+
+class Terminal:
+    """The `Report` that the command line gives to a job; a context manager that clears its bar away at the end."""
+
+    def __init__(self) -> None:
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[left]}"),
+        )
+        self._bar = Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal)
+        self._task = self._bar.add_task("", total=None, left="", visible=False)
+        self._title, self._since, self._epoch = "", time.monotonic(), 0
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def stage(self, title: str) -> None:
+        self._title, self._since, self._epoch = title, time.monotonic(), 0
+        self._bar.update(self._task, visible=False)
+        notes.print(f"[bold]{escape(title)}[/bold]")
+
+    def note(self, text: str) -> None:
+        notes.print(f"  {escape(text)}", soft_wrap=True)
+
+    def step(self, step: Step, keep: float) -> None:
+        measure = step.measure
+        facts = [f"step {step.number:3}", f"{step.kept_fraction:6.1%} kept (budget {keep:.1%})"]
+        facts.append(", ".join(f"{name} −{len(removed)}" for name, removed in list(step.removed.items())[:1]))
+        if len(step.removed) > 1:
+            facts[-1] = f"{len(step.removed)} groups"
+        if measure.loss is not None:
+            facts.append(f"loss {measure.loss:.4f}")
+        facts += [f"{step.seconds:.1f} s", f"ETA {duration(step.eta)}"]
+        notes.print("  " + escape("  ".join(facts)), soft_wrap=True)
+        self._show(1 - step.kept_fraction, 1 - keep, step.eta)
+
+    def bank(self, progress: BankProgress, samples: int) -> None:
+        done, total = (progress.teacher - 1) * samples + progress.samples, progress.teachers * samples
+        self._show(done, total, progress.seconds * (total - done) / max(done, 1))
+        if progress.samples >= samples:
+            notes.print(f"  teacher {progress.teacher} of {progress.teachers}: {samples} samples")
+
+    def batch(self, number: int, batches: int) -> None:
+        self._show(number, batches, None)
+
+    def epoch(self, epoch: Epoch, epochs: int) -> None:
+        self._epoch += 1
+        left = (time.monotonic() - self._since) / self._epoch * (epochs - epoch.number)
+        facts = [f"epoch {epoch.number} of {epochs}", f"loss {epoch.loss:.4f}"]
+        if epoch.test_accuracy is not None:
+            facts.append(f"test accuracy {percent(epoch.test_accuracy)}")
+        facts += [f"{epoch.seconds:.1f} s", f"ETA {duration(left)}"]
+        notes.print("  " + "  ".join(facts), soft_wrap=True)
+
+    def _show(self, done: float, total: float, left: float | None) -> None:
+        text = "" if left is None else f"ETA {duration(left)}"
+        self._bar.update(self._task, description=self._title, completed=done, total=total, left=text, visible=True)

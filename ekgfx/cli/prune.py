@@ -1,0 +1,123 @@
+"""`ekgfx prune`: the main job, from flags to a run directory and one table."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ekgfx import recipe as recipes
+from ekgfx.cli.options import given, setting
+from ekgfx.errors import RecipeError
+from ekgfx.recipe import Recipe
+from ekgfx.run import Run, fresh_path
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--recipe", metavar="NAME|FILE", help="Start from a recipe; every other flag overrides it.")
+@setting("search.flops", "--flops", metavar="FRACTION", help="Budget: fraction of the MACs to keep; 0.55 removes 45%.")
+@setting("search.params", "--params", metavar="FRACTION", help="Budget: fraction of the parameters to keep.")
+@setting(
+    "data",
+    "--data",
+    metavar="SPEC",
+    help="folder:DIR, cifar10:DIR, cifar100:DIR, npz:DIR, timm:NAME[@ROOT], digits or photos.",
+)
+@setting("weights", "--weights", metavar="auto|none|FILE", help="Weights of MODEL.")
+@setting("input", "--input", metavar="SHAPE", help="Shape of the example input, such as 1x3x32x32 (comma: several).")
+@setting("classes", "--classes", help="Number of classes to build the model with.")
+@setting("search.strategy", "--search", help="How widths are found.")
+@setting("search.importance", "--importance", help="Which channels go first.")
+@setting("search.knowledge", "--knowledge", help="What the search's reward compares with.")
+@setting(
+    "search.ignore",
+    "--ignore",
+    metavar="GLOB",
+    help="Groups, parameters or modules that keep all channels; repeatable.",
+)
+@setting("search.align", "--align", metavar="N", help="Kept channels are multiples of N.")
+@setting("finetune.epochs", "--epochs", help="Epochs of fine-tuning after the search.")
+@setting("finetune.lr", "--lr", help="Learning rate of the fine-tuning.")
+@setting("finetune.batch_size", "--batch-size", help="Batch size of the fine-tuning.")
+@setting("seed", "--seed", help="Seed of everything random.")
+@setting("device", "--device", metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@click.option("--onnx/--no-onnx", "export__onnx", default=None, help="Export to ONNX and time it at the end.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Run directory  [default: a new one in runs/]",
+)
+@click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with an interrupted run.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+def prune(
+    model: str | None, recipe: str | None, output: Path | None, resume: Path | None, dry_run: bool, **flags: Any
+) -> None:
+    """Prune MODEL to a budget, fine-tune it, and measure what it became.
+
+    MODEL is timm:NAME, package.module:factory, path/file.py:factory or a run directory (to prune it further).
+    Without --data the search runs label-free on photographs: the network's own predictions stand for labels, and
+    no accuracy can be measured.
+    """
+    changes = given(flags) | ({} if model is None else {"model": model})
+    if resume is not None:
+        if changes or recipe or output or dry_run:
+            raise RecipeError(f"--resume takes its settings from {resume}; leave the other flags out")
+        run = Run.reopen(resume)
+    else:
+        asked = _settings(recipe, changes)
+        if dry_run:
+            return _preview(asked)
+        run = Run.create(output or fresh_path(asked.model or ""), settings=asked.to_json())
+    from ekgfx.cli.work import work
+    from ekgfx.pipeline import prune_job
+
+    with run:
+        work(run, lambda report: prune_job(run, report))
+
+
+def _settings(name: str | None, changes: dict[str, Any]) -> Recipe:
+    base = recipes.load(name) if name else Recipe()
+    if "search.flops" in changes and "search.params" not in changes:  # a budget typed replaces the recipe's
+        changes = {**changes, "search.params": None}
+    if "search.params" in changes and "search.flops" not in changes:
+        changes = {**changes, "search.flops": None}
+    asked = recipes.override(base, changes)
+    if asked.model is None:
+        raise RecipeError("nothing to prune: name a MODEL (such as timm:resnet50), or a --recipe")
+    if asked.search.flops is None and asked.search.params is None:
+        raise RecipeError("no budget: give --flops or --params, the fraction to keep (0.55 removes 45%)")
+    return asked
+
+
+def _preview(asked: Recipe) -> None:
+    """What --dry-run says: every group with the fewest channels it may come down to, and how far the budget is."""
+    import ekgfx
+    from ekgfx import source
+    from ekgfx.cli.render import change, human, out, table
+    from ekgfx.search.ignore import ignored_groups
+    from ekgfx.search.problem import width_rules
+
+    built = source.parse(asked.model or "", "none", asked.input, asked.classes).build()
+    traced = ekgfx.trace(built.model, built.example_inputs)
+    ignored = ignored_groups(traced.groups, asked.search.ignore)
+    rules = width_rules(traced, ignored, asked.search.align, asked.search.min_width)
+    least = ekgfx.Plan({name: tuple(range(rule.minimum)) for name, rule in rules.items()})
+    rows = [
+        (
+            group.name,
+            str(group.size),
+            str(rules[group.name].minimum) if group.name in rules else "ignored",
+            human(group.macs),
+        )
+        for group in traced.groups.values()
+    ]
+    out.print(table(None, ("group", "channels", "at least", "MACs governed"), rows, numbers=(1, 2, 3)))
+    full, floor = traced.cost(), traced.cost(least)
+    out.print(f"\nsmallest sub-network: MACs {change(full.macs, floor.macs)}")
+    out.print(f"                      parameters {change(full.params, floor.params)}")
+    keep, unit = (asked.search.flops, "MACs") if asked.search.flops else (asked.search.params, "parameters")
+    out.print(
+        f"budget: {100 * (keep or 0):.1f}% of the {unit}; search {asked.search.strategy} on {asked.data or 'photos'}"
+    )

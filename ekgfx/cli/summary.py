@@ -1,0 +1,48 @@
+"""The table at the end of a job."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ekgfx.cli.render import change, human, out, percent, table
+from ekgfx.run import read_json, read_manifest
+
+ROWS = {"before": "before", "searched": "after search", "finetuned": "after fine-tuning"}
+
+
+def show(path: Path) -> None:
+    """Accuracy, MACs, parameters and ONNX latency of the run: before → after search → after fine-tuning."""
+    manifest = read_manifest(path)
+    results: Mapping[str, Mapping[str, Any]] = manifest.get("results", {})
+    quality = "accuracy" if any(score["accuracy"] is not None for score in results.values()) else "agreement"
+    latency = _medians(path)
+    cases = sorted({case for case, _ in latency})
+    rows = []
+    for name, title in ROWS.items():
+        if name in results:
+            score, network = results[name], "dense" if name == "before" else "pruned"
+            times = (f"{latency[case, network]:.3g} ms" for case in cases)
+            rows.append((title, percent(score[quality]), human(score["macs"]), human(score["params"]), *times))
+    columns = ("", quality, "MACs", "parameters", *(f"ONNX, {case}" for case in cases))
+    out.print()
+    out.print(table(None, columns, rows, numbers=range(1, len(columns))))
+    first, last = results["before"], next(results[name] for name in reversed(ROWS) if name in results)
+    out.print(f"\nMACs {change(first['macs'], last['macs'])}")
+    out.print(f"parameters {change(first['params'], last['params'])}")
+    if quality == "agreement":
+        out.print(
+            "agreement: test images for which the network says what the unpruned one says (no labels, no accuracy)"
+        )
+    if str(manifest.get("weights", "")).startswith("random") and not manifest["settings"]["pretrain"]["epochs"]:
+        out.print(f"weights: {manifest['weights']}; structure, cost and latency don't depend on them, accuracy does")
+    if "finetuned" not in results:
+        out.print(f"not fine-tuned; to do so: ekgfx finetune {path} --epochs N")
+    out.print(f"run {path}")
+
+
+def _medians(path: Path) -> dict[tuple[str, str], float]:
+    """(case, dense | pruned) → median in ms; empty where nothing was exported or timed."""
+    file = path / "export.json"
+    latency = read_json(file)["latency"] if file.is_file() else None
+    timings = [] if latency is None else latency["timings"]
+    return {(f"{t['provider']} {t['precision']} batch {t['batch']}", t["network"]): t["median_ms"] for t in timings}

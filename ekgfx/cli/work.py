@@ -1,0 +1,28 @@
+"""Runs a job in the terminal: progress, how to go on when it is stopped, the table at the end."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from ekgfx.cli.progress import Terminal
+from ekgfx.cli.render import notes
+from ekgfx.cli.summary import show
+from ekgfx.errors import EkgfxError
+from ekgfx.run import Run
+
+
+def work(run: Run, job: Callable[[Terminal], Any]) -> None:
+    """Does `job` and shows its results; a job that stops is marked in run.json, with the reason."""
+    notes.print(f"run {run.path}", soft_wrap=True)
+    try:
+        with Terminal() as terminal:
+            job(terminal)
+    except KeyboardInterrupt:
+        run.update(status="interrupted")
+        click.echo(f"stopped; go on with: ekgfx prune --resume {run.path}", err=True)
+        raise
+    except EkgfxError as error:
+        run.update(status="failed", error=str(error))
+        raise
+    show(run.path)

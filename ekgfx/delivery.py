@@ -1,0 +1,62 @@
+"""What a run delivers: its network as ONNX, checked against PyTorch and timed next to the original."""
+
+import torch
+from torch import Tensor, nn
+
+from ekgfx import source
+from ekgfx.export import ExportReport, export_report, parity_text
+from ekgfx.job import Report, open_data
+from ekgfx.recipe import Export, parse
+from ekgfx.run import Run
+from ekgfx.source import Built
+
+RESULT = "export.json"
+IMAGES = 8
+"""Real images that the parity is checked on."""
+
+
+def export_run(run: Run, built: Built, asked: Export, report: Report) -> ExportReport:
+    """Writes the run's network as model.onnx, and what was measured as export.json.
+
+    built: the pruned network (`checkpoint.load_run`). Raises ExportError when the file cannot be made, differs from the
+    model, or a provider is missing.
+    """
+    report.stage("export to ONNX, check and time")
+    made = export_report(
+        original(run) if asked.latency else None,
+        built.model,
+        real_inputs(run, built),
+        run.path,
+        fp16=asked.fp16,
+        opset=asked.opset,
+        metadata={"run": run.path.name, "plan": run.read("plan.json")["structure"]},
+        latency=asked.latency,
+        batches=asked.batches,
+        providers=asked.providers or None,
+        on_setting=lambda provider, batch: report.note(f"timing on {provider}, batch {batch}"),
+    )
+    for parity in made.parity.values():
+        report.note(parity_text(parity))
+    for name in made.files.values():
+        run.adopt(name)
+    run.write_json(RESULT, made.to_json())
+    return made
+
+
+def original(run: Run) -> nn.Module | None:
+    """The original network, with any weights: they don't change how long it takes. None where it is not recorded."""
+    described = run.manifest.get("source")
+    if described is None:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        return source.Source.from_description(described).without_weights().build().model
+
+
+def real_inputs(run: Run, built: Built) -> tuple[Tensor, ...]:
+    """Test images of the run's data, or the example inputs where it has none."""
+    settings = run.manifest.get("settings")
+    recipe = None if settings is None else parse(settings, str(run.path))
+    if recipe is None or recipe.data is None:
+        return built.example_inputs
+    data = open_data(recipe.data, built, recipe.seed)
+    return (next(iter(data.loader("test", IMAGES))).images,)

@@ -1,0 +1,164 @@
+"""What the stages of a job share: the run, its settings, the model, the data, and somebody to report to."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ekgfx import bank, checkpoint, data, source
+from ekgfx.errors import DataError, RecipeError
+from ekgfx.evaluation import evaluate
+from ekgfx.finetune import Epoch
+from ekgfx.plan import Plan
+from ekgfx.recipe import Recipe, parse
+from ekgfx.run import Run
+from ekgfx.search import NEEDS_DATA, Step
+from ekgfx.source import Built
+from ekgfx.trace import TracedModel, trace
+
+DENSE = "dense.safetensors"
+"""The unpruned model's weights as the search works on them."""
+LABEL_FREE = "photos"
+
+
+class Report(Protocol):
+    """What a job tells whoever is watching."""
+
+    def stage(self, title: str) -> None:
+        """Another stage begins."""
+
+    def note(self, text: str) -> None:
+        """Something to know, in one line."""
+
+    def step(self, step: Step, keep: float) -> None:
+        """The search took a step; `keep` is its budget."""
+
+    def bank(self, progress: bank.Progress, samples: int) -> None:
+        """The memory bank grew; `samples` is what each teacher is asked."""
+
+    def batch(self, number: int, batches: int) -> None:
+        """A batch of an epoch of training is done."""
+
+    def epoch(self, epoch: Epoch, epochs: int) -> None:
+        """An epoch of training is done."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a network is worth and costs. accuracy: fraction of right classes on the test split; agreement: where there
+    are no labels, the fraction of test images for which it says what the unpruned network says. macs: per sample."""
+
+    accuracy: float | None
+    loss: float | None
+    agreement: float | None
+    macs: int
+    params: int
+
+
+@dataclass(eq=False)
+class Job:
+    """A run, and what its stages share: the recipe, the device, the unpruned model, the data (opened at first use)."""
+
+    run: Run
+    recipe: Recipe
+    report: Report
+    device: torch.device
+
+    @classmethod
+    def of(cls, run: Run, report: Report) -> "Job":
+        """The job that a run's settings describe."""
+        recipe = parse(run.manifest.get("settings"), f"{run.path}/run.json")
+        return cls(run, recipe, report, pick_device(recipe.device))
+
+    @cached_property
+    def built(self) -> Built:
+        """The unpruned model on the device, with the weights that the search works on once they are known."""
+        self.report.stage("build the model")
+        asked = source.parse(self.recipe.model or "", self.recipe.weights, self.recipe.input, self.recipe.classes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.seed)  # for random weights: the same when the run goes on
+            if self.run.has(DENSE):
+                built = asked.without_weights().build() if not asked.is_run else asked.build()
+                checkpoint.load_tensors(built.model, self.run.path / DENSE)
+            else:
+                built = asked.build()
+                origin = checkpoint.origin(asked, built.example_inputs)
+                self.run.update(**origin, weights=built.weights_origin, device=str(self.device))
+        inputs = tuple(value.to(self.device) for value in built.example_inputs)
+        return replace(built, model=built.model.to(self.device), example_inputs=inputs)
+
+    @cached_property
+    def traced(self) -> TracedModel:
+        """The unpruned model's graph; it reads the model's weights whenever a sub-network is made."""
+        model = self.built.model
+        self.report.stage("trace")
+        return trace(model, self.built.example_inputs)
+
+    @cached_property
+    def data(self) -> data.Data | None:
+        """The data set; None where the model's input is no image and the search needs none."""
+        if self.recipe.data is None and not self.needs_data:
+            return None
+        return open_data(self.recipe.data or LABEL_FREE, self.built, self.recipe.seed).to(self.device)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the settings ask for anything that looks at data."""
+        asked = self.recipe.search
+        return asked.strategy == "ekg" or asked.importance in NEEDS_DATA or self.recipe.finetune.epochs > 0
+
+    @property
+    def labelled(self) -> bool:
+        return self.data is not None and self.data.classes is not None
+
+    def score(self, model: nn.Module, plan: Plan | None) -> Score:
+        """A model on the test split; `plan` is what it was pruned by (None: not at all)."""
+        cost = self.traced.cost(plan)
+        if self.data is None:
+            return Score(None, None, None, cost.macs, cost.params)
+        batches = self.data.loader("test", self.recipe.search.batch_size)
+        if self.labelled:
+            metrics = evaluate(model, batches)
+            return Score(metrics.accuracy, metrics.loss, None, cost.macs, cost.params)
+        agreement = 1.0 if plan is None else evaluate(model, predicted(self.built.model, batches)).accuracy
+        return Score(None, None, agreement, cost.macs, cost.params)
+
+    def keep_score(self, name: str, model: nn.Module, plan: Plan | None) -> None:
+        """Evaluates and records under run.json's `results`, where that was not done before."""
+        results = self.run.manifest.get("results", {})
+        if name not in results:
+            self.report.stage(f"evaluate ({name})")
+            self.run.update(results={**results, name: asdict(self.score(model, plan))})
+
+
+def open_data(spec: str, built: Built, seed: int) -> data.Data:
+    """A data set in the form the model takes; DataError when the model takes no images or has other classes."""
+    if built.example_inputs[0].ndim != 4 or len(built.example_inputs) != 1:
+        shapes = ", ".join("x".join(map(str, value.shape)) for value in built.example_inputs)
+        raise DataError(f"the model takes {shapes}, not images: use --search uniform --importance magnitude, or Python")
+    with torch.no_grad():
+        output = built.model(built.example_inputs[0])
+    classes = output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
+    return data.load(spec, classes=classes, seed=seed, **built.data_options)
+
+
+def predicted(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches whose labels are the model's own top classes."""
+    for batch in batches:
+        with torch.no_grad():
+            yield batch.images, model(batch.images).argmax(1)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU where there is one; RecipeError for a device that this machine does not have."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(
+            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); use auto, cpu or cuda:N"
+        ) from error

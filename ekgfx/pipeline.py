@@ -1,0 +1,235 @@
+"""The main job: from a model to a pruned, fine-tuned and exported one.
+
+Everything is in the run directory: the settings at the start, each stage's result when it is done. A stage whose
+result is there is not done again, so that a run that was interrupted anywhere goes on where it stopped, and ends with
+the same plan as one that was not.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from torch import nn
+
+from ekgfx import bank, checkpoint, delivery
+from ekgfx import prepare as step_zero
+from ekgfx.errors import DataError, RecipeError, RunError
+from ekgfx.evaluation import reestimate_batch_norm
+from ekgfx.finetune import Epoch, finetune
+from ekgfx.job import DENSE, Job, Report
+from ekgfx.loss import KnowledgeSource
+from ekgfx.recipe import Training, override
+from ekgfx.run import Run
+from ekgfx.search import SearchResult, Step, search
+from ekgfx.surgery import prune
+
+HISTORY = "history.jsonl"
+EPOCHS = "finetune.jsonl"
+PRETRAINING, TUNING = "pretrain.safetensors", "finetune.safetensors"
+"""Checkpoints of trainings that are under way."""
+BANK = "bank"
+RESIDENT_SAMPLES = 200_000
+"""Banks of fewer samples are held in the GPU's memory during fine-tuning."""
+NORM_SAMPLES = 2048
+"""Most images that BatchNorm's running statistics are estimated on after the cut."""
+
+
+def prune_job(run: Run, report: Report) -> None:
+    """The whole job of a run, from its settings to the end, or from where it was interrupted."""
+    job = Job.of(run, report)
+    run.update(status="running")
+    prepare(job)
+    result = find_plan(job)
+    pruned = cut(job, result)
+    if job.recipe.finetune.epochs:
+        train(job, pruned, result)
+    if job.recipe.export.onnx and not run.has(delivery.RESULT):
+        delivery.export_run(run, replace(job.built, model=pruned), job.recipe.export, report)
+    run.update(status="done", error=None)
+
+
+def finetune_job(run: Run, report: Report, changes: Mapping[str, Any]) -> None:
+    """Fine-tunes the network of a finished run (further), with some settings changed; its weights are replaced.
+
+    A training that was interrupted goes on where the settings are the same, and starts anew where they are not.
+    """
+    job = Job.of(run, report)
+    if not run.has(checkpoint.WEIGHTS):
+        raise RunError(
+            f"the run at {run.path} has no pruned network yet; finish it with `ekgfx prune --resume {run.path}`"
+        )
+    asked = override(job.recipe, changes)
+    if not asked.finetune.epochs:
+        raise RecipeError("no epochs to fine-tune for: give --epochs")
+    results = run.manifest.get("results", {})
+    if asked != job.recipe:
+        (run.path / TUNING).unlink(missing_ok=True)
+    stale = set(results) if asked.data != job.recipe.data else {"finetuned"}
+    kept = {name: score for name, score in results.items() if name not in stale}
+    run.update(settings=asked.to_json(), results=kept, status="running")
+    prune_job(run, report)
+
+
+def prepare(job: Job) -> None:
+    """The weights that the search works on: trained where the recipe says so, then adapted (step 0 of the paper)."""
+    recipe, model = job.recipe, job.built.model
+    if job.run.has(DENSE):
+        job.keep_score("before", model, None)  # on other data than before, where fine-tuning changed them
+        return
+    if recipe.pretrain.epochs:
+        job.report.stage("train the model")
+        if job.data is None or not job.labelled:
+            raise DataError("training before the search needs data with labels; give --data, or leave pretrain out")
+        fit(job, model, recipe.pretrain, PRETRAINING)
+    job.keep_score("before", model, None)
+    asked = recipe.search
+    if job.data is not None and job.labelled and asked.strategy == "ekg" and asked.train_per_class:
+        job.report.stage("adapt the model to the search's images")
+        step_zero.prepare(
+            model,
+            job.data,
+            train_per_class=asked.train_per_class,
+            val_per_class=asked.val_per_class,
+            batch_size=asked.batch_size,
+            seed=recipe.seed,
+        )
+    with job.run.replacing(DENSE) as partial:
+        checkpoint.save_tensors(model, partial)
+    (job.run.path / PRETRAINING).unlink(missing_ok=True)
+
+
+def find_plan(job: Job) -> SearchResult:
+    """The search, or its result where it was finished before."""
+    asked = job.recipe.search
+    if job.run.has(checkpoint.PLAN):
+        return read_result(job.run)
+    traced, history = job.traced, job.run.lines(HISTORY)
+    batches = validation_batches(job)
+    job.report.stage("search")
+
+    def on_step(step: Step) -> None:
+        job.run.append(HISTORY, step.to_json())
+        job.report.step(step, asked.flops or asked.params or 1.0)
+
+    result = search(
+        traced,
+        batches,
+        flops=asked.flops,
+        params=asked.params,
+        strategy=asked.strategy,
+        importance=asked.importance,
+        knowledge=asked.knowledge,
+        step=asked.step,
+        align=asked.align,
+        min_width=asked.min_width,
+        ignore=asked.ignore,
+        rescale=asked.rescale,
+        seed=job.recipe.seed,
+        on_step=on_step,
+        resume_from=history,
+    )
+    facts = {key: value for key, value in result.to_json().items() if key != "steps"}
+    checkpoint.write_plan(job.run, result.plan, reached=result.kept_fraction, search=facts)
+    return result
+
+
+def read_result(run: Run) -> SearchResult:
+    """A finished search, from plan.json and history.jsonl."""
+    plan = checkpoint.read_plan(run.path)
+    facts = run.read(checkpoint.PLAN).get("search")
+    if facts is None:
+        raise RunError(f"the run at {run.path} has a plan but no search; make a new run with `ekgfx prune`")
+    result = SearchResult.from_json({**facts, "steps": run.lines(HISTORY)})
+    if result.plan.digest != plan.digest:
+        raise RunError(f"{run.path / HISTORY} does not lead to the plan beside it; it was changed since the search")
+    return result
+
+
+def cut(job: Job, result: SearchResult) -> nn.Module:
+    """The pruned model: cut, verified, BatchNorm's statistics estimated anew, saved and scored; or as it was saved."""
+    model, traced = job.built.model, job.traced
+    if job.run.has(checkpoint.WEIGHTS):
+        pruned = prune(model, result.plan, traced)
+        checkpoint.load_tensors(pruned, job.run.path / checkpoint.WEIGHTS)
+        return pruned
+    job.report.stage("prune and verify")
+    pruned = prune(model, result.plan, traced)
+    if job.data is not None:
+        size = job.recipe.search.batch_size
+        batches = job.data.loader("train", size, shuffle=True, seed=job.recipe.seed)
+        reestimate_batch_norm(pruned, batches, -(-NORM_SAMPLES // size))
+    job.keep_score("searched", pruned, result.plan)
+    checkpoint.write_weights(job.run, pruned, result.plan)
+    return pruned
+
+
+def train(job: Job, pruned: nn.Module, result: SearchResult) -> None:
+    """Fine-tuning with the memory bank; the run's weights are replaced when it is done."""
+    if "finetuned" in job.run.manifest.get("results", {}):
+        return
+    asked = job.recipe.finetune
+    teachers = None
+    if asked.knowledge != "none" and asked.teachers:
+        teachers = fill_bank(job, result)
+    elif not job.labelled:
+        raise DataError("fine-tuning without labels needs the memory bank: give data with labels, or teachers")
+    job.report.stage("fine-tune")
+    epochs = fit(job, pruned, asked, TUNING, bank=teachers, temperature=asked.temperature)
+    with job.run.replacing(EPOCHS) as partial:
+        partial.write_text("".join(json.dumps(asdict(epoch)) + "\n" for epoch in epochs), encoding="utf-8")
+    checkpoint.write_weights(job.run, pruned, result.plan)
+    job.keep_score("finetuned", pruned, result.plan)
+    (job.run.path / TUNING).unlink(missing_ok=True)
+
+
+def fill_bank(job: Job, result: SearchResult) -> KnowledgeSource:
+    """The run's memory bank for its training data, built where it is missing or was built for other data."""
+    assert job.data is not None  # fine-tuning needs data
+    asked, folder = job.recipe.finetune, job.run.path / BANK
+    wanted = {"data": job.data.spec, "knowledge": asked.knowledge, "teachers": asked.teachers, "top_k": asked.top_k}
+    if job.run.manifest.get("bank") != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        job.run.update(bank=wanted)
+    job.report.stage("build the memory bank")
+    samples = job.data.size("train")
+    built = bank.build_bank(
+        job.traced,
+        result,
+        job.data.loader("train", job.recipe.search.batch_size, workers=asked.workers),
+        folder,
+        asked.teachers,
+        knowledge="single" if asked.knowledge == "single" else "ensemble",
+        top_k=asked.top_k,
+        on_progress=lambda progress: job.report.bank(progress, samples),
+    )
+    return built.resident(job.device) if job.device.type != "cpu" and samples < RESIDENT_SAMPLES else built
+
+
+def fit(job: Job, model: nn.Module, asked: Training, file: str, **options: Any) -> tuple[Epoch, ...]:
+    """Training in place, with a checkpoint in the run's `file` to go on from."""
+    assert job.data is not None  # every caller has looked
+    batches = job.data.size("train") // asked.batch_size or 1
+    test = job.data.loader("test", job.recipe.search.batch_size, workers=asked.workers) if job.labelled else None
+    return finetune(
+        model,
+        job.data,
+        test=test,
+        checkpoint=job.run.path / file,
+        on_epoch=lambda epoch: job.report.epoch(epoch, asked.epochs),
+        on_batch=lambda number: job.report.batch(number, batches),
+        seed=job.recipe.seed,
+        **{field.name: getattr(asked, field.name) for field in fields(Training)},
+        **options,
+    )
+
+
+def validation_batches(job: Job) -> list[Any]:
+    """What candidates are judged on: a part of the training split that step 0 did not train on."""
+    if job.data is None:
+        return []
+    asked = job.recipe.search
+    per_class = (asked.train_per_class, asked.val_per_class) if job.labelled else (0, asked.images)
+    _, chosen = job.data.search_subset(*per_class, seed=job.recipe.seed)
+    return list(job.data.loader("train", asked.batch_size, subset=chosen))

@@ -124,7 +124,8 @@ class Recipe:
 
 def parse(settings: object, where: str = "the recipe") -> Recipe:
     """A Recipe from nested plain values, strictly: RecipeError names an unknown key or a value of another type."""
-    return _build(Recipe, settings, where, "")
+    recipe: Recipe = _build(Recipe, settings, where, "")
+    return recipe
 
 
 def names() -> list[str]:

@@ -40,7 +40,9 @@ class MaskedNetwork(GraphRunner):
         kept = {axis: len(index) for axis, index in self.kept.items()}
         result = call(operation.target, resize(operation, cut, {**kept, **counts}))
         out = operation.effect.out
-        return _scatter(result, out if isinstance(out, tuple) else out[0], self.kept, counts)
+        if isinstance(out, list):
+            return [_scatter(value, dims, self.kept, counts) for value, dims in zip(result, out, strict=True)]
+        return _scatter(result, out, self.kept, counts)
 
     def _gather(self, value: Any, dims: Any) -> Any:
         if isinstance(value, Tensor) and is_dims(dims):

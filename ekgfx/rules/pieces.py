@@ -92,6 +92,20 @@ def slice_(call: Call) -> Effect:
     return Effect(_replace(x, dim, piece), sizes={"start": before, name: bound})
 
 
+@rule("aten.slice_scatter.default", "aten.select_scatter.default")
+def scatter(call: Call) -> Effect:
+    """`self` with a slice or one position along `dim` overwritten by `src`."""
+    x, src, dim = call["self"], list(call["src"]), call["dim"] % len(call["self"])
+    if len(src) < len(x):
+        src.insert(dim, ONE)
+    if size(src[dim]) != size(x[dim]):
+        call.freeze(x[dim], src[dim], why="overwritten in part")
+        src[dim] = x[dim]
+    for a, b in zip(x, src, strict=True):
+        call.unify(a, b)
+    return Effect(x)
+
+
 @rule("aten.index.Tensor")
 def index(call: Call) -> Effect:
     """x[i, :, j, …]: indexed dimensions are replaced by the broadcast dimensions of the indices."""

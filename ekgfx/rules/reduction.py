@@ -1,6 +1,6 @@
 """Operators that sum up or rank positions along a dimension."""
 
-from ekgfx.axes import ONE, Dims
+from ekgfx.axes import ONE, Dims, fixed
 from ekgfx.rules.registry import Call, Effect, rule
 
 
@@ -11,15 +11,9 @@ def _reduced(call: Call) -> list[int]:
     return [d % rank for d in (dim if isinstance(dim, list) else [dim])]
 
 
-def _without(dims: Dims, gone: list[int], keepdim: bool) -> Dims:
-    return tuple(ONE if d in gone else e for d, e in enumerate(dims) if keepdim or d not in gone)
-
-
 @rule(
     "aten.mean.dim",
     "aten.mean.default",
-    "aten.sum.dim_IntList",
-    "aten.sum.default",
     "aten.var.dim",
     "aten.var.correction",
     "aten.var.default",
@@ -31,6 +25,15 @@ def _without(dims: Dims, gone: list[int], keepdim: bool) -> Dims:
     "aten.norm.ScalarOpt_dim",
     "aten.amax.default",
     "aten.amin.default",
+)
+def statistic(call: Call) -> Effect:
+    """Means, variances, norms and extremes, as hand-written normalizations use them: taken over the kept positions."""
+    return _over(call, call["self"], statistics=True)
+
+
+@rule(
+    "aten.sum.dim_IntList",
+    "aten.sum.default",
     "aten.max.dim",
     "aten.min.dim",
     "aten.max.default",
@@ -43,11 +46,17 @@ def _without(dims: Dims, gone: list[int], keepdim: bool) -> Dims:
     "aten.all.dim",
 )
 def reduce(call: Call) -> Effect:
-    """The result is taken over all positions of the reduced dimensions: they freeze."""
-    x, gone = call["self"], _reduced(call)
-    call.freeze(*(x[d] for d in gone), why="reduced over")
-    out = _without(x, gone, bool(call.args.get("keepdim", False)))
-    return Effect([out] * len(call.shapes) if len(call.shapes) > 1 else out)
+    """The result grows with the number of positions, or names one of them: the reduced dimensions freeze."""
+    x = call["self"]
+    call.freeze(*(x[d] for d in _reduced(call)), why="reduced over")
+    return _over(call, x, statistics=False)
+
+
+def _over(call: Call, x: Dims, statistics: bool) -> Effect:
+    gone, keepdim = _reduced(call), bool(call.args.get("keepdim", False))
+    out = tuple(ONE if d in gone else dim for d, dim in enumerate(x) if keepdim or d not in gone)
+    statistics = statistics and not all(fixed(x[d]) for d in gone)
+    return Effect([out] * len(call.shapes) if len(call.shapes) > 1 else out, statistics=statistics)
 
 
 @rule(

@@ -1,0 +1,33 @@
+"""ONNX files of pruned networks, the proof that they compute the same, and what they save in time.
+
+from ekgfx.export import to_onnx, check_parity, measure_latency
+"""
+
+from .exporter import to_onnx
+from .latency import LatencyTable, Speedup, Timing, measure_latency
+from .noise import Ratio, compare
+from .parity import Difference, Parity, check_parity
+from .providers import PROVIDERS, Presence, Provider, providers
+from .report import ExportReport, export_report
+from .tables import latency_table, parity_text
+
+__all__ = [
+    "PROVIDERS",
+    "Difference",
+    "ExportReport",
+    "LatencyTable",
+    "Parity",
+    "Presence",
+    "Provider",
+    "Ratio",
+    "Speedup",
+    "Timing",
+    "check_parity",
+    "compare",
+    "export_report",
+    "latency_table",
+    "measure_latency",
+    "parity_text",
+    "providers",
+    "to_onnx",
+]

@@ -1,0 +1,74 @@
+"""From a module to an exported program whose batch size is free."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ekgfx.errors import ExportError
+from ekgfx.trace import evaluation_mode
+
+from .attention import attention
+from .io import device_of, named_tensors, with_batch
+from .quiet import headline
+
+_SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+
+class _Named(nn.Module):
+    """A model whose output is a flat dict of its tensors by name, which is all that an ONNX graph can return."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+        return named_tensors(self.model(*inputs))
+
+
+def capture(
+    model: nn.Module, inputs: tuple[Tensor, ...], *, native_attention: bool
+) -> tuple[torch.export.ExportedProgram, list[str]]:
+    """The model in evaluation mode as an exported program, and the names of its outputs.
+
+    native_attention: keep 4-D attention as one operator (an ONNX operator from opset 23 on); all other attention is
+    written out. Parameter names carry the prefix "model.". The model is left as it was.
+
+    Everything that runs on the captured graph must run under `torch.no_grad()` as this does: PyTorch picks another
+    attention kernel, with another memory layout, where a gradient may be wanted (a learned attention bias), and a
+    graph captured in one mode holds views that are impossible in the other.
+
+    Raises ExportError when torch.export cannot follow the model or the model fixes its batch size.
+    """
+    batch = torch.export.Dim("batch")
+    # A batch of one would be taken for a constant.
+    example = with_batch([value.to(device_of(model)) for value in inputs], 2)
+    shapes = {"inputs": tuple({0: batch} if value.ndim else {} for value in example)}
+    with evaluation_mode(model), torch.no_grad():
+        try:
+            program = torch.export.export(_Named(model), example, dynamic_shapes=shapes, strict=False)
+        except ExportError:
+            raise
+        except Exception as error:  # torch.export raises many types, all of them about the user's model
+            raise ExportError(_explain(model, error)) from error
+        if any(node.target is _SDPA for node in program.graph.nodes):
+            program = program.run_decompositions({_SDPA: _attention_but_4d if native_attention else attention})
+        return program, list(program.call_spec.out_spec.context)
+
+
+def _attention_but_4d(query: Tensor, *args: Any, **options: Any) -> Tensor:
+    return NotImplemented if query.ndim == 4 else attention(query, *args, **options)
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    name = type(model).__name__
+    if "specialized" in str(error) and "batch" in str(error):
+        return (
+            f"{name} fixes its batch size: its forward uses a number where it should use x.shape[0] "
+            f"({headline(error)}); write the batch size as x.shape[0], or -1 in reshapes"
+        )
+    return (
+        f"{name} could not be captured by torch.export: {headline(error)}; "
+        "see `ekgfx groups MODEL` for whether it can be traced at all, and keep forward free of "
+        "decisions that depend on the values of tensors"
+    )

@@ -1,0 +1,84 @@
+"""What goes into a model and what comes out of it, by name: shared by the exporter, the parity check and the timing."""
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ekgfx.errors import ExportError
+
+
+def as_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The positional inputs of a model as a tuple of tensors that share the size of dim 0, the batch.
+
+    Raises ExportError for anything else; tensors without dimensions carry no batch and are let through.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    for position, value in enumerate(inputs):
+        if not isinstance(value, Tensor):
+            raise ExportError(
+                f"input {position} is a {type(value).__name__}; ONNX takes tensors only: wrap the model in a module "
+                "whose forward takes tensors and makes the other arguments itself"
+            )
+    sizes = [value.shape[0] for value in inputs if value.ndim]
+    if not sizes:
+        raise ExportError("no input has a batch dimension; give example inputs whose dim 0 is the batch")
+    if len(set(sizes)) > 1 or sizes[0] == 0:
+        raise ExportError(f"dim 0 of the inputs has sizes {sizes}; it must be the same batch, of one or more, in all")
+    return inputs
+
+
+def batch_size(inputs: Sequence[Tensor]) -> int:
+    """The common size of dim 0."""
+    return next(value.shape[0] for value in inputs if value.ndim)
+
+
+def with_batch(inputs: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
+    """The same samples over and over until there are `batch` of them (or the first `batch` of them)."""
+    index = torch.arange(batch) % batch_size(inputs)
+    return tuple(value[index.to(value.device)] if value.ndim else value for value in inputs)
+
+
+def input_names(model: nn.Module, count: int) -> list[str]:
+    """The first `count` parameter names of the model's forward; a *args parameter gives args_0, args_1, …"""
+    names: list[str] = []
+    for name, parameter in inspect.signature(model.forward).parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{name}_{i}" for i in range(count - len(names))]
+        elif parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            names.append(name)
+    if len(names) < count:
+        raise ExportError(
+            f"{type(model).__name__}.forward takes {len(names)} positional inputs ({', '.join(names)}), "
+            f"but {count} were given"
+        )
+    return names[:count]
+
+
+def named_tensors(output: object) -> dict[str, Tensor]:
+    """The tensors in a model's output by their place in it.
+
+    A lone tensor is "output"; in a list they are "output_0", "output_1", …; in a dict they have their keys, nested
+    places joined by "_". Other values (None, numbers) are left out: they are the same for every input.
+    """
+    found: dict[str, Tensor] = {}
+    for path, leaf in pytree.tree_flatten_with_path(output)[0]:
+        if isinstance(leaf, Tensor):
+            found[_place(path)] = leaf
+    if not found:
+        raise ExportError(f"the model returns no tensor but {type(output).__name__}; return the tensors to export")
+    return found
+
+
+def _place(path: tuple) -> str:
+    names = [pytree.keystr((key,)).strip("[].'\"") for key in path]
+    return "_".join(["output", *names] if not names or names[0].isdigit() else names)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter or buffer lives; the CPU for a model without any."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")

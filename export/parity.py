@@ -1,0 +1,132 @@
+"""Does the ONNX file compute what the model computes?"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ekgfx.errors import ExportError
+from ekgfx.trace import evaluation_mode
+
+from .io import as_inputs, batch_size, device_of, named_tensors, with_batch
+from .numerics import tensor_float32
+from .quiet import headline
+from .session import feeds, open_session, precision_of
+
+# Largest relative difference that is rounding and no error, by the precision the file computes in.
+TOLERANCE = {"fp32": 1e-4, "fp64": 1e-4, "fp16": 1e-2, "bf16": 1e-1}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the file's output is from the model's, for one output and one batch size.
+
+    absolute: max |file - model|;  relative: max |file - model| / max |model|, both over all elements. The scale is that
+    of the whole output, so that elements near zero don't inflate the figure.
+    """
+
+    output: str
+    batch: int
+    absolute: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The outcome of a check that was passed: every difference, none of which exceeds the tolerance."""
+
+    precision: str
+    tolerance: float
+    differences: tuple[Difference, ...]
+
+    @property
+    def absolute(self) -> float:
+        return max(difference.absolute for difference in self.differences)
+
+    @property
+    def relative(self) -> float:
+        return max(difference.relative for difference in self.differences)
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        return tuple(sorted({difference.batch for difference in self.differences}))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"absolute": self.absolute, "relative": self.relative, **asdict(self)}
+
+
+def check_parity(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    inputs: Tensor | Sequence[Tensor],
+    tolerance: float | None = None,
+) -> Parity:
+    """Compare an ONNX file with the model it was made from, on real inputs, in onnxruntime on the CPU.
+
+    inputs: one tensor or a tuple, B×…; compared as they are and with another batch size (1, or 2 where B is 1), which
+    catches a file that has the batch size of its example built in. tolerance: on the relative difference; by default
+    1e-4 for an fp32 file and 1e-2 for an fp16 one. The model runs in evaluation mode, without TF32, where it is, and is
+    left as it was.
+
+    Note that onnxruntime's CPU kernels compute much of an fp16 file in fp32: its differences show what rounding the
+    weights does, not all that a GPU's fp16 arithmetic adds.
+
+    Raises ExportError when an output is missing, has another shape, or differs by more than the tolerance.
+    """
+    path = Path(path)
+    values = as_inputs(inputs)
+    session = open_session(path)
+    precision = precision_of(session)
+    tolerance = TOLERANCE[precision] if tolerance is None else tolerance
+    full = batch_size(values)
+    differences: list[Difference] = []
+    for batch in (full, 1 if full > 1 else 2):
+        part = with_batch(values, batch)
+        expected = _run(model, part)
+        try:
+            produced = session.run(None, feeds(session, part))
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise ExportError(f"{path} cannot run at batch {batch}: {headline(error)}; export it again") from error
+        outputs = [output.name for output in session.get_outputs()]
+        if len(outputs) != len(expected):
+            raise ExportError(
+                f"{path} has the outputs {', '.join(outputs)}, the model {', '.join(expected)}; "
+                "the file is of another model: export again"
+            )
+        for (name, reference), value in zip(expected.items(), produced, strict=True):
+            differences.append(_difference(path, name, batch, torch.as_tensor(value), reference))
+    worst = max(differences, key=lambda difference: difference.relative)
+    if not worst.relative <= tolerance:
+        raise ExportError(
+            f"{path} differs from the model: output {worst.output!r} at batch {worst.batch} by {worst.relative:.2e} "
+            f"relative ({worst.absolute:.2e} absolute), more than {tolerance:.0e}; do not use the file: export again "
+            "from the same weights, or without fp16"
+        )
+    return Parity(precision, tolerance, tuple(differences))
+
+
+def _run(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The model's outputs by name; without TF32, which is good for three digits only."""
+    device = device_of(model)
+    with evaluation_mode(model), torch.no_grad(), tensor_float32(False):
+        output = model(*(value.to(device) for value in inputs))
+    return {name: tensor.cpu() for name, tensor in named_tensors(output).items()}
+
+
+def _difference(path: Path, name: str, batch: int, value: Tensor, reference: Tensor) -> Difference:
+    if value.shape != reference.shape:
+        raise ExportError(
+            f"{path} gives output {name!r} the shape {list(value.shape)} at batch {batch}, the model "
+            f"{list(reference.shape)}; the file is of another model or has a fixed batch size: export again"
+        )
+    value, reference = value.double(), reference.double()
+    # Equal infinities are no difference; anything else that is not finite is one without limit.
+    apart = torch.where(value == reference, 0.0, (value - reference).abs()).nan_to_num(nan=math.inf)
+    scale = reference[reference.isfinite()].abs().max().item() if reference.isfinite().any() else 0.0
+    absolute = apart.max().item() if apart.numel() else 0.0
+    return Difference(name, batch, absolute, absolute / scale if scale else (math.inf if absolute else 0.0))

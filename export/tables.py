@@ -1,0 +1,67 @@
+"""The measurements as rich tables, for a terminal; what is measured knows nothing of how it is shown."""
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from .latency import LatencyTable, Speedup
+from .parity import Parity
+
+
+def latency_table(measured: LatencyTable) -> Table:
+    """One row for each network in each setting: median, 95th percentile, and the speed-up where it exceeds noise."""
+    table = Table(
+        title=_title(measured),
+        caption=measured.note or None,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        header_style="bold",
+    )
+    for column in ("provider", "batch", "network"):
+        table.add_column(column, no_wrap=True)
+    for column in ("median ms", "p95 ms", "speed-up (95% range)"):
+        table.add_column(column, justify="right", no_wrap=True)
+    ratios = {(s.provider, s.precision, s.batch, s.network): s for s in measured.speedups}
+    setting: tuple[str, str, int] | None = None
+    for timing in measured.timings:
+        previous, setting = setting, (timing.provider, timing.precision, timing.batch)
+        if previous is not None and previous != setting:
+            table.add_section()
+        table.add_row(
+            f"{timing.provider} {timing.precision}",
+            str(timing.batch),
+            timing.network,
+            f"{timing.median_ms:.3f}",
+            f"{timing.p95_ms:.3f}",
+            speedup_text(ratios.get((*setting, timing.network))),
+        )
+    return table
+
+
+def speedup_text(speedup: Speedup | None) -> str:
+    """ "1.52× (1.48–1.56)", or "no difference (0.97–1.04)" inside the noise; empty for the reference itself."""
+    if speedup is None:
+        return ""
+    ratio = speedup.ratio
+    head = "no difference" if ratio.verdict == "no difference" else f"{ratio.value:.2f}×"
+    return f"{head} ({ratio.low:.2f}–{ratio.high:.2f})"
+
+
+def parity_text(parity: Parity) -> str:
+    """One line: how far the file is from the model."""
+    batches = " and ".join(map(str, parity.batches))
+    return (
+        f"parity with PyTorch: {parity.relative:.1e} relative, {parity.absolute:.1e} absolute "
+        f"({parity.precision}, batches {batches}, tolerance {parity.tolerance:.0e})"
+    )
+
+
+def _title(measured: LatencyTable) -> str:
+    facts = measured.environment
+    places = [f"{facts['cpu']}, {facts['threads']} threads"]
+    if "gpu" in facts:
+        places.append(facts["gpu"])
+    return f"Latency · {' · '.join(places)} · onnxruntime {facts['onnxruntime']}"

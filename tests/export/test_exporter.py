@@ -1,0 +1,232 @@
+"""ONNX files of small networks: what is in them, and that making them leaves everything else alone."""
+
+import copy
+import subprocess
+import sys
+from functools import partial
+
+import onnx
+import pytest
+import timm
+import torch
+from ekgfx.export import check_parity, exporter, to_onnx
+from timm.models.nest import Nest
+from torch import nn
+
+from ekgfx.errors import ExportError
+
+from .nets import Classifier, Detector, FixedBatch, LearnedBias, Mystery, Windows, mystery
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A network in a mixture of modes, its inputs, and its file, made from a batch of one."""
+    torch.manual_seed(0)
+    model = Classifier()
+    model.drop.eval()
+    before = copy.deepcopy(model)
+    path = tmp_path_factory.mktemp("classifier") / "net.onnx"
+    images = torch.randn(3, 3, 8, 8)
+    to_onnx(model, images[:1], path, metadata={"plan": "0123abcd", "macs": 1234})
+    return model, before, images, path
+
+
+def test_batch_size_is_free(classifier):
+    model, _, images, path = classifier
+    parity = check_parity(model, path, images)
+    assert parity.batches == (1, 3)
+    assert parity.relative < 1e-5
+    graph = onnx.load(path).graph
+    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    assert graph.output[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_model_is_left_as_it_was(classifier):
+    model, before, _, _ = classifier
+    assert [module.training for module in model.modules()] == [module.training for module in before.modules()]
+    for (name, tensor), (_, old) in zip(model.state_dict().items(), before.state_dict().items(), strict=True):
+        assert torch.equal(tensor, old), name
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_names_are_those_of_the_model(classifier):
+    graph = onnx.load(classifier[3]).graph
+    assert [value.name for value in graph.input] == ["x"]
+    assert [value.name for value in graph.output] == ["output"]
+    # The batch norm is folded into the convolution, which still carries its own name.
+    assert [node.name for node in graph.node] == ["stem/Conv", "Relu", "ReduceMean", "head/Gemm"]
+    assert {"stem.weight", "head.weight", "head.bias"} <= {value.name for value in graph.initializer}
+
+
+def test_metadata_is_in_the_file(classifier):
+    recorded = {entry.key: entry.value for entry in onnx.load(classifier[3]).metadata_props}
+    assert recorded["ekgfx.plan"] == "0123abcd"
+    assert recorded["ekgfx.macs"] == "1234"
+    assert recorded["ekgfx.precision"] == "fp32"
+    assert recorded["ekgfx.model"].endswith("nets.Classifier")
+    assert recorded["ekgfx.version.onnx"] == onnx.__version__
+
+
+def test_file_holds_no_path_of_this_machine(classifier):
+    content = classifier[3].read_bytes()
+    assert b"/nets.py" not in content
+    assert b"site-packages" not in content
+
+
+def test_half_precision(classifier, tmp_path):
+    model, _, images, _ = classifier
+    path = to_onnx(model, images, tmp_path / "half.onnx", fp16=True)
+    half = onnx.load(path)
+    assert {value.data_type for value in half.graph.initializer if value.dims} <= {
+        onnx.TensorProto.FLOAT16,
+        onnx.TensorProto.INT64,
+    }
+    types = {value.type.tensor_type.elem_type for value in (*half.graph.input, *half.graph.output)}
+    assert types == {onnx.TensorProto.FLOAT}
+    parity = check_parity(model, path, images)
+    assert parity.precision == "fp16"
+    assert 1e-5 < parity.relative < parity.tolerance == 1e-2
+    with pytest.raises(ExportError, match="differs"):
+        check_parity(model, path, images, tolerance=1e-6)
+
+
+def test_several_inputs_and_a_nested_output(tmp_path):
+    model = Detector()
+    inputs = (torch.randn(1, 4), torch.randn(1, 6))
+    path = to_onnx(model, inputs, tmp_path / "net.onnx")
+    graph = onnx.load(path).graph
+    assert [value.name for value in graph.input] == ["image", "points"]
+    assert [value.name for value in graph.output] == ["boxes_0", "boxes_1", "scores", "image_out"]
+    parity = check_parity(model, path, inputs)
+    assert parity.batches == (1, 2)
+    assert {difference.output for difference in parity.differences} == {"boxes_0", "boxes_1", "scores", "image"}
+
+
+@pytest.mark.parametrize("net", [Windows, LearnedBias])
+@pytest.mark.parametrize("opset", [None, 23])
+def test_attention_of_any_kind(net, opset, tmp_path):
+    torch.manual_seed(0)
+    model = net()
+    with torch.no_grad():
+        model.qkv.weight.mul_(5)  # near-uniform attention would hide errors
+    inputs = torch.randn(3, 8, 8)
+    path = to_onnx(model, inputs, tmp_path / "net.onnx", opset=opset)
+    written = onnx.load(path)
+    assert check_parity(model, path, inputs).relative < 1e-5
+    assert opset is None or written.opset_import[0].version == opset
+    assert ("Attention" in {node.op_type for node in written.graph.node}) == (net is LearnedBias and opset == 23)
+
+
+def nest(**options) -> nn.Module:
+    return Nest(img_size=64, embed_dims=(8, 16, 32), num_heads=(1, 2, 4), depths=(1, 1, 1), **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (partial(timm.create_model, "test_resnet", channels=(24, 40, 40, 64)), 64),
+        (partial(timm.create_model, "test_vit", depth=2), 160),
+        (partial(timm.create_model, "test_vit_relpos", depth=2), 160),
+        (partial(timm.create_model, "test_convnext"), 64),
+        (nest, 64),
+    ],
+    ids=["resnet", "vit", "vit_relpos", "convnext", "nest"],
+)
+def test_timm(make, size, tmp_path):
+    torch.manual_seed(0)
+    model = make(num_classes=10)
+    inputs = torch.randn(3, 3, size, size)
+    path = to_onnx(model, inputs, tmp_path / "net.onnx")
+    assert check_parity(model, path, inputs).relative < 1e-5
+
+
+def test_weights_of_a_large_model_lie_beside_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "PROTOBUF_LIMIT", 100)
+    model, inputs = nn.Linear(64, 64), torch.randn(2, 64)
+    path = to_onnx(model, inputs, tmp_path / "net.onnx")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
+    assert path.stat().st_size < 64 * 64 * 4
+    assert check_parity(model, path, inputs).relative < 1e-5
+
+
+def test_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise onnx.checker.ValidationError("node Conv is broken")
+
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(onnx.checker, "check_model", refuse)
+    with pytest.raises(ExportError, match="not valid ONNX: node Conv is broken"):
+        to_onnx(nn.Linear(2, 2), torch.randn(2, 2), path)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(ExportError, match="cannot write .*No such file"):
+        to_onnx(nn.Linear(2, 2), torch.randn(2, 2), tmp_path / "nowhere" / "net.onnx")
+
+
+def test_unknown_operator_is_named_with_its_module(tmp_path):
+    with pytest.raises(ExportError, match=r"ekgfx_tests\.mystery.* in body\.1 .*translations="):
+        to_onnx(Mystery(), torch.randn(2, 4), tmp_path / "net.onnx")
+
+
+def test_translation_of_an_unknown_operator(tmp_path):
+    from onnxscript import opset18
+
+    def identity(x):
+        return opset18.Identity(x)
+
+    model, inputs = Mystery(), torch.randn(2, 4)
+    translations = {torch.ops.ekgfx_tests.mystery.default: identity}
+    path = to_onnx(model, inputs, tmp_path / "net.onnx", translations=translations)
+    assert check_parity(model, path, inputs).relative < 1e-5
+    assert mystery is not None
+
+
+def test_fixed_batch_size_is_named(tmp_path):
+    with pytest.raises(ExportError, match="FixedBatch fixes its batch size"):
+        to_onnx(FixedBatch(), torch.randn(2, 4), tmp_path / "net.onnx")
+
+
+def test_opset_out_of_reach(tmp_path):
+    with pytest.raises(ExportError, match="opset 9 .*18"):
+        to_onnx(nn.Linear(2, 2), torch.randn(2, 2), tmp_path / "net.onnx", opset=9)
+    with pytest.raises(ExportError, match="opset 99 cannot be written"):
+        to_onnx(nn.Linear(2, 2), torch.randn(2, 2), tmp_path / "net.onnx", opset=99)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((torch.randn(2, 2), 3), "input 1 is a int"),
+        ((torch.randn(2, 4), torch.randn(3, 6)), r"sizes \[2, 3\]"),
+        ((torch.tensor(1.0), torch.tensor(2.0)), "no input has a batch"),
+        ((torch.randn(2, 4), torch.randn(2, 6), torch.randn(2, 6)), "takes 2 positional inputs .* but 3"),
+        (torch.randn(0, 4), r"sizes \[0\]"),
+    ],
+)
+def test_inputs_that_make_no_batch(inputs, message, tmp_path):
+    with pytest.raises(ExportError, match=message):
+        to_onnx(Detector(), inputs, tmp_path / "net.onnx")
+
+
+def test_model_without_tensors_in_its_output(tmp_path):
+    class Silent(nn.Module):
+        def forward(self, x):
+            return 3
+
+    with pytest.raises(ExportError, match="returns no tensor"):
+        to_onnx(Silent(), torch.randn(2, 2), tmp_path / "net.onnx")
+
+
+def test_nothing_is_printed(tmp_path):
+    """In a process of its own, with every warning on: the exporters' commentary stays inside."""
+    code = (
+        "import torch; from torch import nn; from ekgfx.export import check_parity, providers, to_onnx\n"
+        "model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), torch.randn(2, 3, 8, 8)\n"
+        f"check_parity(model, to_onnx(model, x, {str(tmp_path / 'net.onnx')!r}, fp16=True, opset=20), x); providers()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -23,7 +23,7 @@ from .providers import providers as present_providers
 from .runners import Runner, onnx_runner, torch_runner
 
 # Columns that time the PyTorch modules themselves.
-_TORCH = {"torch": False, "torch-compile": True}
+TORCH = {"torch": False, "torch-compile": True}
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,11 @@ def _column(
     cpu_fallback: bool,
 ) -> tuple[str, Callable[[tuple[Tensor, ...]], dict[str, Runner]]]:
     """The precision a column computes in, and what makes its runners from the inputs."""
-    if name in _TORCH:
+    if name in TORCH:
         if not modules:
             raise ExportError(f"{name!r} times PyTorch modules, and none were given; pass modules={{name: module}}")
         return precision, lambda inputs: {
-            network: torch_runner(module, precision, inputs, compiled=_TORCH[name])
+            network: torch_runner(module, precision, inputs, compiled=TORCH[name])
             for network, module in modules.items()
         }
     place = find_provider(name)

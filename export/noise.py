@@ -9,7 +9,7 @@ import numpy as np
 _BLOCKS = 20
 # Below this the bootstrap has too few values to draw from to mean anything.
 FEWEST_ROUNDS = 10
-_RESAMPLES = 2000
+_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)

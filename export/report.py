@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .exporter import to_onnx
-from .latency import LatencyTable, measure_latency
+from .latency import TORCH, LatencyTable, measure_latency
 from .parity import Parity, check_parity
+from .providers import provider
 from .providers import providers as present_providers
 
 # Which file of a run holds which network.
@@ -55,6 +56,11 @@ def export_report(
 
     Raises ExportError, see `to_onnx`, `check_parity`, `measure_latency`.
     """
+    names = present_providers().present if providers is None else tuple(providers)
+    if latency:
+        for name in names:  # before the work, not after it
+            if name not in TORCH:
+                provider(name)
     networks = {"dense": dense, "pruned": pruned} if latency and dense is not None else {"pruned": pruned}
     parity: dict[str, Parity] = {}
     for network, model in networks.items():
@@ -68,8 +74,9 @@ def export_report(
         {network: directory / name for network, name in files.items()},
         inputs,
         batches,
-        present_providers().present if providers is None else providers,
+        names,
         "fp16" if fp16 else "fp32",
+        modules=networks,
         **measuring,
     )
     return ExportReport(files, parity, table)

@@ -22,3 +22,14 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def reference(data_dir: Path) -> "Reference":
+    """What was recorded from the EKG authors' program."""
+    from tests.reference import Reference
+
+    folder = Path(os.environ.get("EKGFX_REFERENCE", data_dir.parent / "reference")) / "ekg"
+    if not folder.is_dir():
+        pytest.skip(f"no recorded behaviour in {folder}; set EKGFX_REFERENCE to the folder with ekg/")
+    return Reference(folder, data_dir)

@@ -71,7 +71,7 @@ def _rounded_last_width(rule: WidthRule, width: float, met: Callable[[int], bool
     """The program's `fine_search`: widths from `width` upwards in units of 1/C, rounded to two decimals."""
     found = width
     for unrounded in np.arange(width, width + reach, 1 / rule.size):
-        found = round(float(unrounded), 2)
+        found = float(np.round(unrounded, 2))
         if not met(rule.kept(found)):
-            return round(float(unrounded) - 1 / rule.size, 5)
+            return float(np.round(unrounded - 1 / rule.size, 5))
     return found

@@ -122,11 +122,9 @@ def ensemble_knowledge(knowledge: Knowledge, members: int, logits: Sequence[Tens
 def validation_batches(batches: Iterable[Any]) -> tuple[ValidationBatch, ...]:
     """Batches as the search wants them: (images | tuple of inputs, target, …); a bare tensor has no target.
 
-    Raises DataError when there are none, or some have targets and some do not.
+    Raises DataError when some have targets and some do not.
     """
     found = tuple(map(_validation_batch, batches))
-    if not found:
-        raise DataError("the search got no validation batch; give it at least one (images, labels)")
     if len({batch.target is None for batch in found}) > 1:
         raise DataError("some validation batches have labels and some have none; give labels for all or for none")
     return found

@@ -1,5 +1,6 @@
 """The networks: names and numbers of published weights, the authors' own logits, and the shortcut's values."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,9 @@ FACTORIES = [
 @pytest.fixture
 def reference_dir(data_dir: Path) -> Path:
     """What the EKG authors' program was recorded to do."""
-    path = data_dir.parent / "reference" / "ekg"
+    path = Path(os.environ.get("EKGFX_REFERENCE", data_dir.parent / "reference")) / "ekg"
     if not path.is_dir():
-        pytest.skip(f"no recordings of the EKG authors' program in {path}")
+        pytest.skip(f"no recordings of the EKG authors' program in {path}; set EKGFX_REFERENCE to the folder with ekg/")
     return path
 
 

@@ -370,7 +370,7 @@ def test_resnet50_knows_real_images(data_dir: Path, monkeypatch) -> None:
 @pytest.mark.sweep
 def test_resnet50_on_all_test_images(data_dir: Path, monkeypatch) -> None:
     first, five = ranks(*outputs(*keras_resnet50(data_dir, monkeypatch), count=100))
-    assert (first, five) == (pytest.approx(84, abs=1), pytest.approx(96, abs=1))
+    assert (first, five) == (pytest.approx(85, abs=1), pytest.approx(93, abs=1))
 
 
 def test_the_example_finds_its_weights_by_environment(data_dir: Path, monkeypatch) -> None:

@@ -1,0 +1,223 @@
+"""The memory bank: which teachers, what is stored, interrupted and damaged files."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ekgfx.bank import Bank, Progress, build_bank, pick_teachers
+from ekgfx.bank import build as building
+from ekgfx.bank.rows import RowFormat, infidelity
+from ekgfx.errors import DataError, RunError, TrainingError
+from ekgfx.loss import softened_kl
+from ekgfx.search import SearchResult, search
+from ekgfx.trace import TracedModel
+from tests.search import nets
+
+
+@pytest.fixture(scope="module")
+def searched() -> tuple[TracedModel, SearchResult]:
+    traced = nets.cnn()
+    return traced, search(traced, nets.batches(), flops=0.75)
+
+
+def training_batches(size: int = 16, samples: int = 50) -> list[tuple[Tensor, Tensor, Tensor]]:
+    images = torch.randn(samples, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    index = torch.arange(samples)
+    return list(zip(images.split(size), (index % 10).split(size), index.split(size), strict=True))
+
+
+def answers(traced: TracedModel, result: SearchResult, step: int, batches: list[Any]) -> Tensor:
+    plan = result.plans[step]
+    network = traced.subnetwork(plan, batch_stats=True, rescale=plan.rescale)
+    with torch.no_grad():
+        return torch.cat([network(batch[0]) for batch in batches])
+
+
+def test_teachers_are_spread_over_the_losses() -> None:
+    # Targets 0, 2, 4, 6, 8: nearest losses, without repetition, the best first.
+    losses = [0.0, 10.0, 1.9, 2.1, 4.4, 5.9, 7.9, 3.0]
+    assert pick_teachers(losses) == [0, 2, 4, 5, 6]
+    assert pick_teachers([5.0, 1.0, 1.0], teachers=2) == [1, 2]  # targets 1 and 3: the lower loss where equally near
+    assert pick_teachers([3.0, 1.0]) == [1, 0]
+    assert pick_teachers([2.0]) == [0]
+    assert pick_teachers([1.0] * 7) == [0, 1, 2, 3, 4]
+
+
+def test_holds_what_the_teachers_say(searched: tuple[TracedModel, SearchResult]) -> None:
+    traced, result = searched
+    batches = training_batches()
+    bank = build_bank(traced, result, batches, teachers=3)
+    steps = [teacher["step"] for teacher in bank.teachers]
+    assert steps == pick_teachers(result.losses[:-1], 3)
+    assert len(result.steps) not in steps  # the final sub-network does not teach
+    index = torch.tensor([49, 0, 17, 17])
+    found = bank.logits(index)
+    assert found.shape == (4, 3, 10)
+    for k, step in enumerate(steps):
+        torch.testing.assert_close(found[:, k], answers(traced, result, step, batches)[index], rtol=1e-3, atol=1e-4)
+        assert bank.teachers[k]["infidelity"] < 1e-6
+    resident = bank.resident("cpu")
+    torch.testing.assert_close(resident.logits(index), found)
+
+
+def test_single_knowledge_is_the_unpruned_network(searched: tuple[TracedModel, SearchResult]) -> None:
+    traced, result = searched
+    bank = build_bank(traced, result, training_batches(), knowledge="single")
+    assert [teacher["step"] for teacher in bank.teachers] == [0]
+
+
+def test_samples_are_numbered_where_batches_do_not_say(searched: tuple[TracedModel, SearchResult]) -> None:
+    traced, result = searched
+    whole = build_bank(traced, result, training_batches(), teachers=1).logits(torch.arange(50))
+    for batches in ([b[:2] for b in training_batches()], [b[0] for b in training_batches()]):
+        assert torch.equal(build_bank(traced, result, batches, teachers=1).logits(torch.arange(50)), whole)
+
+
+def test_a_bank_on_a_part_of_the_data_knows_its_samples(searched: tuple[TracedModel, SearchResult]) -> None:
+    traced, result = searched
+    batches = [(images, labels, 3 * index + 1) for images, labels, index in training_batches()]
+    bank = build_bank(traced, result, batches, teachers=2)
+    plain = build_bank(traced, result, training_batches(), teachers=2)
+    index = torch.tensor([12, 0, 49])
+    assert torch.equal(bank.logits(3 * index + 1), plain.logits(index))
+    assert torch.equal(bank.resident("cpu").logits(3 * index + 1), plain.logits(index))
+    for unknown in (0, 2, 149, 1000):
+        with pytest.raises(DataError, match=f"sample {unknown} is not among the 50"):
+            bank.logits(torch.tensor([1, unknown]))
+    with pytest.raises(DataError, match="sample 50 "):
+        plain.logits(torch.tensor([50]))
+
+
+def test_files_are_memory_mapped_and_checked(searched: tuple[TracedModel, SearchResult], tmp_path: Path) -> None:
+    traced, result = searched
+    seen: list[Progress] = []
+    bank = build_bank(traced, result, training_batches(), tmp_path / "bank", teachers=2, on_progress=seen.append)
+    assert [(p.teacher, p.teachers, p.samples) for p in seen] == [(t, 2, n) for t in (1, 2) for n in (16, 32, 48, 50)]
+    assert all(isinstance(rows, np.memmap) for rows in bank._rows)
+    again = Bank.open(tmp_path / "bank")
+    assert torch.equal(again.logits(torch.arange(50)), bank.logits(torch.arange(50)))
+    file = tmp_path / "bank" / "teacher-1.rows"
+    assert sorted(path.name for path in file.parent.iterdir()) == ["bank.json", "teacher-0.rows", "teacher-1.rows"]
+    content = bytearray(file.read_bytes())
+    content[100] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(RunError, match=r"teacher-1.rows was changed"):
+        Bank.open(tmp_path / "bank")
+    file.write_bytes(content[:-1])
+    with pytest.raises(RunError, match=r"cut short"):
+        Bank.open(tmp_path / "bank", verify=False)
+
+
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+class Stopping:
+    """Batches that stop with an error after a number of them; counts what it gave."""
+
+    def __init__(self, batches: list[Any], after: int) -> None:
+        self.batches, self.left = batches, after
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            if not self.left:
+                raise Interrupted
+            self.left -= 1
+            yield batch
+
+
+@pytest.mark.parametrize("after", [1, 2, 4, 5, 6, 8])
+def test_goes_on_where_it_was_interrupted(
+    searched: tuple[TracedModel, SearchResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Cut anywhere; a torn last row (bytes after the last note) is dropped."""
+    traced, result = searched
+    monkeypatch.setattr(building, "SAVE_EVERY", 0.0)
+    whole = build_bank(traced, result, training_batches(), teachers=2)
+    with pytest.raises(Interrupted):
+        build_bank(traced, result, Stopping(training_batches(), after), tmp_path, teachers=2)
+    for partial in tmp_path.glob("*.part"):
+        with partial.open("ab") as file:
+            file.write(b"torn")
+    with pytest.raises(RunError, match="unfinished"):
+        Bank.open(tmp_path)
+    again = build_bank(traced, result, training_batches(), tmp_path, teachers=2)
+    assert torch.equal(again.logits(torch.arange(50)), whole.logits(torch.arange(50)))
+    assert [t["infidelity"] for t in again.teachers] == pytest.approx([t["infidelity"] for t in whole.teachers])
+
+
+def test_a_finished_bank_is_not_built_again(searched: tuple[TracedModel, SearchResult], tmp_path: Path) -> None:
+    traced, result = searched
+    build_bank(traced, result, training_batches(), tmp_path, teachers=2)
+    before = os.stat(tmp_path / "teacher-0.rows").st_mtime_ns
+    build_bank(traced, result, training_batches(), tmp_path, teachers=2)
+    assert os.stat(tmp_path / "teacher-0.rows").st_mtime_ns == before
+
+
+def test_top_k_keeps_the_largest_and_the_mass_of_the_rest() -> None:
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(64, 100)
+    row = RowFormat((100,), top_k=10, temperature=4.0)
+    rows = row.encode(torch.arange(64), logits)
+    assert rows.dtype.itemsize == 4 + 2 * 11 + 4 * 10
+    stored = row.decode(rows)
+    top = logits.topk(10, dim=1)
+    torch.testing.assert_close(stored.gather(1, top.indices), top.values, rtol=1e-3, atol=1e-3)
+    mass = (logits / 4).softmax(1).gather(1, top.indices).sum(1)
+    torch.testing.assert_close((stored / 4).softmax(1).gather(1, top.indices).sum(1), mass, rtol=1e-3, atol=1e-3)
+    lost = infidelity(row, rows, logits)
+    assert lost == pytest.approx(softened_kl(logits, stored, 4.0).sum().item(), rel=1e-5)
+    narrower = RowFormat((100,), top_k=3, temperature=4.0)
+    assert infidelity(narrower, narrower.encode(torch.arange(64), logits), logits) > 1.5 * lost
+
+
+def test_infidelity_of_top_k_is_recorded(searched: tuple[TracedModel, SearchResult], tmp_path: Path) -> None:
+    traced, result = searched
+    bank = build_bank(traced, result, training_batches(), tmp_path, teachers=1, top_k=3)
+    full = answers(traced, result, bank.teachers[0]["step"], training_batches())
+    expected = softened_kl(full, bank.logits(torch.arange(50))[:, 0], 4.0).mean().item()
+    assert json.loads((tmp_path / "bank.json").read_text())["teachers"][0]["infidelity"] == pytest.approx(expected)
+
+
+def test_reading_needs_no_memory_for_the_whole(tmp_path: Path) -> None:
+    """A sparse file of 100,000 samples × 1000 classes (200 MB): a batch is read without loading it."""
+    row = RowFormat((1000,), temperature=10.0)
+    with (tmp_path / "teacher-0.rows").open("wb") as file:
+        file.truncate(100_000 * row.dtype.itemsize)
+        file.seek(99_999 * row.dtype.itemsize)
+        file.write(row.encode(torch.tensor([99_999]), torch.ones(1, 1000)).tobytes())
+    rows = np.memmap(tmp_path / "teacher-0.rows", row.dtype, "r")
+    bank = Bank(row, [{}], [rows])
+    assert bank.logits(torch.tensor([5, 99_999])).sum(2).flatten().tolist() == [0.0, 1000.0]
+    assert bank.samples == 100_000
+
+
+def test_errors(searched: tuple[TracedModel, SearchResult], tmp_path: Path) -> None:
+    traced, result = searched
+    batches = training_batches()
+    with pytest.raises(DataError, match="not an iterator"):
+        build_bank(traced, result, iter(batches))
+    with pytest.raises(DataError, match="no batches"):
+        build_bank(traced, result, [])
+    with pytest.raises(DataError, match="turn shuffling off"):
+        build_bank(traced, result, [batches[1], batches[0]])
+    with pytest.raises(DataError, match="top 10 "):
+        build_bank(traced, result, batches, top_k=10)
+    build_bank(traced, result, batches, tmp_path, teachers=2)
+    with pytest.raises(RunError, match="another model, search or top_k"):
+        build_bank(traced, result, batches, tmp_path, teachers=3)
+    with pytest.raises(RunError, match="cannot make the folder"):
+        build_bank(traced, result, batches, tmp_path / "bank.json" / "inside")
+    with pytest.raises(TrainingError, match="half precision"):
+        RowFormat((2,)).encode(torch.arange(1), torch.tensor([[1e6, 0.0]]))
+    manifest = json.loads((tmp_path / "bank.json").read_text())
+    (tmp_path / "bank.json").write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(RunError, match="upgrade"):
+        Bank.open(tmp_path)

@@ -1,5 +1,6 @@
 """What the stages of a job share: the run, its settings, the model, the data, and somebody to report to."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ekgfx import bank, checkpoint, data, source
-from ekgfx.errors import DataError, RecipeError
+from ekgfx.errors import DataError, RecipeError, TrainingError
 from ekgfx.evaluation import evaluate
 from ekgfx.finetune import Epoch
 from ekgfx.plan import Plan
@@ -122,6 +123,11 @@ class Job:
         batches = self.data.loader("test", self.recipe.search.batch_size)
         if self.labelled:
             metrics = evaluate(model, batches)
+            if not math.isfinite(metrics.loss):
+                raise TrainingError(
+                    f"the loss on {self.data.spec} is {metrics.loss}: check the weights ({self.built.weights_origin}), "
+                    "and that the images are normalized as the model expects"
+                )
             return Score(metrics.accuracy, metrics.loss, None, cost.macs, cost.params)
         agreement = 1.0 if plan is None else evaluate(model, predicted(self.built.model, batches)).accuracy
         return Score(None, None, agreement, cost.macs, cost.params)

@@ -20,10 +20,15 @@ from ekgfx.evaluation import reestimate_batch_norm
 from ekgfx.finetune import Epoch, finetune
 from ekgfx.job import DENSE, Job, Report
 from ekgfx.loss import KnowledgeSource
-from ekgfx.recipe import Training, override
+from ekgfx.plan import Plan
+from ekgfx.recipe import Search, Training, override
 from ekgfx.run import Run
 from ekgfx.search import SearchResult, Step, search
+from ekgfx.search.ignore import ignored_groups
+from ekgfx.search.problem import Budget, Problem, width_rules
+from ekgfx.search.reward import Objective
 from ekgfx.surgery import prune
+from ekgfx.trace import TracedModel
 
 HISTORY = "history.jsonl"
 EPOCHS = "finetune.jsonl"
@@ -40,6 +45,8 @@ def prune_job(run: Run, report: Report) -> None:
     """The whole job of a run, from its settings to the end, or from where it was interrupted."""
     job = Job.of(run, report)
     run.update(status="running")
+    if not run.has(checkpoint.PLAN):
+        smallest(job.traced, job.recipe.search)  # before anything takes its time
     prepare(job)
     result = find_plan(job)
     pruned = cut(job, result)
@@ -98,6 +105,22 @@ def prepare(job: Job) -> None:
     with job.run.replacing(DENSE) as partial:
         checkpoint.save_tensors(model, partial)
     (job.run.path / PRETRAINING).unlink(missing_ok=True)
+
+
+def smallest(traced: TracedModel, asked: Search) -> Plan:
+    """The smallest sub-network that the settings allow (its widths; which channels is left open).
+
+    Raises:
+        PlanError: an ignore pattern matches nothing.
+        BudgetError: nothing can be pruned, or even this sub-network is beyond the budget.
+    """
+    rules = width_rules(traced, ignored_groups(traced.groups, asked.ignore), asked.align, asked.min_width)
+    if asked.flops is not None:
+        budget = Budget.of(lambda plan: traced.cost(plan).macs, asked.flops, "MACs")
+    else:
+        budget = Budget.of(lambda plan: traced.cost(plan).params, asked.params or 1.0, "parameters")
+    Problem(traced, (), Objective(), budget, rules, False, False, False).check_reachable()
+    return Plan({name: tuple(range(rule.minimum)) for name, rule in rules.items()}, traced.groups.digest)
 
 
 def find_plan(job: Job) -> SearchResult:

@@ -31,7 +31,7 @@ class Training:
     weight_decay: float = 5e-4
     optimizer: str = "sgd"
     schedule: Literal["multistep", "cosine", "constant"] = "multistep"
-    warmup: float = 0.0
+    warmup: int = 0
     augment: bool = True
     views: int | None = None
     amp: Literal["bf16", "fp16"] | None = None

@@ -13,7 +13,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -240,6 +240,17 @@ class Run:
     def lines(self, name: str) -> list[Any]:
         """The records of a JSON-lines file, oldest first; none when there is no such file."""
         return read_lines(self.path / name)
+
+    def fail(self, reason: str) -> None:
+        """Marks the run as failed; one that has nothing to show yet goes away."""
+        if self.manifest["files"] or any(self.path.glob("*.safetensors")):
+            self.update(status="failed", error=reason)
+        else:
+            for name in (MANIFEST, _LOCK):
+                (self.path / name).unlink(missing_ok=True)
+            self.close()
+            with suppress(OSError):  # somebody else put something there
+                self.path.rmdir()
 
     def close(self) -> None:
         """Lets other processes write to this run."""

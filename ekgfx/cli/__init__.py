@@ -15,6 +15,16 @@ from ekgfx.cli.recipes import recipes
 from ekgfx.errors import EkgfxError
 
 
+class _Notes(logging.Handler):
+    """Shows the library's warnings as they are, on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.secho(f"{record.levelname.lower()}: {record.getMessage()}", err=True, fg="yellow")
+
+
+_NOTES = _Notes()
+
+
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, invoke_without_command=True
 )
@@ -25,7 +35,7 @@ def cli(context: click.Context) -> None:
 
     Start with: ekgfx prune --recipe quickstart
     """
-    logging.getLogger("ekgfx").addHandler(_Notes())
+    logging.getLogger("ekgfx").addHandler(_NOTES)
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
@@ -50,13 +60,6 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         print("ekgfx: stopped", file=sys.stderr)
         sys.exit(130)
-
-
-class _Notes(logging.Handler):
-    """Shows the library's warnings as they are, on stderr."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        click.secho(f"{record.levelname.lower()}: {record.getMessage()}", err=True, fg="yellow")
 
 
 def _fail(message: str) -> None:

@@ -60,6 +60,10 @@ def prune(
     Without --data the search runs label-free on photographs: the network's own predictions stand for labels, and
     no accuracy can be measured.
     """
+    from ekgfx import source
+    from ekgfx.cli.work import work
+    from ekgfx.pipeline import prune_job
+
     changes = given(flags) | ({} if model is None else {"model": model})
     if resume is not None:
         if changes or recipe or output or dry_run:
@@ -67,12 +71,10 @@ def prune(
         run = Run.reopen(resume)
     else:
         asked = _settings(recipe, changes)
+        source.parse(asked.model or "", asked.weights, asked.input, asked.classes)  # before a run is made of it
         if dry_run:
             return _preview(asked)
         run = Run.create(output or fresh_path(asked.model or ""), settings=asked.to_json())
-    from ekgfx.cli.work import work
-    from ekgfx.pipeline import prune_job
-
     with run:
         work(run, lambda report: prune_job(run, report))
 
@@ -96,19 +98,16 @@ def _preview(asked: Recipe) -> None:
     import ekgfx
     from ekgfx import source
     from ekgfx.cli.render import change, human, out, table
-    from ekgfx.search.ignore import ignored_groups
-    from ekgfx.search.problem import width_rules
+    from ekgfx.pipeline import smallest
 
     built = source.parse(asked.model or "", "none", asked.input, asked.classes).build()
     traced = ekgfx.trace(built.model, built.example_inputs)
-    ignored = ignored_groups(traced.groups, asked.search.ignore)
-    rules = width_rules(traced, ignored, asked.search.align, asked.search.min_width)
-    least = ekgfx.Plan({name: tuple(range(rule.minimum)) for name, rule in rules.items()})
+    least = smallest(traced, asked.search)
     rows = [
         (
             group.name,
             str(group.size),
-            str(rules[group.name].minimum) if group.name in rules else "ignored",
+            str(len(least.kept[group.name])) if group.name in least.kept else "ignored",
             human(group.macs),
         )
         for group in traced.groups.values()

@@ -23,6 +23,6 @@ def work(run: Run, job: Callable[[Terminal], Any]) -> None:
         click.echo(f"stopped; go on with: ekgfx prune --resume {run.path}", err=True)
         raise
     except EkgfxError as error:
-        run.update(status="failed", error=str(error))
+        run.fail(str(error))
         raise
     show(run.path)

@@ -1,0 +1,149 @@
+"""Bad input gets one line that says what was wrong, the value and what to do; exit code 2; never a traceback."""
+
+import errno
+import os
+import shutil
+import textwrap
+
+import pytest
+import torch
+from PIL import Image
+
+NETS = """
+import torch
+from torch import nn
+
+def fixed():
+    "A classifier between the input and the output: nothing is free."
+    return nn.Linear(4, 3), (torch.randn(2, 4),)
+
+def five():
+    from ekgfx.models import digits_cnn
+    return digits_cnn(num_classes=5)
+
+def not_a_number():
+    from ekgfx.models import digits_cnn
+    net = digits_cnn()
+    net.classifier.weight.data[0] = float("nan")
+    return net
+
+def raises():
+    raise ValueError("no such luck")
+
+def data_dependent():
+    class Net(nn.Module):
+        def forward(self, x):
+            return x * 2 if x.sum() > 0 else x
+    return Net(), (torch.randn(2, 4),)
+"""
+
+
+@pytest.fixture(autouse=True)
+def nets(tmp_path):
+    (tmp_path / "nets.py").write_text(textwrap.dedent(NETS))
+
+
+DIGITS = ("ekgfx.models:digits_cnn", "--data", "digits")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["groups", "timm:resnet1800"], "timm has no model 'resnet1800': did you mean timm:resnet18"),
+        (["groups", "resnet18"], "unknown model 'resnet18': did you mean 'timm:resnet18'?"),
+        (["groups", "nets.py:nothing"], "no factory 'nothing' in"),
+        (["groups", "nets.py:raises"], "failed: ValueError: no such luck"),
+        (["groups", "nets.py:data_dependent"], "Net could not be traced"),
+        (["groups", "nets.py"], "names no factory"),
+        (["groups"], "Missing argument 'MODEL'"),
+        (["grops", "timm:resnet18"], "No such command 'grops'"),
+        (["prune"], "nothing to prune: name a MODEL"),
+        (["prune", *DIGITS], "no budget: give --flops or --params"),
+        (["prune", *DIGITS, "--flops", "55"], "flops is the fraction to keep, between 0 and 1"),
+        (["prune", *DIGITS, "--flops", "half"], "'half' is not a valid float"),
+        (["prune", *DIGITS, "--flops", "0.5", "--params", "0.5"], "one budget at a time"),
+        (["prune", *DIGITS, "--flops", "0.0001"], "cannot keep only 0.0% of the MACs: with every group at its least"),
+        (["prune", *DIGITS, "--flops", "0.5", "--ignore", "steam*"], "'steam*' matches no prunable group"),
+        (["prune", *DIGITS, "--flops", "0.5", "--device", "cuda:77"], "device 'cuda:77' cannot be used"),
+        (["prune", *DIGITS, "--flops", "0.5", "--weights", "gone.safetensors"], "gone.safetensors': no such file"),
+        (["prune", "ekgfx.models:digits_cnn", "--flops", "0.5", "--data", "digit"], "did you mean 'digits'?"),
+        (
+            ["prune", "nets.py:fixed", "--flops", "0.5", "--search", "uniform", "--importance", "magnitude"],
+            "nothing can",
+        ),
+        (
+            ["prune", "nets.py:five", "--flops", "0.5", "--data", "digits"],
+            "has 10 classes, but the model has 5 outputs",
+        ),
+        (
+            ["prune", "nets.py:not_a_number", "--flops", "0.5", "--data", "digits"],
+            "the loss on digits is nan: check the weights",
+        ),
+        (["prune", "--recipe", "quickstrat"], "no recipe 'quickstrat'; did you mean quickstart?"),
+        (["prune", "--resume", "nowhere"], "no run at nowhere"),
+        (["finetune", "nowhere", "--epochs", "1"], "no run at nowhere"),
+        (["eval", "ekgfx.models:digits_cnn"], "nothing to evaluate on: give --data"),
+        (["eval", "ekgfx.models:digits_cnn", "--data", "folder:nowhere"], "no such folder: 'nowhere'"),
+        (["export"], "no run under runs/"),
+        (["export", "nowhere", "--batch", "1,x"], "'1,x': use whole numbers with commas"),
+        (["recipes", "nothing"], "no recipe 'nothing'"),
+    ],
+)
+def test_one_line_and_nothing_left_behind(refused, tmp_path, arguments, says):
+    assert says in refused(*arguments)
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_real_process_prints_no_traceback(ekgfx_process):
+    done = ekgfx_process("prune", "timm:resnet1800", "--flops", "0.55")
+    assert done.code == 2
+    assert done.out == ""
+    assert done.err.count("\n") == 1
+    assert done.err.startswith("ekgfx: timm has no model")
+
+
+def test_an_unreadable_image_is_named(refused, tmp_path):
+    torch.manual_seed(0)
+    for label in "ab":
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(4):
+            Image.new("L", (8, 8), number * 20).save(tmp_path / "images" / label / f"{number}.png")
+    good = (tmp_path / "images" / "a" / "2.png").read_bytes()
+    for broken in (tmp_path / "images").glob("*/*.png"):
+        broken.write_bytes(good[: len(good) // 2])
+    line = refused("eval", "timm:resnet18", "--weights", "none", "--classes", 2, "--data", "folder:images")
+    assert "cannot read the image" in line
+    assert ".png" in line
+
+
+def test_no_space_left(refused, tiny, tmp_path, monkeypatch):
+    """The disk fills up when the search's first step is written; what was written before stays whole."""
+    fsync = os.fsync
+
+    def full_after_history_begins(descriptor: int) -> None:
+        if "history.jsonl" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_after_history_begins)
+    line = refused("prune", "--recipe", tiny, "-o", "run")
+    assert "history.jsonl: No space left on device; free some space and go on with --resume" in line
+
+
+def test_unreachable_hub_is_one_line(ekgfx, tmp_path):
+    """Random weights instead, loudly: in the terminal and in the run's record."""
+    arguments = ("--search", "uniform", "--importance", "magnitude", "--flops", "0.7", "-o", "run")
+    done = ekgfx("prune", "timm:test_resnet", *arguments)
+    assert done.code == 0, done.err
+    warnings = [line for line in done.err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "going on with RANDOM weights" in warnings[0]
+    assert '"weights": "random (hub unreachable' in (tmp_path / "run" / "run.json").read_text()
+
+
+def test_two_processes_cannot_share_a_run(refused, tmp_path):
+    from ekgfx.run import Run
+
+    with Run.create(tmp_path / "run"):
+        assert "another process is using the run" in refused("prune", "--resume", "run")
+    shutil.rmtree(tmp_path / "run")

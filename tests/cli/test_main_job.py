@@ -1,0 +1,161 @@
+"""The main job as a user runs it: every stage on real data, interrupted anywhere, and what can be done with a run."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import ekgfx as library
+from ekgfx.run import read_lines, read_manifest
+from tests.cli.conftest import TINY, command, environment
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """An undisturbed run of the tiny recipe."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.yaml").write_text(TINY)
+    subprocess.run(command("prune", "--recipe", "tiny.yaml", "-o", "run"), cwd=folder, env=environment(), check=True)
+    return folder / "run"
+
+
+def steps(run: Path) -> list[dict]:
+    """The history without what differs between two runs of the same search: time."""
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "eta")} for line in read_lines(run / "history.jsonl")
+    ]
+
+
+def test_a_run_holds_what_it_says(finished):
+    manifest = read_manifest(finished)
+    assert manifest["status"] == "done"
+    assert set(manifest["results"]) == {"before", "searched", "finetuned"}
+    before, after = manifest["results"]["before"], manifest["results"]["finetuned"]
+    assert after["macs"] <= 0.7 * before["macs"]
+    assert manifest["weights"].startswith("as ekgfx.models:digits_cnn")
+    assert json.loads((finished / "plan.json").read_text())["reached"] == after["macs"] / before["macs"]
+    assert len(read_lines(finished / "finetune.jsonl")) == 1
+    assert {path.name for path in finished.iterdir() if path.suffix} == {
+        "run.json",
+        "plan.json",
+        "history.jsonl",
+        "dense.safetensors",
+        "model.safetensors",
+        "finetune.jsonl",
+    }
+    loaded = library.load(finished)
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == after["params"]
+
+
+# Moments in the life of a run, told by what is on disk: none of the stages may be the one that cannot be interrupted.
+MOMENTS = {
+    "training": lambda run: (run / "pretrain.safetensors").exists(),
+    "searching": lambda run: len(read_lines(run / "history.jsonl")) >= 2,
+    "searched": lambda run: (run / "plan.json").exists(),
+    "bank": lambda run: (run / "bank").exists(),
+    "finetuning": lambda run: (run / "finetune.safetensors").exists(),
+}
+
+
+def test_a_run_killed_at_every_stage_ends_as_if_it_had_not_been(finished, tiny, tmp_path):
+    """kill -9 again and again; each --resume goes on, and plan, history and weights are the undisturbed run's."""
+    run = tmp_path / "run"
+    arguments: tuple[object, ...] = ("--recipe", tiny, "-o", run)
+    for reached in MOMENTS.values():
+        process = start(*arguments)
+        while not reached(run):
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert read_manifest(run)["status"] == "running"
+        arguments = ("--resume", run)
+    process = start(*arguments)
+    assert process.wait() == 0, process.communicate()[1].decode()
+    assert read_manifest(run)["status"] == "done"
+    assert steps(run) == steps(finished)
+    assert (run / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
+    ours, theirs = library.load(run).state_dict(), library.load(finished).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        command("prune", *arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def test_interrupt_says_how_to_go_on(tiny, tmp_path):
+    run = tmp_path / "run"
+    process = start("--recipe", tiny, "-o", run)
+    while not (run / "history.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"go on with: ekgfx prune --resume {run}" in said.decode()
+    assert "Traceback" not in said.decode()
+    assert read_manifest(run)["status"] == "interrupted"
+
+
+def test_what_a_run_is_good_for(finished, ekgfx, tmp_path):
+    """eval, finetune further, export with parity and latency, prune further: each from the run alone."""
+    evaluated = ekgfx("eval", finished, "--json")
+    assert evaluated.code == 0, evaluated.err
+    found = json.loads(evaluated.out)
+    recorded = read_manifest(finished)["results"]["finetuned"]
+    assert found["accuracy"] == pytest.approx(recorded["accuracy"])
+    assert (found["macs"], found["params"]) == (recorded["macs"], recorded["params"])
+
+    tuned = ekgfx("finetune", finished, "--epochs", 2, "--batch-size", 64)
+    assert tuned.code == 0, tuned.err
+    assert len(read_lines(finished / "finetune.jsonl")) == 2
+    assert read_manifest(finished)["results"]["finetuned"]["accuracy"] > recorded["accuracy"]
+
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "only").symlink_to(finished)  # the newest run is the default
+    exported = ekgfx("export", "--onnx", tmp_path / "net.onnx", "--batch", 2)
+    assert exported.code == 0, exported.err
+    assert "parity with PyTorch" in exported.out
+    assert (tmp_path / "net.onnx").read_bytes() == (finished / "model.onnx").read_bytes()
+    timings = json.loads((finished / "export.json").read_text())["latency"]["timings"]
+    assert {timing["network"] for timing in timings} == {"dense", "pruned"}
+
+    further = ekgfx("prune", finished, "--data", "digits", "--flops", "0.6", "-o", "further")
+    assert further.code == 0, further.err
+    smaller = read_manifest(tmp_path / "further")["results"]["searched"]
+    assert smaller["macs"] <= 0.6 * recorded["macs"]
+    assert "% kept, " in further.out
+
+
+def test_dry_run_does_nothing(ekgfx, tiny, tmp_path):
+    done = ekgfx("prune", "--recipe", tiny, "--dry-run", "--ignore", "stem*")
+    assert done.code == 0, done.err
+    assert "ignored" in done.out
+    assert "budget: 70.0% of the MACs" in done.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_search_without_data_takes_any_input(ekgfx, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Two(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.b, self.out = nn.Linear(4, 16), nn.Linear(6, 16), nn.Linear(16, 3)\n"
+        "    def forward(self, x, y):\n"
+        "        return self.out((self.a(x) + self.b(y)).relu())\n"
+        "def make():\n"
+        "    return Two(), (torch.randn(2, 4), torch.randn(2, 6))\n"
+    )
+    arguments = ("--params", "0.5", "--search", "uniform", "--importance", "magnitude", "-o", "run")
+    done = ekgfx("prune", "net.py:make", *arguments)
+    assert done.code == 0, done.err
+    assert library.load(tmp_path / "run").a.out_features == 7  # 16 → 27·w + 3 of 243 parameters, at most half

@@ -1,0 +1,80 @@
+"""What the command line prints, and how soon."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from ekgfx import recipe
+from ekgfx.cli import render
+from tests.cli.conftest import environment
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys\n"
+        "from ekgfx.cli import main\n"
+        "for arguments in (['--help'], ['prune', '--help'], ['recipes'], ['--version']):\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit as end: assert not end.code\n"
+        "slow = {'torch', 'timm', 'onnx', 'matplotlib', 'sklearn', 'numpy'} & set(sys.modules)\n"
+        "assert not slow, slow\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_groups_as_a_table(ekgfx):
+    done = ekgfx("groups", "timm:test_resnet", "--why")
+    assert done.code == 0, done.err
+    assert "MACs governed" in done.out
+    assert "kernel size" in done.out
+    assert "output of the model" in done.out
+
+
+def test_groups_as_json(ekgfx):
+    done = ekgfx("groups", "timm:test_resnet", "--json")
+    facts = json.loads(done.out)
+    stem = facts["groups"][0]
+    assert {"parameter": f"{stem['name']}.weight", "dim": 0, "layout": str(stem["size"])} in stem["places"]
+    assert facts["macs"] > 0
+    assert facts["frozen"]
+    assert facts["unknown_ops"] == {}
+
+
+def test_recipes_shows_the_whole_recipe(ekgfx):
+    done = ekgfx("recipes", "quickstart")
+    assert recipe.parse(yaml.safe_load(done.out)) == recipe.load("quickstart")
+    assert "quickstart" in ekgfx("recipes").out
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 "),
+        (940, "940 "),
+        (999.6, "1.00 k"),
+        (4_117_000_000, "4.12 G"),
+        (11_689_512, "11.7 M"),
+        (123_456, "123 k"),
+    ],
+)
+def test_human(value, text):
+    assert render.human(value).strip() == text.strip()
+
+
+def test_change_says_kept_and_removed():
+    assert render.change(4.12e9, 2.26e9) == "4.12 G → 2.26 G (54.9% kept, 45.1% removed)"
+
+
+def test_every_training_setting_is_a_recipe_key():
+    """The recipe's training sections repeat `ekgfx.finetune.Training`, which the command line must not import."""
+    from dataclasses import fields
+
+    from ekgfx.finetune import Training
+
+    ours = {f.name: f.type for f in fields(recipe.Training)}
+    theirs = {f.name: f.type for f in fields(Training) if f.name != "seed"}  # the recipe has one seed for everything
+    assert ours == theirs

@@ -62,6 +62,7 @@ def search(
     importance: str = "taylor",
     knowledge: KnowledgeMode = "ensemble",
     step: float = 0.2,
+    accept: int = 1,
     align: int = 1,
     min_width: float = 0.0,
     ignore: Sequence[str] = (),
@@ -88,6 +89,8 @@ def search(
         knowledge: what the reward compares with: the running "ensemble" of the sub-networks found so far, the "single"
             unpruned network, or "none".
         step: r, the width ratio that a group made by one layer loses at once.
+        accept: how many of the best candidates a step takes together. The paper takes one; k make the search k times
+            shorter (see `quick_accept`), and its history too.
         align: kept channels are a multiple of this where the group is at least that wide.
         min_width: least width ratio of every group.
         ignore: glob patterns of groups, parameters or modules that keep all their channels.
@@ -111,10 +114,10 @@ def search(
     _check_option("strategy", strategy, STRATEGIES)
     _check_option("importance", importance, IMPORTANCE)
     _check_option("knowledge", knowledge, get_args(KnowledgeMode))
-    if align < 1 or not 0 < step <= 1 or not 0 <= min_width < 1:
+    if align < 1 or accept < 1 or not 0 < step <= 1 or not 0 <= min_width < 1:
         raise RecipeError(
-            f"align {align}, step {step}, min_width {min_width}: use an align of at least 1, a step in (0, 1], and a "
-            "least width in [0, 1)"
+            f"align {align}, accept {accept}, step {step}, min_width {min_width}: use at least 1 for align and accept, "
+            "a step in (0, 1], and a least width in [0, 1)"
         )
     history = as_steps(resume_from or ())
     problem = Problem(
@@ -132,9 +135,10 @@ def search(
         raise DataError(f"strategy {strategy!r} with importance {importance!r} needs validation batches; pass some")
     recorder = Recorder(problem, on_step)
     with _reproducible(seed):
+        pace = ekg.Pace(step, accept)
         problem, baseline, unpruned = _measure_unpruned(problem)
         if strategy == "ekg":
-            ekg.run(problem, IMPORTANCE[importance], recorder, unpruned, step=step, details=details, history=history)
+            ekg.run(problem, IMPORTANCE[importance], recorder, unpruned, pace=pace, details=details, history=history)
         elif history:
             recorder.again(history[0])
         else:
@@ -150,6 +154,7 @@ def search(
             "importance": importance,
             "knowledge": knowledge,
             "step": step,
+            "accept": accept,
             "align": align,
             "min_width": min_width,
             "ignore": list(ignore),

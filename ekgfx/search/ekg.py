@@ -1,7 +1,9 @@
 """The EKG search: greedy steps, each to the candidate that the ensemble knowledge rewards most."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from ekgfx.errors import BudgetError, PlanError
 from ekgfx.plan import Plan
@@ -29,19 +31,28 @@ class State:
     members: int = 1
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How far a step goes. width: r, the ratio that a group made by one layer loses at once. accept: how many of the
+    best candidates are taken together; the paper takes one."""
+
+    width: float = 0.2
+    accept: int = 1
+
+
 def run(
     problem: Problem,
     criterion: Criterion,
     recorder: Recorder,
     unpruned: Knowledge,
     *,
-    step: float,
+    pace: Pace,
     details: Details,
     history: Sequence[Step],
 ) -> None:
     """Search until the budget holds, going on after `history`; the accepted steps go to `recorder`.
 
-    unpruned: T₀ = O(D_val; Θ₀). step: r, the width that a group made by one layer loses at once.
+    unpruned: T₀ = O(D_val; Θ₀).
 
     Raises BudgetError when no group can shrink further.
     """
@@ -52,7 +63,8 @@ def run(
         recorder.again(past)
     while not problem.budget.met(state.plan):
         scores = criterion(problem, state.plan, state.knowledge)
-        proposals = propose(problem, state, scores, step, details)
+        found = (propose(problem, state, group, scores[group], pace, details) for group in problem.rules)
+        proposals = [proposal for proposal in found if proposal is not None]
         if not proposals:
             raise BudgetError(
                 f"no group can shrink further at {problem.budget.fraction(state.plan):.1%} of the "
@@ -64,51 +76,65 @@ def run(
         evaluations = evaluate_candidates(
             problem, prefixes, state.plan, [(p.group, p.plan) for p in chosen], state.knowledge
         )
-        best = max(range(len(chosen)), key=lambda i: evaluations[i].reward)
-        state, evaluation = accept(problem, state, chosen[best])
+        ranked = sorted(range(len(chosen)), key=lambda i: -evaluations[i].reward)
+        taken = combine(problem, state, [chosen[i] for i in ranked[: pace.accept]], scores, pace, details)
+        state, evaluation = accept(problem, state, taken)
         recorder.accept(
             state.plan,
-            removed={chosen[best].group: chosen[best].removed},
-            widths={chosen[best].group: chosen[best].width},
+            removed={proposal.group: proposal.removed for proposal in taken},
+            widths={proposal.group: proposal.width for proposal in taken},
             evaluation=evaluation,
             candidates=[candidate(problem, p, e) for p, e in zip(chosen, evaluations, strict=True)],
             threshold=threshold,
         )
 
 
-def propose(problem: Problem, state: State, scores: Scores, step: float, details: Details) -> list[Proposal]:
-    """The candidates Φ: every group that can, at width w_l − r_l with r_l = max(1/C_l, r/n_l), without the channels of
-    least importance. Where that overshoots the budget, the smallest reduction that still reaches it."""
-    proposals = []
-    for group, rule in problem.rules.items():
-        kept = problem.kept(state.plan, group)
-        order = important_first(kept, scores[group])
+def propose(
+    problem: Problem, state: State, group: str, scores: Tensor, pace: Pace, details: Details
+) -> Proposal | None:
+    """A group's candidate in Φ: its next width is w_l − r_l with r_l = max(1/C_l, r/n_l), without the channels of least
+    importance. Where that overshoots the budget, the smallest reduction that still reaches it. None at its least width.
+    """
+    rule = problem.rules[group]
+    order = important_first(problem.kept(state.plan, group), scores)
 
-        def cut(count: int, group: str = group, order: Sequence[int] = order) -> Plan:
-            return state.plan.with_kept(group, order[:count])
+    def cut(count: int) -> Plan:
+        return state.plan.with_kept(group, order[:count])
 
-        def within(count: int, cut: Callable[[int], Plan] = cut) -> bool:
-            return problem.budget.met(cut(count))
-
-        width = rule.next_width(state.widths[group], step)
-        if rule.kept(width) >= len(kept):
-            continue
-        if problem.budget.fraction(cut(rule.kept(width))) < problem.budget.keep:
-            width = details.last_width(rule, width, len(kept), within)
-        count = rule.kept(width)
-        removed = tuple(sorted(order[count:]))
-        proposals.append(Proposal(group, width, cut(count), removed, float(scores[group][list(removed)].sum())))
-    return proposals
+    width = rule.next_width(state.widths[group], pace.width)
+    if rule.kept(width) >= len(order):
+        return None
+    if problem.budget.fraction(cut(rule.kept(width))) < problem.budget.keep:
+        width = details.last_width(rule, width, len(order), lambda count: problem.budget.met(cut(count)))
+    count = rule.kept(width)
+    removed = tuple(sorted(order[count:]))
+    return Proposal(group, width, cut(count), removed, float(scores[list(removed)].sum()))
 
 
-def accept(problem: Problem, state: State, best: Proposal) -> tuple[State, Evaluation]:
+def combine(
+    problem: Problem, state: State, best: Sequence[Proposal], scores: Scores, pace: Pace, details: Details
+) -> list[Proposal]:
+    """The best candidates on top of each other, the best first, as far as the budget asks for them."""
+    taken = [best[0]]
+    for proposal in best[1:]:
+        if problem.budget.met(taken[-1].plan):
+            break
+        so_far = replace(state, plan=taken[-1].plan)
+        further = propose(problem, so_far, proposal.group, scores[proposal.group], pace, details)
+        if further is not None:
+            taken.append(further)
+    return taken
+
+
+def accept(problem: Problem, state: State, taken: Sequence[Proposal]) -> tuple[State, Evaluation]:
     """Θᵢ₊₁ is the best candidate (eq. 3 and 7); the knowledge takes its logits in (eq. 8)."""
-    evaluation, logits = evaluate(problem.network(best.plan), problem.batches, problem.objective, state.knowledge)
-    widths = {**state.widths, best.group: best.width}
+    plan = taken[-1].plan
+    evaluation, logits = evaluate(problem.network(plan), problem.batches, problem.objective, state.knowledge)
+    widths = {**state.widths, **{proposal.group: proposal.width for proposal in taken}}
     if state.knowledge is None or not problem.ensemble:
-        return State(best.plan, widths, state.knowledge), evaluation
+        return State(plan, widths, state.knowledge), evaluation
     knowledge = ensemble_knowledge(state.knowledge, state.members, logits)
-    return State(best.plan, widths, knowledge, state.members + 1), evaluation
+    return State(plan, widths, knowledge, state.members + 1), evaluation
 
 
 def replay(problem: Problem, state: State, past: Step) -> State:
@@ -118,8 +144,8 @@ def replay(problem: Problem, state: State, past: Step) -> State:
     """
     sizes = {name: group.size for name, group in problem.traced.groups.items()}
     plan = apply_step(state.plan, past, sizes)
-    (group,) = past.removed
-    again, evaluation = accept(problem, state, Proposal(group, past.widths[group], plan, past.removed[group], 0.0))
+    taken = [Proposal(group, past.widths[group], plan, removed, 0.0) for group, removed in past.removed.items()]
+    again, evaluation = accept(problem, state, taken)
     recorded = past.measure.loss
     if recorded is None or abs(evaluation.loss - recorded) > TOLERANCE * max(abs(recorded), TOLERANCE):
         raise PlanError(

@@ -15,6 +15,7 @@ import ekgfx
 from ekgfx.errors import BudgetError, DataError, PlanError, RecipeError, TrainingError
 from ekgfx.plan import Plan
 from ekgfx.search import STRATEGIES, SearchResult, Step, search
+from ekgfx.search.effort import quick_accept, search_macs
 from ekgfx.search.forked import Prefixes, evaluate_candidates
 from ekgfx.search.problem import channels_per_position
 from ekgfx.search.reward import evaluate
@@ -268,6 +269,33 @@ def test_every_importance_drives_every_strategy(importance: str) -> None:
     for strategy in STRATEGIES:
         result = search(traced, nets.batches(12, 12), flops=0.85, strategy=strategy, importance=importance)
         assert result.kept_fraction <= 0.85
+
+
+def test_accepting_several_candidates_shortens_the_search() -> None:
+    """A step takes the best few on top of each other, never further than the budget asks; it can be resumed."""
+    traced = nets.cnn()
+    one, three = (search(traced, nets.batches(), flops=0.5, accept=accept) for accept in (1, 3))
+    assert len(three.steps) < len(one.steps) / 2
+    assert all(len(step.removed) == 3 for step in three.steps[:-1])
+    for step, plan in zip(three.steps, three.plans, strict=False):
+        ranked = sorted(step.candidates, key=lambda candidate: -(candidate.measure.reward or 0))
+        assert list(step.removed) == [candidate.group for candidate in ranked[: len(step.removed)]]
+        *before, _ = step.removed
+        partial = plan
+        for group in before:
+            kept = partial.kept.get(group, range(traced.groups[group].size))
+            partial = partial.with_kept(group, set(kept) - set(step.removed[group]))
+        assert traced.cost(partial).macs > 0.5 * traced.cost().macs
+    again = search(traced, nets.batches(), flops=0.5, accept=3, resume_from=three.steps[:2])
+    assert untimed(again) == untimed(three)
+
+
+def test_large_networks_accept_more() -> None:
+    traced = nets.cnn()
+    alone = search_macs(traced, 8, 0.5)
+    assert quick_accept(traced, 8, 0.5) == 1
+    assert quick_accept(traced, 8, 0.5, macs=alone / 3) == 3
+    assert search_macs(traced, 8, 0.5, accept=3) < 0.4 * alone
 
 
 class Bad(nn.Module):

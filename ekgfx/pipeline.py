@@ -24,6 +24,7 @@ from ekgfx.plan import Plan
 from ekgfx.recipe import Search, Training, override
 from ekgfx.run import Run
 from ekgfx.search import SearchResult, Step, search
+from ekgfx.search.effort import quick_accept
 from ekgfx.search.ignore import ignored_groups
 from ekgfx.search.problem import Budget, Problem, width_rules
 from ekgfx.search.reward import Objective
@@ -37,8 +38,9 @@ PRETRAINING, TUNING = "pretrain.safetensors", "finetune.safetensors"
 BANK = "bank"
 RESIDENT_SAMPLES = 200_000
 """Banks of fewer samples are held in the GPU's memory during fine-tuning."""
-NORM_SAMPLES = 2048
-"""Most images that BatchNorm's running statistics are estimated on after the cut."""
+NORM_SAMPLES = 1024
+"""Most images that BatchNorm's running statistics are estimated on after the cut; a quarter where there are no labels,
+since nothing can be measured there that more would improve."""
 
 
 def prune_job(run: Run, report: Report) -> None:
@@ -145,6 +147,7 @@ def find_plan(job: Job) -> SearchResult:
         importance=asked.importance,
         knowledge=asked.knowledge,
         step=asked.step,
+        accept=pace(job, batches),
         align=asked.align,
         min_width=asked.min_width,
         ignore=asked.ignore,
@@ -156,6 +159,20 @@ def find_plan(job: Job) -> SearchResult:
     facts = {key: value for key, value in result.to_json().items() if key != "steps"}
     checkpoint.write_plan(job.run, result.plan, reached=result.kept_fraction, search=facts)
     return result
+
+
+def pace(job: Job, batches: list[Any]) -> int:
+    """How many candidates a step of the search takes together."""
+    asked = job.recipe.search
+    if asked.accept is not None or job.labelled or asked.strategy != "ekg":
+        return asked.accept or 1
+    samples = sum(len(batch.images) for batch in batches)
+    together = quick_accept(job.traced, samples, asked.flops or asked.params or 1.0, step=asked.step)
+    if together > 1:
+        job.report.note(
+            f"a step takes its {together} best candidates together, for time's sake (--accept 1: one, as the paper)"
+        )
+    return together
 
 
 def read_result(run: Run) -> SearchResult:
@@ -182,7 +199,8 @@ def cut(job: Job, result: SearchResult) -> nn.Module:
     if job.data is not None:
         size = job.recipe.search.batch_size
         batches = job.data.loader("train", size, shuffle=True, seed=job.recipe.seed)
-        reestimate_batch_norm(pruned, batches, -(-NORM_SAMPLES // size))
+        samples = NORM_SAMPLES if job.labelled else NORM_SAMPLES // 4
+        reestimate_batch_norm(pruned, batches, -(-samples // size))
     job.keep_score("searched", pruned, result.plan)
     checkpoint.write_weights(job.run, pruned, result.plan)
     return pruned

@@ -56,7 +56,8 @@ class Search:
 
     Before a guided search the model is trained for an epoch on `train_per_class` images of each class (step 0 of the
     paper; 0 leaves it out). Candidates are judged on `val_per_class` images of each class, or on `images` images where
-    the data has no labels, in batches of `batch_size`.
+    the data has no labels, in batches of `batch_size`. `accept`: candidates that a step takes together; None takes one,
+    as the paper does, but on data without labels as many as keep the search of a large network within minutes.
     """
 
     flops: float | None = None
@@ -65,6 +66,7 @@ class Search:
     importance: Literal["taylor", "magnitude", "fpgm", "bn-scale", "hessian", "lamp"] = "taylor"
     knowledge: Literal["ensemble", "single", "none"] = "ensemble"
     step: float = 0.2
+    accept: int | None = None
     align: int = 1
     min_width: float = 0.0
     ignore: tuple[str, ...] = ()

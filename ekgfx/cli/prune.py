@@ -35,6 +35,12 @@ from ekgfx.run import Run, fresh_path
     metavar="GLOB",
     help="Groups, parameters or modules that keep all channels; repeatable.",
 )
+@setting(
+    "search.accept",
+    "--accept",
+    metavar="N",
+    help="Best candidates that a step of the search takes together; the paper takes one.",
+)
 @setting("search.align", "--align", metavar="N", help="Kept channels are multiples of N.")
 @setting("finetune.epochs", "--epochs", help="Epochs of fine-tuning after the search.")
 @setting("finetune.lr", "--lr", help="Learning rate of the fine-tuning.")

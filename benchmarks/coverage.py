@@ -1,14 +1,15 @@
 """Which models can be pruned, and is the result right? Every model in a process of its own; resumable.
 
-    python benchmarks/coverage.py --output docs/coverage.jsonl                  # the smallest model of every timm signature
+    python benchmarks/coverage.py --output docs/coverage.jsonl         # the smallest model of every timm signature
     python benchmarks/coverage.py --output out.jsonl test_resnet vit_tiny_patch16_224
     python benchmarks/coverage.py --table docs/coverage.jsonl > docs/coverage.md
 
 For each model, in float64 with all parameters perturbed: trace, group, cut about half of every group at random, and cut
 every group evenly until 55% of the MACs are left; then compare
   masked:  the sliced graph against the uncut graph with zeros in place of what was cut,
-  pruned:  the module after surgery against the sliced graph, on fresh inputs of another batch size; `ekgfx.prune` itself
-           has then traced the result again and compared every operator's shape, MACs and parameters with the prediction.
+  pruned:  the module after surgery against the sliced graph, on fresh inputs of another batch size; `ekgfx.prune`
+           itself has then traced the result again and compared every operator's shape, MACs and parameters with the
+           prediction.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def even_plan(traced: Any, budget: float) -> Any:
-    """Keep the same share of every group, at random, so that `budget` of the MACs are left (or as near as that goes)."""
+    """Keep the same share of every group, at random, so that `budget` of the MACs are left, as near as that goes."""
     import ekgfx
 
     rng = random.Random(1)

@@ -151,7 +151,8 @@ class PackedAttention(nn.Module):
     expected = {
         "embed": (
             12,
-            "embed.weight:0 embed.bias:0 norm.weight:0 norm.bias:0 qkv.weight:1 proj.weight:0 proj.bias:0 head.weight:1",
+            "embed.weight:0 embed.bias:0 norm.weight:0 norm.bias:0 qkv.weight:1 "
+            "proj.weight:0 proj.bias:0 head.weight:1",
         ),
         "qkv": (3, "qkv.weight:0 qkv.bias:0 proj.weight:1"),
     }

@@ -4,6 +4,7 @@ Every operator's arguments are bound to their schema names, and the rules are ru
 """
 
 import operator
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -184,6 +185,11 @@ class AxisGraph:
         while isinstance(value, fx.Node) and value.op == "call_function":
             value = next(iter(value.all_input_nodes), None)
         return self.weights.get(value.name) if isinstance(value, fx.Node) else None
+
+    @cached_property
+    def operations_of(self) -> Counter[str]:
+        """Module → number of operators that its own forward runs."""
+        return Counter(operation.module for operation in self.operations)
 
     @cached_property
     def _by_node(self) -> dict[fx.Node, Operation]:

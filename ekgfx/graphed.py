@@ -103,6 +103,8 @@ def _signature(
                 return node
         return None
 
+    if not seen:
+        raise PruneError(f"{path} was not called")
     names = list(_parameter_names(module, len(seen["args"])))
     arguments = [
         (n, find(v, inputs) if isinstance(v, Tensor) else None) for n, v in zip(names, seen["args"], strict=False)
@@ -160,15 +162,12 @@ def _copy(
         return (
             new.node_copy(node, lambda n: made[n.name]) if all(n.name in made for n in node.all_input_nodes) else None
         )
-    inner = operation.module.removeprefix(path).removeprefix(".")
     inputs = [n for n in node.all_input_nodes if n.name not in graph.weights]
-    if (
-        inner
-        and operation.module.startswith(path)
-        and isinstance(cut.get_submodule(inner), LAYERS)
-        and len(inputs) == 1
-    ):
-        return new.call_module(inner, (made[inputs[0].name],))
+    alone = graph.operations_of[operation.module] == 1
+    if alone and len(inputs) == 1 and operation.module != path and operation.module.startswith(path):
+        inner = operation.module.removeprefix(path).removeprefix(".")
+        if isinstance(graph.model.get_submodule(operation.module), LAYERS):
+            return new.call_module(inner, (made[inputs[0].name],))
     return _recomputed(operation, path, graph, new, made, batch)
 
 

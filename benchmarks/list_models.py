@@ -1,0 +1,33 @@
+"""The models that the coverage sweep runs over: for every timm module, the smallest model of each architecture signature.
+
+    python benchmarks/list_models.py > benchmarks/models.txt
+
+The signature of a model is the set of module classes it is built of. Models are built on the meta device, so that
+nothing is allocated.
+"""
+
+import sys
+import warnings
+
+import timm
+import torch
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    smallest: dict[tuple[str, frozenset[str]], tuple[int, str]] = {}
+    for module in timm.list_modules():
+        for name in timm.list_models(module=module):
+            try:
+                with torch.device("meta"):
+                    model = timm.create_model(name)
+            except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                continue
+            key = module, frozenset(type(m).__qualname__ for m in model.modules())
+            smallest[key] = min(smallest.get(key, (sys.maxsize, "")), (sum(p.numel() for p in model.parameters()), name))
+    print("\n".join(name for _, name in sorted(smallest.values())))
+
+
+if __name__ == "__main__":
+    main()

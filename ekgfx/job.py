@@ -50,7 +50,8 @@ class Report(Protocol):
 @dataclass(frozen=True)
 class Score:
     """What a network is worth and costs. accuracy: fraction of right classes on the test split; agreement: where there
-    are no labels, the fraction of test images for which it says what the unpruned network says. macs: per sample."""
+    are no labels, the fraction of test images for which it says what the (trained) unpruned network says. macs: per
+    sample."""
 
     accuracy: float | None
     loss: float | None
@@ -115,6 +116,11 @@ class Job:
     def labelled(self) -> bool:
         return self.data is not None and self.data.classes is not None
 
+    @property
+    def random(self) -> bool:
+        """Whether the model is untrained: what it says means nothing then."""
+        return str(self.run.manifest.get("weights", "")).startswith("random") and not self.recipe.pretrain.epochs
+
     def score(self, model: nn.Module, plan: Plan | None) -> Score:
         """A model on the test split; `plan` is what it was pruned by (None: not at all)."""
         cost = self.traced.cost(plan)
@@ -129,6 +135,8 @@ class Job:
                     "and that the images are normalized as the model expects"
                 )
             return Score(metrics.accuracy, metrics.loss, None, cost.macs, cost.params)
+        if self.random:
+            return Score(None, None, None, cost.macs, cost.params)
         agreement = 1.0 if plan is None else evaluate(model, predicted(self.built.model, batches)).accuracy
         return Score(None, None, agreement, cost.macs, cost.params)
 

@@ -14,9 +14,9 @@ def show(path: Path) -> None:
     """Accuracy, MACs, parameters and ONNX latency of the run: before → after search → after fine-tuning."""
     manifest = read_manifest(path)
     results: Mapping[str, Mapping[str, Any]] = manifest.get("results", {})
-    quality = "accuracy" if any(score["accuracy"] is not None for score in results.values()) else "agreement"
+    quality = "agreement" if any(score["agreement"] is not None for score in results.values()) else "accuracy"
     latency = _medians(path)
-    cases = sorted({case for case, _ in latency})
+    cases = list(dict.fromkeys(case for case, _ in latency))
     rows = []
     for name, title in ROWS.items():
         if name in results:

@@ -1,4 +1,4 @@
-"""The models that the coverage sweep runs over: for every timm module, the smallest model of each architecture signature.
+"""The models of the coverage sweep: for every timm module, the smallest model of each architecture signature.
 
     python benchmarks/list_models.py > benchmarks/models.txt
 
@@ -25,7 +25,8 @@ def main() -> None:
                 print(f"{name}: {error}", file=sys.stderr)
                 continue
             key = module, frozenset(type(m).__qualname__ for m in model.modules())
-            smallest[key] = min(smallest.get(key, (sys.maxsize, "")), (sum(p.numel() for p in model.parameters()), name))
+            size = sum(p.numel() for p in model.parameters())
+            smallest[key] = min(smallest.get(key, (sys.maxsize, "")), (size, name))
     print("\n".join(name for _, name in sorted(smallest.values())))
 
 

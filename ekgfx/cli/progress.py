@@ -1,6 +1,7 @@
 """What a job looks like while it runs: one line for each thing done, and a bar with the time to go where there is a
 terminal to draw it on."""
 
+import signal
 import time
 from typing import Any, Self
 
@@ -14,7 +15,11 @@ from ekgfx.search import Step
 
 
 class Terminal:
-    """The `Report` that the command line gives to a job; a context manager that clears its bar away at the end."""
+    """The `Report` that the command line gives to a job; a context manager that clears its bar away at the end.
+
+    Ctrl-C raises at once, as always. Where Python has to swallow that (it fell into a destructor or a callback from C,
+    of which PyTorch has many), the next thing that is reported raises it again.
+    """
 
     def __init__(self) -> None:
         columns = (
@@ -25,15 +30,27 @@ class Terminal:
         self._bar = Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal)
         self._task = self._bar.add_task("", total=None, left="", visible=False)
         self._title, self._since, self._epoch = "", time.monotonic(), 0
+        self._interrupted = False
 
     def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._interrupt)
         self._bar.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._bar.stop()
+        signal.signal(signal.SIGINT, self._before)
+
+    def _interrupt(self, *_: Any) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
+    def _go_on(self) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
 
     def stage(self, title: str) -> None:
+        self._go_on()
         self._title, self._since, self._epoch = title, time.monotonic(), 0
         self._bar.update(self._task, visible=False)
         notes.print(f"[bold]{escape(title)}[/bold]")
@@ -72,5 +89,6 @@ class Terminal:
         notes.print("  " + "  ".join(facts), soft_wrap=True)
 
     def _show(self, done: float, total: float, left: float | None) -> None:
+        self._go_on()
         text = "" if left is None else f"ETA {duration(left)}"
         self._bar.update(self._task, description=self._title, completed=done, total=total, left=text, visible=True)

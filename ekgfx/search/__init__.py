@@ -19,7 +19,14 @@ from ekgfx.search.importance import Criterion, taylor
 from ekgfx.search.problem import Budget, Problem, width_rules
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.result import Candidate, Measure, SearchResult, Step, as_steps
-from ekgfx.search.reward import Knowledge, KnowledgeMode, Objective, evaluate, label_free, validation_batches
+from ekgfx.search.reward import (
+    Knowledge,
+    KnowledgeMode,
+    Objective,
+    evaluate,
+    label_free,
+    validation_batches,
+)
 from ekgfx.sliced import BATCH_NORM
 from ekgfx.trace import TracedModel
 

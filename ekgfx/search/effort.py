@@ -24,10 +24,10 @@ def search_macs(traced: TracedModel, samples: int, keep: float, *, step: float =
     return steps * samples * full * (1 + keep) / 2 * (PASSES + SUFFIX * len(savings))
 
 
-def quick_accept(traced: TracedModel, samples: int, keep: float, *, macs: float = 6e12, step: float = 0.2) -> int:
+def quick_accept(traced: TracedModel, samples: int, keep: float, *, macs: float = 4e12, step: float = 0.2) -> int:
     """How many candidates to accept at once so that the search takes about `macs` multiply-accumulates.
 
-    The default is what two CPU cores do in some five minutes. Small networks get 1, the paper's search.
+    The default is what two CPU cores do in two to five minutes. Small networks get 1, the paper's search.
     """
     alone = search_macs(traced, samples, keep, step=step)
     return max(1, math.ceil(alone / macs))

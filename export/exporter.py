@@ -74,8 +74,8 @@ def to_onnx(
             f"opset {opset} cannot be written by torch {torch.__version__}, which wrote opset "
             f"{written.opset_imports['']} instead; use an opset between {OLDEST_OPSET} and the newest that it knows"
         )
-    name_interface(written.graph, names, outputs)
     name_nodes(written.graph)
+    name_interface(written.graph, names, outputs)
     if fp16:
         written = to_half(written)
     written.metadata_props.update(_record(model, "fp16" if fp16 else _precision_of(model), metadata or {}))

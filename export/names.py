@@ -30,10 +30,12 @@ def name_interface(graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str
 
 
 def name_nodes(graph: ir.Graph) -> None:
-    """Name each node MODULE/OPERATOR (with a number where that is not unique) and drop the exporter's annotations.
+    """Name each node MODULE/OPERATOR (with a number where that is not unique), name what it computes after it, and drop
+    the exporter's annotations.
 
-    Weights lose their prefix, so that they are called what the model calls them. The annotations hold stack traces with
-    the paths of the machine that exported, and nothing that a runtime uses.
+    Runtimes name what they fuse after either, so that a profile can be read. Weights lose their prefix, so that they
+    are called what the model calls them. The annotations hold stack traces with the paths of the machine that exported,
+    and nothing that a runtime uses.
     """
     for value in list(graph.initializers.values()):
         if value.name is not None and value.name.startswith(f"{_PREFIX}."):
@@ -44,7 +46,8 @@ def name_nodes(graph: ir.Graph) -> None:
         seen[name] += 1
         node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
         node.metadata_props.clear()
-        for value in node.outputs:
+        for position, value in enumerate(node.outputs):
+            value.name = f"{node.name}_out{position or ''}"
             value.metadata_props.clear()
     for value in (*graph.inputs, *graph.initializers.values()):
         value.metadata_props.clear()

@@ -32,14 +32,12 @@ def open_session(
     batch: int | None = None,
     threads: int = 0,
     cpu_fallback: bool = False,
-    profile: Path | None = None,
 ) -> ort.InferenceSession:
     """A session on the provider alone.
 
     batch: fix the free batch size, so that the shape arithmetic of the graph is folded away, as a deployment with one
     batch size would have it (a CUDA graph needs it). threads: inside operators; 0 leaves it to onnxruntime.
     cpu_fallback: let operators that the provider lacks run on the CPU instead of refusing the model.
-    profile: write a trace of every operator to a file that starts with this path.
 
     Raises ExportError when the file is missing, cannot be read, or has operators that the provider lacks.
     """
@@ -53,9 +51,6 @@ def open_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if batch is not None:
         options.add_free_dimension_override_by_name("batch", batch)
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
     alone = provider.device != "cpu" and not cpu_fallback
     if alone:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

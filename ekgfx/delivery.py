@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ekgfx import source
+from ekgfx import checkpoint, source
 from ekgfx.export import ExportReport, export_report, parity_text
 from ekgfx.job import Report, open_data
 from ekgfx.recipe import Export, parse
@@ -11,6 +11,7 @@ from ekgfx.run import Run
 from ekgfx.source import Built
 
 RESULT = "export.json"
+FILES = (RESULT, "model.onnx", "dense.onnx")
 IMAGES = 8
 """Real images that the parity is checked on."""
 
@@ -29,7 +30,7 @@ def export_run(run: Run, built: Built, asked: Export, report: Report) -> ExportR
         run.path,
         fp16=asked.fp16,
         opset=asked.opset,
-        metadata={"run": run.path.name, "plan": run.read("plan.json")["structure"]},
+        metadata={"run": run.path.name, "plan": checkpoint.read_plan(run.path).digest},
         latency=asked.latency,
         batches=asked.batches,
         providers=asked.providers or None,

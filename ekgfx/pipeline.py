@@ -78,6 +78,7 @@ def finetune_job(run: Run, report: Report, changes: Mapping[str, Any]) -> None:
     stale = set(results) if asked.data != job.recipe.data else {"finetuned"}
     kept = {name: score for name, score in results.items() if name not in stale}
     run.update(settings=asked.to_json(), results=kept, status="running")
+    run.drop(*delivery.FILES)  # they are of the network before
     prune_job(run, report)
 
 

@@ -218,6 +218,12 @@ class Run:
         """Whether this run has finished writing a file; RunError when the file was changed since."""
         return name in self.manifest["files"] and (self.path / name).exists() and verify(self.path, name).is_file()
 
+    def drop(self, *names: str) -> None:
+        """Removes files that no longer belong to the run's network."""
+        self.update(files={name: entry for name, entry in self.manifest["files"].items() if name not in names})
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
     def adopt(self, name: str) -> None:
         """Records the checksum of a file that was written into the run by somebody else's means."""
         self._record(name, self.path / name)

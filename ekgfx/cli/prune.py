@@ -77,10 +77,11 @@ def prune(
         run = Run.reopen(resume)
     else:
         asked = _settings(recipe, changes)
-        source.parse(asked.model or "", asked.weights, asked.input, asked.classes)  # before a run is made of it
+        model_source = source.parse(asked.model or "", asked.weights, asked.input, asked.classes)
         if dry_run:
             return _preview(asked)
-        run = Run.create(output or fresh_path(asked.model or ""), settings=asked.to_json())
+        places = {"model": model_source.model, "weights": model_source.weights, "data": absolute(asked.data)}
+        run = Run.create(output or fresh_path(asked.model or ""), settings=recipes.override(asked, places).to_json())
     with run:
         work(run, lambda report: prune_job(run, report))
 
@@ -97,6 +98,15 @@ def _settings(name: str | None, changes: dict[str, Any]) -> Recipe:
     if asked.search.flops is None and asked.search.params is None:
         raise RecipeError("no budget: give --flops or --params, the fraction to keep (0.55 removes 45%)")
     return asked
+
+
+def absolute(spec: str | None) -> str | None:
+    """A data SPEC that means the same from another working directory."""
+    if spec is None:
+        return None
+    kind, colon, place = spec.partition(":")
+    name, at, root = place.rpartition("@") if kind == "timm" else ("", "", place)
+    return f"{kind}{colon}{name}{at}{Path(root).expanduser().absolute()}" if root and (at or kind != "timm") else spec
 
 
 def _preview(asked: Recipe) -> None:

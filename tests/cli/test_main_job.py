@@ -127,6 +127,10 @@ def test_what_a_run_is_good_for(finished, ekgfx, tmp_path):
     timings = json.loads((finished / "export.json").read_text())["latency"]["timings"]
     assert {timing["network"] for timing in timings} == {"dense", "pruned"}
 
+    again = ekgfx("finetune", finished, "--epochs", 1, "--batch-size", 64)
+    assert again.code == 0, again.err
+    assert not (finished / "model.onnx").exists()  # it held the weights before
+
     further = ekgfx("prune", finished, "--data", "digits", "--flops", "0.6", "-o", "further")
     assert further.code == 0, further.err
     smaller = read_manifest(tmp_path / "further")["results"]["searched"]

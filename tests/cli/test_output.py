@@ -69,6 +69,24 @@ def test_change_says_kept_and_removed():
     assert render.change(4.12e9, 2.26e9) == "4.12 G → 2.26 G (54.9% kept, 45.1% removed)"
 
 
+@pytest.mark.parametrize(
+    ("spec", "meant"),
+    [
+        ("digits", "digits"),
+        ("folder:images", "folder:HERE/images"),
+        ("folder:/images", "folder:/images"),
+        ("timm:torch/cifar10", "timm:torch/cifar10"),
+        ("timm:torch/cifar10@data", "timm:torch/cifar10@HERE/data"),
+        (None, None),
+    ],
+)
+def test_data_means_the_same_when_a_run_goes_on_elsewhere(spec, meant, tmp_path, monkeypatch):
+    from ekgfx.cli.prune import absolute
+
+    monkeypatch.chdir(tmp_path)
+    assert absolute(spec) == (meant and meant.replace("HERE", str(tmp_path)))
+
+
 def test_every_training_setting_is_a_recipe_key():
     """The recipe's training sections repeat `ekgfx.finetune.Training`, which the command line must not import."""
     from dataclasses import fields

@@ -1,0 +1,134 @@
+"""The landscape: against an analytic quadratic, the full Hessian of a small net, and directions of known norm."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ekgfx.errors import DataError, TrainingError
+from ekgfx.landscape import Surface, filter_normalized, hessian_product, lanczos, plot, spectrum, surface
+from tests.models import PackedAttention, example
+
+
+class Quadratic(nn.Module):
+    """Loss ½ θᵀAθ + bᵀθ with eigenvalues of A that are known."""
+
+    def __init__(self, eigenvalues: Tensor) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rotation = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), dtype=torch.float64)).Q
+        self.matrix = self.rotation @ torch.diag(eigenvalues.double()) @ self.rotation.T
+        self.theta = nn.Parameter(torch.randn(len(eigenvalues), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * self.theta @ self.matrix @ self.theta + x.sum() * self.theta.sum()
+
+
+class Small(nn.Module):
+    """96 weights, tanh so that every direction curves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.tanh(self.b(self.a(x))).mean((2, 3)))
+
+
+def small() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(0)
+    batches = [(torch.randn(n, 1, 6, 6, dtype=torch.float64), torch.randint(0, 3, (n,))) for n in (8, 4)]
+    return Small().double().eval(), batches
+
+
+def test_a_quadratic_has_the_curvatures_it_was_made_of() -> None:
+    model = Quadratic(torch.tensor([-3.0, -0.5, 0.0, 0.1, 0.2, 1.0, 2.0, 8.0, 10.0]))
+    found = spectrum(model, [(torch.randn(2), None)], loss=lambda output, _: output, count=2, tolerance=1e-10)
+    assert found.largest == pytest.approx((10, 8), rel=1e-8)
+    assert found.smallest == pytest.approx((-3, -0.5), rel=1e-8)
+    assert found.condition == pytest.approx(0.3, rel=1e-8)
+    assert found.converged
+
+
+def test_a_net_has_the_eigenvalues_of_its_full_hessian() -> None:
+    model, batches = small()
+    names = [name for name, _ in model.named_parameters()]
+    images, target = (torch.cat(parts) for parts in zip(*batches, strict=True))
+
+    def loss_at(flat: Tensor) -> Tensor:
+        pieces = flat.split([p.numel() for p in model.parameters()])
+        weights = {n: piece.view_as(p) for n, piece, p in zip(names, pieces, model.parameters(), strict=True)}
+        return F.cross_entropy(torch.func.functional_call(model, weights, (images,)), target)
+
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    hessian = torch.autograd.functional.hessian(loss_at, flat)
+    values = torch.linalg.eigvalsh(hessian)
+    found = spectrum(model, batches, count=3, tolerance=1e-9)
+    assert found.largest == pytest.approx(values.flip(0)[:3].tolist(), rel=1e-6)
+    assert found.smallest == pytest.approx(values[:3].tolist(), rel=1e-6)
+    vector = torch.randn(len(flat), dtype=torch.float64)
+    product = hessian_product(model, batches, list(model.parameters()), vector, F.cross_entropy)
+    torch.testing.assert_close(product, hessian @ vector, rtol=1e-9, atol=1e-12)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_error_bounds_hold_before_convergence() -> None:
+    values = torch.linspace(-1, 1, 200, dtype=torch.float64) ** 3
+    found = lanczos(lambda vector: values * vector, torch.ones(200, dtype=torch.float64), steps=12, tolerance=1e-12)
+    assert found.steps == 12
+    assert not found.converged
+    assert abs(found.largest[0] - 1) <= found.largest_errors[0] < 0.1
+    assert abs(found.smallest[0] + 1) <= found.smallest_errors[0] < 0.1
+
+
+def test_an_operator_of_low_rank_ends_early() -> None:
+    direction = torch.nn.functional.normalize(torch.randn(50, dtype=torch.float64), dim=0)
+    found = lanczos(lambda v: 4 * (direction @ v) * direction, torch.ones(50, dtype=torch.float64))
+    assert found.steps <= 3
+    assert found.largest[0] == pytest.approx(4)
+
+
+def test_attention_can_be_differentiated_twice() -> None:
+    model = PackedAttention().double()
+    found = spectrum(model, [(example(PackedAttention, 4)[0], torch.arange(4) % 2)], steps=5)
+    assert found.largest[0] > 0
+
+
+def test_directions_have_the_norms_of_the_filters() -> None:
+    model, _ = small()
+    weights = [p.detach() for p in model.parameters()]
+    direction = filter_normalized(weights, torch.Generator().manual_seed(0))
+    for weight, along in zip(weights, direction, strict=True):
+        if weight.dim() > 1:
+            torch.testing.assert_close(along.flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1))
+            assert not torch.allclose(along, weight)
+        else:
+            assert not along.any()
+
+
+def test_a_surface_is_the_loss_around_the_weights(tmp_path: Path) -> None:
+    model, batches = small()
+    before = [p.detach().clone() for p in model.parameters()]
+    model.train()
+    found = surface(model, batches, points=5, span=0.5)
+    assert model.training
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    model.eval()
+    output = torch.cat([model(images) for images, _ in batches]).detach()
+    centre = F.cross_entropy(output, torch.cat([target for _, target in batches])).item()
+    assert found.offsets == pytest.approx((-0.5, -0.25, 0, 0.25, 0.5))
+    assert found.losses[2][2] == pytest.approx(centre, rel=1e-9)
+    assert len({loss for row in found.losses for loss in row}) == 25
+    plot(found, tmp_path / "surface.png", "small")
+    assert (tmp_path / "surface.png").read_bytes().startswith(b"\x89PNG")
+    plot(Surface((-1.0, 0.0, 1.0), ((1.0,) * 3,) * 3), tmp_path / "flat.png")  # a flat surface has no levels of its own
+
+
+def test_errors() -> None:
+    model, batches = small()
+    with pytest.raises(DataError, match="no batch"):
+        spectrum(model, [])
+    with pytest.raises(TrainingError, match="loss is nan"):
+        spectrum(model, [(batches[0][0] * float("nan"), batches[0][1])])

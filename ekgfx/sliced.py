@@ -4,7 +4,7 @@ This is the one mechanism by which a sub-network is judged: the search runs it, 
 """
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -137,11 +137,16 @@ class SubNetwork(GraphRunner):
         return call(operation.target, resize(operation, args, counts))
 
 
-def slice_weights(graph: AxisGraph, kept: Mapping[Axis, Tensor], *, rescale: bool = False) -> dict[str, Tensor]:
-    """Every parameter and buffer of the graph with only the kept positions; uncut ones are the model's own tensors."""
+def slice_weights(
+    graph: AxisGraph, kept: Mapping[Axis, Tensor], *, rescale: bool = False, names: Collection[str] | None = None
+) -> dict[str, Tensor]:
+    """Parameters and buffers of the graph (all, or those in `names`) with only the kept positions; uncut ones are the
+    model's own tensors."""
     kernels = kernel_names(graph) if rescale else set()
     sliced = {}
     for name, dims in graph.weight_dims().items():
+        if names is not None and name not in names:
+            continue
         full = graph.tensor(name)
         cut = slice_tensor(full, dims, kept)
         if name in kernels and cut is not full:

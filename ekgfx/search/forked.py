@@ -12,16 +12,21 @@ from ekgfx.graph import AxisGraph, Operation
 from ekgfx.plan import Plan
 from ekgfx.search.problem import Problem
 from ekgfx.search.reward import Evaluation, Knowledge, Tally
-from ekgfx.sliced import SubNetwork
+from ekgfx.sliced import GraphRunner, SubNetwork, slice_weights
 
 
 class Prefixes:
-    """Which operators a change of a group leaves alone, and which of their values the others read."""
+    """Which operators a change of a group leaves alone, and which of their values the others read; and which weights it
+    cuts."""
 
     def __init__(self, graph: AxisGraph) -> None:
         self.order = {node.name: number for number, node in enumerate(graph.graph.nodes)}
         self.starts: dict[Axis, int] = {}
         self.last_reads: dict[str, int] = {}
+        self.weights: dict[Axis, set[str]] = {}
+        for name, dims in graph.weight_dims().items():
+            for axis in {axis for dim in dims for axis in axes(dim)}:
+                self.weights.setdefault(axis, set()).add(name)
         for operation in graph.operations:
             position = self.order[operation.name]
             for node in (operation.node, *operation.node.all_input_nodes):
@@ -46,12 +51,19 @@ class Prefixes:
 
 
 class Continued(SubNetwork):
-    """A sub-network that goes on from known values: operators before position `start` are not computed."""
+    """A sub-network that differs from the current one in one group, and goes on from its values: operators before
+    position `start` are not computed. It shares the weights that the group does not cut."""
 
-    def __init__(self, problem: Problem, plan: Plan, order: Mapping[str, int], start: int, known: Mapping[str, Any]):
+    def __init__(self, problem: Problem, current: SubNetwork, prefixes: Prefixes, group: str, plan: Plan) -> None:
+        axis = problem.traced.groups[group].axis
         kept = problem.traced.groups.kept(plan)
-        super().__init__(problem.traced, kept, batch_stats=True, rescale=problem.rescale)
-        self.order, self.start, self.known = order, start, known
+        cut = slice_weights(problem.traced, kept, rescale=problem.rescale, names=prefixes.weights.get(axis, ()))
+        GraphRunner.__init__(self, problem.traced, {**current.weights, **cut})  # SubNetwork's would cut all weights
+        self.kept = {axis: len(index) for axis, index in kept.items()}
+        self.batch_stats = current.batch_stats
+        self.order, self.start = prefixes.order, prefixes.start(axis)
+        self.live = prefixes.live(self.start)
+        self.known: Mapping[str, Any] = {}
 
     def compute(self, operation: Operation, args: dict[str, Any], counts: Mapping[Axis, int]) -> Any:
         if self.order[operation.name] < self.start:
@@ -81,17 +93,14 @@ def evaluate_candidates(
     candidates: (group, plan of the sub-network). The current network runs once per batch; every candidate goes on from
     the values before its group's first operator.
     """
-    groups = problem.traced.groups
-    starts = [prefixes.start(groups[group].axis) for group, _ in candidates]
-    live = [prefixes.live(start) for start in starts]
-    tallies = [Tally(problem.objective, problem.batches, knowledge) for _ in candidates]
     current = problem.network(plan)
+    networks = [Continued(problem, current, prefixes, group, candidate) for group, candidate in candidates]
+    tallies = [Tally(problem.objective, problem.batches, knowledge) for _ in candidates]
     with torch.no_grad():
         for number, batch in enumerate(problem.batches):
-            _, values = current.run(batch.inputs, capture=set().union(*live))
-            for (_, candidate), start, names, tally in zip(candidates, starts, live, tallies, strict=True):
-                known = {name: values[name] for name in names}
-                network = Continued(problem, candidate, prefixes.order, start, known)
+            _, values = current.run(batch.inputs, capture=set().union(*(network.live for network in networks)))
+            for network, tally in zip(networks, tallies, strict=True):
+                network.known = values
                 tally.add(number, network(*batch.inputs))
     return [tally.evaluation() for tally in tallies]
 

@@ -23,6 +23,8 @@ from ekgfx.trace import TracedModel, trace
 DENSE = "dense.safetensors"
 """The unpruned model's weights as the search works on them."""
 LABEL_FREE = "photos"
+WORTH_A_THREAD = 10_000_000
+"""MACs per sample below which threads cost more than they bring: on busy cores they wait for each other."""
 
 
 class Report(Protocol):
@@ -97,7 +99,10 @@ class Job:
         """The unpruned model's graph; it reads the model's weights whenever a sub-network is made."""
         model = self.built.model
         self.report.stage("trace")
-        return trace(model, self.built.example_inputs)
+        traced = trace(model, self.built.example_inputs)
+        if traced.cost().macs < WORTH_A_THREAD:
+            torch.set_num_threads(1)
+        return traced
 
     @cached_property
     def data(self) -> data.Data | None:

@@ -52,17 +52,18 @@ class Windows(nn.Module):
 
 
 class LearnedBias(nn.Module):
-    """Attention with a bias that needs a gradient; PyTorch then lays its result out in another order."""
+    """Attention with a bias computed from parameters: where that needs a gradient, PyTorch takes another kernel, which
+    lays its result out in another order. (A bias that is itself a parameter takes that kernel always.)"""
 
     def __init__(self, width: int = 16, heads: int = 2, tokens: int = 8) -> None:
         super().__init__()
         self.qkv, self.heads = nn.Linear(8, 3 * width), heads
-        self.bias, self.head = nn.Parameter(torch.randn(heads, tokens, tokens)), nn.Linear(width, 5)
+        self.bias, self.head = nn.Parameter(torch.randn(1, heads, tokens, tokens)), nn.Linear(width, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, _ = x.shape
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias.tanh())
         return self.head(out.transpose(1, 2).reshape(batch, tokens, -1).mean(1))
 
 

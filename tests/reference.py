@@ -64,10 +64,10 @@ class Reference:
         model.load_state_dict(tensorflow_state_dict(self.npz("weights_after_finetune.npz")), strict=False)
         return model.eval()
 
-    def batches(self) -> list[tuple[Tensor, Tensor]]:
-        """The 320 validation images in the program's order, in its batches of 256 and 64."""
+    def batches(self, which: str = "val_idx") -> list[tuple[Tensor, Tensor]]:
+        """The 320 validation images in the program's order, in batches of 256 and 64; or those of train_sub_idx."""
         parts = [np.load(self.data / "cifar10" / f"train-{i}.npz") for i in range(4)]
-        index = np.load(self.folder / "sampler_indices.npz")["val_idx"]
+        index = np.load(self.folder / "sampler_indices.npz")[which]
         images = np.concatenate([part["images"] for part in parts])[index]
         labels = torch.from_numpy(np.concatenate([part["labels"] for part in parts])[index]).long()
         shown = torch.from_numpy(images).float().permute(0, 3, 1, 2).contiguous()

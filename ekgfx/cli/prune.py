@@ -45,6 +45,11 @@ from ekgfx.run import Run, fresh_path
 @setting("finetune.epochs", "--epochs", help="Epochs of fine-tuning after the search.")
 @setting("finetune.lr", "--lr", help="Learning rate of the fine-tuning.")
 @setting("finetune.batch_size", "--batch-size", help="Batch size of the fine-tuning.")
+@setting(
+    "finetune.knowledge",
+    "--finetune-knowledge",
+    help="Who teaches in the fine-tuning: the search's sub-networks, the unpruned one, nobody.",
+)
 @setting("seed", "--seed", help="Seed of everything random.")
 @setting("device", "--device", metavar="auto|cpu|cuda[:N]", help="Where to compute.")
 @click.option("--onnx/--no-onnx", "export__onnx", default=None, help="Export to ONNX and time it at the end.")

@@ -22,7 +22,7 @@ FOLDERS = {"ekgfx": ROOT / "ekgfx", "ekgfx.export": ROOT / "export", "ekgfx.reci
 # Imports point one way, along the pipe: a file imports from lines above its own, or from its own. A file that is not
 # named here fails the test until it has been given its place.
 PIPE = """
-errors
+errors units
 run recipe models weights data axes functional
 rules
 source
@@ -38,6 +38,7 @@ prepare checkpoint export landscape
 job recipes
 delivery
 pipeline
+report
 cli
 __main__
 """
@@ -86,7 +87,7 @@ def test_wheel_is_one_package_with_its_data(installed):
         Path(*package.split(".")[1:]) / path.relative_to(folder)
         for package, folder in FOLDERS.items()
         for path in folder.rglob("*")
-        if path.suffix in {".py", ".yaml", ".typed"}
+        if path.suffix in {".py", ".yaml", ".typed", ".css"}
     }
     assert held == tree
     assert Path("recipes/quickstart.yaml") in held

@@ -50,6 +50,11 @@ class Bank:
             )
         return torch.stack([self.row.decode(rows[places]) for rows in self._rows], 1)
 
+    def spread(self, most: int) -> Tensor:
+        """Indices of at most `most` samples, evenly spread over the bank, for `logits`."""
+        stride = -(-self.samples // most) or 1
+        return torch.from_numpy(np.asarray(self._rows[0]["sample"][::stride]).astype(np.int64))
+
     def resident(self, device: torch.device | str) -> "ResidentBank":
         """The whole bank in the memory of `device`, for data sets that fit (CIFAR-10: 5 MB)."""
         size = int(self._rows[0]["sample"][-1]) + 1

@@ -12,6 +12,7 @@ from ekgfx.cli.finetune import finetune
 from ekgfx.cli.groups import groups
 from ekgfx.cli.prune import prune
 from ekgfx.cli.recipes import recipes
+from ekgfx.cli.report import report
 from ekgfx.errors import EkgfxError
 
 
@@ -40,7 +41,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (groups, prune, finetune, evaluate, export, recipes):
+for command in (groups, prune, finetune, evaluate, export, report, recipes):
     cli.add_command(command)
 
 

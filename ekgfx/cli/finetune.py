@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ekgfx.cli.options import given, setting
+from ekgfx.cli.options import given, setting, tensorboard
 from ekgfx.run import Run
 
 
@@ -19,10 +19,11 @@ from ekgfx.run import Run
 @setting("finetune.teachers", "--teachers", help="Size of the memory bank.")
 @setting("finetune.amp", "--amp", help="Half precision to compute in.")
 @setting("device", "--device", metavar="auto|cpu|cuda[:N]", help="Where to compute.")
-def finetune(run: Path, **flags: Any) -> None:
+@tensorboard
+def finetune(run: Path, tensorboard: bool, **flags: Any) -> None:
     """Fine-tune the network of RUN with its memory bank, or go on where that was interrupted."""
     from ekgfx.cli.work import work
     from ekgfx.pipeline import finetune_job
 
     with Run.reopen(run) as opened:
-        work(opened, lambda report: finetune_job(opened, report, given(flags)))
+        work(opened, lambda report: finetune_job(opened, report, given(flags)), tensorboard=tensorboard)

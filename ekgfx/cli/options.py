@@ -11,6 +11,11 @@ from ekgfx import recipe
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
+tensorboard = click.option(
+    "--tensorboard", is_flag=True, help="Also log to RUN/tensorboard (needs: pip install 'ekgfx[tensorboard]')."
+)
+
+
 def setting(key: str, *flags: str, help: str, metavar: str | None = None) -> Decorator:
     """A flag that sets the recipe's `key` (dotted). Not given, it leaves the recipe as it is."""
     hint, default = recipe.declared(key)

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ekgfx import recipe as recipes
-from ekgfx.cli.options import given, setting
+from ekgfx.cli.options import given, setting, tensorboard
 from ekgfx.errors import RecipeError
 from ekgfx.recipe import Recipe
 from ekgfx.run import Run, fresh_path
@@ -61,9 +61,16 @@ from ekgfx.run import Run, fresh_path
     help="Run directory  [default: a new one in runs/]",
 )
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with an interrupted run.")
+@tensorboard
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 def prune(
-    model: str | None, recipe: str | None, output: Path | None, resume: Path | None, dry_run: bool, **flags: Any
+    model: str | None,
+    recipe: str | None,
+    output: Path | None,
+    resume: Path | None,
+    tensorboard: bool,
+    dry_run: bool,
+    **flags: Any,
 ) -> None:
     """Prune MODEL to a budget, fine-tune it, and measure what it became.
 
@@ -88,7 +95,7 @@ def prune(
         places = {"model": model_source.model, "weights": model_source.weights, "data": absolute(asked.data)}
         run = Run.create(output or fresh_path(asked.model or ""), settings=recipes.override(asked, places).to_json())
     with run:
-        work(run, lambda report: prune_job(run, report))
+        work(run, lambda report: prune_job(run, report), tensorboard=tensorboard)
 
 
 def _settings(name: str | None, changes: dict[str, Any]) -> Recipe:

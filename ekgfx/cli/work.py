@@ -12,11 +12,11 @@ from ekgfx.errors import EkgfxError
 from ekgfx.run import Run
 
 
-def work(run: Run, job: Callable[[Terminal], Any]) -> None:
+def work(run: Run, job: Callable[[Terminal], Any], *, tensorboard: bool = False) -> None:
     """Does `job` and shows its results; a job that stops is marked in run.json, with the reason."""
     notes.print(f"run {run.path}", soft_wrap=True)
     try:
-        with Terminal() as terminal:
+        with _watch(run, tensorboard) as terminal:
             job(terminal)
     except KeyboardInterrupt:
         run.update(status="interrupted")
@@ -26,3 +26,11 @@ def work(run: Run, job: Callable[[Terminal], Any]) -> None:
         run.fail(str(error))
         raise
     show(run.path)
+
+
+def _watch(run: Run, tensorboard: bool) -> Terminal:
+    if not tensorboard:
+        return Terminal()
+    from ekgfx.cli.tensorboard import FOLDER, TensorBoard
+
+    return TensorBoard(run.path / FOLDER)

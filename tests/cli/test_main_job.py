@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -126,6 +127,12 @@ def test_what_a_run_is_good_for(finished, ekgfx, tmp_path):
     assert (tmp_path / "net.onnx").read_bytes() == (finished / "model.onnx").read_bytes()
     timings = json.loads((finished / "export.json").read_text())["latency"]["timings"]
     assert {timing["network"] for timing in timings} == {"dense", "pruned"}
+
+    shown = ekgfx("report", finished)
+    assert shown.code == 0, shown.err
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    sections = ["Result", "Search", "Widths", "Fine-tuning", "Knowledge", "Latency", "Get the same"]
+    assert re.findall("<h2>(.*?)</h2>", page) == sections
 
     again = ekgfx("finetune", finished, "--epochs", 1, "--batch-size", 64)
     assert again.code == 0, again.err

@@ -1,0 +1,24 @@
+"""A run as one self-contained page: `write(run)` → RUN/report.html."""
+
+from pathlib import Path
+
+from ekgfx.report.facts import Facts
+from ekgfx.report.page import page
+from ekgfx.run import replacing
+
+__all__ = ["FILE", "Facts", "page", "write"]
+
+FILE = "report.html"
+
+
+def write(run: Path, file: Path | None = None) -> Path:
+    """Writes the page of the run at `run` to `file` (RUN/report.html by default) and returns where it is.
+
+    The run may be under way. The same run gives the same page, to the byte. Raises RunError when a file of the run is
+    damaged, or the page cannot be written.
+    """
+    target = run / FILE if file is None else file
+    text = page(Facts.of(run))
+    with replacing(target) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return target

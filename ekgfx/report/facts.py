@@ -1,0 +1,139 @@
+"""What a run directory knows about itself, read for showing: nothing is computed but how far the teachers agree.
+
+A run that is under way, was interrupted, or never exported has less to tell; what is missing is None or empty.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ekgfx import checkpoint, delivery, pipeline
+from ekgfx.bank import Bank
+from ekgfx.errors import EkgfxError, RunError
+from ekgfx.export import LatencyTable
+from ekgfx.finetune import Epoch
+from ekgfx.job import Score
+from ekgfx.recipe import Recipe, parse
+from ekgfx.run import read_json, read_lines, read_manifest, verify
+from ekgfx.search import SearchResult, Step
+
+STAGES = {"before": "before", "searched": "after search", "finetuned": "after fine-tuning"}
+SAMPLES = 20_000
+"""Most samples that the teachers' agreement is counted on."""
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """The memory bank. teachers: step, loss and infidelity of each, the best first; agreement: K × K shares of the
+    training samples for which two teachers name the same class; samples: how many were counted."""
+
+    teachers: Sequence[Mapping[str, Any]]
+    agreement: Sequence[Sequence[float]]
+    samples: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A run. results: stage (`STAGES`) → score; search: None until it is finished, `steps` are there before."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    settings: Recipe
+    results: Mapping[str, Score]
+    steps: Sequence[Step]
+    search: SearchResult | None
+    epochs: Sequence[Epoch]
+    knowledge: Knowledge | None
+    latency: LatencyTable | None
+
+    @classmethod
+    def of(cls, path: Path) -> "Facts":
+        """Reads the run at `path`. RunError or PlanError when a file is damaged, changed, or of a newer format."""
+        manifest = read_manifest(path)
+        with _damaged(path / "run.json"):
+            results = {
+                stage: Score(**manifest["results"][stage]) for stage in STAGES if stage in manifest.get("results", {})
+            }
+            done = set(manifest["files"])
+        settings = parse(manifest.get("settings", {}), f"{path}/run.json")
+        with _damaged(path / pipeline.HISTORY):
+            steps = tuple(map(Step.from_json, read_lines(path / pipeline.HISTORY)))
+        search = None
+        if checkpoint.PLAN in done:
+            with _damaged(path / checkpoint.PLAN):
+                said = read_json(verify(path, checkpoint.PLAN)).get("search")
+                search = said and SearchResult.from_json({**said, "steps": read_lines(path / pipeline.HISTORY)})
+        with _damaged(path / pipeline.EPOCHS):
+            epochs = tuple(Epoch(**line) for line in read_lines(path / pipeline.EPOCHS))
+        return cls(path, manifest, settings, results, steps, search, epochs, _knowledge(path), _latency(path, done))
+
+    @property
+    def widths(self) -> list[tuple[str, int, int]]:
+        """(group, channels before, channels after), in the order of the network."""
+        if self.search is None:
+            return []
+        kept = self.search.plan.kept
+        return [(name, size, len(kept.get(name, range(size)))) for name, size in self.search.sizes.items()]
+
+    @property
+    def random(self) -> bool:
+        """Whether the model was never trained."""
+        return str(self.manifest.get("weights", "")).startswith("random") and not self.settings.pretrain.epochs
+
+
+def _knowledge(path: Path) -> Knowledge | None:
+    """The run's bank; None where there is none, or one that is being built."""
+    folder = path / pipeline.BANK
+    if not (folder / "bank.json").is_file():
+        return None
+    with _damaged(folder):
+        try:
+            bank = Bank.open(folder, verify=False)
+        except RunError as error:
+            if "unfinished" in str(error):
+                return None
+            raise
+        return Knowledge(bank.teachers, *_agreement(bank))
+
+
+def _agreement(bank: Bank) -> tuple[list[list[float]], int]:
+    """How often each two teachers agree, and on how many samples that was counted."""
+    index = bank.spread(SAMPLES)
+    if not len(index):
+        return [], 0
+    said = torch.cat([bank.logits(part).argmax(2).movedim(1, 0).flatten(1) for part in index.split(512)], 1)
+    return [[float((one == other).float().mean()) for other in said] for one in said], len(index)
+
+
+def _latency(path: Path, done: set[str]) -> LatencyTable | None:
+    if delivery.RESULT not in done:
+        return None
+    with _damaged(path / delivery.RESULT):
+        said = read_json(verify(path, delivery.RESULT))["latency"]
+        return None if said is None else LatencyTable.from_json(said)
+
+
+@contextmanager
+def _damaged(where: Path) -> Iterator[None]:
+    """What is valid JSON, but not what ekgfx wrote, is one clear error."""
+    try:
+        yield
+    except EkgfxError:
+        raise
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        json.JSONDecodeError,
+    ) as error:
+        raise RunError(
+            f"{where} is damaged: {type(error).__name__} {error}; restore it, or make the run again"
+        ) from error

@@ -1,0 +1,31 @@
+"""How figures are written; the same words and units in the terminal, in reports and in documents."""
+
+
+def human(value: float) -> str:
+    """Three significant digits and a prefix: 4.12 G, 11.7 M, 940."""
+    for limit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * limit:
+            scaled = value / limit
+            return f"{scaled:.{0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2}f} {prefix}"
+    return f"{value:g}"
+
+
+def change(before: float, after: float) -> str:
+    """`4.12 G → 2.26 G (54.9% kept, 45.1% removed)`"""
+    kept = round(100 * after / before, 1) if before else 100.0
+    return f"{human(before)} → {human(after)} ({kept:.1f}% kept, {100 - kept:.1f}% removed)"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3 min 20 s`, `2 h 05 min`"""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def percent(fraction: float | None) -> str:
+    """`93.84%`, or a dash where there is nothing to measure."""
+    return "–" if fraction is None else f"{100 * fraction:.2f}%"

@@ -1,0 +1,224 @@
+"""The page of a run: figures derived by hand, nothing that a run says becomes markup, nothing is loaded or run."""
+
+import json
+import math
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ekgfx import report
+from ekgfx.bank.rows import RowFormat
+from ekgfx.errors import EkgfxError, PlanError, RunError
+from ekgfx.plan import Plan
+from ekgfx.recipe import Recipe, override
+from ekgfx.report import Facts, charts, markup
+from ekgfx.run import Run, checksum
+from ekgfx.search import Measure, SearchResult, Step
+
+HOSTILE = """</title></style><script>alert(1)</script><img src=x onerror=alert(2)>" onload='alert(3)' \x00\ud800"""
+
+
+def score(accuracy: float, macs: int) -> dict:
+    return {"accuracy": accuracy, "loss": 0.5, "agreement": None, "macs": macs, "params": macs // 10}
+
+
+def step(number: int, kept: float, group: str, removed: tuple[int, ...], reward: float | None) -> Step:
+    measure = Measure(0.1 * number, reward, 0.9, int(1000 * kept), int(100 * kept))
+    return Step(number, {group: removed}, {group: 0.5}, measure, kept)
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """Two groups: `first` loses 2 of its 4 channels, `second` 1 of 8."""
+    steps = (step(1, 0.8, "first", (0, 3), -0.1), step(2, 0.5, "second", (7,), -0.3))
+    base = Measure(0.05, -0.01, 1.0, 1000, 100)
+    result = SearchResult(Plan(), {"first": 4, "second": 8}, base, steps, {})
+    settings = override(Recipe(), {"model": "timm:some", "search.flops": 0.55, "description": "two groups"})
+    path = tmp_path / "a run"
+    results = {"before": score(0.9, 1000), "searched": score(0.5, 500), "finetuned": score(0.875, 500)}
+    with Run.create(path, settings=settings.to_json(), results=results) as made:
+        made.update(status="done", command=["/usr/bin/ekgfx", "prune", "timm:some", "-o", "a run"])
+        for line in steps:
+            made.append("history.jsonl", line.to_json())
+        facts = {key: value for key, value in result.to_json().items() if key != "steps"}
+        made.write_json("plan.json", {**json.loads(result.plan.to_json()), "search": facts})
+        for number in (1, 2):
+            made.append(
+                "finetune.jsonl", {"number": number, "loss": 1.0, "lr": 0.1, "seconds": 1.0, "test_accuracy": 0.8}
+            )
+    return path
+
+
+def fill_bank(path: Path, said: list[list[int]]) -> None:
+    """said: for each teacher the class it names for each sample."""
+    row = RowFormat((3,))
+    (path / "bank").mkdir()
+    teachers = []
+    for number, classes in enumerate(said):
+        rows = np.zeros(len(classes), row.dtype)
+        rows["sample"] = np.arange(len(classes))
+        rows["values"][np.arange(len(classes)), classes] = 1
+        file = path / "bank" / f"teacher-{number}.rows"
+        rows.tofile(file)
+        teachers.append({"step": number, "loss": 0.1, "infidelity": 0.0, "file": checksum(file)})
+    manifest = {"format": 1, "shape": [3], "top_k": None, "temperature": 1.0, "teachers": teachers}
+    (path / "bank" / "bank.json").write_text(json.dumps(manifest))
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: elements with their attributes, and the text between them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_figures_of_a_run(run):
+    fill_bank(run, [[0, 1, 2, 0], [0, 1, 2, 1], [0, 0, 0, 0]])
+    facts = Facts.of(run)
+    assert facts.widths == [("first", 4, 2), ("second", 8, 7)]
+    assert facts.knowledge.agreement == [[1.0, 0.75, 0.5], [0.75, 1.0, 0.25], [0.5, 0.25, 1.0]]
+    page = report.page(facts)
+    texts = Page(page).texts
+    for said in ("87.50%", "−2.50 points", "50.0% kept", "first: 4 → 2 channels (50.0% kept)", "budget 55.0%"):
+        assert said in texts, said
+    assert any("ekgfx prune timm:some -o 'a run'" in text for text in texts)
+    assert any("MACs 1.00 k → 500 (50.0% kept, 50.0% removed)" in text for text in texts)
+    assert page == report.page(Facts.of(run))
+
+
+def test_nothing_a_run_says_becomes_markup(run):
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["settings"] |= {"model": HOSTILE, "description": HOSTILE, "data": HOSTILE}
+    manifest |= {"status": HOSTILE, "error": HOSTILE, "weights": "random " + HOSTILE, "command": ["x", HOSTILE]}
+    manifest["versions"] = {HOSTILE: HOSTILE}
+    plan = json.loads((run / "plan.json").read_text().replace('"second"', json.dumps(HOSTILE)))
+    (run / "history.jsonl").write_text((run / "history.jsonl").read_text().replace('"second"', json.dumps(HOSTILE)))
+    (run / "plan.json").write_text(json.dumps(plan))
+    manifest["files"]["plan.json"]["now"] = checksum(run / "plan.json")
+    (run / "run.json").write_text(json.dumps(manifest))
+
+    page = Page(report.write(run).read_text(encoding="utf-8"))
+    allowed = {
+        "html",
+        "head",
+        "meta",
+        "title",
+        "style",
+        "body",
+        "main",
+        "header",
+        "section",
+        "div",
+        "span",
+        "p",
+        "h1",
+        "h2",
+    }
+    allowed |= {
+        "h3",
+        "pre",
+        "code",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "details",
+        "summary",
+        "figure",
+        "figcaption",
+    }
+    allowed |= {"svg", "g", "rect", "path", "circle", "line", "text"}
+    assert {tag for tag, _ in page.tags} <= allowed
+    names = {name for _, attributes in page.tags for name in attributes}
+    assert not {name for name in names if name.startswith("on") or name in ("src", "href", "style")}
+    shown = [text for text in page.texts if "alert(1)" in text]
+    assert len(shown) >= 6  # as text, and all of it
+    assert all("<script>alert(1)</script>" in text for text in shown)
+
+
+def test_the_page_loads_nothing_and_runs_nothing(run):
+    text = report.write(run).read_text(encoding="utf-8")
+    assert "default-src 'none'" in text
+    assert not [word for word in ("http://", "https://", "@import", "url(", "<script", "<link") if word in text]
+
+
+def test_a_run_under_way_is_shown_as_far_as_it_is(tmp_path):
+    with Run.create(tmp_path / "run", settings=Recipe(model="timm:some").to_json()) as run:
+        run.append("history.jsonl", step(1, 0.9, "first", (0,), None).to_json())
+        page = Page(report.page(Facts.of(run.path)))
+    assert any("This run is running" in text for text in page.texts)
+    assert "Search" in page.texts
+    assert "Widths" not in page.texts
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("history.jsonl", '{"number": 1}\n'),
+        ("history.jsonl", "[1]\n"),
+        ("finetune.jsonl", '{"number": 1, "speed": 3}\n'),
+        ("finetune.jsonl", "not JSON\n"),
+        ("bank/bank.json", "{}"),
+        ("bank/bank.json", '{"format": 99}'),
+        ("run.json", '{"format": 1, "files": {}, "results": {"before": {"accuracy": "high"}}}'),
+        ("run.json", '{"format": 1, "files": {}, "settings": {"modle": 3}}'),
+    ],
+)
+def test_a_damaged_run_is_one_clear_error(run, file, content):
+    (run / "bank").mkdir()
+    (run / file).write_text(content)
+    with pytest.raises(EkgfxError) as caught:
+        report.write(run)
+    assert "\n" not in str(caught.value)
+    assert not (run / report.FILE).exists()
+
+
+def test_a_changed_plan_is_refused(run):
+    (run / "plan.json").write_text((run / "plan.json").read_text().replace("1", "2", 1))
+    with pytest.raises((RunError, PlanError), match=r"plan\.json was changed"):
+        report.write(run)
+
+
+def test_lines_are_where_the_numbers_say():
+    chart = charts.lines("", [charts.Line("a", [(0, 0.0), (1, 1.0), (2, math.nan), (4, 0.5)])], x="step")
+    path = chart.find("path").get("d")
+    points = [tuple(map(float, pair.split())) for pair in path.removeprefix("M").split("L")]
+    (x0, y0), (x1, y1), (x2, y2) = points  # the point that is no number is left out
+    assert (x0, x2) == (charts.LEFT, charts.WIDTH - charts.RIGHT)
+    assert x1 == pytest.approx(x0 + (x2 - x0) / 4, abs=0.1)
+    assert y2 == pytest.approx((y0 + y1) / 2, abs=0.1)
+    assert y1 < y0  # up is more
+
+
+def test_columns_are_as_high_as_what_is_kept():
+    chart = charts.columns("", [("a", 8, 2), ("b", 8, 8)])
+    whole, kept = (float(rect.get("height")) for rect in chart.find("g").findall("rect"))
+    assert kept == pytest.approx(whole / 4, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.31, 0.52, [0.35, 0.4, 0.45, 0.5]), (-3, 17, [0, 5, 10, 15]), (2, 2, [2])],
+)
+def test_ticks_are_round(low, high, expected):
+    assert charts.ticks(low, high) == pytest.approx(expected)
+
+
+def test_elements_hold_text_where_it_was_put():
+    made = markup.element("p", "a ", markup.element("b", "<b>"), " c", None, " d", class_="x", data_kind='"')
+    assert ET.tostring(made, encoding="unicode") == '<p class="x" data-kind="&quot;">a <b>&lt;b&gt;</b> c d</p>'

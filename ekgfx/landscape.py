@@ -1,10 +1,12 @@
 """The loss landscape around a network's weights: extreme curvatures, condition number, and a two-dimensional picture.
 
-The paper judges the potential of a sub-network by the fluctuation of its landscape: |λ_min / λ_max| of the Hessian of
-the loss in the weights, λ_max the largest and λ_min the smallest (most negative) eigenvalue. Lower is smoother: 0 where
-no direction curves downwards.
+The paper judges the potential of a sub-network by the fluctuation of its landscape. Its measure, exactly: the condition
+number |λ_min / λ_max|, where λ_max is the largest and λ_min the smallest (as a rule the most negative) eigenvalue of
+the Hessian of the mean loss over the given samples in all trainable weights, the network in evaluation mode. Lower is
+smoother: near 0 where no direction curves downwards.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,8 +44,17 @@ class Spectrum:
 
     @property
     def condition(self) -> float:
-        """|λ_min / λ_max|."""
+        """|λ_min / λ_max|; infinite where nothing curves upwards, 0 where nothing curves at all."""
+        if not self.largest[0]:
+            return math.inf if self.smallest[0] else 0.0
         return abs(self.smallest[0] / self.largest[0])
+
+    @property
+    def condition_error(self) -> float:
+        """How far `condition` may be off by the two error bounds, to first order."""
+        if not self.largest[0]:
+            return 0.0
+        return (self.smallest_errors[0] + self.condition * self.largest_errors[0]) / abs(self.largest[0])
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ def spectrum(
     steps: int = 100,
     tolerance: float = 1e-3,
     seed: int = 0,
+    on_product: Callable[[int], None] | None = None,
 ) -> Spectrum:
     """The `count` largest and smallest eigenvalues of the Hessian of the mean loss in all trainable weights.
 
@@ -75,6 +87,7 @@ def spectrum(
             vector as large as the weights stays in memory per step.
         tolerance: stop when the error bounds are below this part of the largest magnitude.
         seed: of the start vector.
+        on_product: called after every Hessian-vector product with their number.
 
     Raises:
         DataError: there is no batch.
@@ -85,10 +98,18 @@ def spectrum(
     size = sum(weight.numel() for weight in weights)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(size, generator=generator, dtype=weights[0].dtype).to(weights[0].device)
+    products = 0
+
+    def product(vector: Tensor) -> Tensor:
+        nonlocal products
+        found = hessian_product(model, held, weights, vector, loss)
+        products += 1
+        if on_product is not None:
+            on_product(products)
+        return found
+
     with evaluation_mode(model):
-        return lanczos(
-            lambda vector: hessian_product(model, held, weights, vector, loss), start, count, steps, tolerance
-        )
+        return lanczos(product, start, count, steps, tolerance)
 
 
 def hessian_product(
@@ -159,12 +180,13 @@ def surface(
     points: int = 21,
     span: float = 1.0,
     seed: int = 0,
+    on_row: Callable[[int], None] | None = None,
 ) -> Surface:
     """The mean loss on a square of `points` × `points` weights around the model's own, in two random directions.
 
     Directions are filter-normalized (Li et al. 2018): every filter of a direction has the norm of the model's filter;
-    biases and the parameters of norms stay. span: largest offset either way. Evaluation mode; the model's weights are
-    put back.
+    biases and the parameters of norms stay. span: largest offset either way. on_row: called after every row of points
+    with its number. Evaluation mode; the model's weights are put back. A loss may be infinite or NaN far out.
 
     Raises DataError when there is no batch.
     """
@@ -182,6 +204,8 @@ def surface(
                     weight.copy_(middle + a * u + b * v)
                 row.append(_mean_loss(model, held, loss))
             rows.append(tuple(row))
+            if on_row is not None:
+                on_row(len(rows))
     return Surface(tuple(offsets), tuple(rows))
 
 
@@ -200,23 +224,29 @@ def filter_normalized(weights: Sequence[Tensor], generator: torch.Generator) -> 
     return direction
 
 
-def plot(found: Surface, path: str | Path, title: str = "") -> None:
-    """Draw a surface as filled contours of the loss (on a logarithmic scale), to a PNG, SVG or PDF file."""
+def plot(found: Surface, path: str | Path, title: str = "", format: str | None = None) -> None:
+    """Draw a surface as filled contours of the loss (on a logarithmic scale), to a PNG, SVG or PDF file.
+
+    format: "png", "svg" or "pdf"; by default what the file's name ends in. Losses that are not finite are left blank.
+    """
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.add_subplot()
     losses = torch.tensor(found.losses).clamp_min(1e-6)
-    drawn = axes.contourf(found.offsets, found.offsets, losses.T, levels=_levels(losses), norm=LogNorm())
+    shown = losses.where(losses.isfinite(), torch.nan)
+    levels = _levels(losses)
+    drawn = axes.contourf(found.offsets, found.offsets, shown.T, levels=levels, norm=LogNorm(levels[0], levels[-1]))
     figure.colorbar(drawn, label="loss", format="%.3g")
     axes.plot(0, 0, "+", color="white")
     axes.set(xlabel="first direction", ylabel="second direction", title=title)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format=format)
 
 
 def _levels(losses: Tensor, count: int = 24) -> list[float]:
-    low, high = float(losses.min()), float(losses[losses.isfinite()].max())
+    finite = losses[losses.isfinite()]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (1.0, 1.0)
     high = max(high, low * 1.001)
     return torch.logspace(0, 1, count, base=high / low).mul(low).tolist()
 

@@ -202,13 +202,26 @@ def _call_factory(source: Source) -> tuple[nn.Module, tuple[Tensor, ...] | None]
     return model, inputs
 
 
-def _find(module: ModuleType, name: str, model: str) -> Callable[..., Any]:
+def find_function(place: str) -> Callable[..., Any]:
+    """What `package.module:function` or `path/file.py:function` names.
+
+    Raises ModelError when there is no such file, module or function.
+    """
+    where, _, name = place.rpartition(":")
+    if not where or not name:
+        raise ModelError(f"'{place}' names no function: use package.module:function or path/file.py:function")
+    if where.endswith(".py"):
+        where = str(Path(where).expanduser().absolute())
+    return _find(_import(where), name, place, "function")
+
+
+def _find(module: ModuleType, name: str, model: str, kind: str = "factory") -> Callable[..., Any]:
     known = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
     if name in known:
         return known[name]
     close = get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else "it must be a function (or class) of that module"
-    raise ModelError(f"no factory '{name}' in {model.rpartition(':')[0]}: {hint}")
+    raise ModelError(f"no {kind} '{name}' in {model.rpartition(':')[0]}: {hint}")
 
 
 def _import(place: str) -> ModuleType:

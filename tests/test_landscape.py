@@ -83,6 +83,16 @@ def test_error_bounds_hold_before_convergence() -> None:
     assert abs(found.smallest[0] + 1) <= found.smallest_errors[0] < 0.1
 
 
+def test_the_condition_number_says_how_sure_it_is() -> None:
+    values = torch.linspace(-1, 1, 200, dtype=torch.float64) ** 3
+    values[0] = -0.9
+    found = lanczos(lambda vector: values * vector, torch.ones(200, dtype=torch.float64), steps=14, tolerance=1e-12)
+    least = max(0.9, (197 / 199) ** 3)
+    assert abs(found.condition - least) <= found.condition_error < 0.2
+    flat = lanczos(lambda vector: 0 * vector, torch.ones(5, dtype=torch.float64))
+    assert (flat.condition, flat.condition_error) == (0.0, 0.0)
+
+
 def test_an_operator_of_low_rank_ends_early() -> None:
     direction = torch.nn.functional.normalize(torch.randn(50, dtype=torch.float64), dim=0)
     found = lanczos(lambda v: 4 * (direction @ v) * direction, torch.ones(50, dtype=torch.float64))
@@ -124,6 +134,9 @@ def test_a_surface_is_the_loss_around_the_weights(tmp_path: Path) -> None:
     plot(found, tmp_path / "surface.png", "small")
     assert (tmp_path / "surface.png").read_bytes().startswith(b"\x89PNG")
     plot(Surface((-1.0, 0.0, 1.0), ((1.0,) * 3,) * 3), tmp_path / "flat.png")  # a flat surface has no levels of its own
+    holes = Surface((-1.0, 0.0, 1.0), ((1.0, float("nan"), 2.0), (float("inf"),) * 3, (1.0,) * 3))
+    plot(holes, tmp_path / "picture", format="svg")
+    assert b"<svg" in (tmp_path / "picture").read_bytes()
 
 
 def test_errors() -> None:

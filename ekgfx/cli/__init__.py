@@ -10,6 +10,7 @@ from ekgfx.cli.evaluate import evaluate
 from ekgfx.cli.export import export
 from ekgfx.cli.finetune import finetune
 from ekgfx.cli.groups import groups
+from ekgfx.cli.landscape import landscape
 from ekgfx.cli.prune import prune
 from ekgfx.cli.recipes import recipes
 from ekgfx.cli.report import report
@@ -41,7 +42,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (groups, prune, finetune, evaluate, export, report, recipes):
+for command in (groups, prune, finetune, evaluate, export, landscape, report, recipes):
     cli.add_command(command)
 
 

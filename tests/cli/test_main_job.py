@@ -114,6 +114,11 @@ def test_what_a_run_is_good_for(finished, ekgfx, tmp_path):
     assert found["accuracy"] == pytest.approx(recorded["accuracy"])
     assert (found["macs"], found["params"]) == (recorded["macs"], recorded["params"])
 
+    looked = ekgfx("landscape", finished, "--images", 8, "--products", 2, "--points", 2)
+    assert looked.code == 0, looked.err
+    assert (finished / "landscape.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((finished / "landscape.json").read_text())["data"] == "digits"
+
     tuned = ekgfx("finetune", finished, "--epochs", 2, "--batch-size", 64)
     assert tuned.code == 0, tuned.err
     assert len(read_lines(finished / "finetune.jsonl")) == 2

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from ekgfx.axes import Axis, counted
+from ekgfx.axes import Axis, Prod, Sum, count, counted
 from ekgfx.graph import AxisGraph
 
 
@@ -98,12 +98,14 @@ def correct(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int]) -> li
                     setattr(module, change.argument, tuple(change.new) if isinstance(change.new, list) else change.new)
             next(follow for layer, follow in LAYERS if isinstance(module, layer))(module)
     owners = {operation.module for operation in graph.operations}
-    return [
-        choice
-        for name, module in root.named_modules()
-        if not isinstance(module, STANDARD)
-        for choice in _by_old_value(name, module, _renamed(changes.get(_governor(name, owners), [])))
-    ]
+    wholes = _wholes(graph, counts)
+    found: list[Choice] = []
+    for name, module in root.named_modules():
+        if not isinstance(module, STANDARD):
+            governor = _governor(name, owners)
+            guesses = {old: (*new, old) for old, new in _renamed(wholes.get(governor, [])).items()}
+            found += _by_old_value(name, module, guesses | _renamed(changes.get(governor, [])))
+    return found
 
 
 def _governor(name: str, owners: set[str]) -> str:
@@ -127,6 +129,20 @@ def _recomputed(graph: AxisGraph, counts: Mapping[Axis, int]) -> dict[str, list[
         for argument, expr in operation.effect.sizes.items():
             change = _Change(argument, counted(expr, {}), counted(expr, counts))
             found.setdefault(operation.module, []).append(change)
+    return found
+
+
+def _wholes(graph: AxisGraph, counts: Mapping[Axis, int]) -> dict[str, list[_Change]]:
+    """Owning module → sizes, before and after, of what its operators with recomputed arguments read: a module may
+    know the whole, and compute the part that it takes from it, as in `x.split(self.width // 2)`."""
+    found: dict[str, list[_Change]] = {}
+    for operation in graph.operations:
+        if any(counted(expr, {}) != counted(expr, counts) for expr in operation.effect.sizes.values()):
+            for node in operation.node.all_input_nodes:
+                for dim in graph.dims.get(node.name, ()):
+                    if isinstance(dim, Axis | Sum | Prod):
+                        change = _Change(node.name, count(dim, {}), count(dim, counts))
+                        found.setdefault(operation.module, []).append(change)
     return found
 
 

@@ -188,8 +188,12 @@ class AxisGraph:
 
     @cached_property
     def operations_of(self) -> Counter[str]:
-        """Module → number of operators that its own forward runs."""
-        return Counter(operation.module for operation in self.operations)
+        """Module → number of operators that run in it and its submodules."""
+        found: Counter[str] = Counter()
+        for operation in self.operations:
+            parts = operation.module.split(".")
+            found.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+        return found
 
     @cached_property
     def _by_node(self) -> dict[fx.Node, Operation]:

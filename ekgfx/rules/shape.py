@@ -145,12 +145,12 @@ def repeat(call: Call) -> Effect:
 
 @rule("aten.repeat_interleave.self_int")
 def repeat_interleave(call: Call) -> Effect:
-    """Each position is laid out `r` times in place: Prod(dim, r)."""
-    x, dim, times = list(call["self"]), call["dim"], call["repeats"]
+    """Each position is laid out `r` times in place: Prod(dim, r). The copies are alike: their number is free."""
+    x, dim, copies = list(call["self"]), call["dim"], call.fresh(call["repeats"])
     if dim is None:
         x, dim = [Prod(tuple(x))], 0
-    x[dim] = Prod((x[dim], call.constant(times, "copies")))
-    return Effect(tuple(x))
+    x[dim] = Prod((x[dim], copies))
+    return Effect(tuple(x), sizes={"repeats": copies})
 
 
 @rule("aten.roll.default")

@@ -17,6 +17,7 @@ from ekgfx.plan import Plan
 from ekgfx.recipe import Recipe, parse
 from ekgfx.run import Run
 from ekgfx.search import NEEDS_DATA, Step
+from ekgfx.search.effort import fitting_batch
 from ekgfx.source import Built
 from ekgfx.trace import TracedModel, trace
 
@@ -105,6 +106,11 @@ class Job:
         return traced
 
     @cached_property
+    def batch_size(self) -> int:
+        """Samples per batch wherever nothing is trained but step 0: the recipe's, or as many as fit into memory."""
+        return self.recipe.search.batch_size or fitting_batch(self.traced)
+
+    @cached_property
     def data(self) -> data.Data | None:
         """The data set; None where the model's input is no image and the search needs none."""
         if self.recipe.data is None and not self.needs_data:
@@ -131,7 +137,7 @@ class Job:
         cost = self.traced.cost(plan)
         if self.data is None:
             return Score(None, None, None, cost.macs, cost.params)
-        batches = self.data.loader("test", self.recipe.search.batch_size)
+        batches = self.data.loader("test", self.batch_size)
         if self.labelled:
             metrics = evaluate(model, batches)
             if not math.isfinite(metrics.loss):

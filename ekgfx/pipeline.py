@@ -102,7 +102,7 @@ def prepare(job: Job) -> None:
             job.data,
             train_per_class=asked.train_per_class,
             val_per_class=asked.val_per_class,
-            batch_size=asked.batch_size,
+            batch_size=job.batch_size,
             seed=recipe.seed,
         )
     with job.run.replacing(DENSE) as partial:
@@ -198,7 +198,7 @@ def cut(job: Job, result: SearchResult) -> nn.Module:
     job.report.stage("prune and verify")
     pruned = prune(model, result.plan, traced)
     if job.data is not None:
-        size = job.recipe.search.batch_size
+        size = job.batch_size
         batches = job.data.loader("train", size, shuffle=True, seed=job.recipe.seed)
         samples = NORM_SAMPLES if job.labelled else NORM_SAMPLES // 4
         reestimate_batch_norm(pruned, batches, -(-samples // size))
@@ -239,7 +239,7 @@ def fill_bank(job: Job, result: SearchResult) -> KnowledgeSource:
     built = bank.build_bank(
         job.traced,
         result,
-        job.data.loader("train", job.recipe.search.batch_size, workers=asked.workers),
+        job.data.loader("train", job.batch_size, workers=asked.workers),
         folder,
         asked.teachers,
         knowledge="single" if asked.knowledge == "single" else "ensemble",
@@ -253,7 +253,7 @@ def fit(job: Job, model: nn.Module, asked: Training, file: str, **options: Any) 
     """Training in place, with a checkpoint in the run's `file` to go on from."""
     assert job.data is not None  # every caller has looked
     batches = job.data.size("train") // asked.batch_size or 1
-    test = job.data.loader("test", job.recipe.search.batch_size, workers=asked.workers) if job.labelled else None
+    test = job.data.loader("test", job.batch_size, workers=asked.workers) if job.labelled else None
     return finetune(
         model,
         job.data,
@@ -274,4 +274,4 @@ def validation_batches(job: Job) -> list[Any]:
     asked = job.recipe.search
     per_class = (asked.train_per_class, asked.val_per_class) if job.labelled else (0, asked.images)
     _, chosen = job.data.search_subset(*per_class, seed=job.recipe.seed)
-    return list(job.data.loader("train", asked.batch_size, subset=chosen))
+    return list(job.data.loader("train", job.batch_size, subset=chosen))

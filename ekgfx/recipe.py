@@ -56,8 +56,9 @@ class Search:
 
     Before a guided search the model is trained for an epoch on `train_per_class` images of each class (step 0 of the
     paper; 0 leaves it out). Candidates are judged on `val_per_class` images of each class, or on `images` images where
-    the data has no labels, in batches of `batch_size`. `accept`: candidates that a step takes together; None takes one,
-    as the paper does, but on data without labels as many as keep the search of a large network within minutes.
+    the data has no labels, in batches of `batch_size` (None: 256, or fewer where the activations of 256 would take over
+    8 GiB). `accept`: candidates that a step takes together; None takes one, as the paper does, but on data without
+    labels as many as keep the search of a large network within minutes.
     """
 
     flops: float | None = None
@@ -74,7 +75,7 @@ class Search:
     train_per_class: int = 256
     val_per_class: int = 32
     images: int = 16
-    batch_size: int = 256
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         for key in ("flops", "params"):

@@ -2,6 +2,10 @@
 
 import math
 
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ekgfx.graph import AxisGraph
 from ekgfx.plan import Plan
 from ekgfx.search.problem import width_rules
 from ekgfx.trace import TracedModel
@@ -31,3 +35,15 @@ def quick_accept(traced: TracedModel, samples: int, keep: float, *, macs: float 
     """
     alone = search_macs(traced, samples, keep, step=step)
     return max(1, math.ceil(alone / macs))
+
+
+def fitting_batch(graph: AxisGraph, most: int = 256, memory: int = 8 << 30) -> int:
+    """The largest power of two up to `most` samples whose activations, all kept as training keeps them, stay within
+    `memory` bytes.
+
+    256 samples are the paper's, of 32×32 images; a ResNet-50 on 224×224 images would need over 40 GB for them.
+    """
+    batch = graph.example_batch or 1
+    values = pytree.tree_leaves([operation.node.meta["val"] for operation in graph.operations])
+    sample = sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor)) / batch
+    return max(1, 1 << int(math.log2(min(most, max(1.0, memory / max(sample, 1))))))

@@ -55,6 +55,10 @@ def _prelu(module: Any) -> None:
     module.num_parameters = len(module.weight)
 
 
+def _recurrent(module: Any) -> None:
+    module.input_size, module.hidden_size = module.weight_ih_l0.shape[1], module.weight_hh_l0.shape[1]
+
+
 LAYERS: tuple[tuple[type[nn.Module], Callable[[Any], None]], ...] = (
     (_ConvTransposeNd, _conv_transposed),
     (_ConvNd, _conv),
@@ -65,6 +69,7 @@ LAYERS: tuple[tuple[type[nn.Module], Callable[[Any], None]], ...] = (
     (nn.RMSNorm, _shape_norm),
     (nn.Embedding, _embedding),
     (nn.PReLU, _prelu),
+    (nn.RNNBase, _recurrent),
 )
 
 

@@ -159,9 +159,17 @@ def _bind(axis: Axis, expr: Expr) -> None:
 
 
 def _unify_sum(terms: Sequence[Expr], other: Expr, why: str) -> None:
-    head, tail = split(other, size(terms[0]))
-    unify(terms[0], head, why)
-    unify(Sum(tuple(terms[1:])), tail, why)
+    a: Expr = Sum(tuple(terms))
+    while isinstance(a, Sum):
+        head, tail = split(other, size(a.terms[0]))
+        unify(a.terms[0], head, why)
+        # Every equation may refine what is left: go on with what it is now.
+        a, other = resolve(Sum(a.terms[1:])), resolve(tail)
+        if isinstance(other, Sum) and not isinstance(a, Sum):
+            a, other = other, a
+        if a is other or (fixed(a) and fixed(other)):
+            return
+    unify(a, other, why)
 
 
 def _unify_products(a: Prod, b: Prod, why: str) -> None:

@@ -57,6 +57,10 @@ def _einsum(a: dict[str, Any], out: tuple[Expr, ...]) -> Products:
     return [tuple(letters.values())]
 
 
+def _recurrent(a: dict[str, Any], out: tuple[Expr, ...]) -> Products:
+    return [(*out[:-1], *weight) for weight in a["params"] if len(weight) == 2]
+
+
 MACS: dict[str, Callable[[dict[str, Any], tuple[Expr, ...]], Products]] = {
     **{f"aten.conv{n}d.{form}": _convolution for n in (1, 2, 3) for form in ("default", "padding")},
     "aten.conv_transpose1d.default": _transposed_convolution,
@@ -66,6 +70,7 @@ MACS: dict[str, Callable[[dict[str, Any], tuple[Expr, ...]], Products]] = {
     **{f"aten.{name}.default": _product for name in ("matmul", "mm", "bmm", "mv", "addmm", "baddbmm")},
     "aten.scaled_dot_product_attention.default": _attention,
     "aten.einsum.default": _einsum,
+    **{f"aten.{name}.input": _recurrent for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
 }
 
 
@@ -80,7 +85,8 @@ def mac_products(graph: AxisGraph, operation: Operation) -> Products:
     if formula is None:
         return []
     dims = {name: graph.symbolic(value) for name, value in operation.args.items()}
-    return formula(dims, graph.dims[operation.name])
+    out = graph.dims[operation.name]
+    return formula(dims, out[0] if isinstance(out, list) else out)
 
 
 def evaluate(products: Products, counts: Mapping[Axis, int]) -> int:

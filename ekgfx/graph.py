@@ -3,6 +3,7 @@
 Every operator's arguments are bound to their schema names, and the rules are run over the graph once.
 """
 
+import contextlib
 import operator
 from collections import Counter
 from collections.abc import Mapping
@@ -16,10 +17,10 @@ from torch._ops import OpOverload
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from ekgfx.axes import Axis, Dims, freeze
+from ekgfx.axes import Axis, Dims, freeze, size
 from ekgfx.errors import TraceError
 from ekgfx.functional import functionalize
-from ekgfx.rules import Call, Effect, lookup, unknown
+from ekgfx.rules import Call, Effect, Rule, lookup, unknown
 from ekgfx.rules.registry import TensorDims
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a model
@@ -58,7 +59,7 @@ class AxisGraph:
         weights: placeholder name → qualified name of the parameter or buffer.
         constants: placeholder name → tensor constant.
         inputs: placeholder names of the user's inputs, in order.
-        unknown_ops: operators without a rule → number of uses.
+        unknown_ops: operators without a rule (or whose rule does not hold) → number of uses.
     """
 
     def __init__(self, model: nn.Module, program: torch.export.ExportedProgram, example: Example) -> None:
@@ -143,14 +144,21 @@ class AxisGraph:
             shapes=shapes,
             where=owner(node),
         )
-        rule = lookup(node.target)
-        if rule is None:
-            self.unknown_ops[call.op] = self.unknown_ops.get(call.op, 0) + 1
-        effect = (rule or unknown)(call)
+        effect = self._effect(call, lookup(node.target))
         self.operations.append(Operation(node, args, effect))
         out = effect.out
         several = isinstance(node.meta["val"], list | tuple)
         self.dims[node.name] = out if several else out[0] if isinstance(out, list) else out
+
+    def _effect(self, call: Call, rule: Rule | None) -> Effect:
+        """What the operator's rule says; where there is none, or it contradicts the traced shapes, nothing is known."""
+        if rule is not None:
+            with contextlib.suppress(ValueError):  # of `unify`: the rule does not hold here
+                effect = rule(call)
+                if [tuple(map(size, dims)) for dims in _listed(effect.out)] == call.shapes:
+                    return effect
+        self.unknown_ops[call.op] = self.unknown_ops.get(call.op, 0) + 1
+        return unknown(call)
 
     def symbolic(self, value: Any) -> Any:
         """An argument with every fx Node in it replaced by the dimensions of its tensor."""
@@ -181,7 +189,10 @@ class AxisGraph:
         return self._by_node.get(node)
 
     def root_weight(self, value: Any) -> str | None:
-        """Qualified name of the parameter that an argument is, or is computed from along first tensor arguments."""
+        """Qualified name of the parameter that an argument (of a list: its first element) is, or is computed from along
+        first tensor arguments."""
+        if isinstance(value, list | tuple):
+            value = next(iter(value), None)
         while isinstance(value, fx.Node) and value.op == "call_function":
             value = next(iter(value.all_input_nodes), None)
         return self.weights.get(value.name) if isinstance(value, fx.Node) else None

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
+from operator import getitem
 
 import torch
 from torch import Tensor, fx
@@ -217,7 +218,7 @@ def _gates(graph: AxisGraph, axis: Axis, producers: list[Operation]) -> tuple[Ga
     gates = []
     for node in nodes:
         dims = graph.dims[node.name]
-        for d, dim in enumerate(dims):
+        for d, dim in enumerate(dims if isinstance(dims, tuple) else ()):
             if axis in set(axes(dim)):
                 gates.append(Gate(node.name, d, membership(dim, axis)))
                 break
@@ -225,7 +226,12 @@ def _gates(graph: AxisGraph, axis: Axis, producers: list[Operation]) -> tuple[Ga
 
 
 def _end_of_chain(graph: AxisGraph, axis: Axis, node: fx.Node) -> fx.Node:
-    """Follow a producer's value through operators that only carry it, up to where others or several read it."""
+    """Follow a producer's value through operators that only carry it, up to where others or several read it.
+
+    Of a producer with several outputs (a recurrent layer) it is the first that counts.
+    """
+    if isinstance(graph.dims[node.name], list):
+        node = next((user for user in node.users if user.target is getitem and user.args[1] == 0), node)
     while len(node.users) == 1:
         (user,) = node.users
         operation = graph.operation(user)

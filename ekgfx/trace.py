@@ -8,6 +8,7 @@ traced.subnetwork(plan)(images)         # what the pruned network computes, with
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -70,7 +71,9 @@ def trace(
     example = _at_least_two((args, dict(kwargs or {})))
     with evaluation_mode(model):
         try:
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                # Recurrent layers keep a list of their own parameters, and look at it anew in every forward.
+                warnings.filterwarnings("ignore", message=r"The tensor attributes? self\..*were assigned during export")
                 program = torch.export.export(model, *example, strict=False)
         except Exception as error:  # torch.export raises many types, all of them about the user's model
             raise TraceError(f"{type(model).__name__} could not be traced: {_first_lines(error)}") from error

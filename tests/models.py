@@ -301,6 +301,40 @@ class GroupNormed(nn.Module):
         return self.head(F.gelu(self.norm(self.a(x))).mean((2, 3)))
 
 
+class ChannelFilter(nn.Module):
+    """ECA: a filter along the channels takes its neighbours among those that are kept; a scalar cast to the features'
+    type says nothing about their size."""
+
+    inputs = ((3, 8, 8),)
+    expected = {
+        "a": (8, "a.weight:0 a.bias:0 head.weight:1"),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.eca, self.head = nn.Conv2d(3, 8, 3), nn.Conv1d(1, 1, 3, padding=1), nn.Linear(8, 2)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        gate = self.eca(x.mean((2, 3))[:, None]).transpose(1, 2)[..., None].sigmoid()
+        return self.head((x * gate * self.scale.type_as(x)).mean((2, 3)))
+
+
+class AcrossTokens(nn.Module):
+    """A 1×1 convolution over tokens leaves the features after them alone (CoaT's aggregation of class tokens)."""
+
+    inputs = ((4, 6),)
+    expected = {"a": (8, "a.weight:0 a.bias:0 head.weight:1")}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.mix, self.head = nn.Linear(6, 8), nn.Conv1d(4, 1, 1), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mix(self.a(x).relu())[:, 0])
+
+
 HAND_DERIVED: list[type[nn.Module]] = [
     Residual,
     Concat,
@@ -317,6 +351,8 @@ HAND_DERIVED: list[type[nn.Module]] = [
     PaddedShortcut,
     InPlace,
     GroupNormed,
+    ChannelFilter,
+    AcrossTokens,
 ]
 
 

@@ -111,6 +111,17 @@ def test_positions_and_membership_by_hand() -> None:
     assert membership(expr, a).tolist() == [0, 0, 0, 1, 1, 1, -1, -1]
 
 
+@pytest.mark.parametrize("w", [3, 16, 32])
+def test_rows_shifted_against_each_other_fall_into_single_positions(w: int) -> None:
+    """Relative positions: w rows of 2w − 1, each padded by one, laid out flat, padded, and read in rows of 2w − 1.
+
+    Row i is shifted by i, so that each of its positions is tied to its neighbours: nothing is left to prune.
+    """
+    row, rows = Axis(2 * w - 1), Axis(w)
+    unify(Sum((Prod((rows, Sum((row, Axis(1))))), Axis(w - 1))), Prod((Axis(w + 1), Axis(2 * w - 1))), "reshape")
+    assert {axis.size for axis in axes(row)} == {1}
+
+
 def test_sizes_must_agree() -> None:
     with pytest.raises(ValueError, match="4 and 5 positions"):
         unify(Axis(4), Axis(5), "add")

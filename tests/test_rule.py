@@ -64,6 +64,21 @@ def test_a_taught_operator_is_pruned_exactly(taught: None) -> None:
     assert check_pruned(traced, plan, ekgfx.prune(model, plan, traced), (x,)) < 1e-12
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda call: Effect((*call["x"][:1], *call["x"][2:])), lambda call: call.unify(call["x"][1], call["x"][2])],
+    ids=["shape", "equation"],
+)
+def test_a_rule_that_does_not_hold_freezes_what_it_touches(wrong: object) -> None:
+    rule("ekgfx_test.swap_halves.default")(wrong)
+    try:
+        traced = ekgfx.trace(Net(), torch.zeros(2, 3, 4, 4))
+    finally:
+        del _RULES["ekgfx_test.swap_halves.default"]
+    assert traced.unknown_ops == {"ekgfx_test.swap_halves.default": 1}
+    assert list(traced.groups) == ["b"]
+
+
 def test_a_second_rule_for_an_operator_is_refused(taught: None) -> None:
     with pytest.raises(ValueError, match=r"swap_halves.default already has the rule swapped"):
         rule("ekgfx_test.swap_halves.default")(lambda call: Effect(call["x"]))

@@ -8,10 +8,11 @@ from ekgfx.rules import (  # noqa: F401  (importing a family registers its rules
     normalization,
     pieces,
     pointwise,
+    recurrent,
     reduction,
     shape,
     spatial,
 )
-from ekgfx.rules.registry import Call, Effect, known, lookup, rule, unknown
+from ekgfx.rules.registry import Call, Effect, Rule, known, lookup, rule, unknown
 
-__all__ = ["Call", "Effect", "known", "lookup", "rule", "unknown"]
+__all__ = ["Call", "Effect", "Rule", "known", "lookup", "rule", "unknown"]

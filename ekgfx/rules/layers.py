@@ -1,6 +1,9 @@
 """Operators that contract an input with a weight: convolutions, linear layers, matrix products, embeddings."""
 
-from ekgfx.axes import ONE, Axis, Dims, Expr, Prod, size
+from collections.abc import Sequence
+from typing import Any
+
+from ekgfx.axes import ONE, Axis, Dims, Expr, Prod, fixed, size
 from ekgfx.rules.pointwise import broadcast
 from ekgfx.rules.registry import Call, Effect, rule
 
@@ -14,7 +17,11 @@ from ekgfx.rules.registry import Call, Effect, rule
     "aten.conv3d.padding",
 )
 def convolution(call: Call) -> Effect:
-    """input (N, γ·ι, *space), weight (γ·ω, ι, *kernel), bias (γ·ω) → (N, γ·ω, *space'), with γ = groups."""
+    """input (N, γ·ι, *space), weight (γ·ω, ι, *kernel), bias (γ·ω) → (N, γ·ω, *space'), with γ = groups.
+
+    A dimension of space with kernel 1, stride 1 and no padding passes through. So does the length of a single channel
+    under a filter that keeps it (ECA's attention along the channels), taken over the kept positions.
+    """
     x, weight, bias, groups = call["input"], call["weight"], call["bias"], call["groups"]
     batch = x[: -len(weight) + 1]  # empty for an unbatched input
     channels, space = x[len(batch)], x[len(batch) + 1 :]
@@ -25,9 +32,25 @@ def convolution(call: Call) -> Effect:
     if bias:
         call.unify(bias[0], weight[0])
     call.freeze(*weight[2:], why="kernel size")
-    call.freeze(*space, why="space")
-    out = (*batch, weight[0], *call.constants(call.shape[len(batch) + 1 :], "space"))
-    return Effect(out, sizes={"groups": gamma}, produces=("weight", omega))
+    strides, paddings, dilations = (_each(call[name], space) for name in ("stride", "padding", "dilation"))
+    kernels = list(map(size, weight[2:]))
+    alone = len(space) == 1 and size(weight[0]) == size(channels) == 1
+    same = [
+        stride == 1 and padding == ("same" if isinstance(padding, str) else dilation * (kernel - 1) / 2)
+        for kernel, stride, padding, dilation in zip(kernels, strides, paddings, dilations, strict=True)
+    ]
+    passes = [keeps and (kernel == 1 or alone) for keeps, kernel in zip(same, kernels, strict=True)]
+    call.freeze(*(dim for dim, free in zip(space, passes, strict=True) if not free), why="space")
+    after = call.constants(call.shape[len(batch) + 1 :], "space")
+    out = (*batch, weight[0], *(old if free else new for old, new, free in zip(space, after, passes, strict=True)))
+    mixes = alone and passes[0] and kernels[0] > 1 and not fixed(space[0])
+    return Effect(out, sizes={"groups": gamma}, produces=("weight", omega), statistics=mixes)
+
+
+def _each(argument: Any, space: Dims) -> Sequence[Any]:
+    """A convolution's argument for each dimension of space; one entry, or a word, stands for all."""
+    several = [argument] if isinstance(argument, str) else argument
+    return list(several) * len(space) if len(several) == 1 else several
 
 
 @rule("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input")

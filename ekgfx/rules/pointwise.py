@@ -33,9 +33,7 @@ def broadcast(call: Call, *tensors: Dims) -> Dims:
     "aten.to.dtype",
     "aten.to.device",
     "aten.to.dtype_layout",
-    "aten.to.other",
     "aten._to_copy.default",
-    "aten.type_as.default",
     "aten.where.self",
     "aten.where.ScalarSelf",
     "aten.where.ScalarOther",
@@ -66,6 +64,12 @@ def broadcast(call: Call, *tensors: Dims) -> Dims:
 def pointwise(call: Call) -> Effect:
     out = broadcast(call, *call.tensors())
     return Effect([out] * len(call.shapes) if len(call.shapes) > 1 else out, carries=True)
+
+
+@rule("aten.type_as.default", "aten.to.other")
+def cast(call: Call) -> Effect:
+    """`self` in the type of another tensor, whose shape has no say."""
+    return Effect(call["self"], carries=True)
 
 
 @rule("aten.prelu.default")

@@ -1,0 +1,43 @@
+"""Recurrent layers: hidden units are cut like channels."""
+
+from ekgfx.axes import Dims, Expr, Prod, size
+from ekgfx.rules.registry import Call, Effect, rule
+
+
+@rule("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input")
+def recurrent(call: Call) -> Effect:
+    """input (B, T, ι), states (layers·directions, B, η), per layer and direction weights (gates·η, ι), (gates·η, η),
+    biases (gates·η) → output (B, T, directions·η), final states.
+
+    A unit whose weights are zero stays at zero, since its candidate value does, so cutting it is exact. Both directions
+    of a layer must have the same number of units, and so must all layers: one η serves them all. A projection
+    (`proj_size`) makes the output's units other ones than the cell's: frozen.
+    """
+    x, hx, params = call["input"], call["hx"], call["params"]
+    states: list[Dims] = hx if isinstance(hx, list) else [hx]
+    tensors_each = len(params) // (call["num_layers"] * (2 if call["bidirectional"] else 1))
+    cells = [params[i : i + tensors_each] for i in range(0, len(params), tensors_each)]
+    if tensors_each not in (2, 4) or any(size(s[-1]) != size(cells[0][1][1]) for s in states):
+        for dims in call.tensors():
+            call.freeze(*dims, why="its units are projected")
+        return Effect([call.constants(shape) for shape in call.shapes])
+    eta = call.fresh(size(states[0][-1]))
+    gates = call.constant(size(cells[0][1][0]) // size(eta), "gates")
+    directions = [eta] * (2 if call["bidirectional"] else 1)
+    below: Expr = x[-1]
+    for number, (weight_in, weight_hidden, *biases) in enumerate(cells):
+        if number and number % len(directions) == 0:
+            below = Prod((call.constant(len(directions), "directions"), eta))
+        call.unify(weight_in[1], below)
+        call.unify(weight_hidden[1], eta)
+        for dims in (weight_in, weight_hidden, *biases):
+            call.unify(dims[0], Prod((gates, eta)))
+    time = 1 if call["batch_first"] and len(x) == 3 else 0
+    call.freeze(x[time], why="steps of the sequence")
+    for state in states:
+        call.freeze(state[0], why="layers and directions")
+        call.unify(state[-1], eta)
+        if len(x) == 3:
+            call.unify(x[1 - time], state[1])
+    out = (*x[:-1], Prod((call.constant(len(directions), "directions"), eta)))
+    return Effect([out, *states], produces=("params", eta))

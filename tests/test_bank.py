@@ -1,12 +1,12 @@
 """The memory bank: which teachers, what is stored, interrupted and damaged files."""
 
 import json
+import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from torch import Tensor
 from ekgfx.bank import Bank, Progress, build_bank, pick_teachers
 from ekgfx.bank import build as building
 from ekgfx.bank.rows import RowFormat, infidelity
+from ekgfx.bank.store import map_rows
+from ekgfx.data.base import Batch, Loader, Split, Views
 from ekgfx.errors import DataError, RunError, TrainingError
 from ekgfx.loss import softened_kl
 from ekgfx.search import SearchResult, search
@@ -100,7 +102,7 @@ def test_files_are_memory_mapped_and_checked(searched: tuple[TracedModel, Search
     seen: list[Progress] = []
     bank = build_bank(traced, result, training_batches(), tmp_path / "bank", teachers=2, on_progress=seen.append)
     assert [(p.teacher, p.teachers, p.samples) for p in seen] == [(t, 2, n) for t in (1, 2) for n in (16, 32, 48, 50)]
-    assert all(isinstance(rows, np.memmap) for rows in bank._rows)
+    assert all(isinstance(rows.base.obj, mmap.mmap) for rows in bank._rows)
     again = Bank.open(tmp_path / "bank")
     assert torch.equal(again.logits(torch.arange(50)), bank.logits(torch.arange(50)))
     file = tmp_path / "bank" / "teacher-1.rows"
@@ -153,6 +155,77 @@ def test_goes_on_where_it_was_interrupted(
     assert [t["infidelity"] for t in again.teachers] == pytest.approx([t["infidelity"] for t in whole.teachers])
 
 
+class Opened(Split):
+    """Samples in memory that note which batches were asked for."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.images, self.labels = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
+        self.asked: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def all_labels(self) -> Tensor:
+        return self.labels
+
+    def batches(self, chunks: Sequence[Tensor], views: Views) -> Iterator[Batch]:
+        for chunk in chunks:
+            self.asked.append(chunk)
+            yield Batch(self.images[chunk], self.labels[chunk], chunk)
+
+    def to(self, device: torch.device) -> "Opened":
+        return self
+
+
+def test_going_on_opens_only_what_is_missing(
+    searched: tuple[TracedModel, SearchResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a loader of ours; images that a teacher has answered for are not decoded again."""
+    traced, result = searched
+    monkeypatch.setattr(building, "SAVE_EVERY", 0.0)
+    split = Opened(training_batches())
+
+    def stop(progress: Progress) -> None:
+        if progress.samples == 32:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        build_bank(traced, result, Loader(split, torch.arange(50), 16, Views()), tmp_path, 1, on_progress=stop)
+    split.asked.clear()
+    with pytest.raises(RunError, match="another size"):
+        build_bank(traced, result, Loader(split, torch.arange(50), 12, Views()), tmp_path, 1)
+    split.asked.clear()
+    bank = build_bank(traced, result, Loader(split, torch.arange(50), 16, Views()), tmp_path, 1)
+    assert [chunk.tolist() for chunk in split.asked] == [
+        list(range(16)),  # what a row looks like
+        list(range(16, 32)),  # the last note was written before the interruption came
+        list(range(32, 48)),
+        [48, 49],
+    ]
+    whole = build_bank(traced, result, training_batches(), teachers=1)
+    assert torch.equal(bank.logits(torch.arange(50)), whole.logits(torch.arange(50)))
+
+
+def test_a_bank_is_aligned_with_any_augmentation(searched: tuple[TracedModel, SearchResult]) -> None:
+    """Shuffled, flipped, cropped views carry their sample's index, and so find the row of the un-augmented image."""
+    from ekgfx import data
+
+    traced, result = searched
+    digits = data.load("digits")
+    bank = build_bank(traced, result, digits.loader("train", 128, subset=range(400)), teachers=1)
+    plain = torch.cat([batch.images for batch in digits.loader("train", 128, subset=range(400))])
+    loader = digits.loader("train", 50, shuffle=True, augment=True, views=2, subset=range(400))
+    loader.set_epoch(3)
+    network = traced.subnetwork(result.plans[bank.teachers[0]["step"]], batch_stats=True, rescale=True)
+    with torch.no_grad():
+        answers = torch.cat([network(images) for images in plain.split(128)])
+    moved = 0
+    for batch in loader:
+        moved += int((batch.images[0] != plain[batch.index]).any())
+        torch.testing.assert_close(bank.logits(batch.index)[:, 0], answers[batch.index], rtol=1e-3, atol=1e-3)
+    assert moved == 8
+
+
 def test_a_finished_bank_is_not_built_again(searched: tuple[TracedModel, SearchResult], tmp_path: Path) -> None:
     traced, result = searched
     build_bank(traced, result, training_batches(), tmp_path, teachers=2)
@@ -193,7 +266,7 @@ def test_reading_needs_no_memory_for_the_whole(tmp_path: Path) -> None:
         file.truncate(100_000 * row.dtype.itemsize)
         file.seek(99_999 * row.dtype.itemsize)
         file.write(row.encode(torch.tensor([99_999]), torch.ones(1, 1000)).tobytes())
-    rows = np.memmap(tmp_path / "teacher-0.rows", row.dtype, "r")
+    rows = map_rows(tmp_path / "teacher-0.rows", row.dtype)
     bank = Bank(row, [{}], [rows])
     assert bank.logits(torch.tensor([5, 99_999])).sum(2).flatten().tolist() == [0.0, 1000.0]
     assert bank.samples == 100_000

@@ -16,6 +16,7 @@ from torch import Tensor
 from ekgfx.bank.rows import RowFormat, infidelity
 from ekgfx.bank.store import FORMAT, MANIFEST, Bank, rows_file
 from ekgfx.bank.teachers import pick_teachers
+from ekgfx.data import Loader
 from ekgfx.errors import DataError, RunError
 from ekgfx.loss import at_least_single, default_temperature, logits_themselves
 from ekgfx.run import checksum, read_json, write_json
@@ -24,6 +25,8 @@ from ekgfx.trace import TracedModel
 
 SAVE_EVERY = 5.0
 """Seconds between two notes of how far a teacher's file has come: what a kill can cost."""
+
+_OTHER_SIZE = "the memory bank was begun with batches of another size; use that size, or a new folder"
 
 
 class Progress(NamedTuple):
@@ -104,6 +107,8 @@ class _Teacher:
         plan = self.result.plans[self.step]
         network = self.traced.subnetwork(plan, batch_stats=True, rescale=plan.rescale)
         seen, last = 0, -1
+        if skip and isinstance(batches, Loader):  # others are read and dropped
+            seen, batches = skip, _rest(batches, skip)
         for batch in batches:
             inputs, index = _inputs(batch, seen)
             if int(index[0]) <= last or (index.diff() <= 0).any():
@@ -115,12 +120,19 @@ class _Teacher:
             if seen <= skip:
                 continue
             if seen - len(index) < skip:
-                raise RunError("the memory bank was begun with batches of another size; use that size, or a new folder")
+                raise RunError(_OTHER_SIZE)
             with torch.no_grad():
                 output = network(*(value.to(network.device, non_blocking=True) for value in inputs))
             yield index, at_least_single(self.logits(output))
         if not seen:
             raise DataError("the memory bank got no batches")
+
+
+def _rest(loader: Loader, skip: int) -> Loader:
+    try:
+        return loader.after(skip)
+    except DataError as error:
+        raise RunError(_OTHER_SIZE) from error
 
 
 def _inputs(batch: Any, seen: int) -> tuple[tuple[Tensor, ...], Tensor]:

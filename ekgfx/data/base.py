@@ -81,6 +81,18 @@ class Loader:
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def after(self, samples: int) -> "Loader":
+        """The batches that follow the first `samples` samples of an unshuffled pass; those are not even opened.
+
+        Raises DataError where that is not the end of a batch, or the batches are shuffled.
+        """
+        if self.shuffle or (samples % self.batch_size and samples != len(self.indices)):
+            order = "shuffled" if self.shuffle else f"of {self.batch_size}"
+            raise DataError(f"cannot go on after {samples} samples in batches {order}")
+        rest = Loader(self.split, self.indices[samples:], self.batch_size, self.views, drop_last=self.drop_last)
+        rest.epoch = self.epoch
+        return rest
+
     @property
     def samples(self) -> int:
         """Number of samples that one pass gives."""

@@ -19,14 +19,15 @@ def squeeze_excite() -> nn.Module:
     return Images(SEModule(8, rd_channels=3, norm_layer=nn.BatchNorm2d))
 
 
-@family((3, 4, 4), groups=[])
+@family((3, 4, 4), groups=[(8, "stem> >head")])
 def efficient_channel_attention() -> nn.Module:
-    """A convolution over neighbouring channels: without one, the others would meet other weights. All stay."""
+    """A filter along the channels' averages, taken over the kept channels."""
     return Images(EcaModule(8))
 
 
 @family((3, 4, 4), groups=[])
 def circular_channel_attention() -> nn.Module:
+    """The same with the first channel after the last; padding by copies holds all of them."""
     return Images(CecaModule(8))
 
 

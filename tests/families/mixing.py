@@ -1,8 +1,11 @@
 """Mixing of tokens by other means than attention."""
 
 import torch
+from timm.models.efficientvim import HSMSSD
 from timm.models.mlp_mixer import MixerBlock, ResBlock, SpatialGatingBlock
+from timm.models.sequencer import LSTM2d
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .base import Images, Tokens, family
 
@@ -47,6 +50,95 @@ def spatial_gating() -> nn.Module:
     return Tokens(SpatialGatingBlock(8, 4, 1.5))
 
 
+class FirstOf(nn.Module):
+    """The first output of a layer that returns several."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+@family(
+    (3, 4, 4),
+    groups=[
+        (8, "stem> >body.layer.BCdt_proj.conv >body.layer.hz_proj.conv"),
+        (4, "body.layer.BCdt_proj.conv> body.layer.dw.conv> body.layer.A:0"),
+        (8, "body.layer.hz_proj.conv> >body.layer.out_proj.conv"),
+        (8, "body.layer.out_proj.conv> >head"),
+    ],
+)
+def state_space() -> nn.Module:
+    """Hidden-state mixing: B, C and Δ share the states, which a convolution of one position carries along as its space.
+
+    h and its gate z share the inner channels.
+    """
+    return Images(FirstOf(HSMSSD(8, state_dim=4)))
+
+
+def _lstm(name: str) -> str:
+    """Where the hidden units of an LSTM are: rows of the gates of both matrices, columns of the recurrent one."""
+    both = [f"body.{name}.{kind}_l0{way}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh") for way in WAYS]
+    return " ".join([*(f"{p}:0" for p in both), *(f"body.{name}.weight_hh_l0{way}:1" for way in WAYS)])
+
+
+WAYS = ("", "_reverse")
+
+
+@family(
+    (3, 4, 4),
+    groups=[
+        (8, "stem> " + " ".join(f"body.rnn_{n}.weight_ih_l0{way}:1" for n in "vh" for way in WAYS)),
+        (3, f"{_lstm('rnn_v')} >body.fc"),
+        (3, f"{_lstm('rnn_h')} >body.fc"),
+        (8, "body.fc> >head"),
+    ],
+)
+def lstm_mixing() -> nn.Module:
+    """A bidirectional LSTM over columns and one over rows. A unit has a row in each of the four gates: [4]·units.
+
+    Both directions have as many units, as PyTorch holds them in one layer.
+    """
+    return Images(LSTM2d(8, 3), channels_last=True)
+
+
+class Recurrent(nn.Module):
+    """Two layers of GRU, then the last state of a plain recurrent network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.rnn = nn.GRU(8, 4, num_layers=2, batch_first=True), nn.RNN(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.gru(x)
+        _, last = self.rnn(x.transpose(0, 1))
+        return last[-1][:, None]
+
+
+@family(
+    (4, 5),
+    groups=[
+        (8, "embed> body.gru.weight_ih_l0:1"),
+        (
+            4,
+            "body.gru.weight_ih_l0:0 body.gru.weight_hh_l0:0 body.gru.bias_ih_l0:0 body.gru.bias_hh_l0:0 "
+            "body.gru.weight_ih_l1:0 body.gru.weight_hh_l1:0 body.gru.bias_ih_l1:0 body.gru.bias_hh_l1:0 "
+            "body.gru.weight_hh_l0:1 body.gru.weight_ih_l1:1 body.gru.weight_hh_l1:1 body.rnn.weight_ih_l0:1",
+        ),
+        (
+            8,
+            "body.rnn.weight_ih_l0:0 body.rnn.weight_hh_l0:0 body.rnn.weight_hh_l0:1 "
+            "body.rnn.bias_ih_l0:0 body.rnn.bias_hh_l0:0 >head",
+        ),
+    ],
+)
+def gated_and_plain_recurrence() -> nn.Module:
+    """Layers of one module have as many units each."""
+    return Tokens(Recurrent())
+
+
 class GlobalFilter(nn.Module):
     """Multiplication with a learned complex filter in the frequency domain."""
 
@@ -80,3 +172,24 @@ class FourierMixing(nn.Module):
 def fourier_transform_of_features() -> nn.Module:
     """A transform over the features mixes them all: they stay."""
     return Tokens(FourierMixing())
+
+
+class PointwiseTokens(nn.Module):
+    """gMLP as it is often written: a convolution of kernel 1; its channels are the tokens, its space is features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.tokens, self.down = nn.Linear(8, 12), nn.Conv1d(4, 4, 1), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = self.up(x).chunk(2, -1)
+        return self.down(u * self.tokens(F.layer_norm(v, v.shape[-1:])))
+
+
+@family(
+    (4, 5),
+    groups=[(8, "embed> >body.up"), (6, "body.up> >body.down"), (8, "body.down> >head")],
+)
+def token_mixing_by_convolution() -> nn.Module:
+    """A kernel of one position leaves features where they are, so they are free."""
+    return Tokens(PointwiseTokens())

@@ -140,7 +140,7 @@ def _rebuild(path: Path, original: Built) -> Built:
         except PlanError as error:
             raise PlanError(f"{path} was not made from this {type(original.model).__name__}: {error}") from error
     load_tensors(model, weights)
-    return replace(original, model=model.eval(), weights_origin=f"run {path.name}")
+    return replace(original, model=model.eval(), weights_origin=f"run {path.name}", leaf=plan.leaf)
 
 
 def _check_metadata(weights: Path, plan: Plan) -> None:

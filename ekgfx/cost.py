@@ -10,7 +10,7 @@ from functools import reduce
 from operator import mul
 from typing import Any
 
-from ekgfx.axes import Axis, Expr, count
+from ekgfx.axes import ONE, Axis, Expr, axes, count, size
 from ekgfx.graph import AxisGraph, Operation
 
 Products = list[tuple[Expr, ...]]
@@ -61,6 +61,12 @@ def _recurrent(a: dict[str, Any], out: tuple[Expr, ...]) -> Products:
     return [(*out[:-1], *weight) for weight in a["params"] if len(weight) == 2]
 
 
+def _leaf(a: dict[str, Any], out: tuple[Expr, ...]) -> Products:
+    """What was counted when the module ran on the example, for a batch of any size."""
+    batch = next((t[0] for t in a["inputs"] if t and any(axis.batch for axis in axes(t[0]))), ONE)
+    return [(batch, Axis(a["macs"] // size(batch)))] if a["macs"] else []
+
+
 MACS: dict[str, Callable[[dict[str, Any], tuple[Expr, ...]], Products]] = {
     **{f"aten.conv{n}d.{form}": _convolution for n in (1, 2, 3) for form in ("default", "padding")},
     "aten.conv_transpose1d.default": _transposed_convolution,
@@ -71,6 +77,7 @@ MACS: dict[str, Callable[[dict[str, Any], tuple[Expr, ...]], Products]] = {
     "aten.scaled_dot_product_attention.default": _attention,
     "aten.einsum.default": _einsum,
     **{f"aten.{name}.input": _recurrent for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")},
+    "ekgfx.leaf.default": _leaf,
 }
 
 

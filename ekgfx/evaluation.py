@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ekgfx.errors import DataError
+from ekgfx.leaf import evaluation_mode
 from ekgfx.loss import check_classes, cross_entropy, is_classes, logits_themselves
-from ekgfx.trace import evaluation_mode
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from ekgfx.axes import Axis, Dims, freeze, size
 from ekgfx.errors import TraceError
 from ekgfx.functional import functionalize
+from ekgfx.leaf import Leaves
 from ekgfx.rules import Call, Effect, Rule, lookup, unknown
 from ekgfx.rules.registry import TensorDims
 
@@ -59,11 +60,19 @@ class AxisGraph:
         weights: placeholder name → qualified name of the parameter or buffer.
         constants: placeholder name → tensor constant.
         inputs: placeholder names of the user's inputs, in order.
+        leaves: the modules that run as they are, with their calls.
         unknown_ops: operators without a rule (or whose rule does not hold) → number of uses.
     """
 
-    def __init__(self, model: nn.Module, program: torch.export.ExportedProgram, example: Example) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        program: torch.export.ExportedProgram,
+        example: Example,
+        leaves: Leaves | None = None,
+    ) -> None:
         self.model = model
+        self.leaves = leaves or Leaves()
         self.graph = functionalize(program)
         self.example = example
         self.in_spec = program.call_spec.in_spec

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ekgfx import leaf
 from ekgfx.attributes import STANDARD
 from ekgfx.axes import Axis, Expr, Prod, Sum, axes, count
 from ekgfx.errors import PruneError
 from ekgfx.graph import AxisGraph, Operation
+from ekgfx.leaf import evaluation_mode
 from ekgfx.sliced import SubNetwork
-from ekgfx.trace import evaluation_mode
 
 LAYERS = (*STANDARD, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
@@ -40,6 +41,8 @@ def replace_module(root: nn.Module, path: str, graph: AxisGraph, counts: Mapping
 
 def graph_module(cut: nn.Module, path: str, graph: AxisGraph, counts: Mapping[Axis, int]) -> fx.GraphModule:
     """The part of the graph that the module at `path` runs, over the weights of its cut version."""
+    if any(f"{path}.".startswith(f"{name}.") for name in graph.leaves):
+        raise PruneError(f"{path} is a leaf, which runs as it is")
     inside = [node for node in graph.graph.nodes if node.op == "call_function" and path in _callers(node)]
     if any(f"{path}@" in name for node in inside for name in _raw_callers(node)):
         raise PruneError(f"{path} is called more than once")
@@ -162,6 +165,8 @@ def _copy(
         return (
             new.node_copy(node, lambda n: made[n.name]) if all(n.name in made for n in node.all_input_nodes) else None
         )
+    if operation.target is leaf.OPERATOR:
+        return _call_of_leaf(operation, path, graph, new, made)
     inputs = [n for n in node.all_input_nodes if n.name not in graph.weights]
     alone = graph.operations_of[operation.module] == 1
     if alone and len(inputs) == 1 and operation.module != path and operation.module.startswith(path):
@@ -169,6 +174,14 @@ def _copy(
         if isinstance(graph.model.get_submodule(operation.module), LAYERS):
             return new.call_module(inner, (made[inputs[0].name],))
     return _recomputed(operation, path, graph, new, made, batch)
+
+
+def _call_of_leaf(operation: Operation, path: str, graph: AxisGraph, new: fx.Graph, made: dict[str, Any]) -> fx.Node:
+    """The leaf itself is called, with the example's arguments where they are no tensors."""
+    inputs = [made[node.name] for node in operation.args["inputs"]]
+    positional, named = graph.leaves.arguments(operation.args, inputs)
+    called = new.call_module(_inside(operation.args["module"], path), positional, named)
+    return new.call_function(leaf.tensors_of, (called,))
 
 
 def _recomputed(

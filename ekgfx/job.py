@@ -100,7 +100,7 @@ class Job:
         """The unpruned model's graph; it reads the model's weights whenever a sub-network is made."""
         model = self.built.model
         self.report.stage("trace")
-        traced = trace(model, self.built.example_inputs)
+        traced = trace(model, self.built.example_inputs, leaf=(*self.built.leaf, *self.recipe.leaf))
         if traced.cost().macs < WORTH_A_THREAD:
             torch.set_num_threads(1)
         return traced

@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ekgfx.errors import DataError, TrainingError
 from ekgfx.evaluation import device_of, to_device
+from ekgfx.leaf import evaluation_mode
 from ekgfx.loss import cross_entropy
-from ekgfx.trace import evaluation_mode
 
 MatVec = Callable[[Tensor], Tensor]
 Loss = Callable[[Any, Any], Tensor]

@@ -123,7 +123,11 @@ def smallest(traced: TracedModel, asked: Search) -> Plan:
     else:
         budget = Budget.of(lambda plan: traced.cost(plan).params, asked.params or 1.0, "parameters")
     Problem(traced, (), Objective(), budget, rules, False, False, False).check_reachable()
-    return Plan({name: tuple(range(rule.minimum)) for name, rule in rules.items()}, traced.groups.digest)
+    return Plan(
+        {name: tuple(range(rule.minimum)) for name, rule in rules.items()},
+        traced.groups.digest,
+        leaf=tuple(traced.leaves),
+    )
 
 
 def find_plan(job: Job) -> SearchResult:

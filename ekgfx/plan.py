@@ -19,11 +19,13 @@ class Plan:
         kept: group name → ascending indices that stay; a group that is not named keeps all.
         structure: digest of the groups the plan was made for (`Groups.digest`); "" fits any model with such groups.
         rescale: pruned kernels keep the Frobenius norm of the uncut ones (the EKG authors' detail).
+        leaf: names of the modules that ran as they are when the plan was made.
     """
 
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     structure: str = ""
     rescale: bool = False
+    leaf: tuple[str, ...] = ()
 
     def with_kept(self, name: str, indices: Iterable[int]) -> "Plan":
         """The same plan with other indices for one group."""
@@ -37,6 +39,8 @@ class Plan:
     def to_json(self) -> str:
         kept = {name: list(indices) for name, indices in sorted(self.kept.items())}
         data = {"version": VERSION, "structure": self.structure, "rescale": self.rescale, "kept": kept}
+        if self.leaf:
+            data["leaf"] = list(self.leaf)
         return json.dumps(data, indent=1)
 
     @classmethod
@@ -62,4 +66,7 @@ class Plan:
         for name, indices in kept.items():
             if not isinstance(indices, list) or not all(type(i) is int for i in indices):
                 raise PlanError(f"malformed plan: the kept indices of {name!r} are not a list of integers")
-        return cls({name: tuple(indices) for name, indices in kept.items()}, structure, rescale)
+        leaf = data.get("leaf", [])
+        if not isinstance(leaf, list) or not all(isinstance(name, str) for name in leaf):
+            raise PlanError(f"malformed plan: leaf={leaf!r} is not a list of names")
+        return cls({name: tuple(indices) for name, indices in kept.items()}, structure, rescale, tuple(leaf))

@@ -102,8 +102,8 @@ class Export:
 class Recipe:
     """Everything `ekgfx prune` needs to know. `ekgfx prune --help` says what the settings mean.
 
-    `data`: None takes `photos`, label-free. `pretrain`: training of the model before it is pruned. `measured`: what
-    this recipe gave, and where.
+    `leaf`: modules that run as they are, by name or glob. `data`: None takes `photos`, label-free. `pretrain`: training
+    of the model before it is pruned. `measured`: what this recipe gave, and where.
     """
 
     model: str | None = None
@@ -112,6 +112,7 @@ class Recipe:
     weights: str = "auto"
     input: str | None = None
     classes: int | None = None
+    leaf: tuple[str, ...] = ()
     data: str | None = None
     seed: int = 0
     device: str = "auto"

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
+from ekgfx import leaf
 from ekgfx.axes import Axis, Expr, axes, counted, positions
 from ekgfx.errors import PlanError
 from ekgfx.graph import AxisGraph, Operation
@@ -30,6 +31,12 @@ class GraphRunner:
 
     def compute(self, operation: Operation, args: dict[str, Any], counts: Mapping[Axis, int]) -> Any:
         raise NotImplementedError
+
+    def call(self, operation: Operation, args: Mapping[str, Any]) -> Any:
+        """What an operator, or the module that it stands for, makes of the arguments."""
+        if operation.target is leaf.OPERATOR:
+            return self.graph.leaves.run(self.graph.model, args)
+        return call(operation.target, args)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(args, kwargs)[0]
@@ -134,7 +141,7 @@ class SubNetwork(GraphRunner):
             args |= {"running_mean": None, "running_var": None, "training": True}
         if args.get("device") is not None:
             args["device"] = self.device
-        return call(operation.target, resize(operation, args, counts))
+        return self.call(operation, resize(operation, args, counts))
 
 
 def slice_weights(

@@ -34,6 +34,8 @@ class Built:
     crop_pct: float | None = None
     """Share of the short side that evaluation crops keep; None if the model does not say."""
     interpolation: str | None = None
+    leaf: tuple[str, ...] = ()
+    """Modules that have to run as they are, where the model is a run that says so."""
 
     @property
     def data_options(self) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ekgfx.attributes import Choice, correct
 from ekgfx.errors import EkgfxError, PruneError
 from ekgfx.graphed import replace_module
+from ekgfx.leaf import evaluation_mode
 from ekgfx.plan import Plan
 from ekgfx.sliced import slice_weights
-from ekgfx.trace import TracedModel, evaluation_mode, trace
+from ekgfx.trace import TracedModel, trace
 from ekgfx.verify import check_pruned, compare_shapes
 
 MOST_TRIALS = 16
@@ -48,7 +49,7 @@ def prune(
             raise PruneError(
                 "prune needs the traced model or example inputs to trace with: pass traced= or example_inputs="
             )
-        traced = trace(model, example_inputs)
+        traced = trace(model, example_inputs, leaf=plan.leaf)
     source = traced if traced.model is model else traced.rebound(model)
     kept = source.groups.kept(plan)
     pruned = _cut(model, slice_weights(source, kept, rescale=plan.rescale), source)
@@ -143,7 +144,7 @@ def _problem(pruned: nn.Module, source: TracedModel, plan: Plan) -> _Problem | N
     """Trace the cut module again and compare it with the prediction; None if all agrees."""
     args, kwargs = source.example
     try:
-        again = trace(pruned, args, kwargs)
+        again = trace(pruned, args, kwargs, leaf=list(source.leaves))
         difference = compare_shapes(source, plan, again)
     except EkgfxError as error:
         return _Problem(str(error), _failing_module(pruned, args, kwargs))

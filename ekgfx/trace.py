@@ -8,6 +8,9 @@ traced.subnetwork(plan)(images)         # what the pruned network computes, with
 
 import contextlib
 import copy
+import io
+import logging
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -18,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ekgfx.cost import Cost, Products, cost_of, mac_table
-from ekgfx.errors import TraceError
 from ekgfx.graph import AxisGraph, Example
 from ekgfx.groups import Groups, find_groups
+from ekgfx.leaf import as_operators, evaluation_mode, find_leaves, record
+from ekgfx.obstacle import explained, unknown_sizes
 from ekgfx.plan import Plan
 from ekgfx.sliced import SubNetwork
 
@@ -54,7 +58,11 @@ class TracedModel(AxisGraph):
 
 
 def trace(
-    model: nn.Module, example_inputs: Tensor | Sequence[Any], kwargs: dict[str, Any] | None = None
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    leaf: Sequence[str | type[nn.Module]] = (),
 ) -> TracedModel:
     """Trace a model in evaluation mode.
 
@@ -63,33 +71,47 @@ def trace(
         example_inputs: one tensor or a tuple of positional arguments; if all tensors share their leading size it is the
             batch (a batch of one is doubled, so that the batch can be told from other sizes of one).
         kwargs: keyword arguments.
+        leaf: modules that run as they are, by name, glob (`*` also matches dots) or class: their Python may depend on
+            values. All positions of their inputs, outputs and parameters stay.
 
     Raises:
         TraceError: the model's forward cannot be turned into a graph; the message says where.
     """
     args = tuple(example_inputs) if not isinstance(example_inputs, Tensor) else (example_inputs,)
-    example = _at_least_two((args, dict(kwargs or {})))
+    args, named = example = _at_least_two((args, dict(kwargs or {})))
+    names = find_leaves(model, leaf)
     with evaluation_mode(model):
         try:
-            with torch.no_grad(), warnings.catch_warnings():
-                # Recurrent layers keep a list of their own parameters, and look at it anew in every forward.
-                warnings.filterwarnings("ignore", message=r"The tensor attributes? self\..*were assigned during export")
+            leaves = record(model, names, args, named)
+            with torch.no_grad(), as_operators(model, leaves), _quiet():
                 program = torch.export.export(model, *example, strict=False)
         except Exception as error:  # torch.export raises many types, all of them about the user's model
-            raise TraceError(f"{type(model).__name__} could not be traced: {_first_lines(error)}") from error
-    return TracedModel(model, program, example)
+            raise explained(model, error, args, named) from error
+        problem = unknown_sizes(model, program)
+        if problem is not None:
+            raise problem
+        return TracedModel(model, program, example, leaves)
 
 
 @contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode, and each back into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+def _quiet() -> Iterator[None]:
+    """What PyTorch logs and prints about an export that fails is in the exception as well: it goes no further."""
+    printed, handlers = io.StringIO(), logging.getLogger("torch").handlers
+
+    def passes(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.WARNING
+
+    for handler in handlers:
+        handler.addFilter(passes)
     try:
-        yield
+        with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
+            # Recurrent layers keep a list of their own parameters, and look at it anew in every forward.
+            warnings.filterwarnings("ignore", message=r"The tensor attributes? self\..*were assigned during export")
+            yield
+        sys.stderr.write(printed.getvalue())  # what the user's own forward says
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for handler in handlers:
+            handler.removeFilter(passes)
 
 
 def _at_least_two(example: Example) -> Example:
@@ -98,8 +120,3 @@ def _at_least_two(example: Example) -> Example:
         return example
     doubled: Example = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]), example)
     return doubled
-
-
-def _first_lines(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3])[:500] or type(error).__name__

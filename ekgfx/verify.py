@@ -11,10 +11,11 @@ from torch.utils import _pytree as pytree
 from ekgfx.axes import Axis, Dims, axes, count, positions, size
 from ekgfx.errors import PruneError
 from ekgfx.graph import AxisGraph, Operation
+from ekgfx.leaf import evaluation_mode
 from ekgfx.plan import Plan
 from ekgfx.rules.registry import is_dims
-from ekgfx.sliced import GraphRunner, call, resize
-from ekgfx.trace import TracedModel, evaluation_mode
+from ekgfx.sliced import GraphRunner, resize
+from ekgfx.trace import TracedModel
 
 # Copies that PyTorch leaves out where a narrower tensor happens to be contiguous already.
 LAYOUT_ONLY = {f"aten.{name}.default" for name in ("contiguous", "clone", "alias")}
@@ -34,11 +35,11 @@ class MaskedNetwork(GraphRunner):
 
     def compute(self, operation: Operation, args: dict[str, Any], counts: Mapping[Axis, int]) -> Any:
         if not operation.effect.statistics:
-            return call(operation.target, resize(operation, args, counts))
+            return self.call(operation, resize(operation, args, counts))
         dims = {name: self.graph.symbolic(value) for name, value in operation.args.items()}
         cut = {name: self._gather(value, dims[name]) for name, value in args.items()}
         kept = {axis: len(index) for axis, index in self.kept.items()}
-        result = call(operation.target, resize(operation, cut, {**kept, **counts}))
+        result = self.call(operation, resize(operation, cut, {**kept, **counts}))
         out = operation.effect.out
         if isinstance(out, list):
             return [_scatter(value, dims, self.kept, counts) for value, dims in zip(result, out, strict=True)]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ekgfx.errors import ExportError
-from ekgfx.trace import evaluation_mode
+from ekgfx.leaf import evaluation_mode
 
 from .attention import attention
 from .io import device_of, named_tensors, with_batch

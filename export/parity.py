@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ekgfx.errors import ExportError
-from ekgfx.trace import evaluation_mode
+from ekgfx.leaf import evaluation_mode
 
 from .io import as_inputs, batch_size, device_of, named_tensors, with_batch
 from .numerics import tensor_float32

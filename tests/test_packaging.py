@@ -25,10 +25,10 @@ PIPE = """
 errors units
 run recipe models weights data axes functional
 rules
-source
+leaf source
 graph
 plan cost
-groups sliced
+groups sliced obstacle
 trace
 loss verify graphed attributes
 evaluation surgery

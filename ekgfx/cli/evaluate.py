@@ -44,7 +44,7 @@ def evaluate(
     images = job.open_data(spec, built, settings.get("seed", 0)).to(place)
     metrics = measure(built.model.to(place), images.loader("test", batch_size))
     inputs = tuple(value.to(place) for value in built.example_inputs)
-    cost = ekgfx.trace(built.model, inputs).cost()
+    cost = ekgfx.trace(built.model, inputs, leaf=built.leaf).cost()
     if as_json:
         click.echo(json.dumps({"model": model, "data": spec, **asdict(metrics), **asdict(cost)}))
         return

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     "--input", metavar="SHAPE", help="Shape of the example input, such as 1x3x224x224 (comma: several inputs)."
 )
 @click.option("--classes", type=int, help="Number of classes to build the model with.")
-def groups(model: str, why: bool, as_json: bool, input: str | None, classes: int | None) -> None:
+@click.option("--leaf", metavar="GLOB", multiple=True, help="Modules that run as they are, whole; repeatable.")
+def groups(model: str, why: bool, as_json: bool, input: str | None, classes: int | None, leaf: tuple[str, ...]) -> None:
     """Show the coupled channel groups of MODEL.
 
     MODEL is timm:NAME, package.module:factory, path/file.py:factory or a run directory. Weights don't matter here and
@@ -28,7 +29,7 @@ def groups(model: str, why: bool, as_json: bool, input: str | None, classes: int
     from ekgfx import source
 
     built = source.parse(model, "none", input, classes).build()
-    traced = ekgfx.trace(built.model, built.example_inputs)
+    traced = ekgfx.trace(built.model, built.example_inputs, leaf=(*built.leaf, *leaf))
     if as_json:
         click.echo(json.dumps(_facts(model, traced), indent=1))
     else:

@@ -26,6 +26,7 @@ from ekgfx.run import Run, fresh_path
 @setting("weights", "--weights", metavar="auto|none|FILE", help="Weights of MODEL.")
 @setting("input", "--input", metavar="SHAPE", help="Shape of the example input, such as 1x3x32x32 (comma: several).")
 @setting("classes", "--classes", help="Number of classes to build the model with.")
+@setting("leaf", "--leaf", metavar="GLOB", help="Modules without a graph, which run as they are, whole; repeatable.")
 @setting("search.strategy", "--search", help="How widths are found.")
 @setting("search.importance", "--importance", help="Which channels go first.")
 @setting("search.knowledge", "--knowledge", help="What the search's reward compares with.")
@@ -129,7 +130,7 @@ def _preview(asked: Recipe) -> None:
     from ekgfx.pipeline import smallest
 
     built = source.parse(asked.model or "", "none", asked.input, asked.classes).build()
-    traced = ekgfx.trace(built.model, built.example_inputs)
+    traced = ekgfx.trace(built.model, built.example_inputs, leaf=(*built.leaf, *asked.leaf))
     least = smallest(traced, asked.search)
     rows = [
         (

@@ -138,7 +138,11 @@ def known() -> list[str]:
 
 def unknown(call: Call) -> Effect:
     """Sound by default: an operator without a rule freezes every axis that touches it."""
-    why = "no rule for this operator"
+    return opaque(call, "no rule for this operator")
+
+
+def opaque(call: Call, why: str) -> Effect:
+    """Nothing is known of what an operator does: all that goes in and comes out stays, but for the batch."""
     for dims in call.tensors():
         call.freeze(*dims, why=why)
     return Effect([_same_batch(call, shape, why) for shape in call.shapes])

@@ -64,7 +64,8 @@ class Problem:
 
     def full(self) -> Plan:
         """Θ₀ as a plan."""
-        return Plan(structure=self.traced.groups.digest, rescale=self.rescale)
+        traced = self.traced
+        return Plan(structure=traced.groups.digest, rescale=self.rescale, leaf=tuple(traced.leaves))
 
     def kept(self, plan: Plan, group: str) -> tuple[int, ...]:
         """The channels that `group` keeps under a plan."""

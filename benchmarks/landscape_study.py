@@ -9,7 +9,7 @@ norm gone. Each is a line of the output, independent of the others and the same 
 is not measured again. Of each, before any training:
 
     validation    CE on validation images, batch statistics: what a search without knowledge minimizes
-    reward        CE + CE to the unpruned network's prediction (eq. 4, T₀): what EKG minimizes in its first step
+    reward        CE + CE to the ensemble knowledge (eq. 4) of an EKG search to the same budget: what EKG minimizes
     condition     |λ_min / λ_max| of the Hessian of the loss on those images, by Lanczos (see `ekgfx.landscape`)
 
 and, after `--epochs` of training on other images, without knowledge:
@@ -51,13 +51,15 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Study:
-    """What all sub-networks share: the traced model, its data, validation batches and the indices to train on."""
+    """What all sub-networks share: the traced model, its data, validation batches, the indices to train on, and the
+    ensemble knowledge T per batch."""
 
     asked: argparse.Namespace
     traced: TracedModel
     data: Data
     problem: Problem
     train: torch.Tensor
+    knowledge: tuple[torch.Tensor, ...]
 
     def plan(self, number: int) -> Plan:
         """The widths of sub-network `number`, at random, and the largest multiple of them within the budget."""
@@ -79,8 +81,7 @@ class Study:
         asked, start = self.asked, time.monotonic()
         plan = self.plan(number)
         batches, objective = self.problem.batches, self.problem.objective
-        _, knowledge = judge(self.problem.network(self.problem.full()), batches, objective, None)
-        before, _ = judge(self.problem.network(plan), batches, objective, knowledge)
+        before, _ = judge(self.problem.network(plan), batches, objective, self.knowledge)
         pruned = ekgfx.prune(self.traced.model, plan, self.traced)
         reestimate_batch_norm(pruned, self.data.loader("train", 128, subset=self.train), 8)
         held = [(batch.inputs[0], batch.target) for batch in batches]
@@ -173,7 +174,10 @@ def prepare(asked: argparse.Namespace) -> Study:
         ensemble=False,
         rescale=True,
     )
-    return Study(asked, traced, data, problem, train)
+    result = ekgfx.search(traced, batches, flops=asked.keep, accept=asked.accept, rescale=True, seed=asked.seed)
+    logits = [judge(problem.network(plan), problem.batches, problem.objective, None)[1] for plan in result.plans]
+    knowledge = tuple(torch.stack(parts).mean(0) for parts in zip(*logits, strict=True))  # eq. 8
+    return Study(asked, traced, data, problem, train, knowledge)
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -240,6 +244,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=30, help="most Hessian-vector products")
     parser.add_argument("--tolerance", type=float, default=2e-3, help="of the eigenvalues, relative to the largest")
+    parser.add_argument("--accept", type=int, default=2, help="candidates per step of the search for the knowledge")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()

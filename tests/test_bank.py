@@ -239,7 +239,7 @@ def test_top_k_keeps_the_largest_and_the_mass_of_the_rest() -> None:
     logits = 3 * torch.randn(64, 100)
     row = RowFormat((100,), top_k=10, temperature=4.0)
     rows = row.encode(torch.arange(64), logits)
-    assert rows.dtype.itemsize == 4 + 2 * 11 + 4 * 10
+    assert rows.dtype.itemsize == 4 + 2 * 11 + 2 * 10
     stored = row.decode(rows)
     top = logits.topk(10, dim=1)
     torch.testing.assert_close(stored.gather(1, top.indices), top.values, rtol=1e-3, atol=1e-3)
@@ -249,6 +249,16 @@ def test_top_k_keeps_the_largest_and_the_mass_of_the_rest() -> None:
     assert lost == pytest.approx(softened_kl(logits, stored, 4.0).sum().item(), rel=1e-5)
     narrower = RowFormat((100,), top_k=3, temperature=4.0)
     assert infidelity(narrower, narrower.encode(torch.arange(64), logits), logits) > 1.5 * lost
+
+
+def test_many_classes_are_told_apart() -> None:
+    """Also where there are more of them than 16 bits count."""
+    logits = torch.zeros(2, 70_000)
+    logits[0, 69_999], logits[1, 65_535] = 5.0, 6.0
+    row = RowFormat((70_000,), top_k=1, temperature=1.0)
+    assert row.decode(row.encode(torch.arange(2), logits)).argmax(1).tolist() == [69_999, 65_535]
+    edge = RowFormat((65_536,), top_k=1, temperature=1.0)
+    assert edge.decode(edge.encode(torch.arange(1), logits[1:, :65_536])).argmax(1).tolist() == [65_535]
 
 
 def test_infidelity_of_top_k_is_recorded(searched: tuple[TracedModel, SearchResult], tmp_path: Path) -> None:

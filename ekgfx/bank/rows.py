@@ -30,7 +30,8 @@ class RowFormat:
         """The row as a NumPy structure."""
         if self.top_k is None:
             return np.dtype([("sample", "<u4"), ("values", "<f2", self.shape)])
-        return np.dtype([("sample", "<u4"), ("values", "<f2", (self.top_k + 1,)), ("classes", "<u4", (self.top_k,))])
+        index = "<u2" if self.shape[0] <= 2**16 else "<u4"
+        return np.dtype([("sample", "<u4"), ("values", "<f2", (self.top_k + 1,)), ("classes", index, (self.top_k,))])
 
     def encode(self, index: Tensor, logits: Tensor) -> Rows:
         """Sample indices B and logits B × C × … → B rows.

@@ -15,11 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 
+from ekgfx import trust
 from ekgfx.errors import ModelError, PlanError, RunError
 from ekgfx.plan import Plan
-from ekgfx.run import FORMAT, MANIFEST, Run, check_format, read_manifest, verify
+from ekgfx.run import FORMAT, MANIFEST, Run, check_format, read_json, read_manifest, verify
 from ekgfx.source import Built, Source
 from ekgfx.surgery import prune
+from ekgfx.typed import read
 
 WEIGHTS = "model.safetensors"
 PLAN = "plan.json"
@@ -75,6 +77,18 @@ def load_run(path: Path) -> Built:
     return _rebuild(path, _recorded(path))
 
 
+def recorded_source(manifest: Mapping[str, Any], path: Path) -> Source | None:
+    """How a run says that its original model is built; None where it does not.
+
+    Raises ModelError where that would import code which the user has not named.
+    """
+    if manifest.get("source") is None:
+        return None
+    source: Source = read(Source, manifest["source"], str(path / MANIFEST), RunError, "source")
+    trust.check(source.model, manifest, path)
+    return source
+
+
 def origin(source: Source | None, example_inputs: tuple[Tensor, ...] | None) -> dict[str, Any]:
     """Entries of run.json that say how to build the model before its last pruning.
 
@@ -86,7 +100,8 @@ def origin(source: Source | None, example_inputs: tuple[Tensor, ...] | None) -> 
         described = parent.get("source")
         ancestors = [*parent.get("ancestors", []), read_plan(Path(source.model)).to_json()]
     inputs = None if example_inputs is None else [[list(x.shape), str(x.dtype)] for x in example_inputs]
-    return {"source": described, "ancestors": ancestors, "inputs": inputs}
+    signed = {} if described is None else trust.sign(described["model"])
+    return {"source": described, "ancestors": ancestors, "inputs": inputs, **signed}
 
 
 def write_plan(run: Run, plan: Plan, **facts: Any) -> None:
@@ -96,7 +111,7 @@ def write_plan(run: Run, plan: Plan, **facts: Any) -> None:
 
 def read_plan(path: Path) -> Plan:
     """The plan of the run at `path`, after comparing the file with its checksum."""
-    return Plan.from_json(verify(path, PLAN).read_text(encoding="utf-8"))
+    return Plan.from_json(json.dumps(read_json(verify(path, PLAN))))
 
 
 def write_weights(run: Run, pruned: nn.Module, plan: Plan) -> None:
@@ -159,13 +174,9 @@ def _check_metadata(weights: Path, plan: Plan) -> None:
 
 
 def _recorded(path: Path) -> Built:
-    described = read_manifest(path).get("source")
-    if described is None:
+    source = recorded_source(read_manifest(path), path)
+    if source is None:
         raise RunError(f"{path} does not say how to build its model: pass model=, a function that builds it")
-    try:
-        source = Source.from_description(described)
-    except TypeError as error:
-        raise RunError(f"{path / MANIFEST} is damaged: its source is {described!r}; restore it") from error
     with torch.random.fork_rng(devices=[]):
         return source.without_weights().build()
 

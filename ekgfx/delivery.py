@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ekgfx import checkpoint, source
+from ekgfx import checkpoint
 from ekgfx.export import ExportReport, export_report, parity_text
 from ekgfx.job import Report, open_data
 from ekgfx.recipe import Export, parse
@@ -46,11 +46,11 @@ def export_run(run: Run, built: Built, asked: Export, report: Report) -> ExportR
 
 def original(run: Run) -> nn.Module | None:
     """The original network, with any weights: they don't change how long it takes. None where it is not recorded."""
-    described = run.manifest.get("source")
-    if described is None:
+    source = checkpoint.recorded_source(run.manifest, run.path)
+    if source is None:
         return None
     with torch.random.fork_rng(devices=[]):
-        return source.Source.from_description(described).without_weights().build().model
+        return source.without_weights().build().model
 
 
 def real_inputs(run: Run, built: Built) -> tuple[Tensor, ...]:

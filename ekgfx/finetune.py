@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ekgfx.data import Data
-from ekgfx.errors import DataError, RecipeError, TrainingError
+from ekgfx.errors import DataError, RecipeError, RunError, TrainingError
 from ekgfx.evaluation import device_of, evaluate, to_device
 from ekgfx.loss import EKGLoss, KnowledgeSource, LabelLoss, check_classes, cross_entropy, logits_themselves
 from ekgfx.training_state import load_state, save_state
+from ekgfx.typed import read
 
 CHECK_EVERY = 50
 """Batches between two looks at the loss: every look waits for the device."""
@@ -221,7 +222,8 @@ class _Trainer:
         """Go on from a checkpoint where there is one; returns the epochs that are done."""
         if path is None or not path.is_file():
             return []
-        return [Epoch(**epoch) for epoch in load_state(path, self.model, self.optimizer, self.scaler, self._identity())]
+        history = load_state(path, self.model, self.optimizer, self.scaler, self._identity())
+        return [read(Epoch, epoch, str(path), RunError) for epoch in history]
 
     def save(self, path: Path | None, history: list[Epoch]) -> None:
         """Write the checkpoint, if one is wanted."""

@@ -81,14 +81,16 @@ class AxisGraph:
         self.constants: dict[str, Tensor] = {}
         self.inputs: list[str] = []
         canonical = {id(p): name for name, p in model.named_parameters()}  # a shared parameter goes by its first name
-        for spec in program.graph_signature.input_specs:
+        # By position: a copied graph renames what is called as a Python builtin is (`forward(self, input)`).
+        placeholders = (node.name for node in self.graph.nodes if node.op == "placeholder")
+        for spec, name in zip(program.graph_signature.input_specs, placeholders, strict=True):
             match spec.kind:
                 case InputKind.PARAMETER | InputKind.BUFFER:
-                    self.weights[spec.arg.name] = canonical.get(id(self.tensor(spec.target)), spec.target)
+                    self.weights[name] = canonical.get(id(self.tensor(spec.target)), spec.target)
                 case InputKind.CONSTANT_TENSOR:
-                    self.constants[spec.arg.name] = program.constants[spec.target]
+                    self.constants[name] = program.constants[spec.target]
                 case InputKind.USER_INPUT:
-                    self.inputs.append(spec.arg.name)
+                    self.inputs.append(name)
                 case _:
                     raise TraceError(f"cannot analyse a model with a {spec.kind.name} input ({spec.target})")
         self.unknown_ops: dict[str, int] = {}

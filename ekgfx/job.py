@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ekgfx import bank, checkpoint, data, source
+from ekgfx import bank, checkpoint, data, source, trust
 from ekgfx.errors import DataError, RecipeError, TrainingError
 from ekgfx.evaluation import evaluate
 from ekgfx.finetune import Epoch
@@ -76,6 +77,8 @@ class Job:
     def of(cls, run: Run, report: Report) -> "Job":
         """The job that a run's settings describe."""
         recipe = parse(run.manifest.get("settings"), f"{run.path}/run.json")
+        if recipe.model is not None and not Path(recipe.model).is_dir():
+            trust.check(recipe.model, run.manifest, run.path)
         return cls(run, recipe, report, pick_device(recipe.device))
 
     @cached_property

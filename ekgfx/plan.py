@@ -54,7 +54,7 @@ class Plan:
             data: Any = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise PlanError(f"not a plan: {error}") from error
-        if not isinstance(data, dict) or not isinstance(data.get("version"), int):
+        if not isinstance(data, dict) or type(data.get("version")) is not int or data["version"] < 1:
             raise PlanError("not a plan: no format version")
         if data["version"] > VERSION:
             raise PlanError(

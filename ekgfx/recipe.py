@@ -6,8 +6,6 @@ same form, so that `--resume` needs nothing else.
 """
 
 import dataclasses
-import difflib
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from ekgfx.errors import RecipeError
+from ekgfx.typed import did_you_mean, read
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class Recipe:
 
 def parse(settings: object, where: str = "the recipe") -> Recipe:
     """A Recipe from nested plain values, strictly: RecipeError names an unknown key or a value of another type."""
-    recipe: Recipe = _build(Recipe, settings, where, "")
+    recipe: Recipe = read(Recipe, settings, where, RecipeError)
     return recipe
 
 
@@ -150,11 +149,12 @@ def load(name: str) -> Recipe:
     elif name in names():
         text = resources.files("ekgfx.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     else:
-        raise RecipeError(f"no recipe {name!r}{_hint(name, names())}; `ekgfx recipes` lists them, a file ends in .yaml")
+        meant = did_you_mean(name, names())
+        raise RecipeError(f"no recipe {name!r}{meant}; `ekgfx recipes` lists them, a file ends in .yaml")
     try:
         settings = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"recipe {name} is not YAML: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"recipe {name} is not YAML: {' '.join(str(error).split())[:300]}") from error
     return parse({} if settings is None else settings, f"recipe {name}")
 
 
@@ -177,46 +177,3 @@ def declared(key: str) -> tuple[Any, Any]:
     for section in sections:
         owner = typing.get_type_hints(owner)[section]
     return typing.get_type_hints(owner)[last], getattr(owner(), last)
-
-
-def _build(cls: type[Any], settings: object, where: str, prefix: str) -> Any:
-    if not isinstance(settings, Mapping):
-        section = f"{prefix[:-1]} of {where}" if prefix else where
-        raise RecipeError(f"{section} must be keys with values, got {settings!r}")
-    hints = typing.get_type_hints(cls)
-    for key in settings:
-        if key not in hints:
-            raise RecipeError(f"unknown key {prefix}{key!s} in {where}{_hint(str(key), hints)}")
-    values = {key: _convert(hints[key], value, where, prefix + key) for key, value in settings.items()}
-    return cls(**values)
-
-
-def _convert(hint: Any, value: object, where: str, key: str) -> Any:
-    """`value` as the annotated type: no guessing, except that a whole number may stand where a fraction is due and a
-    list where a tuple is."""
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where, f"{key}.")
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):  # the latter from `Literal[…] | None`
-        if value is None:
-            return None
-        return _convert(next(part for part in arguments if part is not types.NoneType), value, where, key)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise RecipeError(f"{key} in {where} must be one of {', '.join(arguments)}; got {value!r}")
-    if origin is tuple:
-        if isinstance(value, list | tuple):
-            return tuple(_convert(arguments[0], item, where, key) for item in value)
-        raise RecipeError(f"{key} in {where} must be a list; got {value!r}")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        kind = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
-        raise RecipeError(f"{key} in {where} must be {kind}; got {value!r}")
-    return value
-
-
-def _hint(word: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -24,9 +24,25 @@ import filelock
 from safetensors import SafetensorError
 
 from ekgfx.errors import RunError
+from ekgfx.typed import read
 
 FORMAT = 1
 MANIFEST = "run.json"
+_ENTRIES: dict[str, Any] = {
+    "created": str,
+    "command": tuple[str, ...],
+    "versions": Mapping[str, str],
+    "status": str,
+    "error": str | None,
+    "files": Mapping[str, Mapping[str, Any]],
+    "results": Mapping[str, Mapping[str, Any]],
+    "source": Mapping[str, Any] | None,
+    "ancestors": tuple[str, ...],
+    "inputs": tuple[tuple[Any, ...], ...] | None,
+    "weights": str,
+    "device": str,
+}
+"""The types of run.json's entries; settings are a recipe, and checked as one."""
 _LOCK = ".lock"
 _PARTIAL = ".part"
 _PACKAGES = ("ekgfx", "torch", "torchvision", "timm", "torch-pruning", "onnx", "onnxruntime-gpu", "onnxruntime")
@@ -90,13 +106,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise RunError(f"{path / MANIFEST} is damaged: it holds no object; restore it, or start a new run")
     check_format(manifest, path / MANIFEST)
-    return manifest
+    for key, hint in _ENTRIES.items():
+        if key in manifest:
+            read(hint, manifest[key], str(path / MANIFEST), RunError, key)
+    return {"files": {}, **manifest}
 
 
 def check_format(value: Mapping[str, Any], where: Path) -> None:
     """Refuses a file whose format this version does not know."""
     version = value.get("format")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise RunError(f"{where} is damaged: it names no format version; restore it, or start a new run")
     if version > FORMAT:
         raise RunError(f"{where} has format {version}, this ekgfx reads up to {FORMAT}: upgrade ekgfx")
@@ -185,8 +204,12 @@ class Run:
 
     @classmethod
     def reopen(cls, path: Path) -> Self:
-        """Takes an existing run to write to it; what a kill left half-written is cleared away."""
+        """Takes an existing run to write to it; what a kill left half-written is cleared away.
+
+        RunError when it is no run, is in use, or holds links, through which it would write elsewhere.
+        """
         read_manifest(path)
+        _refuse_links(path)
         lock = _acquire(path)
         for partial in path.rglob(f".*{_PARTIAL}"):
             partial.unlink()
@@ -295,6 +318,12 @@ def _acquire(path: Path) -> filelock.FileLock:
     except OSError as error:
         raise RunError(f"cannot lock the run at {path}: {error.strerror or error}; {_advice(error)}") from error
     return lock
+
+
+def _refuse_links(path: Path) -> None:
+    for entry in path.rglob("*"):
+        if entry.is_symlink():
+            raise RunError(f"{entry} is a link, and a run writes to its own folder alone; put the file itself there")
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -1,6 +1,8 @@
 """A training checkpoint in one safetensors file: weights, optimizer, loss scale, and the history in its header."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from ekgfx.errors import RunError
 from ekgfx.run import replacing
+from ekgfx.typed import read
 
 FORMAT = 1
 
@@ -66,29 +69,39 @@ def load_state(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no iterator of its own
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise RunError(f"{path} is no training checkpoint, or damaged ({error}); delete it to start anew") from error
-    if state["format"] > FORMAT:
-        raise RunError(
-            f"{path} has checkpoint format {state['format']}, this ekgfx reads up to {FORMAT}: upgrade ekgfx"
-        )
-    other = {name for name in {*identity, *state["identity"]} if identity.get(name) != state["identity"].get(name)}
+    version = state.get("format") if isinstance(state, dict) else None
+    if isinstance(version, int) and version > FORMAT:
+        raise RunError(f"{path} has checkpoint format {version}, this ekgfx reads up to {FORMAT}: upgrade ekgfx")
+    told: _State = read(_State, state, str(path), RunError)
+    other = {name for name in {*identity, *told.identity} if identity.get(name) != told.identity.get(name)}
     if other:
         raise RunError(
             f"{path} was written by a training with another {', '.join(sorted(other))}; delete it to start anew"
         )
-    slots: dict[int, dict[str, Any]] = {int(parameter): dict(slot) for parameter, slot in state["optimizer"].items()}
-    weights = {}
-    for name, value in tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind == "model":
-            weights[rest] = value
-        else:
-            parameter, _, slot = rest.partition(".")
-            slots.setdefault(int(parameter), {})[slot] = value
     try:
+        slots: dict[int, dict[str, Any]] = {int(parameter): dict(slot) for parameter, slot in told.optimizer.items()}
+        weights = {}
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "model":
+                weights[rest] = value
+            else:
+                parameter, _, slot = rest.partition(".")
+                slots.setdefault(int(parameter), {})[slot] = value
         model.load_state_dict(weights)
-    except RuntimeError as error:
+        optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+        scaler.load_state_dict(dict(told.scaler))
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} holds the weights of another model; delete it to start anew") from error
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-    scaler.load_state_dict(state["scaler"])
-    history: list[dict[str, Any]] = state["history"]
-    return history
+    return [dict(epoch) for epoch in told.history]
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a checkpoint says besides its tensors."""
+
+    format: int
+    identity: Mapping[str, Any]
+    history: tuple[Mapping[str, Any], ...]
+    optimizer: Mapping[str, Mapping[str, Any]]
+    scaler: Mapping[str, Any]

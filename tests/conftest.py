@@ -21,6 +21,12 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def state_of_its_own(tmp_path_factory) -> None:
+    """The key that runs are signed with is one of the tests, here and in processes started from here."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """The networks here are small: a second thread of torch gains little, and loses much on a busy machine."""
     import torch

@@ -123,6 +123,15 @@ def test_a_plan_of_another_model_is_refused() -> None:
         other.subnetwork(ekgfx.Plan({}, structure=one.groups.digest))
 
 
+def test_an_input_may_be_called_as_a_builtin_is() -> None:
+    """nn.Sequential's forward takes `input`, and torch.fx renames such a name when it copies a graph."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+    traced = ekgfx.trace(model, torch.zeros(2, 4))
+    (group,) = traced.groups
+    pruned = ekgfx.prune(model, ekgfx.Plan({group: (1, 5, 6)}), traced)
+    assert (pruned[0].out_features, pruned[2].in_features) == (3, 3)
+
+
 def test_plans_survive_json() -> None:
     plan = ekgfx.Plan({"a": (0, 2), "b": (1,)}, structure="abc", rescale=True)
     assert ekgfx.Plan.from_json(plan.to_json()) == plan

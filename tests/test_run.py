@@ -168,3 +168,29 @@ def test_unwritable_place_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"cannot make the run at .*: Not a directory"):
         Run.create(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("name", ["history.jsonl", "bank"])
+def test_a_run_writes_nowhere_else(tmp_path, name):
+    """A link in a run that comes from somebody else would lead what is appended, or cut off, to another file."""
+    Run.create(tmp_path / "run").close()
+    outside = tmp_path / "outside"
+    outside.write_text("precious, without an end of line")
+    (tmp_path / "run" / name).symlink_to(outside)
+    with pytest.raises(RunError, match=f"{name} is a link, and a run writes to its own folder alone"):
+        Run.reopen(tmp_path / "run")
+    assert outside.read_text() == "precious, without an end of line"
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_permission_that_goes_away_keeps_the_old_file(tmp_path, monkeypatch, call):
+    def denied(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with Run.create(tmp_path / "run") as run:
+        run.write_json("plan.json", {"x": 1})
+        monkeypatch.setattr(os, call, denied)
+        with pytest.raises(RunError, match=r"cannot write .*: Permission denied; choose a folder you may write to"):
+            run.write_json("plan.json", {"x": 2})
+    assert runs.read_json(tmp_path / "run" / "plan.json") == {"x": 1}
+    assert not list((tmp_path / "run").glob(".*.part"))

@@ -5,7 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ekgfx.bank.rows import RowFormat, infidelity
-from ekgfx.bank.store import FORMAT, MANIFEST, Bank, rows_file
+from ekgfx.bank.store import FORMAT, MANIFEST, Bank, read_manifest, rows_file
 from ekgfx.bank.teachers import pick_teachers
 from ekgfx.data import Loader
 from ekgfx.errors import DataError, RunError
@@ -22,6 +22,7 @@ from ekgfx.loss import at_least_single, default_temperature, logits_themselves
 from ekgfx.run import checksum, read_json, write_json
 from ekgfx.search.result import SearchResult
 from ekgfx.trace import TracedModel
+from ekgfx.typed import read
 
 SAVE_EVERY = 5.0
 """Seconds between two notes of how far a teacher's file has come: what a kill can cost."""
@@ -166,9 +167,9 @@ def _write_rows(
         folder / f"teacher-{number}.json",
         rows_file(folder, number),
     )
-    done: dict[str, Any] = (
-        read_json(note) if note.is_file() and partial.is_file() else {"samples": 0, "infidelity": 0.0}
-    )
+    done: dict[str, Any] = {"samples": 0, "infidelity": 0.0}
+    if note.is_file() and partial.is_file():
+        done = asdict(read(_Note, read_json(note), str(note), RunError))
     try:
         with partial.open("r+b" if done["samples"] else "wb") as file:
             file.truncate(done["samples"] * row.dtype.itemsize)
@@ -195,6 +196,14 @@ def _write_rows(
     return {"infidelity": done["infidelity"] / done["samples"], "file": checksum(whole)}
 
 
+@dataclass(frozen=True)
+class _Note:
+    """How far an unfinished file has come."""
+
+    samples: int
+    infidelity: float
+
+
 def _flush(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
@@ -213,6 +222,7 @@ def _begin(
         "teachers": [{"step": step, "loss": result.losses[step]} for step in picked],
     }
     if (folder / MANIFEST).is_file():
+        read_manifest(folder)  # refuses a damaged one
         record: dict[str, Any] = read_json(folder / MANIFEST)
         if any(record.get(key) != fresh[key] for key in ("format", "fingerprint", "shape", "top_k")):
             raise RunError(f"{folder} holds the memory bank of another model, search or top_k; choose another folder")

@@ -2,7 +2,7 @@
 
 import mmap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from ekgfx.bank.rows import RowFormat, Rows
 from ekgfx.errors import DataError, RunError
 from ekgfx.run import checksum, read_json
+from ekgfx.typed import read, show
 
 FORMAT = 1
 MANIFEST = "bank.json"
@@ -74,23 +75,59 @@ class Bank:
         unfinished, damaged, or written by a newer version.
         """
         path = Path(path)
-        manifest = read_json(path / MANIFEST)
-        if manifest["format"] > FORMAT:
-            raise RunError(
-                f"{path} has bank format {manifest['format']}, this ekgfx reads up to {FORMAT}: upgrade ekgfx"
-            )
-        for number, teacher in enumerate(manifest["teachers"]):
+        manifest = read_manifest(path)
+        for number, teacher in enumerate(manifest.teachers):
             file = rows_file(path, number)
-            if "file" not in teacher:
+            if teacher.file is None:
                 raise RunError(
                     f"the memory bank {path} is unfinished (teacher {number}); build it again, it goes on there"
                 )
             size = file.stat().st_size if file.is_file() else -1
-            if size != teacher["file"]["bytes"] or (verify and checksum(file) != teacher["file"]):
+            if size != teacher.file.get("bytes") or (verify and checksum(file) != teacher.file):
                 raise RunError(f"{file} was changed, cut short or removed since it was written; build the bank again")
-        row = RowFormat(tuple(manifest["shape"]), manifest["top_k"], manifest["temperature"])
-        rows = [map_rows(rows_file(path, n), row.dtype) for n in range(len(manifest["teachers"]))]
-        return cls(row, manifest["teachers"], rows)
+        row = RowFormat(manifest.shape, manifest.top_k, manifest.temperature)
+        try:
+            rows = [map_rows(rows_file(path, n), row.dtype) for n in range(len(manifest.teachers))]
+        except ValueError as error:  # rows of another length, or none
+            raise RunError(f"{path / MANIFEST} does not describe the rows beside it; build the bank again") from error
+        if not rows or len({len(part) for part in rows}) > 1:
+            raise RunError(f"{path / MANIFEST} does not describe the rows beside it; build the bank again")
+        return cls(row, [asdict(teacher) for teacher in manifest.teachers], rows)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher as bank.json describes it. file: None as long as its rows are not complete."""
+
+    step: int
+    loss: float
+    infidelity: float | None = None
+    file: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """bank.json."""
+
+    format: int
+    shape: tuple[int, ...]
+    top_k: int | None
+    temperature: float
+    teachers: tuple[Teacher, ...]
+    fingerprint: str = ""
+
+
+def read_manifest(path: Path) -> Manifest:
+    """bank.json of the bank at `path`; RunError when it is missing, damaged, or written by a newer version."""
+    value = read_json(path / MANIFEST)
+    version = value.get("format") if isinstance(value, dict) else None
+    if isinstance(version, int) and version > FORMAT:
+        raise RunError(f"{path} has bank format {version}, this ekgfx reads up to {FORMAT}: upgrade ekgfx")
+    manifest: Manifest = read(Manifest, value, str(path / MANIFEST), RunError)
+    sizes = (*manifest.shape, *(() if manifest.top_k is None else (manifest.top_k,)))
+    if not manifest.shape or min(sizes) < 1 or (manifest.top_k or 0) > manifest.shape[0]:
+        raise RunError(f"{path / MANIFEST} is damaged: no logits are {show(sizes)} large; build the bank again")
+    return manifest
 
 
 @dataclass(frozen=True)

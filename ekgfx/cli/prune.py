@@ -79,7 +79,7 @@ def prune(
     Without --data the search runs label-free on photographs: the network's own predictions stand for labels, and
     no accuracy can be measured.
     """
-    from ekgfx import source
+    from ekgfx import source, trust
     from ekgfx.cli.work import work
     from ekgfx.pipeline import prune_job
 
@@ -94,7 +94,9 @@ def prune(
         if dry_run:
             return _preview(asked)
         places = {"model": model_source.model, "weights": model_source.weights, "data": absolute(asked.data)}
-        run = Run.create(output or fresh_path(asked.model or ""), settings=recipes.override(asked, places).to_json())
+        settings = recipes.override(asked, places).to_json()
+        signed = {} if model_source.is_run else trust.sign(model_source.model)
+        run = Run.create(output or fresh_path(asked.model or ""), settings=settings, **signed)
     with run:
         work(run, lambda report: prune_job(run, report), tensorboard=tensorboard)
 

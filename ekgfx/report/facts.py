@@ -3,9 +3,7 @@
 A run that is under way, was interrupted, or never exported has less to tell; what is missing is None or empty.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,15 @@ import torch
 
 from ekgfx import checkpoint, delivery, pipeline
 from ekgfx.bank import Bank
-from ekgfx.errors import EkgfxError, RunError
+from ekgfx.bank.store import read_manifest as read_bank_manifest
+from ekgfx.errors import RunError
 from ekgfx.export import LatencyTable
 from ekgfx.finetune import Epoch
 from ekgfx.job import Score
 from ekgfx.recipe import Recipe, parse
 from ekgfx.run import read_json, read_lines, read_manifest, verify
 from ekgfx.search import SearchResult, Step
+from ekgfx.typed import read
 
 STAGES = {"before": "before", "searched": "after search", "finetuned": "after fine-tuning"}
 SAMPLES = 20_000
@@ -55,22 +55,22 @@ class Facts:
     def of(cls, path: Path) -> "Facts":
         """Reads the run at `path`. RunError or PlanError when a file is damaged, changed, or of a newer format."""
         manifest = read_manifest(path)
-        with _damaged(path / "run.json"):
-            results = {
-                stage: Score(**manifest["results"][stage]) for stage in STAGES if stage in manifest.get("results", {})
-            }
-            done = set(manifest["files"])
+        told = manifest.get("results", {})
+        results = {
+            stage: read(Score, told[stage], f"{path}/run.json", RunError, f"results.{stage}")
+            for stage in STAGES
+            if stage in told
+        }
         settings = parse(manifest.get("settings", {}), f"{path}/run.json")
-        with _damaged(path / pipeline.HISTORY):
-            steps = tuple(map(Step.from_json, read_lines(path / pipeline.HISTORY)))
-        search = None
-        if checkpoint.PLAN in done:
-            with _damaged(path / checkpoint.PLAN):
-                said = read_json(verify(path, checkpoint.PLAN)).get("search")
-                search = said and SearchResult.from_json({**said, "steps": read_lines(path / pipeline.HISTORY)})
-        with _damaged(path / pipeline.EPOCHS):
-            epochs = tuple(Epoch(**line) for line in read_lines(path / pipeline.EPOCHS))
-        return cls(path, manifest, settings, results, steps, search, epochs, _knowledge(path), _latency(path, done))
+        lines = read_lines(path / pipeline.HISTORY)
+        search, steps = None, tuple(map(Step.from_json, lines))
+        if checkpoint.PLAN in manifest["files"]:
+            said = read_json(verify(path, checkpoint.PLAN)).get("search")
+            search = None if said is None else SearchResult.from_json({**said, "steps": lines})
+        epochs = tuple(
+            read(Epoch, line, str(path / pipeline.EPOCHS), RunError) for line in read_lines(path / pipeline.EPOCHS)
+        )
+        return cls(path, manifest, settings, results, steps, search, epochs, _knowledge(path), _latency(path, manifest))
 
     @property
     def widths(self) -> list[tuple[str, int, int]]:
@@ -91,14 +91,10 @@ def _knowledge(path: Path) -> Knowledge | None:
     folder = path / pipeline.BANK
     if not (folder / "bank.json").is_file():
         return None
-    with _damaged(folder):
-        try:
-            bank = Bank.open(folder, verify=False)
-        except RunError as error:
-            if "unfinished" in str(error):
-                return None
-            raise
-        return Knowledge(bank.teachers, *_agreement(bank))
+    if any(teacher.file is None for teacher in read_bank_manifest(folder).teachers):
+        return None
+    bank = Bank.open(folder, verify=False)
+    return Knowledge(bank.teachers, *_agreement(bank))
 
 
 def _agreement(bank: Bank) -> tuple[list[list[float]], int]:
@@ -110,30 +106,13 @@ def _agreement(bank: Bank) -> tuple[list[list[float]], int]:
     return [[float((one == other).float().mean()) for other in said] for one in said], len(index)
 
 
-def _latency(path: Path, done: set[str]) -> LatencyTable | None:
-    if delivery.RESULT not in done:
+def _latency(path: Path, manifest: Mapping[str, Any]) -> LatencyTable | None:
+    if delivery.RESULT not in manifest["files"]:
         return None
-    with _damaged(path / delivery.RESULT):
-        said = read_json(verify(path, delivery.RESULT))["latency"]
-        return None if said is None else LatencyTable.from_json(said)
-
-
-@contextmanager
-def _damaged(where: Path) -> Iterator[None]:
-    """What is valid JSON, but not what ekgfx wrote, is one clear error."""
-    try:
-        yield
-    except EkgfxError:
-        raise
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-        ArithmeticError,
-        json.JSONDecodeError,
-    ) as error:
-        raise RunError(
-            f"{where} is damaged: {type(error).__name__} {error}; restore it, or make the run again"
-        ) from error
+    told = read_json(verify(path, delivery.RESULT))
+    if not isinstance(told, dict) or "latency" not in told:
+        raise RunError(f"{path / delivery.RESULT} is damaged: it says nothing of latency; export the run again")
+    table: LatencyTable | None = read(
+        LatencyTable | None, told["latency"], str(path / delivery.RESULT), RunError, "latency"
+    )
+    return table

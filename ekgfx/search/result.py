@@ -8,6 +8,10 @@ from typing import Any, Self
 
 from ekgfx.errors import PlanError
 from ekgfx.plan import Plan
+from ekgfx.typed import read, show
+
+MOST_CHANNELS = 2**20
+"""More than any layer has: a group that claims more is damage."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +63,9 @@ class Step:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """The step that `to_json` described. Raises PlanError when fields are missing or unknown."""
-        try:
-            fields = dict(value)
-            fields["removed"] = {name: tuple(channels) for name, channels in fields["removed"].items()}
-            fields["measure"] = Measure(**fields["measure"])
-            fields["candidates"] = tuple(
-                Candidate(**{**c, "measure": Measure(**c["measure"])}) for c in fields.get("candidates", ())
-            )
-            return cls(**fields)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"this is no search step of this version: {error}; start the search anew") from error
+        """The step that `to_json` described. Raises PlanError when fields are missing, unknown or of another type."""
+        step: Self = read(cls, value, "a step of the history", PlanError)
+        return step
 
 
 @dataclass(frozen=True)
@@ -131,14 +127,24 @@ class SearchResult:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """The result that `to_json` described."""
-        return cls(
-            Plan.from_json(json.dumps(value["full"])),
-            value["sizes"],
-            Measure(**value["baseline"]),
-            tuple(map(Step.from_json, value["steps"])),
-            value["settings"],
-        )
+        """The result that `to_json` described. Raises PlanError when it is damaged."""
+        told: _Told = read(_Told, value, "the search's result", PlanError)
+        wrong = [name for name, size in told.sizes.items() if not 0 < size <= MOST_CHANNELS]
+        if wrong:
+            raise PlanError(f"the search's result is damaged: {show(wrong[0])} has {told.sizes[wrong[0]]} channels")
+        full = Plan.from_json(json.dumps(told.full))
+        return cls(full, told.sizes, told.baseline, as_steps(told.steps), told.settings)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """The form of `SearchResult.to_json`."""
+
+    full: Mapping[str, Any]
+    sizes: Mapping[str, int]
+    baseline: Measure
+    steps: Sequence[Step]
+    settings: Mapping[str, Any]
 
 
 def apply_step(plan: Plan, step: Step, sizes: Mapping[str, int]) -> Plan:

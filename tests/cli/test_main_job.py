@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,36 @@ def test_a_run_killed_at_every_stage_ends_as_if_it_had_not_been(finished, tiny, 
     assert steps(run) == steps(finished)
     assert (run / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
     ours, theirs = library.load(run).state_dict(), library.load(finished).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.fixture
+def no_file_larger_than() -> Iterator[Callable[[int], None]]:
+    """The operating system refuses to let a file grow beyond so many bytes (-1: lets it)."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_fills_up_loses_nothing(ekgfx, refused, tiny, tmp_path, no_file_larger_than):
+    """First at the start, where nothing is left behind; then when the pruned weights are there, but no checkpoint of
+    their training fits. With space again, --resume ends as an undisturbed run does."""
+    tiny.write_text(re.sub("^pretrain.*", "", TINY, flags=re.MULTILINE))
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert ekgfx("prune", "--recipe", tiny, "-o", whole).code == 0
+    weights = (whole / "dense.safetensors").stat().st_size
+
+    no_file_larger_than(weights // 2)
+    assert re.search(r"cannot write .*dense\.safetensors: ", refused("prune", "--recipe", tiny, "-o", run))
+    assert not run.exists()
+    no_file_larger_than(weights)
+    assert re.search(r"cannot write .*finetune\.safetensors: ", refused("prune", "--recipe", tiny, "-o", run))
+    assert read_manifest(run)["status"] == "failed"
+    no_file_larger_than(-1)
+    assert ekgfx("prune", "--resume", run).code == 0
+    assert read_manifest(run)["status"] == "done"
+    assert steps(run) == steps(whole)
+    ours, theirs = library.load(run).state_dict(), library.load(whole).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

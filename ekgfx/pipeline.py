@@ -158,6 +158,10 @@ def find_plan(job: Job) -> SearchResult:
         ignore=asked.ignore,
         rescale=asked.rescale,
         seed=job.recipe.seed,
+        cache=asked.cache,
+        early_stop=asked.early_stop,
+        amp=asked.amp,
+        channels_last=asked.channels_last,
         on_step=on_step,
         resume_from=history,
     )

@@ -17,6 +17,7 @@ import yaml
 
 from ekgfx.errors import RecipeError
 from ekgfx.typed import did_you_mean, read
+from ekgfx.units import bytes_of
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class Search:
     the data has no labels, in batches of `batch_size` (None: 256, or fewer where the activations of 256 would take over
     8 GiB). `accept`: candidates that a step takes together; None takes one, as the paper does, but on data without
     labels as many as keep the search of a large network within minutes.
+    `cache`: memory for values that candidates share; `early_stop`: leave candidates that cannot win any more. `amp` and
+    `channels_last`: as in training, for the evaluation of candidates.
     """
 
     flops: float | None = None
@@ -75,6 +78,10 @@ class Search:
     val_per_class: int = 32
     images: int = 16
     batch_size: int | None = None
+    cache: str = "2GiB"
+    early_stop: bool = True
+    amp: Literal["bf16", "fp16"] | None = None
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         for key in ("flops", "params"):
@@ -83,6 +90,7 @@ class Search:
                 raise RecipeError(f"{key} is the fraction to keep, between 0 and 1 (0.55 keeps 55%); got {kept}")
         if self.flops is not None and self.params is not None:
             raise RecipeError(f"one budget at a time: got flops {self.flops} and params {self.params}; leave one out")
+        bytes_of(self.cache)
 
 
 @dataclass(frozen=True)

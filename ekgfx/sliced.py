@@ -5,6 +5,7 @@ This is the one mechanism by which a sub-network is judged: the search runs it, 
 
 import operator
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from ekgfx.errors import PlanError
 from ekgfx.graph import AxisGraph, Operation
 
 BATCH_NORM = torch.ops.aten.batch_norm.default
+VIEW = torch.ops.aten.view.default
 KERNELS = ("aten.conv", "aten.linear")  # operators whose weights the rescaling applies to
 
 
@@ -49,24 +51,36 @@ class GraphRunner:
         Raises:
             PlanError: the inputs do not have the structure that was traced.
         """
-        graph, wanted = self.graph, set(capture)
-        inputs = self._inputs(args, kwargs or {})
-        counts = self.counts(inputs)
-        env: dict[str, Any] = {}
-        for node in graph.graph.nodes:
+        wanted = set(capture)
+        inputs = self.inputs(args, kwargs or {})
+        *nodes, output = self.graph.graph.nodes
+        dying = {at: [name for name in dead if name not in wanted] for at, dead in self.graph.last_uses.items()}
+        values = self.follow(nodes, inputs, {}, dying)
+        return self.output(output, values), {name: values[name] for name in wanted}
+
+    def follow(
+        self,
+        nodes: Iterable[fx.Node],
+        inputs: Mapping[str, Any],
+        values: dict[str, Any],
+        dying: Mapping[str, Iterable[str]],
+    ) -> dict[str, Any]:
+        """Computes `nodes`, in the order of the graph, from and into `values`, which is returned.
+
+        inputs: the model's inputs by placeholder. dying: node → nodes whose values nobody reads after it.
+        """
+        graph, counts = self.graph, self.counts(inputs)
+        for node in nodes:
             if node.op == "placeholder":
-                env[node.name] = inputs[node.name] if node.name in inputs else self._weight(node.name)
-            elif node.op == "output":
-                return self._output(node, env), {name: env[name] for name in wanted}
+                values[node.name] = inputs[node.name] if node.name in inputs else self._weight(node.name)
             elif node.target is operator.getitem:
-                env[node.name] = env[node.args[0].name][node.args[1]]
+                values[node.name] = values[node.args[0].name][node.args[1]]  # type: ignore[union-attr,index]
             elif (operation := graph.operation(node)) is not None:
-                loaded = {name: _load(value, env) for name, value in operation.args.items()}
-                env[node.name] = self.compute(operation, loaded, counts)
-            for dead in graph.last_uses.get(node.name, ()):
-                if dead not in wanted:
-                    env.pop(dead, None)
-        raise AssertionError("a graph ends with its output")
+                loaded = {name: _load(value, values) for name, value in operation.args.items()}
+                values[node.name] = self.compute(operation, loaded, counts)
+            for dead in dying.get(node.name, ()):
+                values.pop(dead, None)
+        return values
 
     def counts(self, inputs: Mapping[str, Any]) -> dict[Axis, int]:
         """Kept positions per axis for the batch at hand."""
@@ -77,7 +91,8 @@ class GraphRunner:
         name = self.graph.weights.get(placeholder)
         return self.weights[name] if name is not None else self.graph.constants[placeholder].to(self.device)
 
-    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The model's arguments by placeholder. Raises PlanError when they don't have the traced structure."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if len(leaves) != len(self.graph.inputs):
             raise PlanError(
@@ -85,16 +100,17 @@ class GraphRunner:
             )
         return dict(zip(self.graph.inputs, leaves, strict=True))
 
-    def _output(self, node: fx.Node, env: dict[str, Any]) -> Any:
-        values = [_load(value, env) for value in cast(list[Any], node.args[0])]
-        return pytree.tree_unflatten(values[len(values) - self.graph.out_spec.num_leaves :], self.graph.out_spec)
+    def output(self, node: fx.Node, values: Mapping[str, Any]) -> Any:
+        """The model's output from the values that the graph's output node reads."""
+        leaves = [_load(value, values) for value in cast(list[Any], node.args[0])]
+        return pytree.tree_unflatten(leaves[len(leaves) - self.graph.out_spec.num_leaves :], self.graph.out_spec)
 
 
-def _load(value: Any, env: Mapping[str, Any]) -> Any:
+def _load(value: Any, values: Mapping[str, Any]) -> Any:
     if isinstance(value, fx.Node):
-        return env[value.name]
+        return values[value.name]
     if isinstance(value, list | tuple):
-        return [_load(v, env) for v in value]
+        return [_load(v, values) for v in value]
     return value
 
 
@@ -124,14 +140,35 @@ class SubNetwork(GraphRunner):
         kept: axis → ascending kept positions (axes that are not named keep all).
         batch_stats: BatchNorm normalizes by the statistics of the batch; running averages are neither used nor changed.
         rescale: kernels of convolutions and linear layers keep the Frobenius norm that they had before slicing.
+        weights: the sliced weights, where they are known already.
+        amp: half precision that operators are autocast to; None computes in the weights' own.
+        channels_last: memory format of four-dimensional weights; inputs are the caller's business.
     """
 
     def __init__(
-        self, graph: AxisGraph, kept: Mapping[Axis, Tensor], *, batch_stats: bool = False, rescale: bool = False
+        self,
+        graph: AxisGraph,
+        kept: Mapping[Axis, Tensor],
+        *,
+        batch_stats: bool = False,
+        rescale: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
+        amp: torch.dtype | None = None,
+        channels_last: bool = False,
     ) -> None:
-        super().__init__(graph, slice_weights(graph, kept, rescale=rescale))
+        weights = slice_weights(graph, kept, rescale=rescale) if weights is None else weights
+        super().__init__(graph, in_channels_last(weights) if channels_last else weights)
         self.kept = {axis: len(index) for axis, index in kept.items()}
-        self.batch_stats = batch_stats
+        self.batch_stats, self.amp, self.channels_last = batch_stats, amp, channels_last
+
+    @property
+    def manner(self) -> dict[str, Any]:
+        """How it computes, as the arguments of a network that computes alike."""
+        return {"batch_stats": self.batch_stats, "amp": self.amp, "channels_last": self.channels_last}
+
+    def follow(self, *args: Any) -> dict[str, Any]:
+        with nullcontext() if self.amp is None else torch.autocast(self.device.type, self.amp):
+            return super().follow(*args)
 
     def counts(self, inputs: Mapping[str, Any]) -> dict[Axis, int]:
         return {**self.kept, **super().counts(inputs)}
@@ -141,7 +178,18 @@ class SubNetwork(GraphRunner):
             args |= {"running_mean": None, "running_var": None, "training": True}
         if args.get("device") is not None:
             args["device"] = self.device
-        return self.call(operation, resize(operation, args, counts))
+        args = resize(operation, args, counts)
+        if self.channels_last and operation.target is VIEW:  # which asks for the memory order of the tracing
+            return args["self"].reshape(args["size"])
+        return self.call(operation, args)
+
+
+def in_channels_last(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Four-dimensional weights with their channels last in memory, others as they are."""
+    return {
+        name: weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
+        for name, weight in weights.items()
+    }
 
 
 def slice_weights(

@@ -1,5 +1,12 @@
 """How figures are written; the same words and units in the terminal, in reports and in documents."""
 
+import re
+
+from ekgfx.errors import RecipeError
+
+UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+"""Bytes in a unit of memory."""
+
 
 def human(value: float) -> str:
     """Three significant digits and a prefix: 4.12 G, 11.7 M, 940."""
@@ -29,3 +36,12 @@ def duration(seconds: float) -> str:
 def percent(fraction: float | None) -> str:
     """`93.84%`, or a dash where there is nothing to measure."""
     return "–" if fraction is None else f"{100 * fraction:.2f}%"
+
+
+def bytes_of(size: str | int) -> int:
+    """A number of bytes: 2147483648, "2GiB", "500 MB", "0". RecipeError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    units = {unit.lower(): factor for unit, factor in UNITS.items()}
+    if match is None or match[2].lower() not in units:
+        raise RecipeError(f"{size!r} is no size of memory; write it as 2GiB, 500MiB or 0")
+    return int(float(match[1]) * units[match[2].lower()])

@@ -22,7 +22,8 @@ FOLDERS = {"ekgfx": ROOT / "ekgfx", "ekgfx.export": ROOT / "export", "ekgfx.reci
 # Imports point one way, along the pipe: a file imports from lines above its own, or from its own. A file that is not
 # named here fails the test until it has been given its place.
 PIPE = """
-errors units
+errors
+units
 typed trust
 run recipe models weights data axes functional
 rules

@@ -24,9 +24,10 @@ from ekgfx.plan import Plan
 from ekgfx.search import AUTHORS, PAPER, Step, authors_cost
 from ekgfx.search.candidates import important_first
 from ekgfx.search.ekg import Pace, State, propose
-from ekgfx.search.forked import Prefixes, evaluate_candidates
+from ekgfx.search.forks import Forks
 from ekgfx.search.importance import Scores, taylor
 from ekgfx.search.problem import Budget, Problem, width_rules
+from ekgfx.search.race import evaluate_candidates
 from ekgfx.search.reward import Evaluation, Objective, ensemble_knowledge, evaluate, validation_batches
 from ekgfx.trace import TracedModel
 from tests.reference import VAL_BATCH, Reference, gate_names, resnet56_cost
@@ -43,8 +44,8 @@ class Recorded:
     problem: Problem
 
     @cached_property
-    def prefixes(self) -> Prefixes:
-        return Prefixes(self.problem.traced)
+    def forks(self) -> Forks:
+        return Forks(self.problem.traced)
 
     def plan(self, widths: Sequence[float], orders: Sequence[np.ndarray]) -> Plan:
         """Every gate keeps the channels whose recorded rank is below its width."""
@@ -60,12 +61,12 @@ class Recorded:
         widths[gate] = round(widths[gate] - 0.2, 5)
         return self.plan(widths, self.orders(step))
 
-    def evaluate(self, step: int, gates: Sequence[int]) -> dict[int, Evaluation]:
+    def evaluate(self, step: int, gates: Sequence[int]) -> dict[int, Evaluation | None]:
         """Candidates of a step, from its recorded state."""
         current = self.plan(self.reference.widths(step), self.orders(step))
         candidates = [(gate_names()[gate], self.candidate(step, gate)) for gate in gates]
-        found = evaluate_candidates(self.problem, self.prefixes, current, candidates, self.knowledge[step])
-        return dict(zip(gates, found, strict=True))
+        found = evaluate_candidates(self.problem, self.forks, current, candidates, self.knowledge[step])
+        return {gate: outcome.evaluation for gate, outcome in zip(gates, found, strict=True)}
 
     def orders(self, step: int) -> list[np.ndarray]:
         """Ranks at a step: recorded at steps 0 to 2, by our importance in the recorded state at step 3."""

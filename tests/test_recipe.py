@@ -5,6 +5,7 @@ import pytest
 from ekgfx import recipe
 from ekgfx.errors import RecipeError
 from ekgfx.recipe import Recipe
+from ekgfx.units import bytes_of
 
 
 def written(tmp_path, text: str) -> str:
@@ -34,6 +35,7 @@ def test_shipped_recipes_load_and_survive_json(name):
     [
         ("serach: {flops: 0.5}", "unknown key serach in .*; did you mean search?"),
         ("search: {flop: 0.5}", "unknown key search.flop in .*; did you mean flops?"),
+        ("search: {cache: lots}", "'lots' is no size of memory; write it as 2GiB"),
         ("finetune: {epochs: ten}", "finetune.epochs in .* must be a whole number; got 'ten'"),
         ("finetune: {epochs: 1.5}", "finetune.epochs in .* must be a whole number; got 1.5"),
         ("finetune: {epochs: true}", "finetune.epochs in .* must be a whole number; got True"),
@@ -68,3 +70,10 @@ def test_flags_win_over_the_recipe():
     assert (changed.search.flops, changed.search.align, changed.seed) == (0.7, 8, 1)
     with pytest.raises(RecipeError, match="must be one of"):
         recipe.override(base, {"search.strategy": "best"})
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("2GiB", 2 << 30), ("1.5 MiB", 3 << 19), ("10kb", 10_000), ("0", 0), (7, 7), ("12", 12)]
+)
+def test_sizes_of_memory(text, size):
+    assert bytes_of(text) == size

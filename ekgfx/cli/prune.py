@@ -42,6 +42,8 @@ from ekgfx.run import Run, fresh_path
     metavar="N",
     help="Best candidates that a step of the search takes together; the paper takes one.",
 )
+@setting("search.cache", "--cache", metavar="SIZE", help="Memory for values that the search's candidates share.")
+@setting("search.amp", "--search-amp", help="Half precision to evaluate candidates in; can change a close choice.")
 @setting("search.align", "--align", metavar="N", help="Kept channels are multiples of N.")
 @setting("finetune.epochs", "--epochs", help="Epochs of fine-tuning after the search.")
 @setting("finetune.lr", "--lr", help="Learning rate of the fine-tuning.")

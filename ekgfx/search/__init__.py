@@ -16,7 +16,7 @@ from ekgfx.search import ekg, global_, importance_peers, uniform
 from ekgfx.search.details import AUTHORS, PAPER, Details, authors_cost
 from ekgfx.search.ignore import ignored_groups
 from ekgfx.search.importance import Criterion, taylor
-from ekgfx.search.problem import Budget, Problem, width_rules
+from ekgfx.search.problem import Budget, Computing, Problem, width_rules
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.result import Candidate, Measure, SearchResult, Step, as_steps
 from ekgfx.search.reward import (
@@ -29,6 +29,7 @@ from ekgfx.search.reward import (
 )
 from ekgfx.sliced import BATCH_NORM
 from ekgfx.trace import TracedModel
+from ekgfx.units import bytes_of
 
 __all__ = [
     "AUTHORS",
@@ -78,6 +79,10 @@ def search(
     rescale: bool | None = None,
     details: Details = PAPER,
     seed: int = 0,
+    cache: int | str = "2GiB",
+    early_stop: bool | None = None,
+    amp: Literal["bf16", "fp16"] | None = None,
+    channels_last: bool = False,
     on_step: Callable[[Step], None] | None = None,
     resume_from: Sequence[Step | Mapping[str, Any]] | None = None,
 ) -> SearchResult:
@@ -108,6 +113,12 @@ def search(
             factor would change what the network computes, and they are left alone.
         details: departures from the paper, for comparisons with the authors' program.
         seed: for networks that draw random numbers; everything else is deterministic.
+        cache: memory for values of the current network that its candidates go on from (bytes, or as "2GiB"); only time
+            depends on it.
+        early_stop: whether a candidate is left when it cannot be the best any more. The plan and the accepted steps do
+            not depend on it; the record of such a candidate says at what bound it was left, and not its loss. None:
+            where the loss is cross-entropy and `details` are the paper's.
+        amp: half precision to evaluate candidates in; channels_last: memory format. Either can change a close choice.
         on_step: called after every step.
         resume_from: the steps of an interrupted search (or their JSON) to go on after.
 
@@ -127,15 +138,19 @@ def search(
             "a step in (0, 1], and a least width in [0, 1)"
         )
     history = as_steps(resume_from or ())
+    _check_option("amp", amp or "bf16", ("bf16", "fp16"))
+    early_stop = details == PAPER if early_stop is None else early_stop
+    computing = Computing(bytes_of(cache), early_stop, amp, channels_last)
     problem = Problem(
         traced=traced,
-        batches=validation_batches(batches),
+        batches=tuple(map(computing.prepared, validation_batches(batches))),
         objective=Objective(loss, logits, details.batch_size),
         budget=_budget(traced, flops, params, cost, budget),
         rules=width_rules(traced, ignored_groups(traced.groups, ignore), align, min_width),
         guided=knowledge != "none",
         ensemble=knowledge == "ensemble",
         rescale=_has_batch_norm(traced) if rescale is None else rescale,
+        computing=computing,
     )
     problem.check_reachable()
     if not problem.batches and (strategy == "ekg" or importance in NEEDS_DATA):
@@ -168,6 +183,9 @@ def search(
             "rescale": problem.rescale,
             "details": asdict(details),
             "seed": seed,
+            "early_stop": early_stop,
+            "amp": amp,
+            "channels_last": channels_last,
             "samples": sum(batch.samples for batch in problem.batches),
         },
     )
@@ -182,7 +200,7 @@ def _measure_unpruned(problem: Problem) -> tuple[Problem, Measure, Knowledge]:
         problem = replace(problem, batches=label_free(network, problem.batches, objective))
     if not problem.batches:
         return problem, problem.measure(problem.full(), None), ()
-    evaluation, logits = evaluate(network, problem.batches, objective, None)
+    evaluation, logits = evaluate(network, problem.batches, objective, None, check=True)
     if problem.guided:
         evaluation, _ = evaluate(network, problem.batches, objective, logits)
     return problem, problem.measure(problem.full(), evaluation), logits

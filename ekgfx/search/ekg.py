@@ -1,5 +1,6 @@
 """The EKG search: greedy steps, each to the candidate that the ensemble knowledge rewards most."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,9 +10,10 @@ from ekgfx.errors import BudgetError, PlanError
 from ekgfx.plan import Plan
 from ekgfx.search.candidates import Proposal, important_first, worth_evaluating
 from ekgfx.search.details import Details
-from ekgfx.search.forked import Prefixes, evaluate_candidates
-from ekgfx.search.importance import Criterion, Scores
+from ekgfx.search.forks import Forks, Keeper
+from ekgfx.search.importance import Criterion, Scores, taylor
 from ekgfx.search.problem import Problem
+from ekgfx.search.race import Outcome, evaluate_candidates, room_for_logits
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.result import Candidate, Step, apply_step
 from ekgfx.search.reward import Evaluation, Knowledge, ensemble_knowledge, evaluate
@@ -56,13 +58,17 @@ def run(
 
     Raises BudgetError when no group can shrink further.
     """
-    prefixes = Prefixes(problem.traced)
+    forks = Forks(problem.traced)
     state = State(problem.full(), dict.fromkeys(problem.rules, 1.0), unpruned if problem.guided else None)
     for past in history:
         state = replay(problem, state, past)
         recorder.again(past)
     while not problem.budget.met(state.plan):
-        scores = criterion(problem, state.plan, state.knowledge)
+        keeper = keeper_of(problem, forks, state)
+        if criterion is taylor:
+            scores = taylor(problem, state.plan, state.knowledge, keeper)
+        else:
+            scores = criterion(problem, state.plan, state.knowledge)
         found = (propose(problem, state, group, scores[group], pace, details) for group in problem.rules)
         proposals = [proposal for proposal in found if proposal is not None]
         if not proposals:
@@ -73,18 +79,24 @@ def run(
             )
         stake = {p.group: details.stake(scores[p.group], p, state.widths[p.group]) for p in proposals}
         chosen, threshold = worth_evaluating(proposals, stake)
-        evaluations = evaluate_candidates(
-            problem, prefixes, state.plan, [(p.group, p.plan) for p in chosen], state.knowledge
+        outcomes = evaluate_candidates(
+            problem,
+            forks,
+            state.plan,
+            [(p.group, p.plan) for p in chosen],
+            state.knowledge,
+            accept=pace.accept,
+            kept=keeper.kept,
         )
-        ranked = sorted(range(len(chosen)), key=lambda i: -evaluations[i].reward)
+        ranked = sorted(range(len(chosen)), key=lambda i: negative(outcomes[i]))
         taken = combine(problem, state, [chosen[i] for i in ranked[: pace.accept]], scores, pace, details)
-        state, evaluation = accept(problem, state, taken)
+        state, evaluation = accept(problem, state, taken, outcomes[ranked[0]])
         recorder.accept(
             state.plan,
             removed={proposal.group: proposal.removed for proposal in taken},
             widths={proposal.group: proposal.width for proposal in taken},
             evaluation=evaluation,
-            candidates=[candidate(problem, p, e) for p, e in zip(chosen, evaluations, strict=True)],
+            candidates=[candidate(problem, p, outcome) for p, outcome in zip(chosen, outcomes, strict=True)],
             threshold=threshold,
         )
 
@@ -126,12 +138,21 @@ def combine(
     return taken
 
 
-def accept(problem: Problem, state: State, taken: Sequence[Proposal]) -> tuple[State, Evaluation]:
-    """Θᵢ₊₁ is the best candidate (eq. 3 and 7); the knowledge takes its logits in (eq. 8)."""
+def accept(
+    problem: Problem, state: State, taken: Sequence[Proposal], best: Outcome | None = None
+) -> tuple[State, Evaluation]:
+    """Θᵢ₊₁ is the best candidate (eq. 3 and 7); the knowledge takes its logits in (eq. 8).
+
+    best: what is known of the first of `taken`; where it is the only one, it is not evaluated again.
+    """
     plan = taken[-1].plan
-    evaluation, logits = evaluate(problem.network(plan), problem.batches, problem.objective, state.knowledge)
     widths = {**state.widths, **{proposal.group: proposal.width for proposal in taken}}
-    if state.knowledge is None or not problem.ensemble:
+    follows = state.knowledge is not None and problem.ensemble
+    if best is not None and best.evaluation is not None and len(taken) == 1 and (best.logits or not follows):
+        evaluation, logits = best.evaluation, best.logits or ()
+    else:
+        evaluation, logits = evaluate(problem.network(plan), problem.batches, problem.objective, state.knowledge)
+    if state.knowledge is None or not follows:
         return State(plan, widths, state.knowledge), evaluation
     knowledge = ensemble_knowledge(state.knowledge, state.members, logits)
     return State(plan, widths, knowledge, state.members + 1), evaluation
@@ -155,7 +176,22 @@ def replay(problem: Problem, state: State, past: Step) -> State:
     return again
 
 
-def candidate(problem: Problem, proposal: Proposal, evaluation: Evaluation) -> Candidate:
-    """A proposal and its evaluation, for the record."""
+def keeper_of(problem: Problem, forks: Forks, state: State) -> Keeper:
+    """What keeps the current network's values for the candidates of a step, within the cache."""
+    counts = {axis: len(kept) for axis, kept in problem.traced.groups.kept(state.plan).items()}
+    axes = [problem.traced.groups[name].axis for name in problem.rules]
+    samples = [batch.samples for batch in problem.batches]
+    budget = problem.computing.cache - room_for_logits(problem, state.knowledge, len(problem.rules))
+    return Keeper(forks, axes, counts, [count / sum(samples) for count in samples], budget)
+
+
+def negative(outcome: Outcome) -> float:
+    """−ℛ, to rank by; a candidate that was left early comes after all others."""
+    return math.inf if outcome.evaluation is None else -outcome.evaluation.reward
+
+
+def candidate(problem: Problem, proposal: Proposal, outcome: Outcome) -> Candidate:
+    """A proposal and what became of it, for the record."""
     kept = len(problem.kept(proposal.plan, proposal.group))
-    return Candidate(proposal.group, proposal.width, kept, problem.measure(proposal.plan, evaluation))
+    measure = problem.measure(proposal.plan, outcome.evaluation)
+    return Candidate(proposal.group, proposal.width, kept, measure, outcome.at_least)

@@ -8,6 +8,7 @@ from torch import Tensor
 from ekgfx.axes import Axis, membership, positions
 from ekgfx.groups import ChannelGroup
 from ekgfx.plan import Plan
+from ekgfx.search.forks import Keeper
 from ekgfx.search.problem import Problem
 from ekgfx.search.reward import Knowledge
 from ekgfx.sliced import SubNetwork
@@ -19,23 +20,28 @@ Criterion = Callable[[Problem, Plan, Knowledge | None], Scores]
 """Scores the channels of the current sub-network, given its plan and the knowledge T."""
 
 
-def taylor(problem: Problem, plan: Plan, knowledge: Knowledge | None) -> Scores:
+def taylor(problem: Problem, plan: Plan, knowledge: Knowledge | None, keeper: Keeper | None = None) -> Scores:
     """S_c = Σ_batches Σ_places |Σ_{batch, space} (∂ℛ/∂y_c)·y_c| at the activations that carry the group (eq. 9).
 
     A group that no activation carries takes Σ |∂ℛ/∂θ·θ| over its parameters instead, summed per channel.
+    keeper: takes values of the forward passes, which are those of the sub-network's evaluation.
     """
     network = differentiable(problem.network(plan))
+    if problem.computing.amp == "fp16":
+        network.amp, keeper = None, None  # gradients of a mean over many pixels are below what fp16 can hold
     kept = problem.traced.groups.kept(plan)
     groups = [problem.traced.groups[name] for name in problem.rules]
     scores = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
-    gates = sorted({gate.node for group in groups for gate in group.gates})
+    gates = {gate.node for group in groups for gate in group.gates}
     bare = sorted({name for group in groups if not group.gates for name in carriers(group)})
     for number, batch in enumerate(problem.batches):
         with torch.enable_grad():
-            output, values = network.run(batch.inputs, capture=gates)
+            output, values = network.run(batch.inputs, capture=gates if keeper is None else gates | keeper.wanted)
             target = None if knowledge is None else knowledge[number]
             negative = problem.objective.terms(output, batch.target, target)[1]
-        sources = {**{node: values[node] for node in gates}, **{name: network.weights[name] for name in bare}}
+        if keeper is not None:
+            keeper.take(number, values)
+        sources = {node: values[node] for node in sorted(gates)} | {name: network.weights[name] for name in bare}
         gradients = torch.autograd.grad(negative, list(sources.values()), allow_unused=True)
         share = problem.objective.share(batch, problem.batches)
         change = {

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -45,12 +46,44 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Computing:
+    """How candidates are computed; what is found does not depend on it, but for the rounding of the last two.
+
+    cache: bytes for values of the current network that its candidates go on from. early_stop: whether a candidate that
+    cannot be among the best any more is left. amp: half precision to compute in. channels_last: memory format.
+    """
+
+    cache: int = 2 << 30
+    early_stop: bool = False
+    amp: Literal["bf16", "fp16"] | None = None
+    channels_last: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The half precision as torch names it."""
+        return {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
+
+    def prepared(self, batch: ValidationBatch) -> ValidationBatch:
+        """A batch in the memory format that is computed in."""
+        if not self.channels_last:
+            return batch
+        return batch._replace(
+            inputs=tuple(
+                value.contiguous(memory_format=torch.channels_last)
+                if isinstance(value, torch.Tensor) and value.dim() == 4
+                else value
+                for value in batch.inputs
+            )
+        )
+
+
+@dataclass(frozen=True)
 class Problem:
     """A search, before it starts.
 
     rules: the widths of every group that may shrink, by name. batches: validation data, empty where the strategy needs
     none. ensemble: whether the knowledge follows the accepted sub-networks (eq. 8). guided: whether the reward has a
-    knowledge term at all. rescale: cut kernels keep their norm.
+    knowledge term at all. rescale: cut kernels keep their norm. computing: how candidates are computed.
     """
 
     traced: TracedModel
@@ -61,6 +94,7 @@ class Problem:
     guided: bool
     ensemble: bool
     rescale: bool
+    computing: Computing = Computing()
 
     def full(self) -> Plan:
         """Θ₀ as a plan."""
@@ -73,7 +107,14 @@ class Problem:
 
     def network(self, plan: Plan) -> SubNetwork:
         """The sub-network of a plan, with batch statistics in its BatchNorms."""
-        return self.traced.subnetwork(plan, batch_stats=True, rescale=self.rescale)
+        return SubNetwork(
+            self.traced,
+            self.traced.groups.kept(plan),
+            batch_stats=True,
+            rescale=self.rescale,
+            amp=self.computing.dtype,
+            channels_last=self.computing.channels_last,
+        )
 
     def measure(self, plan: Plan, evaluation: Evaluation | None) -> Measure:
         """An evaluation together with the plan's cost."""

@@ -29,12 +29,17 @@ class Measure:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One sub-network that a step could have gone to: `group` cut to `kept` channels (width ratio `width`)."""
+    """One sub-network that a step could have gone to: `group` cut to `kept` channels (width ratio `width`).
+
+    at_least: where its evaluation was left early because it could not be the best any more, what −ℛ was found to be at
+    least; the measure then has its cost alone. None for all others.
+    """
 
     group: str
     width: float
     kept: int
     measure: Measure
+    at_least: float | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ KnowledgeMode = Literal["ensemble", "single", "none"]
 Knowledge = Sequence[Tensor]
 """T: one tensor of logits, B × K × …, per validation batch."""
 
+ROUNDING = 1e-4, 1e-5
+"""Relative and absolute error of a cross-entropy in float32 that are certainly not exceeded."""
+
 Network = Callable[..., Any]
 """Anything that maps a batch of inputs to the model's output: a SubNetwork, or the model itself."""
 
@@ -68,50 +71,88 @@ class Objective:
         return batch.samples / (self.batch_size * len(batches))
 
 
-class Tally:
-    """Sums up the reward of one sub-network, batch by batch."""
+Terms = tuple[float, float, float, float]
+"""What one batch adds to an evaluation: label loss and −ℛ, both weighted by the batch's share; right answers, and
+places that have a class."""
 
-    def __init__(self, objective: Objective, batches: Sequence[ValidationBatch], knowledge: Knowledge | None) -> None:
-        self.objective, self.batches, self.knowledge = objective, batches, knowledge
-        self.loss = self.negative = 0.0
-        self.right = self.classified = 0
 
-    def add(self, number: int, output: Any) -> Tensor:
-        """Take the output for batch `number`; returns its logits."""
-        batch = self.batches[number]
-        logits = at_least_single(self.objective.logits(output))
-        check_classes(logits, batch.target)
-        terms = self.objective.terms(output, batch.target, None if self.knowledge is None else self.knowledge[number])
-        weight = self.objective.share(batch, self.batches)
-        self.loss += float(terms[0]) * weight
-        self.negative += float(terms[1]) * weight
-        if is_classes(batch.target, logits):
-            self.right += int((logits.argmax(1) == batch.target).sum())
-            self.classified += batch.target.numel()
-        return logits
+def judge(
+    objective: Objective, batches: Sequence[ValidationBatch], knowledge: Knowledge | None, number: int, output: Any
+) -> tuple[Tensor, Tensor]:
+    """The terms of batch `number` (4 values in float64, where the output is: nothing waits for the device), and the
+    logits of its output."""
+    batch = batches[number]
+    logits = at_least_single(objective.logits(output))
+    loss, negative = objective.terms(output, batch.target, None if knowledge is None else knowledge[number])
+    right = places = torch.zeros((), dtype=torch.float64, device=logits.device)
+    if is_classes(batch.target, logits):
+        right = (logits.argmax(1) == batch.target).sum().double()
+        places = torch.full_like(right, batch.target.numel())
+    share = objective.share(batch, batches)
+    return torch.stack([loss.double() * share, negative.double() * share, right, places]), logits
 
-    def evaluation(self) -> Evaluation:
-        """The means over all samples. Raises TrainingError when the loss is not finite."""
-        if not (math.isfinite(self.loss) and math.isfinite(self.negative)):
-            raise TrainingError(
-                f"the validation loss is {self.loss} and the reward {-self.negative}; check the weights, and that the "
-                "images are normalized as the model expects"
-            )
-        return Evaluation(self.loss, -self.negative, self.right / self.classified if self.classified else None)
+
+def total(terms: Iterable[Terms]) -> Evaluation:
+    """The means over all samples, from the terms of every batch in order. Raises TrainingError when the loss is not
+    finite."""
+    loss = negative = right = places = 0.0
+    for term in terms:
+        loss, negative, right, places = loss + term[0], negative + term[1], right + term[2], places + term[3]
+    if not (math.isfinite(loss) and math.isfinite(negative)):
+        raise TrainingError(
+            f"the validation loss is {loss} and the reward {-negative}; check the weights, and that the "
+            "images are normalized as the model expects"
+        )
+    return Evaluation(loss, -negative, right / places if places else None)
 
 
 def evaluate(
-    network: Network, batches: Sequence[ValidationBatch], objective: Objective, knowledge: Knowledge | None
+    network: Network,
+    batches: Sequence[ValidationBatch],
+    objective: Objective,
+    knowledge: Knowledge | None,
+    check: bool = False,
 ) -> tuple[Evaluation, tuple[Tensor, ...]]:
     """The reward of a sub-network on the validation data (eq. 4), and its logits per batch.
 
-    knowledge: T as logits per batch, or None for the label term alone. Raises TrainingError when the loss is not
-    finite.
+    knowledge: T as logits per batch, or None for the label term alone. check: look at the labels first, which waits for
+    the device.
+
+    Raises:
+        TrainingError: the loss is not finite.
+        DataError: with `check`, a label that the model has no output for.
     """
-    tally = Tally(objective, batches, knowledge)
+    found, logits = [], []
     with torch.no_grad():
-        logits = [tally.add(number, network(*batch.inputs)) for number, batch in enumerate(batches)]
-    return tally.evaluation(), tuple(logits)
+        for number, batch in enumerate(batches):
+            output = network(*batch.inputs)
+            if check:
+                check_classes(at_least_single(objective.logits(output)), batch.target)
+            terms, answer = judge(objective, batches, knowledge, number, output)
+            found.append(terms)
+            logits.append(answer)
+    return total(torch.stack(found).tolist()), tuple(logits)
+
+
+def least_terms(
+    objective: Objective, batches: Sequence[ValidationBatch], knowledge: Knowledge | None
+) -> list[float] | None:
+    """The least −ℛ that any network can have on each batch, weighted by its share; None where nothing is known.
+
+    Both terms are cross-entropies, and CE(p, q) ≥ H(p) whatever q is (Gibbs); for classes H is 0. Rounding is allowed
+    for. A loss of the user's own may be anything, negative too.
+    """
+    if objective.loss is not cross_entropy:
+        return None
+    least = []
+    for number, batch in enumerate(batches):
+        soft = [] if knowledge is None else [knowledge[number].softmax(1)]
+        if batch.target.is_floating_point():
+            soft.append(batch.target)
+        entropies = [float(torch.special.entr(p.double()).sum(1).mean()) for p in soft]
+        certain = sum(max((1 - ROUNDING[0]) * entropy - ROUNDING[1], 0.0) for entropy in entropies)
+        least.append(certain * objective.share(batch, batches))
+    return least
 
 
 def ensemble_knowledge(knowledge: Knowledge, members: int, logits: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -54,6 +54,20 @@ class TinySegmenter(nn.Module):
         return {"out": self.c(F.relu(self.bn(self.b(F.relu(self.a(x))))))}
 
 
+class Downsampling(nn.Module):
+    """A residual block whose shortcut has a convolution of its own, which comes after the block in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 12, 3, stride=2), nn.Conv2d(12, 16, 3, padding=1)
+        self.short, self.head = nn.Conv2d(8, 16, 3, stride=2), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        main = self.b(F.relu(self.a(x)))
+        return self.head(F.relu(main + self.short(x)).mean((2, 3)))
+
+
 def cnn(seed: int = 0) -> TracedModel:
     """A CNN with BatchNorm, depthwise layer, squeeze-and-excitation and concatenation; running statistics are set."""
     torch.manual_seed(seed)
@@ -64,6 +78,12 @@ def vit(seed: int = 0) -> TracedModel:
     """A transformer without BatchNorm."""
     torch.manual_seed(seed)
     return traced(TinyViT())
+
+
+def downsampling(seed: int = 0) -> TracedModel:
+    """A residual network with a convolution in its shortcut."""
+    torch.manual_seed(seed)
+    return traced(Downsampling())
 
 
 def traced(model: nn.Module) -> TracedModel:

@@ -16,9 +16,7 @@ from ekgfx.errors import BudgetError, DataError, PlanError, RecipeError, Trainin
 from ekgfx.plan import Plan
 from ekgfx.search import STRATEGIES, SearchResult, Step, search
 from ekgfx.search.effort import quick_accept, search_macs
-from ekgfx.search.forked import Prefixes, evaluate_candidates
 from ekgfx.search.problem import channels_per_position
-from ekgfx.search.reward import evaluate
 from ekgfx.trace import TracedModel
 from tests import models
 from tests.search import nets
@@ -89,31 +87,6 @@ def test_rewards_follow_the_ensemble() -> None:
                     target = torch.stack([answer[b] for answer in teachers]).mean(0).softmax(1)
                     expected += len(labels) * float(F.cross_entropy(output, target))
             assert step.measure.reward == pytest.approx(-expected / 24, rel=1e-4), (knowledge, i)
-
-
-@pytest.mark.parametrize("make", [nets.cnn, nets.vit])
-def test_shared_prefixes_change_nothing(make: Callable[[], TracedModel]) -> None:
-    """Continuing from the current network's values gives bit for bit what a whole evaluation gives."""
-    traced = make()
-    problem = problem_of(traced, nets.batches())
-    current = Plan({name: tuple(range(1, group.size)) for name, group in list(traced.groups.items())[::2]})
-    candidates = []
-    for name, group in traced.groups.items():
-        kept = current.kept.get(name, tuple(range(group.size)))
-        candidates.append((name, current.with_kept(name, kept[: max(1, len(kept) // 2)])))
-    together = evaluate_candidates(problem, Prefixes(traced), current, candidates, None)
-    for (_, plan), found in zip(candidates, together, strict=True):
-        assert found == evaluate(problem.network(plan), problem.batches, problem.objective, None)[0]
-
-
-def test_prefixes_start_where_a_group_is_made() -> None:
-    """What lies before a group's first operator is not computed for its candidates."""
-    traced = nets.cnn()
-    prefixes = Prefixes(traced)
-    order = [op.name for op in traced.operations if "conv" in str(op.target)]
-    starts = {name: prefixes.start(group.axis) for name, group in traced.groups.items()}
-    assert starts["stem.0"] == prefixes.order[order[0]]
-    assert starts["fuse.0"] == prefixes.order[order[-1]]
 
 
 @pytest.mark.parametrize("make", [nets.cnn, nets.vit])

@@ -1,0 +1,247 @@
+"""Where candidates leave the current network: which operators a cut changes, and what these read of the others.
+
+A candidate differs from the current network in one group. Operators that the cut does not reach give what they give in
+the current network, bit for bit, so a candidate computes the others alone, from the values that they read.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from ekgfx.axes import Axis, Expr, axes
+from ekgfx.cost import evaluate, mac_table
+from ekgfx.graph import AxisGraph
+from ekgfx.sliced import SubNetwork, slice_weights
+
+
+@dataclass(frozen=True)
+class Fork:
+    """How the candidates of one group are computed.
+
+    nodes: the operators that the cut changes, in order, and the placeholders that they read. reads: the other operators
+    whose values they read. at: position in the graph where all of those are known. weights: parameters that are cut.
+    dying: node → values of `nodes` and `reads` that nobody of `nodes` reads after it.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    reads: frozenset[str]
+    at: int
+    weights: frozenset[str]
+    dying: Mapping[str, Sequence[str]]
+
+
+class Forks:
+    """The fork of every group's axis in a graph."""
+
+    def __init__(self, graph: AxisGraph) -> None:
+        self.graph = graph
+        self.order = {node.name: position for position, node in enumerate(graph.graph.nodes)}
+        self._known: dict[Axis, Fork] = {}
+
+    def of(self, axis: Axis) -> Fork:
+        """The fork of a group's axis."""
+        if axis not in self._known:
+            self._known[axis] = self._fork(axis)
+        return self._known[axis]
+
+    @cached_property
+    def operators(self) -> dict[str, fx.Node]:
+        """The nodes that are computed, by name, in order."""
+        return {node.name: node for node in self.graph.graph.nodes if node.op == "call_function"}
+
+    @cached_property
+    def output(self) -> fx.Node:
+        """The node that holds the model's output."""
+        *_, output = self.graph.graph.nodes
+        return output
+
+    def _fork(self, axis: Axis) -> Fork:
+        changed: dict[str, fx.Node] = {}
+        for node in self.operators.values():
+            if any(source.name in changed for source in node.all_input_nodes) or axis in self._axes[node.name]:
+                changed[node.name] = node
+        read = {source.name for node in (*changed.values(), self.output) for source in node.all_input_nodes}
+        reads = frozenset(read & self.operators.keys() - changed.keys())
+        nodes = [node for node in self.graph.graph.nodes if node.name in changed or (node.name in read - reads)]
+        last: dict[str, str] = {}
+        for node in nodes:
+            for used in (node, *node.all_input_nodes):
+                last[used.name] = node.name
+        dying: dict[str, list[str]] = {}
+        for name in last.keys() - {source.name for source in self.output.all_input_nodes}:
+            dying.setdefault(last[name], []).append(name)
+        weights = {name for name, dims in self.graph.weight_dims().items() if axis in _all_axes(dims)}
+        at = max((self.order[name] for name in reads), default=-1) + 1
+        return Fork(tuple(nodes), reads, at, frozenset(weights), dying)
+
+    @cached_property
+    def _axes(self) -> dict[str, set[Axis]]:
+        """Operator → axes of its output, of what it reads, and of its integer arguments."""
+        dims = {node.name: _all_axes(self.graph.dims.get(node.name, ())) for node in self.graph.graph.nodes}
+        found = {}
+        for name, node in self.operators.items():
+            operation = self.graph.operation(node)
+            sizes = _all_axes(list(operation.effect.sizes.values())) if operation is not None else set()
+            found[name] = dims[name].union(sizes, *(dims[source.name] for source in node.all_input_nodes))
+        return found
+
+    # -- which of the current network's values are worth keeping ---------------------------------------------------
+
+    def demanded(self, reads: Iterable[str], known: Iterable[str]) -> list[fx.Node]:
+        """The nodes to compute, in order, to have the values `reads` where those in `known` are there already."""
+        have, wanted = set(known), set()
+        waiting = [name for name in reads if name not in have]
+        while waiting:
+            name = waiting.pop()
+            if name not in wanted:
+                wanted.add(name)
+                node = self._nodes[name]
+                waiting += [source.name for source in node.all_input_nodes if source.name not in have]
+        return [self._nodes[name] for name in sorted(wanted, key=self.order.__getitem__)]
+
+    @cached_property
+    def _nodes(self) -> dict[str, fx.Node]:
+        return {node.name: node for node in self.graph.graph.nodes}
+
+    def effort(self, counts: Mapping[Axis, int]) -> dict[str, int]:
+        """Operator → what it takes to compute for one sample: its MACs, and one for every value that it writes."""
+        table, counts = self._mac_table, {**counts, self.graph.batch: 1}
+        effort = {}
+        for operation in self.graph.operations:
+            out = operation.effect.out
+            written = evaluate(out if isinstance(out, list) else [out], counts)
+            effort[operation.name] = evaluate(table.get(operation.name, []), counts) + written
+        return effort
+
+    @cached_property
+    def _mac_table(self) -> Any:
+        return mac_table(self.graph)
+
+
+class Keeper:
+    """Keeps values of the current network, as many as fit, for its candidates to go on from.
+
+    kept: the values by number of the batch and node.
+    """
+
+    def __init__(
+        self, forks: Forks, axes: Iterable[Axis], counts: Mapping[Axis, int], shares: Sequence[float], budget: int
+    ) -> None:
+        """axes: of all groups. counts: kept positions per axis. shares: every batch's part of the samples. budget: in
+        bytes, for all batches."""
+        self.forks, self.counts, self.shares, self.budget = forks, counts, shares, budget
+        self.wanted = set().union(*(forks.of(axis).reads for axis in axes)) if budget else set()
+        self.ahead = [forks.of(axis) for axis in axes]
+        self.kept: dict[int, dict[str, Any]] = {}
+
+    def take(self, number: int, values: Mapping[str, Any]) -> None:
+        """Keeps what is worth it of a batch's values; from then on `wanted` names no others."""
+        if self.wanted and not self.kept:
+            room = int(self.budget * self.shares[number])
+            self.wanted = worth_keeping(self.forks, self.ahead, values, self.counts, room)
+        self.kept[number] = {name: pytree.tree_map_only(Tensor, Tensor.detach, values[name]) for name in self.wanted}
+
+
+def worth_keeping(
+    forks: Forks, ahead: Sequence[Fork], values: Mapping[str, Any], counts: Mapping[Axis, int], budget: int
+) -> set[str]:
+    """Which of the current network's values to keep for its candidates within `budget` bytes.
+
+    ahead: the forks of all groups. values: what they read. Keeping all that a fork reads saves the operators between
+    the fork before it and this one; the forks that save most per byte come first. Views of one tensor count once.
+    """
+    effort, order = forks.effort(counts), forks.order
+    by_place = sorted({fork.reads: fork for fork in ahead}.values(), key=lambda fork: fork.at)
+    saved, before = {}, 0
+    for fork in by_place:
+        saved[fork.reads] = sum(work for name, work in effort.items() if before <= order[name] < fork.at)
+        before = fork.at
+    chosen: set[str] = set()
+    held: dict[int, int] = {}
+
+    def added(reads: frozenset[str]) -> dict[int, int]:
+        storages = {at: size for name in reads for at, size in storages_of(values[name]).items()}
+        return {at: size for at, size in storages.items() if at not in held}
+
+    for reads in sorted(saved, key=lambda reads: -saved[reads] / (1 + sum(added(reads).values()))):
+        more = added(reads)
+        if sum(held.values()) + sum(more.values()) <= budget:
+            held |= more
+            chosen |= reads
+    return chosen
+
+
+def storages_of(value: Any) -> dict[int, int]:
+    """Memory behind all tensors in a value: address → bytes."""
+    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+
+class Walk:
+    """The current network on its way through one batch. It stops where candidates leave, computes nothing that none of
+    them reads or that was kept, and forgets what none of those to come reads."""
+
+    def __init__(
+        self, forks: Forks, network: SubNetwork, inputs: tuple[Any, ...], ahead: Sequence[Fork], kept: Mapping[str, Any]
+    ) -> None:
+        """ahead: the forks to come, by `at`. kept: values that are known already, by node."""
+        self.network, self.inputs = network, network.inputs(inputs, {})
+        reads = set().union(*(fork.reads for fork in ahead))
+        self.left = forks.demanded(reads, kept)
+        self.values = {name: kept[name] for name in reads & kept.keys()} | {
+            source.name: kept[source.name]
+            for node in self.left
+            for source in node.all_input_nodes
+            if source.name in kept
+        }
+        self.order = forks.order
+        self._last: dict[str, float] = {}
+        for node in self.left:
+            for used in (node, *node.all_input_nodes):
+                self._last[used.name] = self.order[node.name]
+        for fork in ahead:
+            for name in fork.reads:
+                self._last[name] = max(self._last.get(name, 0), fork.at - 0.5)
+
+    def to(self, fork: Fork) -> dict[str, Any]:
+        """Goes on to where `fork` leaves; the values that it reads. Forks must come in the order of `at`."""
+        while self.left and self.order[self.left[0].name] < fork.at:
+            node = self.left.pop(0)
+            self.network.follow([node], self.inputs, self.values, {})
+            self._forget(self.order[node.name])
+        self._forget(fork.at - 1)
+        return {name: self.values[name] for name in fork.reads}
+
+    def _forget(self, position: int) -> None:
+        """Drops what nobody reads after the node at `position`."""
+        for name in [name for name in self.values if self._last[name] <= position]:
+            del self.values[name]
+
+
+class Branch(SubNetwork):
+    """A sub-network that differs from the current one in one group. It shares the weights that the group does not cut,
+    and computes from the current network's values on."""
+
+    def __init__(
+        self, current: SubNetwork, forks: Forks, axis: Axis, kept: Mapping[Axis, Tensor], *, rescale: bool
+    ) -> None:
+        """axis: of the group. kept: as in `SubNetwork`, all that the candidate keeps."""
+        self.fork, self._end = forks.of(axis), forks.output
+        cut = slice_weights(current.graph, kept, rescale=rescale, names=self.fork.weights)
+        super().__init__(current.graph, kept, weights={**current.weights, **cut}, **current.manner)
+
+    def go_on(self, inputs: tuple[Any, ...], read: Mapping[str, Any]) -> Any:
+        """The model's output for a batch. read: the current network's values that the fork reads."""
+        values = self.follow(self.fork.nodes, self.inputs(inputs, {}), dict(read), self.fork.dying)
+        return self.output(self._end, values)
+
+
+def _all_axes(dims: Any) -> set[Axis]:
+    """The axes in an expression, or in any nesting of them."""
+    if isinstance(dims, Expr):
+        return set(axes(dims))
+    return set().union(*map(_all_axes, dims)) if isinstance(dims, list | tuple) else set()

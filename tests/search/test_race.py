@@ -1,0 +1,153 @@
+"""A search that saves work finds what one finds that evaluates every candidate alone and to its end."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ekgfx
+from ekgfx.search import AUTHORS, SearchResult, Step, ekg, search
+from ekgfx.search.forks import Forks
+from ekgfx.search.problem import Computing, Problem
+from ekgfx.search.race import Outcome, evaluate_candidates
+from ekgfx.search.reward import evaluate, least_terms, validation_batches
+from ekgfx.trace import TracedModel
+from tests.search import nets
+from tests.search.test_importance import problem_of
+
+NETS = [nets.cnn, nets.vit, nets.downsampling]
+
+
+def sure(make: Callable[[], TracedModel], dtype: torch.dtype = torch.float64) -> TracedModel:
+    """The network, sure of what it says, as a trained one is: then candidates differ."""
+    model = make().model.to(dtype)
+    *_, head = (module for module in model.modules() if isinstance(module, nn.Linear))
+    with torch.no_grad():
+        head.weight *= 8
+    return ekgfx.trace(model, torch.randn(2, 1, 8, 8, dtype=dtype))
+
+
+def batches(traced: TracedModel, size: int = 6, soft: bool = False) -> list[tuple[Tensor, Tensor]]:
+    """Four batches with the network's own answers for labels; `soft`: with probabilities."""
+    network, dtype = traced.subnetwork(batch_stats=True), next(traced.model.parameters()).dtype
+    found = []
+    for images, _ in nets.batches(size=size):
+        with torch.no_grad():
+            answers = network(images.to(dtype))
+        found.append((images.to(dtype), (answers / 3).softmax(1) if soft else answers.argmax(1)))
+    return found
+
+
+def plainly(problem: Problem, forks: Forks, plan: Any, candidates: Any, knowledge: Any, **_: Any) -> list[Outcome]:
+    """Every candidate sliced anew and run as a whole on every batch."""
+    return [
+        Outcome(evaluate(problem.network(candidate), problem.batches, problem.objective, knowledge)[0])
+        for _, candidate in candidates
+    ]
+
+
+@pytest.fixture
+def plain(monkeypatch) -> Callable[..., SearchResult]:
+    """The search that saves nothing."""
+
+    def run(*arguments: Any, **options: Any) -> SearchResult:
+        with monkeypatch.context() as patch:
+            patch.setattr(ekg, "evaluate_candidates", plainly)
+            return search(*arguments, **options, cache=0, early_stop=False)
+
+    return run
+
+
+def untimed(result: SearchResult) -> list[Step]:
+    return [replace(step, seconds=0.0, eta=0.0) for step in result.steps]
+
+
+@pytest.mark.parametrize("cache", [0, 30_000, 1 << 30])
+@pytest.mark.parametrize("make", NETS)
+def test_plan_and_history_are_the_plain_searchs(make: Callable[[], TracedModel], cache: int, plain) -> None:
+    traced = sure(make)
+    expected = plain(traced, batches(traced), flops=0.6)
+    found = search(traced, batches(traced), flops=0.6, cache=cache, early_stop=False)
+    assert found.plan == expected.plan
+    assert untimed(found) == untimed(expected)
+
+
+OPTIONS: list[dict[str, Any]] = [{}, {"accept": 2}, {"knowledge": "none"}, {"knowledge": "single"}, {"soft": True}]
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize("make", NETS)
+def test_early_stops_leave_out_only_what_cannot_win(
+    make: Callable[[], TracedModel], case: dict[str, Any], plain
+) -> None:
+    """The steps are the same, and what was left is really as bad as its bound says, and worse than the best."""
+    options = dict(case)
+    traced, accept = sure(make), options.get("accept", 1)
+    data = batches(traced, soft=options.pop("soft", False))
+    expected = plain(traced, data, flops=0.6, **options)
+    found = search(traced, data, flops=0.6, **options)
+    assert found.plan == expected.plan
+    left = 0
+    for step, whole in zip(untimed(found), untimed(expected), strict=True):
+        assert replace(step, candidates=()) == replace(whole, candidates=())
+        best = sorted(-(c.measure.reward or 0.0) for c in whole.candidates)[:accept]
+        for ours, theirs in zip(step.candidates, whole.candidates, strict=True):
+            if ours.at_least is None:
+                assert ours == theirs
+                continue
+            left += 1
+            assert (ours.measure.loss, ours.measure.reward, ours.measure.accuracy) == (None, None, None)
+            assert (ours.group, ours.kept, ours.measure.macs) == (theirs.group, theirs.kept, theirs.measure.macs)
+            assert -(theirs.measure.reward or 0.0) >= ours.at_least > best[-1]
+    assert left or case
+    again = SearchResult.from_json(found.to_json())
+    assert again.steps == found.steps
+
+
+def test_nothing_is_left_early_where_the_record_is_wanted_or_losses_may_be_negative() -> None:
+    traced = sure(nets.cnn)
+
+    def left(**options: Any) -> int:
+        result = search(traced, batches(traced), flops=0.8, **options)
+        return sum(c.at_least is not None for step in result.steps for c in step.candidates)
+
+    assert left() > 0
+    assert left(early_stop=False) == 0
+    assert left(details=AUTHORS) == 0
+    assert left(loss=lambda output, target: F.cross_entropy(output, target)) == 0
+
+
+def test_ties_are_settled_as_ever() -> None:
+    """Twice the same candidate: the second is not left though it cannot be better, and the first is ranked first."""
+    traced = nets.cnn()
+    problem = replace(problem_of(traced, nets.batches(size=6)), computing=Computing(early_stop=True))
+    names = list(traced.groups)
+    kept = range(traced.groups[names[-1]].size - 1)
+    same = (names[-1], problem.full().with_kept(names[-1], kept))
+    first, second, *_ = evaluate_candidates(problem, Forks(traced), problem.full(), [same] * 3, None)
+    assert first.evaluation is not None
+    assert first == second
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_least_terms_are_entropies(dtype: torch.dtype) -> None:
+    """By hand: CE(p, q) is least at q = p, where it is H(p); for classes it is 0."""
+    p = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5]], dtype=dtype)
+    entropy = 1.5 * math.log(2)
+    images = torch.zeros(2, 1, 8, 8)
+    objective = problem_of(nets.cnn(), nets.batches()).objective
+    soft = validation_batches([(images, p)] * 2)
+    hard = validation_batches([(images, torch.zeros(2, dtype=torch.long))] * 2)
+    cases = [(soft, None, entropy), (hard, None, 0), (hard, [p.log()] * 2, entropy), (soft, [p.log()] * 2, 2 * entropy)]
+    for data, teacher, expected in cases:
+        least = least_terms(objective, data, teacher)
+        assert least == pytest.approx([expected / 2] * 2, rel=2e-4)
+        assert all(0 <= each <= expected / 2 for each in least)
+        for number, batch in enumerate(data):
+            terms = objective.terms(p.log(), batch.target, None if teacher is None else teacher[number])
+            assert least[number] <= float(terms[1]) / 2

@@ -256,6 +256,12 @@ def owner(node: fx.Node) -> str:
     return name.split("@")[0]  # a module called twice is numbered by torch.export
 
 
+def callers(node: fx.Node) -> set[str]:
+    """Qualified names of all modules whose forward was running when this node was made, '' for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return {"", *(name.split("@")[0] for name, _ in stack.values())}
+
+
 def _op_name(target: Any) -> str:
     return str(target) if isinstance(target, OpOverload) else getattr(target, "__name__", str(target))
 

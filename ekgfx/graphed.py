@@ -18,7 +18,7 @@ from ekgfx import leaf
 from ekgfx.attributes import STANDARD
 from ekgfx.axes import Axis, Expr, Prod, Sum, axes, count
 from ekgfx.errors import PruneError
-from ekgfx.graph import AxisGraph, Operation
+from ekgfx.graph import AxisGraph, Operation, callers
 from ekgfx.leaf import evaluation_mode
 from ekgfx.sliced import SubNetwork
 
@@ -43,7 +43,7 @@ def graph_module(cut: nn.Module, path: str, graph: AxisGraph, counts: Mapping[Ax
     """The part of the graph that the module at `path` runs, over the weights of its cut version."""
     if any(f"{path}.".startswith(f"{name}.") for name in graph.leaves):
         raise PruneError(f"{path} is a leaf, which runs as it is")
-    inside = [node for node in graph.graph.nodes if node.op == "call_function" and path in _callers(node)]
+    inside = [node for node in graph.graph.nodes if node.op == "call_function" and path in callers(node)]
     if any(f"{path}@" in name for node in inside for name in _raw_callers(node)):
         raise PruneError(f"{path} is called more than once")
     body = set(inside)
@@ -72,10 +72,6 @@ def graph_module(cut: nn.Module, path: str, graph: AxisGraph, counts: Mapping[Ax
 
 def _raw_callers(node: fx.Node) -> list[str]:
     return [name for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
-
-
-def _callers(node: fx.Node) -> set[str]:
-    return {"", *(name.split("@")[0] for name in _raw_callers(node))}
 
 
 def _signature(

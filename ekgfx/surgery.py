@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ekgfx.attributes import Choice, correct
+from ekgfx.declared import declare
 from ekgfx.errors import EkgfxError, PruneError
 from ekgfx.graphed import replace_module
 from ekgfx.leaf import evaluation_mode
@@ -53,7 +54,9 @@ def prune(
     source = traced if traced.model is model else traced.rebound(model)
     kept = source.groups.kept(plan)
     pruned = _cut(model, slice_weights(source, kept, rescale=plan.rescale), source)
-    choices = correct(pruned, source, {axis: len(index) for axis, index in kept.items()})
+    counts = {axis: len(index) for axis, index in kept.items()}
+    choices = correct(pruned, source, counts)
+    declare(pruned, source, counts)
     return _settle(pruned, choices, source, plan) if verify else pruned
 
 

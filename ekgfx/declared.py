@@ -1,0 +1,62 @@
+"""What a model says about its own widths for others to read: `num_features`, `embed_dim`, `feature_info` and the like.
+
+No operator needs these numbers, so they do not follow from the operators' arguments; but `reset_classifier` builds a
+new head from them, and decoders are built on a backbone's `feature_info`. A declared width is the length of a dimension
+of what the module takes or computes, and is found there by its old value, nearest to the module's end first.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from ekgfx.attributes import STANDARD
+from ekgfx.axes import Axis, Expr, count, size
+from ekgfx.graph import AxisGraph, callers
+
+INCOMING = ("in_features", "in_channels", "in_chs")
+OUTGOING = ("num_features", "head_hidden_size", "embed_dim", "hidden_size", "out_features", "out_channels", "out_chs")
+
+
+def declare(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int]) -> None:
+    """Set the declared widths of a cut model in place. Those that differ from the original's are settled already."""
+    frames = _frames(graph)
+
+    def now(old: int, nodes: Iterable[fx.Node]) -> int:
+        return next((count(dim, counts) for node in nodes for dim in _dims(graph, node) if size(dim) == old), old)
+
+    for name, module in root.named_modules():
+        if isinstance(module, STANDARD) or name not in frames:
+            continue
+        original, inside = vars(graph.model.get_submodule(name)), frames[name]
+        taken = [n for node in inside for n in node.all_input_nodes if n.name not in graph.weights]
+        for attributes, nodes in ((INCOMING, taken), (OUTGOING, [*reversed(inside), *taken])):
+            for attribute in attributes:
+                old = original.get(attribute)
+                if type(old) is int and vars(module)[attribute] == old:
+                    setattr(module, attribute, now(old, nodes))
+        for entry in _feature_info(module):
+            place = f"{name}.{entry['module']}".lstrip(".")
+            entry["num_chs"] = now(entry["num_chs"], reversed(frames.get(place, [])))
+
+
+def _frames(graph: AxisGraph) -> dict[str, list[fx.Node]]:
+    """Module → the operators that run while its forward does, in order."""
+    frames: dict[str, list[fx.Node]] = {}
+    for operation in graph.operations:
+        for name in callers(operation.node):
+            frames.setdefault(name, []).append(operation.node)
+    return frames
+
+
+def _dims(graph: AxisGraph, node: fx.Node) -> Iterator[Expr]:
+    found = graph.dims.get(node.name, ())
+    for dims in found if isinstance(found, list) else [found]:
+        yield from dims
+
+
+def _feature_info(module: nn.Module) -> list[dict[str, Any]]:
+    """timm's description of a backbone's features: dicts with the feature's module and its width."""
+    info = vars(module).get("feature_info")
+    entries = getattr(info, "info", info)
+    return [e for e in entries if isinstance(e, dict) and {"module", "num_chs"} <= e.keys()] if entries else []

@@ -4,8 +4,8 @@
     python benchmarks/coverage.py --output out.jsonl test_resnet vit_tiny_patch16_224
     python benchmarks/coverage.py --table docs/coverage.jsonl > docs/coverage-table.md
 
-For each model, in float64 with all parameters perturbed: trace, group, cut about half of every group at random ("half"),
-and cut every group evenly until 55% of the MACs are left ("flops55"); then compare
+For each model, in float64 with all parameters perturbed: trace, group, cut about half of every group at random
+("half"), and cut every group evenly until 55% of the MACs are left ("flops55"); then compare
   masked:  the sliced graph against the uncut graph with zeros in place of what was cut,
   pruned:  the module after surgery against the sliced graph, on fresh inputs of another batch size; `ekgfx.prune`
            itself has then traced the result again and compared every operator's shape, MACs and parameters with the

@@ -77,6 +77,8 @@ def resolve(expr: Expr) -> Expr:
             assert expr.bound is not None
             expr.bound = resolve(expr.bound)  # path compression
             return expr.bound
+        case Sum(parts) | Prod(parts) if len(parts) > 1 and all(map(_indivisible, parts)):
+            return expr  # as most are
         case Sum(terms):
             flat = [t for term in map(resolve, terms) for t in (term.terms if isinstance(term, Sum) else (term,))]
             flat = [t for t in flat if size(t)] or flat[:1]
@@ -93,6 +95,10 @@ def resolve(expr: Expr) -> Expr:
             if flat and isinstance(flat[0], Sum):
                 return resolve(Sum(tuple(Prod((term, *flat[1:])) for term in flat[0].terms)))
             return Prod(tuple(flat))
+
+
+def _indivisible(expr: Expr) -> bool:
+    return isinstance(expr, Axis) and expr.bound is None and expr.size > 1
 
 
 def axes(expr: Expr) -> Iterator[Axis]:

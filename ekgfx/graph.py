@@ -8,7 +8,7 @@ import operator
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, cast
 
 import torch
@@ -80,13 +80,13 @@ class AxisGraph:
         self.weights: dict[str, str] = {}
         self.constants: dict[str, Tensor] = {}
         self.inputs: list[str] = []
-        canonical = {id(p): name for name, p in model.named_parameters()}  # a shared parameter goes by its first name
+        canonical = _canonical_names(model)
         # By position: a copied graph renames what is called as a Python builtin is (`forward(self, input)`).
         placeholders = (node.name for node in self.graph.nodes if node.op == "placeholder")
         for spec, name in zip(program.graph_signature.input_specs, placeholders, strict=True):
             match spec.kind:
                 case InputKind.PARAMETER | InputKind.BUFFER:
-                    self.weights[name] = canonical.get(id(self.tensor(spec.target)), spec.target)
+                    self.weights[name] = canonical.get(spec.target, spec.target)
                 case InputKind.CONSTANT_TENSOR:
                     self.constants[name] = program.constants[spec.target]
                 case InputKind.USER_INPUT:
@@ -242,11 +242,14 @@ def bind(node: fx.Node) -> dict[str, Any]:
     """A node's arguments by the names of the operator's schema, defaults filled in."""
     if not isinstance(node.target, OpOverload):
         return {**{f"{i}": value for i, value in enumerate(node.args)}, **node.kwargs}
-    arguments = node.target._schema.arguments
-    bound = {a.name: a.default_value for a in arguments if a.has_default_value() or a.kwarg_only}
-    bound.update(zip((a.name for a in arguments), node.args, strict=False))
-    bound.update(node.kwargs)
-    return {a.name: bound.get(a.name) for a in arguments}
+    defaults = _defaults(node.target)
+    return {**defaults, **dict(zip(defaults, node.args, strict=False)), **node.kwargs}
+
+
+@cache
+def _defaults(op: OpOverload) -> dict[str, Any]:
+    """Argument → default (None where there is none), in the order of the operator's schema."""
+    return {a.name: a.default_value if a.has_default_value() else None for a in op._schema.arguments}
 
 
 def owner(node: fx.Node) -> str:
@@ -254,6 +257,12 @@ def owner(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     name = next(reversed(stack.values()))[0] if stack else ""
     return name.split("@")[0]  # a module called twice is numbered by torch.export
+
+
+def _canonical_names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter → its first: a shared parameter goes by one name."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def callers(node: fx.Node) -> set[str]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from ekgfx.axes import Axis, axes, membership, show
-from ekgfx.cost import evaluate, mac_table
+from ekgfx.cost import Products, evaluate
 from ekgfx.errors import PlanError
 from ekgfx.graph import AxisGraph, Operation
 from ekgfx.plan import Plan
@@ -140,8 +140,8 @@ class Groups(Mapping[str, ChannelGroup]):
         return kept
 
 
-def find_groups(graph: AxisGraph) -> Groups:
-    """Collect the free axes of all parameters into groups."""
+def find_groups(graph: AxisGraph, macs_of: Mapping[str, Products]) -> Groups:
+    """Collect the free axes of all parameters into groups. macs_of: the graph's `mac_table`."""
     dims = graph.weight_dims()
     parameters = {name for name, _ in graph.model.named_parameters()}
     places: dict[Axis, list[Place]] = {}
@@ -157,7 +157,7 @@ def find_groups(graph: AxisGraph) -> Groups:
     producers = _producers(graph)
     order = {axis: i for i, axis in enumerate(dict.fromkeys([*(a for a in producers if a in places), *places]))}
     named = _names({axis: producers.get(axis, []) for axis in order}, places)
-    macs = _governed_macs(graph)
+    macs = _governed_macs(graph, macs_of)
     groups = tuple(
         ChannelGroup(
             name=named[axis],
@@ -203,9 +203,9 @@ def _names(
     }
 
 
-def _governed_macs(graph: AxisGraph) -> dict[Axis, int]:
+def _governed_macs(graph: AxisGraph, macs_of: Mapping[str, Products]) -> dict[Axis, int]:
     total: dict[Axis, int] = {}
-    for products in mac_table(graph).values():
+    for products in macs_of.values():
         for product in products:
             value = evaluate([product], {graph.batch: 1})
             for axis in {a for e in product for a in axes(e)}:
@@ -246,6 +246,6 @@ def _end_of_chain(graph: AxisGraph, axis: Axis, node: fx.Node) -> fx.Node:
 def _prunable_share(graph: AxisGraph, places: Mapping[Axis, list[Place]]) -> float:
     """Share of the model's parameters that lie in tensors which some group cuts."""
     cut = {place.parameter for found in places.values() for place in found}
-    total = sum(p.numel() for p in graph.model.parameters())
-    seen = {id(graph.tensor(name)): graph.tensor(name).numel() for name in cut}
-    return sum(seen.values()) / total if total else 0.0
+    sizes = {name: parameter.numel() for name, parameter in graph.model.named_parameters()}
+    total = sum(sizes.values())
+    return sum(sizes[name] for name in cut) / total if total else 0.0

@@ -35,7 +35,7 @@ class TracedModel(AxisGraph):
     @cached_property
     def groups(self) -> Groups:
         """The channel groups: every free axis of a parameter, with all places that it cuts."""
-        return find_groups(self)
+        return find_groups(self, self._mac_table)
 
     def cost(self, plan: Plan | None = None) -> Cost:
         """MACs per sample and parameters of the (sub-)network, from the expressions alone."""

@@ -17,11 +17,11 @@ others what they are made for.
 import argparse
 import copy
 import json
+import multiprocessing
 import random
-import subprocess
-import sys
 import time
 from collections import Counter
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -172,22 +172,42 @@ def status(row: dict[str, Any]) -> str:
 
 
 def run(names: list[str], output: Path) -> None:
-    """Measure every model that `output` does not hold yet, each in its own process."""
+    """Measure every model that `output` does not hold yet, each in its own process, forked with the imports done."""
+    import timm  # noqa: F401
+
+    import ekgfx.surgery  # noqa: F401
+
+    fork = multiprocessing.get_context("fork")
     for i, name in enumerate(names):
         done = {json.loads(line)["model"] for line in output.read_text().splitlines()} if output.exists() else set()
         if name in done:
             continue
-        command = [sys.executable, __file__, "--one", name]
+        receiver, sender = fork.Pipe(duplex=False)
+        process = fork.Process(target=_measure_and_send, args=(name, sender))
+        process.start()
+        sender.close()
         try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-            row = json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else None
-            message = result.stderr.strip().splitlines()[-1][:600] if row is None and result.stderr.strip() else ""
-        except subprocess.TimeoutExpired:
-            row, message = None, f"no result after {TIMEOUT} s"
-        row = row or {"model": name, "status": "error", "message": message}
+            row = receiver.recv() if receiver.poll(TIMEOUT) else failure(name, f"no result after {TIMEOUT} s")
+        except EOFError:
+            process.join()
+            row = failure(name, f"the process ended with code {process.exitcode}")
+        process.kill()
+        process.join()
         with output.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"[{i + 1}/{len(names)}] {name}: {row['status']} {row.get('message', '')}", flush=True)
+
+
+def _measure_and_send(name: str, sender: Connection) -> None:
+    try:
+        row = measure(name)
+    except Exception as error:  # noqa: BLE001  every failure is a result
+        row = failure(name, f"{type(error).__name__}: {error}"[:600])
+    sender.send(row)
+
+
+def failure(name: str, message: str) -> dict[str, Any]:
+    return {"model": name, "status": "error", "message": message}
 
 
 def listed() -> list[str]:
@@ -223,12 +243,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="timm names (default: benchmarks/models.txt)")
     parser.add_argument("--output", type=Path, default=Path("coverage.jsonl"))
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--table", type=Path, help="print the table of a finished file")
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(measure(args.one)))
-    elif args.table:
+    if args.table:
         print(table(args.table))
     else:
         run(args.models or listed(), args.output)

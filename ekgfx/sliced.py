@@ -20,6 +20,7 @@ from ekgfx.graph import AxisGraph, Operation
 
 BATCH_NORM = torch.ops.aten.batch_norm.default
 VIEW = torch.ops.aten.view.default
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 KERNELS = ("aten.conv", "aten.linear")  # operators whose weights the rescaling applies to
 
 
@@ -211,11 +212,15 @@ def slice_weights(
 
 
 def slice_tensor(tensor: Tensor, dims: Iterable[Expr], kept: Mapping[Axis, Tensor]) -> Tensor:
-    """The kept positions of every dimension; the tensor itself where nothing is cut."""
+    """The kept positions of every dimension, in the same memory format; the tensor itself where nothing is cut."""
+    cut = tensor
     for d, dim in enumerate(dims):
         if any(axis in kept for axis in axes(dim)):
-            tensor = tensor.index_select(d, positions(dim, kept).to(tensor.device))
-    return tensor
+            cut = cut.index_select(d, positions(dim, kept).to(tensor.device))
+    channels_last = CHANNELS_LAST.get(tensor.ndim)
+    if cut is tensor or channels_last is None or tensor.is_contiguous():
+        return cut
+    return cut.contiguous(memory_format=channels_last) if tensor.is_contiguous(memory_format=channels_last) else cut
 
 
 def kernel_names(graph: AxisGraph) -> set[str]:

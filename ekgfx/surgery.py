@@ -53,7 +53,8 @@ def prune(
         traced = trace(model, example_inputs, leaf=plan.leaf)
     source = traced if traced.model is model else traced.rebound(model)
     kept = source.groups.kept(plan)
-    pruned = _cut(model, slice_weights(source, kept, rescale=plan.rescale), source)
+    with torch.no_grad():
+        pruned = _cut(model, slice_weights(source, kept, rescale=plan.rescale), source)
     counts = {axis: len(index) for axis, index in kept.items()}
     choices = correct(pruned, source, counts)
     declare(pruned, source, counts)
@@ -61,13 +62,12 @@ def prune(
 
 
 def _cut(model: nn.Module, weights: Mapping[str, Tensor], source: TracedModel) -> nn.Module:
-    """A deep copy in which the cut tensors stand in place of the originals; nothing is copied in full first."""
+    """A deep copy in which the cut tensors stand in place of the originals, which are not copied first."""
     memo: dict[int, Any] = {}
     for name, cut in weights.items():
         full = source.tensor(name)
         if cut is not full:
-            new = cut.detach().clone(memory_format=torch.preserve_format)
-            memo[id(full)] = nn.Parameter(new, full.requires_grad) if isinstance(full, nn.Parameter) else new
+            memo[id(full)] = nn.Parameter(cut, full.requires_grad) if isinstance(full, nn.Parameter) else cut
     return copy.deepcopy(model, memo)
 
 

@@ -147,3 +147,13 @@ def test_the_checks_can_fail() -> None:
     traced = ekgfx.trace(model, example(Residual))
     pruned = ekgfx.prune(model, ekgfx.Plan({"a": (0, 2)}), traced)
     assert check_pruned(traced, ekgfx.Plan({"a": (0, 3)}), pruned, example(Residual)) > 1e-3
+
+
+def test_an_input_may_have_any_name() -> None:
+    """`nn.Sequential` calls its input `input`, which a graph renames."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    traced = ekgfx.trace(model, torch.randn(2, 4, dtype=torch.float64))
+    plan = ekgfx.Plan({"0": (1, 4)})
+    x = torch.randn(3, 4, dtype=torch.float64)
+    assert check_masked(traced, plan, (x,)) < 1e-12
+    assert check_pruned(traced, plan, ekgfx.prune(model, plan, traced), (x,)) < 1e-12

@@ -32,7 +32,7 @@ graph
 plan cost
 groups sliced obstacle
 trace
-loss verify graphed attributes
+loss verify graphed declared attributes
 evaluation surgery
 search training_state
 finetune bank

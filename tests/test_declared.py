@@ -1,0 +1,66 @@
+"""What a pruned model says of its own widths is what they are."""
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import ekgfx
+
+
+def half(traced: ekgfx.TracedModel) -> ekgfx.Plan:
+    return ekgfx.Plan({name: tuple(range(0, group.size, 2)) for name, group in traced.groups.items()})
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet", "test_convnext", "test_coatnet"])
+def test_timm_builds_a_new_head_on_a_pruned_model(name: str) -> None:
+    model = timm.create_model(name).eval()
+    x = torch.randn(2, *model.pretrained_cfg["input_size"])
+    traced = ekgfx.trace(model, x)
+    pruned = ekgfx.prune(model, half(traced), traced)
+    features = pruned.forward_features(x)
+    assert pruned.num_features in features.shape and pruned.num_features < model.num_features
+    pruned.reset_classifier(7)
+    assert pruned(x).shape == (2, 7)
+    classifier = pruned.get_classifier()
+    assert classifier.in_features == pruned.head_hidden_size
+
+
+def test_feature_info_names_the_widths_that_are_left() -> None:
+    model = timm.create_model("resnet18").eval()
+    x = torch.randn(2, 3, 64, 64)
+    traced = ekgfx.trace(model, x)
+    pruned = ekgfx.prune(model, half(traced), traced)
+    seen = {}
+    for entry in model.feature_info:
+        name = entry["module"]
+        pruned.get_submodule(name).register_forward_hook(lambda *args, name=name: seen.update({name: args[2].shape[1]}))
+    pruned(x)
+    assert {entry["module"]: entry["num_chs"] for entry in pruned.feature_info} == seen
+    assert [entry["num_chs"] for entry in model.feature_info] == [64, 64, 128, 256, 512]
+
+
+class Announces(nn.Module):
+    """`num_features` is 6, as are the channels of the first convolution and the classes; what counts comes last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1), nn.Linear(8, 6)
+        self.num_features, self.in_channels, self.head_hidden_size, self.patch = 8, 3, 8, 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x).relu()).mean((2, 3)))
+
+
+def test_only_declared_widths_are_touched() -> None:
+    traced = ekgfx.trace(Announces(), torch.zeros(2, 3, 4, 4))
+    pruned = ekgfx.prune(traced.model, ekgfx.Plan({"a": (0, 1), "b": (0, 3, 5)}), traced)
+    assert (pruned.num_features, pruned.head_hidden_size, pruned.in_channels, pruned.patch) == (3, 3, 3, 8)
+
+
+def test_weights_keep_their_memory_format() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).to(memory_format=torch.channels_last)
+    traced = ekgfx.trace(model, torch.zeros(2, 3, 8, 8))
+    pruned = ekgfx.prune(model, ekgfx.Plan({"0": (1, 2, 6)}), traced)
+    for layer in (pruned[0], pruned[2]):
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last) and not layer.weight.is_contiguous()

@@ -68,7 +68,9 @@ def _cut(model: nn.Module, weights: Mapping[str, Tensor], source: TracedModel) -
         full = source.tensor(name)
         if cut is not full:
             memo[id(full)] = nn.Parameter(cut, full.requires_grad) if isinstance(full, nn.Parameter) else cut
-    return copy.deepcopy(model, memo)
+    pruned = copy.deepcopy(model, memo)
+    with evaluation_mode(pruned):  # modules that keep what they computed from their weights drop it here
+        return pruned
 
 
 def _settle(pruned: nn.Module, choices: list[Choice], source: TracedModel, plan: Plan) -> nn.Module:

@@ -64,3 +64,16 @@ def test_weights_keep_their_memory_format() -> None:
     pruned = ekgfx.prune(model, ekgfx.Plan({"0": (1, 2, 6)}), traced)
     for layer in (pruned[0], pruned[2]):
         assert layer.weight.is_contiguous(memory_format=torch.channels_last) and not layer.weight.is_contiguous()
+
+
+def test_what_a_module_keeps_of_its_full_width_is_dropped() -> None:
+    """LeViT's attention keeps its biases per head from one forward in evaluation mode to the next."""
+    model = timm.models.levit.Attention(16, key_dim=8, num_heads=4, resolution=3)
+    model.eval()
+    x = torch.randn(2, 9, 16)
+    model(x)
+    traced = ekgfx.trace(model, x)
+    (heads,) = [name for name, group in traced.groups.items() if group.size == 4]
+    plan = ekgfx.Plan({heads: (1, 3)})
+    pruned = ekgfx.prune(model, plan, traced, verify=False)
+    torch.testing.assert_close(pruned(x), traced.subnetwork(plan)(x))

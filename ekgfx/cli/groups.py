@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,7 +20,16 @@ if TYPE_CHECKING:
 )
 @click.option("--classes", type=int, help="Number of classes to build the model with.")
 @click.option("--leaf", metavar="GLOB", multiple=True, help="Modules that run as they are, whole; repeatable.")
-def groups(model: str, why: bool, as_json: bool, input: str | None, classes: int | None, leaf: tuple[str, ...]) -> None:
+@click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Also draw the graph, coloured by group.")
+def groups(
+    model: str,
+    why: bool,
+    as_json: bool,
+    input: str | None,
+    classes: int | None,
+    leaf: tuple[str, ...],
+    svg: Path | None,
+) -> None:
     """Show the coupled channel groups of MODEL.
 
     MODEL is timm:NAME, package.module:factory, path/file.py:factory or a run directory. Weights don't matter here and
@@ -30,6 +40,10 @@ def groups(model: str, why: bool, as_json: bool, input: str | None, classes: int
 
     built = source.parse(model, "none", input, classes).build()
     traced = ekgfx.trace(built.model, built.example_inputs, leaf=(*built.leaf, *leaf))
+    if svg is not None:
+        from ekgfx.report import drawing
+
+        drawing.write(traced, model, svg)
     if as_json:
         click.echo(json.dumps(_facts(model, traced), indent=1))
     else:

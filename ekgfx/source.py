@@ -95,6 +95,20 @@ class Source:
         """The same architecture, for weights that are loaded afterwards: nothing is fetched or read."""
         return replace(self, weights="none")
 
+    def timm_options(self) -> dict[str, Any]:
+        """What `timm.create_model` gets besides the name, where the model is timm's."""
+        from timm.models import get_pretrained_cfg
+
+        options: dict[str, Any] = {} if self.classes is None else {"num_classes": self.classes}
+        config = get_pretrained_cfg(self.model.removeprefix("timm:"))
+        if self.input is not None and config is not None:
+            _, channels, *size = (*_shapes(self.input)[0], 0, 0)[:4]
+            if channels != config.input_size[0]:
+                options["in_chans"] = channels
+            if config.fixed_input_size and tuple(size) != config.input_size[1:]:
+                options["img_size"] = tuple(size)
+        return options
+
     def describe(self) -> dict[str, Any]:
         """JSON values that build the same model from another working directory; `from_description` reads them."""
         return asdict(self)
@@ -158,17 +172,8 @@ def _check_timm_name(name: str) -> None:
 
 def _build_timm(source: Source, pretrained: bool) -> tuple[nn.Module, str]:
     import timm
-    from timm.models import get_pretrained_cfg
 
-    name = source.model.removeprefix("timm:")
-    options: dict[str, Any] = {} if source.classes is None else {"num_classes": source.classes}
-    config = get_pretrained_cfg(name)
-    if source.input is not None and config is not None:
-        _, channels, *size = (*_shapes(source.input)[0], 0, 0)[:4]
-        if channels != config.input_size[0]:
-            options["in_chans"] = channels
-        if config.fixed_input_size and tuple(size) != config.input_size[1:]:
-            options["img_size"] = tuple(size)
+    name, options = source.model.removeprefix("timm:"), source.timm_options()
     if pretrained:
         return create_pretrained(name, options)
     try:

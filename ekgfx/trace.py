@@ -34,7 +34,7 @@ class TracedModel(AxisGraph):
 
     @cached_property
     def groups(self) -> Groups:
-        """The channel groups: every free axis of a parameter, with all places that it cuts."""
+        """The channel groups; one for every free axis of a parameter, with all places that it cuts."""
         return find_groups(self, self._mac_table)
 
     def cost(self, plan: Plan | None = None) -> Cost:

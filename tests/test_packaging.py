@@ -37,6 +37,7 @@ evaluation surgery
 search training_state
 finetune bank
 prepare checkpoint export landscape
+hub
 job recipes
 delivery
 pipeline

@@ -1,0 +1,194 @@
+"""What the documents show is run: every block of Python as it stands, in order, page by page; the commands of the tour
+for real, all others as far as the command line reads them; recipes and links are followed."""
+
+import os
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+import torch
+import yaml
+
+import ekgfx
+from ekgfx import recipe
+from ekgfx.cli import cli
+from ekgfx.models import digits_cnn
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+RUN_WHOLE = "docs/tour.md"
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for found, text in FENCE.findall(page.read_text(encoding="utf-8")) if found == language]
+
+
+def having(language: str) -> list[str]:
+    return [name(page) for page in PAGES if blocks(page, language)]
+
+
+# -- what a page takes for granted -------------------------------------------------------------------------------------
+
+
+def digits_batches() -> dict:
+    """A model and data under the names that README and ekg.md use."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
+    batch = (images, labels, torch.arange(16))
+    model = digits_cnn().eval()
+    return {
+        "model": model,
+        "example_input": images[:2],
+        "batches": [batch],
+        "train_batches": [batch],
+        "data": [(torch.stack([images, images]), *batch[1:])],
+        "build": digits_cnn,
+        "ekgfx": ekgfx,
+        "traced": ekgfx.trace(model, images[:2]),
+    }
+
+
+def cifar_folder() -> dict:
+    """DIR with a few images of CIFAR's form, and the weights file that the page names."""
+    import numpy as np
+
+    from ekgfx.checkpoint import save_tensors
+    from ekgfx.models import resnet56_cifar
+
+    draw = np.random.default_rng(0)
+    Path("DIR").mkdir()
+    for split, count in (("train", 3000), ("test", 20)):
+        images = draw.integers(0, 255, (count, 32, 32, 3), dtype=np.uint8)
+        np.savez(f"DIR/{split}.npz", images=images, labels=np.arange(count) % 10)
+    save_tensors(resnet56_cifar(), Path("resnet56-cifar10.safetensors"))
+    return {"Network": digits_cnn}
+
+
+GIVEN: dict[str, Callable[[], dict]] = {
+    "README.md": digits_batches,
+    "docs/ekg.md": digits_batches,
+    "docs/models-and-data.md": cifar_folder,
+    "docs/tour.md": lambda: small_run() or {},
+}
+# A page's text as it is run: no GPU, and fewer epochs.
+INSTEAD = {"docs/models-and-data.md": {'.to("cuda")': "", "range(100)": "range(1)"}}
+
+
+def small_run() -> None:
+    """runs/small, as the tour's commands leave it."""
+    model, images = digits_cnn().eval(), torch.zeros(2, 1, 8, 8)
+    plan = ekgfx.Plan({"fuse.0": tuple(range(8))})
+    made = ekgfx.source.parse("ekgfx.models:digits_cnn")
+    ekgfx.save(ekgfx.prune(model, plan, example_inputs=images), "runs/small", plan=plan, source=made)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in having("python") if page != "CONTRIBUTING.md"])
+def test_python(page, folder, capsys):
+    names = GIVEN.get(page, dict)()
+    for number, text in enumerate(blocks(ROOT / page, "python")):
+        for shown, run in INSTEAD.get(page, {}).items():
+            text = text.replace(shown, run)
+        exec(compile(text, f"{page}, block {number + 1}", "exec"), names)
+    if page == "README.md":
+        images = names["batches"][0][0]
+        assert names["traced"].cost(names["result"].plan).macs <= 0.55 * names["traced"].cost().macs
+        assert torch.equal(names["again"](images), names["pruned"].eval()(images))
+        assert not [file for file in os.listdir("out") if file.endswith((".pt", ".pkl"))]
+
+
+def test_contributing_teaches_a_rule_that_frees_the_channels():
+    names: dict = {}
+    for text in blocks(ROOT / "CONTRIBUTING.md", "python"):
+        exec(text, names)
+
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 6, 3)
+            self.weight = torch.nn.Parameter(torch.randn(6))
+            self.out = torch.nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            return self.out(torch.ops.mylib.scale(self.conv(x), self.weight))
+
+    traced = ekgfx.trace(Scaled(), torch.randn(2, 3, 8, 8))
+    (group,) = traced.groups.values()
+    assert {(place.parameter, place.dim) for place in group.places} == {
+        ("conv.weight", 0),
+        ("conv.bias", 0),
+        ("weight", 0),
+        ("out.weight", 1),
+    }
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The arguments of every `ekgfx …` in a page's shell blocks; of a choice `a|b` the first is taken."""
+    found = []
+    for text in blocks(page, "sh"):
+        for line in text.replace("\\\n", " ").splitlines():
+            for part in line.split("&&"):
+                words = shlex.split(part, comments=True)
+                if words[:1] == ["ekgfx"]:
+                    found.append([word.split("|")[0] for word in words[1:] if word != "…"])
+    return found
+
+
+@pytest.mark.parametrize("page", [page for page in having("sh") if commands(ROOT / page)])
+def test_commands_are_understood(page, folder):
+    """The command exists, has these options, and takes these values."""
+    for arguments in commands(ROOT / page):
+        with cli.make_context("ekgfx", list(arguments)) as context:
+            named, command, rest = cli.resolve_command(context, [*context._protected_args, *context.args])
+            try:
+                command.make_context(named, rest, parent=context)
+            except click.UsageError as error:
+                pytest.fail(f"{page}: ekgfx {shlex.join(arguments)}: {error.format_message()}")
+
+
+def test_the_tour(folder, capsys):
+    page = ROOT / RUN_WHOLE
+    (small,) = blocks(page, "yaml")
+    (folder / "small.yaml").write_text(small)
+    assert "# small.yaml" in small
+    for arguments in commands(page):
+        cli.main(arguments, standalone_mode=False)
+    assert {file.name for file in folder.iterdir()} == {"groups.svg", "small.yaml", "small.onnx", "runs"}
+    assert (folder / "runs" / "small" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("page", having("yaml"))
+def test_recipes(page):
+    for text in blocks(ROOT / page, "yaml"):
+        recipe.parse(yaml.safe_load(text), page)
+
+
+@pytest.mark.parametrize("page", [name(page) for page in PAGES])
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        if not re.match(r"[a-z]+:", target):
+            assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_every_page_is_in_the_contents():
+    listed = (ROOT / "docs" / "index.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.stem == "index" or re.search(rf"^{re.escape(page.stem)}$", listed, re.MULTILINE), page.name

@@ -89,7 +89,14 @@ def addmm(call: Call) -> Effect:
     return Effect(broadcast(call, (a[0], b[1]), call["self"]), produces=("mat2", b[1]))
 
 
-@rule("aten.matmul.default", "aten.mm.default", "aten.bmm.default", "aten.mv.default", "aten.dot.default")
+@rule(
+    "aten.matmul.default",
+    "aten.mm.default",
+    "aten.bmm.default",
+    "aten.mv.default",
+    "aten.dot.default",
+    "aten.vdot.default",
+)
 def matmul(call: Call) -> Effect:
     """(*, n, k) × (*, k, m) → (*, n, m); a vector operand has no n or no m of its own; leading dims broadcast."""
     a, b = call.tensors()

@@ -1,6 +1,6 @@
 """Normalizations: their parameters follow the channels; statistics over channels are taken over the kept ones."""
 
-from ekgfx.axes import Prod, size
+from ekgfx.axes import ONE, Prod, size
 from ekgfx.rules.registry import Call, Effect, rule
 
 AFFINE = ("weight", "bias", "running_mean", "running_var")
@@ -46,3 +46,20 @@ def group_norm(call: Call) -> Effect:
 def local_response_norm(call: Call) -> Effect:
     call.freeze(call["input"][1], why="neighbouring channels mix")
     return Effect(call["input"])
+
+
+@rule("aten._weight_norm.default")
+def weight_norm(call: Call) -> Effect:
+    """v / ‖v‖ · g with norms over all dimensions of v but one (or none), which alone are longer than one in g."""
+    v, g = call["v"], call["g"]
+    for dim, magnitude in zip(v, g, strict=False):
+        if size(magnitude) > 1:
+            call.unify(dim, magnitude)
+    return Effect(v, statistics=True)
+
+
+@rule("aten.norm_except_dim.default")
+def norm_except_dim(call: Call) -> Effect:
+    """The norms above, by themselves: (1, …, size, …, 1), or a single one."""
+    out = tuple(ONE if n == 1 else dim for dim, n in zip(call["v"], call.shape, strict=True)) if call.shape else ()
+    return Effect(out, statistics=True)

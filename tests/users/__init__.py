@@ -1,0 +1,1 @@
+"""Models as users bring them, small: each with the channel groups that were derived by hand."""

@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from ekgfx.axes import Axis, Dims, freeze, size
+from ekgfx.axes import Axis, Dims, axes, freeze, size
 from ekgfx.errors import TraceError
 from ekgfx.functional import functionalize
 from ekgfx.leaf import Leaves
@@ -93,11 +93,24 @@ class AxisGraph:
                     self.inputs.append(name)
                 case _:
                     raise TraceError(f"cannot analyse a model with a {spec.kind.name} input ({spec.target})")
+        self.rules: Mapping[str, Rule] = {}
+        self._start()
+
+    def _start(self) -> None:
         self.unknown_ops: dict[str, int] = {}
         self.batch = Axis(0, "batch", frozen="batch dimension", batch=True)
         self.dims: dict[str, Any] = {}  # Dims, or a list of them
         self.operations: list[Operation] = []
         self._propagate()
+
+    def assuming(self, rules: Mapping[str, Rule]) -> "AxisGraph":
+        """The same graph analysed anew, with other rules for the operators of these names."""
+        other = object.__new__(AxisGraph)
+        for name in ("model", "leaves", "graph", "example", "in_spec", "out_spec", "weights", "constants", "inputs"):
+            setattr(other, name, getattr(self, name))
+        other.rules = rules
+        other._start()
+        return other
 
     # -- the one pass of the rules over the graph ------------------------------------------------------------------
 
@@ -155,7 +168,7 @@ class AxisGraph:
             shapes=shapes,
             where=owner(node),
         )
-        effect = self._effect(call, lookup(node.target))
+        effect = self._effect(call, self.rules.get(call.op) or lookup(node.target))
         self.operations.append(Operation(node, args, effect))
         out = effect.out
         several = isinstance(node.meta["val"], list | tuple)
@@ -232,6 +245,15 @@ class AxisGraph:
         for name, at in last.items():
             dying.setdefault(at, []).append(name)
         return dying
+
+    def prunable_parameters(self) -> int:
+        """Number of parameters in tensors that some free axis cuts."""
+        dims = self.weight_dims()
+        return sum(
+            parameter.numel()
+            for name, parameter in self.model.named_parameters()
+            if any(not axis.frozen and axis.size > 1 for dim in dims.get(name, ()) for axis in axes(dim))
+        )
 
     def weight_dims(self) -> dict[str, Dims]:
         """Qualified name of every parameter and buffer in the graph → the expressions of its dimensions."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ekgfx.attributes import Choice, correct
 from ekgfx.declared import declare
@@ -68,8 +70,16 @@ def _cut(model: nn.Module, weights: Mapping[str, Tensor], source: TracedModel) -
         full = source.tensor(name)
         if cut is not full:
             memo[id(full)] = nn.Parameter(cut, full.requires_grad) if isinstance(full, nn.Parameter) else cut
+    for module in model.modules():  # what was computed in an earlier forward cannot be copied with its history
+        memo.update(
+            (id(t), t.detach()) for t in vars(module).values() if isinstance(t, Tensor) and t.grad_fn is not None
+        )
     pruned = copy.deepcopy(model, memo)
     with evaluation_mode(pruned):  # modules that keep what they computed from their weights drop it here
+        for module in pruned.modules():
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, WeightNorm | SpectralNorm):
+                    hook(module, ())
         return pruned
 
 

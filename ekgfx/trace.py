@@ -26,6 +26,7 @@ from ekgfx.groups import Groups, find_groups
 from ekgfx.leaf import as_operators, evaluation_mode, find_leaves, record
 from ekgfx.obstacle import explained, unknown_sizes
 from ekgfx.plan import Plan
+from ekgfx.rules.registry import passing
 from ekgfx.sliced import SubNetwork
 
 
@@ -36,6 +37,13 @@ class TracedModel(AxisGraph):
     def groups(self) -> Groups:
         """The channel groups; one for every free axis of a parameter, with all places that it cuts."""
         return find_groups(self, self._mac_table)
+
+    @cached_property
+    def unknown_costs(self) -> dict[str, int]:
+        """Operator without a rule → how many parameters more would lie in tensors that some group cuts, if it passed
+        positions on: what a rule for it can bring. What others hold as well is not counted."""
+        here = self.prunable_parameters()
+        return {op: self.assuming({op: passing}).prunable_parameters() - here for op in self.unknown_ops}
 
     def cost(self, plan: Plan | None = None) -> Cost:
         """MACs per sample and parameters of the (sub-)network, from the expressions alone."""

@@ -1,5 +1,6 @@
 """Two independent checks of the analysis: zeroing instead of cutting, and tracing the pruned model again."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from ekgfx.rules.registry import is_dims
 from ekgfx.sliced import GraphRunner, resize
 from ekgfx.trace import TracedModel
 
+TINY = torch.finfo(torch.float32).tiny
 # Copies that PyTorch leaves out where a narrower tensor happens to be contiguous already.
 LAYOUT_ONLY = {f"aten.{name}.default" for name in ("contiguous", "clone", "alias")}
 
@@ -75,16 +77,20 @@ def mask_tensor(tensor: Tensor, dims: Dims, kept: Mapping[Axis, Tensor]) -> Tens
 
 
 def relative_error(a: Any, b: Any) -> float:
-    """Largest |a − b| over all output tensors, relative to the largest |b|; shapes must agree."""
+    """Largest |a − b| over all output tensors, relative to the largest finite |b|; shapes must agree.
+
+    Where both are the same infinity, or both no number, they agree; where one of them is, the error is infinite.
+    """
     worst = 0.0
     for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
         if isinstance(x, Tensor):
             if x.shape != y.shape:
                 raise PruneError(f"outputs have different shapes: {tuple(x.shape)} and {tuple(y.shape)}")
             if x.numel():
-                worst = max(
-                    worst, ((x - y).abs().max() / y.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).item()
-                )
+                x, y = (t.int() if t.dtype == torch.bool else t for t in (x, y))
+                off = torch.where((x == y) | (x != x) & (y != y), 0, (x - y).abs())
+                size = y.abs().nan_to_num(0, 0).max().item()
+                worst = max(worst, off.nan_to_num(math.inf, math.inf).max().item() / max(size, TINY))
     return worst
 
 

@@ -1,6 +1,7 @@
 """Groups derived by hand, and exactness of every cut of the small networks."""
 
 import copy
+import math
 import random
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 import ekgfx
 from ekgfx.errors import PlanError
-from ekgfx.verify import check_masked, check_pruned, compare_shapes, perturb
+from ekgfx.verify import check_masked, check_pruned, compare_shapes, perturb, relative_error
 
 from .models import HAND_DERIVED, Concat, GroupNormed, Residual, Tied, TwoInputs, example
 
@@ -157,3 +158,20 @@ def test_an_input_may_have_any_name() -> None:
     x = torch.randn(3, 4, dtype=torch.float64)
     assert check_masked(traced, plan, (x,)) < 1e-12
     assert check_pruned(traced, plan, ekgfx.prune(model, plan, traced), (x,)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "error"),
+    [
+        ([1.0, math.nan], [1.0, math.nan], 0),
+        ([1.0, math.inf], [1.0, math.inf], 0),
+        ([1.0, math.nan], [1.0, 2.0], math.inf),
+        ([1.0, 2.0], [1.0, math.nan], math.inf),
+        ([1.0, math.inf], [1.0, -math.inf], math.inf),
+        ([3.0, 1.0], [2.0, 1.0], 0.5),
+        ([0, 3], [0, 4], 0.25),
+        ([True, False], [True, True], 1),
+    ],
+)
+def test_numbers_that_are_none_do_not_pass_for_equal(a: list, b: list, error: float) -> None:
+    assert relative_error({"x": torch.tensor(a)}, {"x": torch.tensor(b)}) == error

@@ -53,6 +53,32 @@ def test_an_unknown_operator_freezes_what_touches_it_and_is_named() -> None:
     assert "ekgfx_test.swap_halves.default: no rule for this operator" in reasons
 
 
+def test_what_an_unknown_operator_costs_is_what_its_rule_brings(taught: None) -> None:
+    """Its input is `a`, 3·8 + 8 parameters; `b` and `head` are cut by their own group either way."""
+    function = _RULES.pop("ekgfx_test.swap_halves.default")
+    unknown = ekgfx.trace(Net(), torch.zeros(2, 3, 4, 4))
+    _RULES["ekgfx_test.swap_halves.default"] = function
+    known = ekgfx.trace(Net(), torch.zeros(2, 3, 4, 4))
+    assert unknown.unknown_costs == {"ekgfx_test.swap_halves.default": 3 * 8 + 8}
+    assert known.unknown_costs == {}
+    assert known.prunable_parameters() - unknown.prunable_parameters() == 3 * 8 + 8
+    assert unknown.groups.prunable_share == unknown.prunable_parameters() / unknown.cost().params
+
+
+class Twice(Net):
+    """The operator on what is frozen anyway: the input, and features that a softmax holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(torch.cat([torch.ops.ekgfx_test.swap_halves(torch.cat([x, x], 1))[:, :3]], 1)).softmax(1)
+        return self.head(self.b(torch.ops.ekgfx_test.swap_halves(x)).mean((2, 3)))
+
+
+def test_what_others_hold_too_is_not_charged_to_an_unknown_operator() -> None:
+    traced = ekgfx.trace(Twice(), torch.zeros(2, 3, 4, 4))
+    assert traced.unknown_ops == {"ekgfx_test.swap_halves.default": 2}
+    assert traced.unknown_costs == {"ekgfx_test.swap_halves.default": 0}
+
+
 def test_a_taught_operator_is_pruned_exactly(taught: None) -> None:
     model = Net().double().eval()
     perturb(model)

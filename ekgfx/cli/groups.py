@@ -71,7 +71,10 @@ def _facts(model: str, traced: "TracedModel") -> dict[str, Any]:
         "frozen": [
             {"parameter": f.parameter, "dim": f.dim, "size": f.size, "reason": f.reason} for f in traced.groups.frozen
         ],
-        "unknown_ops": dict(traced.unknown_ops),
+        "unknown_ops": {
+            op: {"uses": uses, "parameters": traced.unknown_costs[op]} for op, uses in traced.unknown_ops.items()
+        },
+        "leaf": list(traced.leaves),
     }
 
 
@@ -97,7 +100,13 @@ def _show(model: str, traced: "TracedModel", why: bool) -> None:
         f"{100 * traced.groups.prunable_share:.1f}% of the parameters lie in tensors that some group cuts"
     )
     for op, uses in traced.unknown_ops.items():
-        out.print(f"{op} has no rule ({uses} uses): what touches it stays whole; CONTRIBUTING.md shows how to add one")
+        more = traced.unknown_costs[op]
+        out.print(
+            f"{op} has no rule ({uses} {'use' if uses == 1 else 'uses'}): what touches it stays whole, which costs "
+            f"{human(more)} parameters ({100 * more / cost.params:.1f}%); CONTRIBUTING.md shows how to add one"
+        )
+    for name in traced.leaves:
+        out.print(f"{name} is a leaf: it runs as it is, and what touches it stays whole")
     if why:
         out.print()
         out.print(

@@ -141,17 +141,26 @@ def unknown(call: Call) -> Effect:
     return opaque(call, "no rule for this operator")
 
 
+def passing(call: Call) -> Effect:
+    """A guess that tells what an unknown operator costs: an output of an input's shape has its positions, others new
+    ones, and nothing is frozen."""
+
+    def like(shape: Shape) -> Dims:
+        same = (dims for dims in call.tensors() if tuple(map(axes.size, dims)) == shape)
+        return next(same, None) or _same_batch(call, tuple(call.fresh(n) for n in shape))
+
+    return Effect([like(shape) for shape in call.shapes])
+
+
 def opaque(call: Call, why: str) -> Effect:
     """Nothing is known of what an operator does: all that goes in and comes out stays, but for the batch."""
     for dims in call.tensors():
         call.freeze(*dims, why=why)
-    return Effect([_same_batch(call, shape, why) for shape in call.shapes])
+    return Effect([_same_batch(call, call.constants(shape, why)) for shape in call.shapes])
 
 
-def _same_batch(call: Call, shape: Shape, why: str) -> Dims:
-    out = list(call.constants(shape, why))
+def _same_batch(call: Call, out: Dims) -> Dims:
     for dims in call.tensors():
-        if shape and dims and axes.size(dims[0]) == shape[0] and any(a.batch for a in axes.axes(dims[0])):
-            out[0] = dims[0]  # the leading dimension is the input's batch: its size is known only when run
-            break
-    return tuple(out)
+        if out and dims and axes.size(dims[0]) == axes.size(out[0]) and any(a.batch for a in axes.axes(dims[0])):
+            return (dims[0], *out[1:])  # the leading dimension is the input's batch: its size is known only when run
+    return out

@@ -44,6 +44,40 @@ def test_groups_as_json(ekgfx):
     assert facts["unknown_ops"] == {}
 
 
+CUSTOM = """
+import torch
+from torch import nn
+
+@torch.library.custom_op("ekgfx_cli_test::double", mutates_args=())
+def double(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+@double.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.b(double(double(self.a(x))))
+
+def net():
+    return Net(), (torch.randn(2, 4),)
+"""
+
+
+def test_an_unknown_operator_is_reported_once_with_what_it_costs(ekgfx, tmp_path):
+    (tmp_path / "custom.py").write_text(CUSTOM)
+    shown = ekgfx("groups", "custom.py:net", "--why").out
+    line = "ekgfx_cli_test.double.default has no rule (2 uses): what touches it stays whole, which costs 56"
+    assert " ".join(shown.split()).count(line) == 1  # a: 4·8 + 8, b: 8·2
+    facts = json.loads(ekgfx("groups", "custom.py:net", "--json").out)
+    assert facts["unknown_ops"] == {"ekgfx_cli_test.double.default": {"uses": 2, "parameters": 4 * 8 + 8 + 8 * 2}}
+
+
 def test_recipes_shows_the_whole_recipe(ekgfx):
     done = ekgfx("recipes", "quickstart")
     assert recipe.parse(yaml.safe_load(done.out)) == recipe.load("quickstart")

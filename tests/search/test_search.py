@@ -115,7 +115,7 @@ def test_a_history_of_something_else_is_refused() -> None:
         resume(steps, nets.batches(seed=9))
     with pytest.raises(PlanError, match="does not have"):
         resume([{**steps[0], "removed": {"elsewhere": [1]}, "widths": {"elsewhere": 0.5}}])
-    with pytest.raises(PlanError, match="no search step"):
+    with pytest.raises(PlanError, match="a step of the history has no"):
         resume([{"number": 1}])
 
 

@@ -1,0 +1,389 @@
+"""How long a search takes: masked as in the authors' program, sliced, with shared prefixes, and with everything.
+
+    python benchmarks/search_speed.py --data cifar10:DIR --weights resnet56-cifar10.safetensors --output FOLDER
+    python benchmarks/search_speed.py --network resnet50 --output FOLDER        # or vit_tiny
+
+Everything is timed in one run on one thread, the ways of evaluating taken in turn at each of several states along the
+search, as CPU seconds of the process (what a busy machine disturbs least; on a GPU, wall seconds). Each measurement is
+a process of its own (a fork), whose peak memory is thus its own. What was measured is in FOLDER and is not measured
+again.
+
+- masked: the network at full size, its cut weights zero, whole for every candidate.
+- sliced: really smaller tensors, whole for every candidate.
+- prefixes: a candidate computes only what its cut changes; the rest is computed once per batch.
+- all: and values kept from the importance's forward pass, the accepted candidate not evaluated again, early stops.
+- channels last: all, in that memory format.
+
+The whole ResNet-56 search is run with `all` (and with `--check`, with `sliced` candidates, to compare the plans); the
+other ways' totals are estimates: importance, accepted network and candidate at the states, interpolated over the steps,
+times the candidates that the search without early stops evaluates.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import ekgfx
+from ekgfx import data as datasets
+from ekgfx.models import resnet56_cifar
+from ekgfx.plan import Plan
+from ekgfx.prepare import prepare
+from ekgfx.run import read_lines, write_json
+from ekgfx.search import Step
+from ekgfx.search.candidates import worth_evaluating
+from ekgfx.search.details import PAPER
+from ekgfx.search.ekg import Pace, State, keeper_of, propose
+from ekgfx.search.forks import Forks
+from ekgfx.search.importance import taylor
+from ekgfx.search.problem import Budget, Computing, Problem, width_rules
+from ekgfx.search.race import Outcome, evaluate_candidates
+from ekgfx.search.reward import Objective, evaluate, label_free, validation_batches
+from ekgfx.sliced import kernel_names
+from ekgfx.trace import TracedModel
+from ekgfx.verify import MaskedNetwork, mask_tensor
+from ekgfx.weights import load_weights
+
+WAYS = ("masked", "sliced", "prefixes", "all", "channels last")
+PARTS = ("importance", "candidate", "accepted", "step")
+IMAGES = 64
+KEEP = 0.45
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network with the problem of a search; states: plans along the search, by name."""
+
+    problem: Problem
+    states: Mapping[str, Plan]
+
+
+def main() -> None:
+    asked = arguments()
+    torch.set_num_threads(1)
+    folder = Path(asked.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.device(asked.device)
+    case = resnet56(asked, folder, device) if asked.network == "resnet56" else on_photos(asked.network, device)
+    record = folder / f"{asked.network}-{device.type}.jsonl"
+    done = {(line["state"], line["way"], line["turn"]) for line in read_lines(record)}
+    for turn in range(asked.turns):
+        for name, plan in case.states.items():
+            for way in WAYS:
+                if (name, way, turn) not in done:
+                    found = apart(lambda way=way, plan=plan: timed(case.problem, plan, way), device)
+                    line = {"network": asked.network, "state": name, "way": way, "turn": turn, **found}
+                    with record.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+                    print(line, flush=True)
+    summary = summarized(asked.network, read_lines(record), folder, device)
+    write_json(folder / f"{asked.network}-{device.type}.json", summary)
+    print(json.dumps(summary, indent=1))
+
+
+# -- what is searched ----------------------------------------------------------------------------------------------
+
+
+def resnet56(asked: argparse.Namespace, folder: Path, device: torch.device) -> Case:
+    """CIFAR's ResNet-56 on 320 images after step 0, and the states of its whole search."""
+    model = resnet56_cifar()
+    load_weights(model, Path(asked.weights))
+    model.to(device)
+    normal = model.pretrained_cfg
+    data = datasets.load(asked.data, mean=normal["mean"], std=normal["std"]).to(device)
+    prepared_weights = folder / f"prepared-{device.type}.pt"
+    if prepared_weights.exists():
+        model.load_state_dict(torch.load(prepared_weights))
+        batches = prepare(model, data, train_per_class=0).batches
+        _, val = data.search_subset(256, 32, 0)
+        batches = tuple((b.images, b.labels) for b in data.loader("train", 256, subset=val))
+    else:
+        batches = prepare(model, data).batches
+        torch.save(model.state_dict(), prepared_weights)
+    model.eval()
+    traced = ekgfx.trace(model, batches[0][0][:2])
+    problem = problem_of(traced, batches)
+    found = {
+        way: whole(traced, batches, folder / f"search-{way.replace(' ', '-')}-{device.type}.jsonl", **options)
+        for way, options in (
+            ("all", {}),
+            ("channels last", {"channels_last": True}),
+            *([("sliced", {"early_stop": False, "cache": 0})] if asked.check else []),
+        )
+    }
+    plans = found["all"].plans
+    places = np.linspace(0, len(plans) - 2, asked.states).round().astype(int)
+    return Case(problem, {str(place): plans[place] for place in places})
+
+
+def whole(traced: TracedModel, batches: Any, history: Path, **options: Any) -> ekgfx.search.SearchResult:  # type: ignore[name-defined]
+    """A whole search, resumed from its history; the CPU seconds of every step are noted beside."""
+    steps = read_lines(history)
+    last = [clock(traced)]
+
+    def note(step: Step) -> None:
+        now = clock(traced)
+        line = {**step.to_json(), "seconds": now - last[0]}
+        last[0] = now
+        with history.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{history.stem} step {step.number}: {step.kept_fraction:.3f}, {line['seconds']:.1f} s", flush=True)
+
+    return ekgfx.search(traced, batches, flops=KEEP, on_step=note, resume_from=steps, **options)
+
+
+def on_photos(name: str, device: torch.device) -> Case:
+    """A network of timm with random weights on photographs, label-free; states of evenly cut widths."""
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model({"vit_tiny": "vit_tiny_patch16_224"}.get(name, name)).eval().to(device)
+    data = datasets.load("photos", image_size=224).to(device)
+    batches = [(batch.images, None) for batch in data.loader("train", IMAGES // 2, subset=range(IMAGES))]
+    traced = ekgfx.trace(model, batches[0][0][:2])
+    problem = problem_of(traced, batches)
+    states = {"1.00": problem.full()}
+    for keep in (0.75, 0.5):
+        states[f"{keep:.2f}"] = ekgfx.search(traced, flops=keep, strategy="uniform", importance="magnitude").plan
+    return Case(problem, {key: replace(plan, rescale=problem.rescale) for key, plan in states.items()})
+
+
+def problem_of(traced: TracedModel, batches: Any) -> Problem:
+    """The problem that `ekgfx.search` poses with its defaults."""
+    norms = any(operation.target is torch.ops.aten.batch_norm.default for operation in traced.operations)
+    problem = Problem(
+        traced=traced,
+        batches=validation_batches(batches),
+        objective=Objective(),
+        budget=Budget.of(lambda plan: traced.cost(plan).macs, KEEP, "MACs"),
+        rules=width_rules(traced, frozenset(), 1, 0.0),
+        guided=True,
+        ensemble=True,
+        rescale=norms,
+    )
+    if problem.batches[0].target is None:
+        soft = label_free(problem.network(problem.full()), problem.batches, problem.objective)
+        problem = replace(problem, batches=soft)
+    return problem
+
+
+# -- one step, in each way -----------------------------------------------------------------------------------------
+
+
+def timed(problem: Problem, plan: Plan, way: str) -> dict[str, Any]:
+    """Seconds of a step from `plan` by its parts, with the candidates' −ℛ by group.
+
+    importance: scores of all channels. candidate: mean over those evaluated. accepted: the best network, evaluated
+    again. Masked and sliced candidates are a sample, every third and every fourth.
+    """
+    computing = {
+        "all": Computing(early_stop=True),
+        "channels last": Computing(early_stop=True, channels_last=True),
+    }.get(way, Computing(cache=0))
+    problem = replace(problem, computing=computing, batches=tuple(map(computing.prepared, problem.batches)))
+    network = problem.network(plan)
+    _, knowledge = evaluate(problem.network(problem.full()), problem.batches, problem.objective, None)
+    widths = {name: len(problem.kept(plan, name)) / rule.size for name, rule in problem.rules.items()}
+    state = State(plan, widths, knowledge)
+    forks = Forks(problem.traced)
+    keeper = keeper_of(problem, forks, state)
+    start = clock(problem.traced)
+    scores = taylor(problem, problem.full() if way == "masked" else plan, knowledge, keeper)
+    importance = clock(problem.traced) - start
+    if way == "masked":  # that of the uncut network takes as long; whom to remove is decided as in the others
+        scores = taylor(problem, plan, knowledge)
+    found = [propose(problem, state, group, scores[group], Pace(), PAPER) for group in problem.rules]
+    proposals = [proposal for proposal in found if proposal is not None]
+    chosen, _ = worth_evaluating(proposals, {proposal.group: proposal.lost for proposal in proposals})
+    sample = chosen if way in ("prefixes", "all", "channels last") else chosen[:: 3 if way == "masked" else 4]
+    pairs = [(proposal.group, proposal.plan) for proposal in sample]
+    start = clock(problem.traced)
+    if way == "masked":
+        outcomes = [Outcome(masked(problem, candidate, knowledge)) for _, candidate in pairs]
+    elif way == "sliced":
+        outcomes = [
+            Outcome(evaluate(problem.network(candidate), problem.batches, problem.objective, knowledge)[0])
+            for _, candidate in pairs
+        ]
+    else:
+        outcomes = evaluate_candidates(problem, forks, plan, pairs, knowledge, kept=keeper.kept)
+    candidate = (clock(problem.traced) - start) / len(pairs)
+    start = clock(problem.traced)
+    if way in ("sliced", "prefixes"):
+        evaluate(network, problem.batches, problem.objective, knowledge)
+    accepted = candidate if way == "masked" else clock(problem.traced) - start
+    negatives = {
+        group: None if outcome.evaluation is None else -outcome.evaluation.reward
+        for (group, _), outcome in zip(pairs, outcomes, strict=True)
+    }
+    return {
+        "importance": importance,
+        "candidate": candidate,
+        "accepted": accepted,
+        "candidates": len(chosen),
+        "step": importance + candidate * len(chosen) + accepted,
+        "stopped": sum(value is None for value in negatives.values()),
+        "negatives": negatives,
+    }
+
+
+def masked(problem: Problem, plan: Plan, knowledge: Any) -> Any:
+    """A candidate in the authors' way: the model itself at full size, its cut weights zero."""
+    traced = problem.traced
+    kept = traced.groups.kept(plan)
+    if not problem.rescale:  # no BatchNorm; layer norms over masked channels need the graph
+        return evaluate(MaskedNetwork(traced, kept), problem.batches, problem.objective, knowledge)[0]
+    kernels, weights = kernel_names(traced), dict(traced.model.named_buffers())
+    weights = {name: value.clone() for name, value in weights.items()}  # the norms write to them
+    for name, dims in traced.weight_dims().items():
+        full = traced.tensor(name)
+        cut = mask_tensor(full, dims, kept)
+        if cut is not full:
+            weights[name] = cut * (full.norm() / cut.norm().clamp_min(1e-12)) if name in kernels else cut
+
+    def network(*inputs: Tensor) -> Any:
+        return torch.func.functional_call(traced.model, weights, inputs)
+
+    with training_norms(traced.model):
+        return evaluate(network, problem.batches, problem.objective, knowledge)[0]
+
+
+class training_norms:
+    """BatchNorms normalize by the batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+    def __enter__(self) -> None:
+        for norm in self.norms:
+            norm.train()
+
+    def __exit__(self, *_: object) -> None:
+        for norm in self.norms:
+            norm.eval()
+
+
+def clock(traced: TracedModel) -> float:
+    """CPU seconds of this process; on a GPU wall seconds, when it is done with what it was given."""
+    device = next(traced.model.parameters()).device
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def apart(work: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """What `work` returns, done in a fork, with its peak memory in MiB beyond what was there before (GPU: in all)."""
+    if device.type != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+        return {**work(), "memory": torch.cuda.max_memory_allocated(device) >> 20}
+    ours, theirs = multiprocessing.get_context("fork").Pipe()
+    if (child := os.fork()) == 0:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        theirs.send({**work(), "memory": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10})
+        os._exit(0)
+    theirs.close()
+    found: dict[str, Any] = ours.recv()
+    os.waitpid(child, 0)
+    return found
+
+
+# -- the table -----------------------------------------------------------------------------------------------------
+
+
+def summarized(network: str, lines: list[dict[str, Any]], folder: Path, device: torch.device) -> dict[str, Any]:
+    """Medians over the turns, ratios to masked, agreement of the candidates' values, and totals of the whole search."""
+    states = list(dict.fromkeys(line["state"] for line in lines))
+
+    def median(state: str, way: str, key: str) -> float:
+        return statistics.median(line[key] for line in lines if (line["state"], line["way"]) == (state, way))
+
+    summary: dict[str, Any] = {
+        "network": network,
+        "hardware": f"{platform.processor() or platform.machine()}, {device.type}, one thread",
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "states": {
+            state: {
+                way: {
+                    **{
+                        key: round(median(state, way, key), 3)
+                        for key in ("importance", "candidate", "accepted", "step")
+                    },
+                    "memory": median(state, way, "memory"),
+                    "times faster": round(median(state, "masked", "step") / median(state, way, "step"), 2),
+                    "differs": differs(lines, state, way),
+                }
+                for way in WAYS
+            }
+            for state in states
+        },
+    }
+    if network == "resnet56":
+        summary["search"] = dict(totals(folder, device, states, median))
+    return summary
+
+
+def differs(lines: list[dict[str, Any]], state: str, way: str) -> dict[str, Any]:
+    """Largest difference of −ℛ from the sliced network's, and whether the best candidate is that of `prefixes`."""
+    found = {line["way"]: line["negatives"] for line in lines if line["state"] == state}
+    exact, ours = found["prefixes"], found[way]
+    known = {group: value for group, value in ours.items() if value is not None and group in exact}
+    largest = max(abs(value - exact[group]) for group, value in known.items())
+    return {"largest": largest, "best": min(known, key=known.__getitem__) == min(exact, key=exact.__getitem__)}
+
+
+def totals(
+    folder: Path, device: torch.device, states: list[str], median: Callable[[str, str, str], float]
+) -> Iterator[tuple[str, Any]]:
+    """Seconds of the whole search in every way: measured where it was run, else estimated from the states."""
+    run = read_lines(folder / f"search-all-{device.type}.jsonl")
+    places = [int(state) for state in states]
+    measured = {}
+    for way in WAYS:
+        history = folder / f"search-{way.replace(' ', '-')}-{device.type}.jsonl"
+        parts = {key: [median(state, way, key) for state in states] for key in PARTS[:3]}
+        each = {key: np.interp(range(len(run)), places, values) for key, values in parts.items()}
+        estimate = sum(
+            each["importance"][i] + each["accepted"][i] + each["candidate"][i] * len(step["candidates"])
+            for i, step in enumerate(run)
+        )
+        if way in ("all", "channels last") and history.exists():
+            measured[way] = sum(step["seconds"] for step in read_lines(history))
+        yield way, {"estimated": round(estimate, 1), "measured": measured.get(way)}
+    yield "steps", len(run)
+    yield "candidates", sum(len(step["candidates"]) for step in run)
+    yield "stopped", sum(c["at_least"] is not None for step in run for c in step["candidates"])
+    for path in sorted(folder.glob(f"search-*-{device.type}.jsonl")):
+        other = read_lines(path)
+        same = [a["removed"] == b["removed"] for a, b in zip(run, other, strict=False)]
+        yield f"same steps as all: {path.stem}", f"{sum(same)} of {len(run)}, {len(other)} steps"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--network", choices=("resnet56", "resnet50", "vit_tiny"), default="resnet56")
+    parser.add_argument("--data", default="cifar10:data/cifar10")
+    parser.add_argument("--weights", default="data/weights/resnet56-cifar10.safetensors")
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--states", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--check", action="store_true", help="run the search without cache and early stops too")
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

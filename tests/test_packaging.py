@@ -23,7 +23,7 @@ FOLDERS = {"ekgfx": ROOT / "ekgfx", "ekgfx.export": ROOT / "export", "ekgfx.reci
 # named here fails the test until it has been given its place.
 PIPE = """
 errors
-units
+units distributed
 typed trust
 run recipe models weights data axes functional
 rules

@@ -1,6 +1,5 @@
 """The EKG search: greedy steps, each to the candidate that the ensemble knowledge rewards most."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -88,7 +87,7 @@ def run(
             accept=pace.accept,
             kept=keeper.kept,
         )
-        ranked = sorted(range(len(chosen)), key=lambda i: negative(outcomes[i]))
+        ranked = sorted(range(len(chosen)), key=lambda i: outcomes[i].negative)
         taken = combine(problem, state, [chosen[i] for i in ranked[: pace.accept]], scores, pace, details)
         state, evaluation = accept(problem, state, taken, outcomes[ranked[0]])
         recorder.accept(
@@ -183,11 +182,6 @@ def keeper_of(problem: Problem, forks: Forks, state: State) -> Keeper:
     samples = [batch.samples for batch in problem.batches]
     budget = problem.computing.cache - room_for_logits(problem, state.knowledge, len(problem.rules))
     return Keeper(forks, axes, counts, [count / sum(samples) for count in samples], budget)
-
-
-def negative(outcome: Outcome) -> float:
-    """−ℛ, to rank by; a candidate that was left early comes after all others."""
-    return math.inf if outcome.evaluation is None else -outcome.evaluation.reward
 
 
 def candidate(problem: Problem, proposal: Proposal, outcome: Outcome) -> Candidate:

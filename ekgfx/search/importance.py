@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ekgfx.axes import Axis, membership, positions
+from ekgfx.distributed import team
 from ekgfx.groups import ChannelGroup
 from ekgfx.plan import Plan
 from ekgfx.search.forks import Keeper
@@ -31,10 +32,14 @@ def taylor(problem: Problem, plan: Plan, knowledge: Knowledge | None, keeper: Ke
         network.amp, keeper = None, None  # gradients of a mean over many pixels are below what fp16 can hold
     kept = problem.traced.groups.kept(plan)
     groups = [problem.traced.groups[name] for name in problem.rules]
-    scores = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
     gates = {gate.node for group in groups for gate in group.gates}
     bare = sorted({name for group in groups if not group.gates for name in carriers(group)})
+    owners = team().owners([batch.samples for batch in problem.batches])
+    found = [torch.zeros(sum(group.size for group in groups), dtype=torch.float64) for _ in owners]
     for number, batch in enumerate(problem.batches):
+        if owners[number] != team().rank:
+            continue
+        scores = dict(zip((g.name for g in groups), found[number].split([g.size for g in groups]), strict=True))
         with torch.enable_grad():
             output, values = network.run(batch.inputs, capture=gates if keeper is None else gates | keeper.wanted)
             target = None if knowledge is None else knowledge[number]
@@ -58,7 +63,9 @@ def taylor(problem: Problem, plan: Plan, knowledge: Knowledge | None, keeper: Ke
                 if name in change:
                     index = channel_index(problem, name, dim, group.axis, kept)
                     scores[group.name] += per_channel(change[name].abs(), dim, index, group.size)
-    return scores
+    whole = sum(team().gathered(torch.stack(found)))  # batch after batch, whoever computed them
+    assert isinstance(whole, Tensor)
+    return dict(zip((g.name for g in groups), whole.split([g.size for g in groups]), strict=True))
 
 
 def differentiable(network: SubNetwork) -> SubNetwork:

@@ -3,11 +3,14 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ekgfx.distributed import team
 from ekgfx.plan import Plan
 from ekgfx.search.forks import Branch, Forks, Walk
 from ekgfx.search.problem import Problem
@@ -23,11 +26,16 @@ Kept = Mapping[int, Mapping[str, Any]]
 
 class Outcome(NamedTuple):
     """What became of a candidate. evaluation: None for one that was left early, when its −ℛ was found to be `at_least`
-    that. logits: of an evaluated one, per batch; None where there was no room to hold them."""
+    that. logits: of the best, per batch; None where there was no room to hold them."""
 
     evaluation: Evaluation | None
     at_least: float | None = None
     logits: tuple[Tensor, ...] | None = None
+
+    @property
+    def negative(self) -> float:
+        """−ℛ, to rank by; a candidate that was left early comes after all others."""
+        return math.inf if self.evaluation is None else -self.evaluation.reward
 
 
 @dataclass
@@ -47,30 +55,54 @@ class Race:
     holding: bool
     terms: dict[Unit, Terms] = field(default_factory=dict)
     logits: dict[Unit, Tensor] = field(default_factory=dict)
+    owners: dict[Unit, int] = field(default_factory=dict)
 
     def run(self, units: Iterable[Unit]) -> None:
-        """Evaluates candidates on batches; the results are in `terms` and `logits`."""
-        batches: dict[int, list[int]] = {}
-        for number, batch in units:
-            batches.setdefault(batch, []).append(number)
-        done: list[Unit] = []
-        found: list[Tensor] = []
+        """Evaluates candidates on batches that they have not seen, each on one of the processes; the results are in
+        `terms` on all of them, and in `logits` where they were computed."""
+        mates = team()
+        wanted = sorted(
+            set(units) - self.terms.keys(), key=lambda unit: (unit[1], self.branches[unit[0]].fork.at, unit[0])
+        )
+        owners = dict(zip(wanted, mates.owners([self.effort(unit) for unit in wanted]), strict=True))
+        mine = [unit for unit in wanted if owners[unit] == mates.rank]
+        found: dict[Unit, Tensor] = {}
         with torch.no_grad():
-            for batch, numbers in sorted(batches.items()):
-                numbers.sort(key=lambda number: self.branches[number].fork.at)
+            for batch, group in groupby(mine, key=lambda unit: unit[1]):
+                here = list(group)
+                ahead = [self.branches[number].fork for number, _ in here]
                 inputs = self.problem.batches[batch].inputs
-                ahead = [self.branches[number].fork for number in numbers]
                 walk = Walk(self.forks, self.current, inputs, ahead, self.kept.get(batch, {}))
-                for number in numbers:
-                    branch = self.branches[number]
+                for unit in here:
+                    branch = self.branches[unit[0]]
                     output = branch.go_on(inputs, walk.to(branch.fork))
-                    terms, logits = judge(self.problem.objective, self.problem.batches, self.knowledge, batch, output)
-                    done.append((number, batch))
-                    found.append(terms)
+                    found[unit], logits = judge(
+                        self.problem.objective, self.problem.batches, self.knowledge, batch, output
+                    )
                     if self.holding:
-                        self.logits[number, batch] = logits
+                        self.logits[unit] = logits
+        table = torch.zeros(len(wanted), 4, dtype=torch.float64)
         if found:
-            self.terms |= dict(zip(done, map(tuple, torch.stack(found).tolist()), strict=True))
+            table[[wanted.index(unit) for unit in found]] = torch.stack(list(found.values())).cpu()
+        self.terms |= dict(zip(wanted, map(tuple, mates.gathered(table).tolist()), strict=True))
+        self.owners |= owners
+
+    def effort(self, unit: Unit) -> float:
+        """What it takes to evaluate a candidate on a batch."""
+        nodes = self.branches[unit[0]].fork.nodes
+        return self.problem.batches[unit[1]].samples * sum(self._effort.get(node.name, 0) for node in nodes)
+
+    @cached_property
+    def _effort(self) -> dict[str, int]:
+        return self.forks.effort(self.current.kept)
+
+    def answers(self, number: int) -> tuple[Tensor, ...]:
+        """The logits of a candidate per batch, from the processes that have them."""
+        assert self.knowledge is not None
+        return tuple(
+            team().sent(self.logits.get((number, batch), torch.empty_like(logits)), self.owners[number, batch])
+            for batch, logits in enumerate(self.knowledge)
+        )
 
     def so_far(self, number: int, batches: int) -> float:
         """−ℛ of a candidate on its first batches."""
@@ -106,36 +138,45 @@ def evaluate_candidates(
         Branch(current, forks, groups[group].axis, groups.kept(candidate), rescale=problem.rescale)
         for group, candidate in candidates
     ]
-    batches = range(len(problem.batches))
     holding = room_for_logits(problem, knowledge, len(candidates)) > 0
     race = Race(problem, forks, current, branches, knowledge, kept or {}, holding)
     least = least_terms(problem.objective, problem.batches, knowledge) if problem.computing.early_stop else None
-    if least is None or len(candidates) <= accept or len(batches) == 1:
-        race.run((number, batch) for batch in batches for number in range(len(candidates)))
-        return [finished(race, number) for number in range(len(candidates))]
-    race.run((number, 0) for number in range(len(candidates)))
-    best = sorted(range(len(candidates)), key=lambda number: race.so_far(number, 1))[:accept]
+    bounds = {} if least is None else eliminate(race, least, accept)
+    batches = range(len(problem.batches))
+    race.run((number, b) for number in range(len(candidates)) for b in batches if number not in bounds)
+    outcomes = [
+        Outcome(None, bounds[number]) if number in bounds else Outcome(total(race.terms[number, b] for b in batches))
+        for number in range(len(candidates))
+    ]
+    if holding:
+        best = min(range(len(candidates)), key=lambda number: outcomes[number].negative)
+        outcomes[best] = outcomes[best]._replace(logits=race.answers(best))
+    return outcomes
+
+
+def eliminate(race: Race, least: Sequence[float], accept: int) -> dict[int, float]:
+    """Evaluates candidates until they are done or cannot be among the `accept` best; the bounds of those that cannot.
+
+    least: the least −ℛ that any network can have on each batch.
+    """
+    batches, everyone = range(len(least)), range(len(race.branches))
+    race.run((number, 0) for number in everyone)
+    best = sorted(everyone, key=lambda number: race.so_far(number, 1))[:accept]
     race.run((number, batch) for number in best for batch in batches[1:])
     worst = max(race.so_far(number, len(batches)) for number in best)
-    outcomes = {number: finished(race, number) for number in best}
-    running = [number for number in range(len(candidates)) if number not in best]
+    running = [number for number in everyone if number not in best]
+    bounds: dict[int, float] = {}
     for batch in batches[1:]:
         for number in running:
             bound = race.so_far(number, batch) + sum(least[batch:])
             if worst < bound < math.inf:
+                bounds[number] = bound
                 race.forget(number)
-                outcomes[number] = Outcome(None, at_least=bound)
-        running = [number for number in running if number not in outcomes]
-        race.run((number, batch) for number in running)
-    outcomes |= {number: finished(race, number) for number in running}
-    return [outcomes[number] for number in range(len(candidates))]
-
-
-def finished(race: Race, number: int) -> Outcome:
-    """The outcome of a candidate that saw every batch."""
-    batches = range(len(race.problem.batches))
-    evaluation = total(race.terms[number, batch] for batch in batches)
-    return Outcome(evaluation, None, tuple(race.logits[number, b] for b in batches) if race.holding else None)
+        running = [number for number in running if number not in bounds]
+        if any((number, batch) not in race.terms for number in running):
+            ahead = -(-team().size // len(running))  # where there are more processes, further batches at once
+            race.run((number, b) for number in running for b in batches[batch : batch + ahead])
+    return bounds
 
 
 def room_for_logits(problem: Problem, knowledge: Knowledge | None, candidates: int) -> int:

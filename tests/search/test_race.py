@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import ekgfx
 from ekgfx.search import AUTHORS, SearchResult, Step, ekg, search
-from ekgfx.search.forks import Forks
+from ekgfx.search.forks import Branch, Forks
 from ekgfx.search.problem import Computing, Problem
 from ekgfx.search.race import Outcome, evaluate_candidates
 from ekgfx.search.reward import evaluate, least_terms, validation_batches
@@ -120,6 +120,27 @@ def test_nothing_is_left_early_where_the_record_is_wanted_or_losses_may_be_negat
     assert left(early_stop=False) == 0
     assert left(details=AUTHORS) == 0
     assert left(loss=lambda output, target: F.cross_entropy(output, target)) == 0
+
+
+def test_early_stops_save_work(monkeypatch) -> None:
+    """What is left is not computed, and nothing is computed twice."""
+    traced = sure(nets.cnn)
+    seen: list[Branch] = []
+    go_on = Branch.go_on
+
+    def counting(self: Branch, inputs: Any, read: Any) -> Any:
+        seen.append(self)
+        return go_on(self, inputs, read)
+
+    monkeypatch.setattr(Branch, "go_on", counting)
+    result = search(traced, batches(traced), flops=0.6)
+    candidates = [candidate for step in result.steps for candidate in step.candidates]
+    left = sum(candidate.at_least is not None for candidate in candidates)
+    assert left
+    assert 4 * len(candidates) - 3 * left <= len(seen) <= 4 * len(candidates) - left
+    seen.clear()
+    search(traced, batches(traced), flops=0.6, early_stop=False)
+    assert len(seen) == 4 * len(candidates)
 
 
 def test_ties_are_settled_as_ever() -> None:

@@ -3,6 +3,7 @@
 The changes are drawn from a seed, so that a failing input can be made again: `mutants(valid, seed)`.
 """
 
+import copy
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -73,12 +74,12 @@ def of_values(valid: Any, draw: random.Random) -> Any:
     for _ in range(draw.randint(1, 3)):
         holders = list(_holders(value))
         if not holders:
-            return draw.choice(ODD)
+            return copy.deepcopy(draw.choice(ODD))
         holder = draw.choice(holders)
         key = draw.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
         kind = draw.randrange(6)
         if kind <= 2:
-            holder[key] = draw.choice(ODD)
+            holder[key] = copy.deepcopy(draw.choice(ODD))
         elif kind == 3:
             del holder[key]
         elif kind == 4 and isinstance(holder, dict):

@@ -89,7 +89,7 @@ def _read_one_npz(file: Path) -> Arrays:
     except KeyError:
         raise DataError(f"{file} has no array 'images' (N×H×W×C; 'labels' beside it, N)") from None
     except Exception as error:  # what zip and NumPy make of damaged bytes may be anything
-        raise DataError(f"cannot read {file}: {error}") from error
+        raise DataError(f"cannot read {file}: {' '.join(str(error).split())[:300]}") from error
     if images.ndim == 3:
         images = images[..., None]
     floating = np.issubdtype(images.dtype, np.floating)

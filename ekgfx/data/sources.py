@@ -42,7 +42,7 @@ def decode(file: str | Path | IO[bytes], name: str) -> Image.Image:
         with Image.open(file) as image:
             return image.convert("RGB")
     except Exception as error:  # Pillow has many decoders, and what they make of damaged bytes may be anything
-        raise DataError(f"cannot read the image {name}: {error}") from error
+        raise DataError(f"cannot read the image {name}: {' '.join(str(error).split())[:300]}") from error
 
 
 @dataclass(frozen=True)

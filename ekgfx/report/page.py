@@ -214,7 +214,7 @@ def _knowledge(facts: Facts) -> Element | None:
         return None
     names = [_teacher(teacher) for teacher in known.teachers]
     rows = [
-        [name, f"{teacher['loss']:.4f}", f"{teacher.get('infidelity', 0):.1e}"]
+        [name, f"{teacher['loss']:.4f}", _lost(teacher["infidelity"])]
         for name, teacher in zip(names, known.teachers, strict=True)
     ]
     chart = charts.square("share of images on which two teachers agree", names, known.agreement)
@@ -225,6 +225,10 @@ def _knowledge(facts: Facts) -> Element | None:
     table = _table(["teacher", "loss when found", "lost in storage (KL)"], rows)
     parts = [_figure("Agreement of the teachers", chart)] if known.agreement else []
     return _section("Knowledge", element("p", said), element("div", *parts, element("div", table), class_="grid2"))
+
+
+def _lost(infidelity: float | None) -> str:
+    return "–" if infidelity is None else f"{infidelity:.1e}"
 
 
 def _teacher(teacher: Mapping[str, object]) -> str:

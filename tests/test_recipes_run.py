@@ -1,0 +1,77 @@
+"""Every recipe that comes with the package runs from beginning to end, shrunken; and says what it measured."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ekgfx import recipe
+from tests.test_paper_recipes import DEEP, SHALLOW, check, dry_run, images
+
+FAST: dict[str, Any] = {"pretrain__batch_size": 16, "pretrain__workers": 0, "export__latency": False}
+
+
+def test_every_recipe_is_run():
+    here = {"quickstart", "cifar10-resnet56", "imagenet-vit-small", "finetune-on-my-folder"}
+    assert set(recipe.names()) == here | {"cifar10-mobilenetv2", *SHALLOW, *DEEP}
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_it_names_its_result_or_says_that_there_is_none(name):
+    said = recipe.load(name).measured
+    assert said.startswith("not yet measured") or re.search(r"\d+(\.\d+)?%.*seed \d+.*torch.*\d{4}-\d\d-\d\d", said)
+
+
+def test_quickstart(tmp_path):
+    changes = {"pretrain__epochs": 1, "search__flops": 0.8, "weights": "auto", "finetune__batch_size": 256}
+    run = dry_run(tmp_path, "quickstart", **{**FAST, **changes, "pretrain__batch_size": 256})
+    check(run, 0.8, 10)
+    assert run.has("model.onnx")
+
+
+def test_cifar10_resnet56(tmp_path):
+    """With a network of twenty layers: each step asks every group."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 10)):
+        pictures = draw.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{split}.npz", images=pictures, labels=np.arange(count, dtype=np.uint8) % 10)
+    changes = {"model": "ekgfx.models:resnet20_cifar", "data": f"npz:{tmp_path}", "search__flops": 0.97}
+    check(dry_run(tmp_path, "cifar10-resnet56", **changes), 0.97, 10)
+
+
+def test_imagenet_vit_small(tmp_path):
+    """With timm's smallest transformer; whole heads and multiples of eight go."""
+    data = images(tmp_path / "images", 72)
+    changes = {"model": "timm:test_vit", "input": "1x3x64x64", "search__flops": 0.9, "export__fp16": False}
+    run = dry_run(tmp_path, "imagenet-vit-small", data=data, **changes, export__latency=False)
+    check(run, 0.9, 1000)
+    assert run.has("model.onnx")
+
+
+@pytest.mark.sweep
+def test_imagenet_vit_small_at_full_size(tmp_path):
+    data = images(tmp_path / "images", 256)
+    run = dry_run(tmp_path, "imagenet-vit-small", data=data, search__accept=12, export__onnx=False)
+    check(run, 0.55, 1000)
+
+
+def folder(path: Path, classes: int) -> str:
+    """Random pictures in one folder for each class, without a split."""
+    draw = np.random.default_rng(0)
+    for number in range(classes):
+        (path / f"class-{number}").mkdir(parents=True)
+        for picture in range(5):
+            pixels = draw.integers(0, 256, (72, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path / f"class-{number}" / f"{picture}.png")
+    return f"folder:{path}"
+
+
+def test_finetune_on_my_folder(tmp_path):
+    data = folder(tmp_path / "images", 3)
+    changes = {"classes": 3, "input": "1x3x64x64", "search__flops": 0.95, "pretrain__epochs": 1}
+    run = dry_run(tmp_path, "finetune-on-my-folder", data=data, **{**FAST, **changes, "pretrain__batch_size": 4})
+    check(run, 0.95, 3)
+    assert run.has("model.onnx")

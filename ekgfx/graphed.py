@@ -67,7 +67,24 @@ def graph_module(cut: nn.Module, path: str, graph: AxisGraph, counts: Mapping[Ax
         made[node.name] = _copy(node, cut, path, graph, new, made, batch)
     new.output(pytree.tree_map_only(fx.Node, lambda n: made[n.name], output))
     module = fx.GraphModule(cut, new, class_name=f"{type(cut).__name__}Graph")
+    state = {**dict(cut.named_parameters()), **{n: t for n, t in cut.named_buffers() if n in cut.state_dict()}}
+    for name, tensor in state.items():
+        _keep(module, name, tensor)
     return module.train(cut.training)
+
+
+def _keep(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Hold a tensor under its name also where the graph does not read it: it is part of the model's state."""
+    *path, leaf = name.split(".")
+    for step in path:
+        if not hasattr(module, step):
+            module.add_module(step, nn.Module())
+        module = getattr(module, step)
+    if not hasattr(module, leaf):
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(leaf, tensor)
+        else:
+            module.register_buffer(leaf, tensor)
 
 
 def _raw_callers(node: fx.Node) -> list[str]:

@@ -37,6 +37,19 @@ def _(inputs: list[Tensor], state: list[Tensor], module: str, number: int, resul
     return [torch.empty(shape, dtype=getattr(torch, dtype), device=device) for dtype, shape in json.loads(results)]
 
 
+_PLAIN = (
+    Tensor,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.memory_format,
+    torch.Size,
+    type(None),
+)
 OPERATOR = torch.ops.ekgfx.leaf.default
 
 
@@ -114,6 +127,12 @@ def record(model: nn.Module, names: Sequence[str], args: tuple[Any, ...], kwargs
             output = forward(*args, **kwargs)
         given, given_spec = pytree.tree_flatten((args, kwargs))
         leaves, spec = pytree.tree_flatten(output)
+        for value, verb in (*((v, "takes") for v in given), *((v, "returns") for v in leaves)):
+            if not isinstance(value, _PLAIN):
+                raise TraceError(
+                    f"leaf {name!r} {verb} a {type(value).__name__}: use tensors, numbers, strings or containers "
+                    "of these; name the module around it as leaf, which works with what is in it"
+                )
         results = tuple((str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in leaves if isinstance(t, Tensor))
         calls[name].append(
             LeafCall(_others(given), given_spec, _others(leaves), spec, results, counter.get_total_flops() // 2)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ekgfx.cost import Cost, Products, cost_of, mac_table
+from ekgfx.errors import EkgfxError
 from ekgfx.graph import AxisGraph, Example
 from ekgfx.groups import Groups, find_groups
 from ekgfx.leaf import as_operators, evaluation_mode, find_leaves, record
@@ -93,6 +94,8 @@ def trace(
             leaves = record(model, names, args, named)
             with torch.no_grad(), as_operators(model, leaves), _quiet():
                 program = torch.export.export(model, *example, strict=False)
+        except EkgfxError:
+            raise
         except Exception as error:  # torch.export raises many types, all of them about the user's model
             raise explained(model, error, args, named) from error
         problem = unknown_sizes(model, program)

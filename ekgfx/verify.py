@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ekgfx.axes import Axis, Dims, axes, count, positions, size
+from ekgfx.axes import ONE, Axis, Dims, axes, count, positions, size
 from ekgfx.errors import PruneError
 from ekgfx.graph import AxisGraph, Operation
 from ekgfx.leaf import evaluation_mode
@@ -26,8 +26,9 @@ LAYOUT_ONLY = {f"aten.{name}.default" for name in ("contiguous", "clone", "alias
 class MaskedNetwork(GraphRunner):
     """The uncut network with the pruned entries of every weight set to zero.
 
-    Where a value depends on which positions take part (layer norm, group norm), it is taken over the kept positions;
-    everything else runs exactly as in the original, so agreement with the sliced graph shows that the cut is right.
+    Where a value depends on which positions take part (a layer norm), it is taken over the kept ones. Where a product
+    has no weight in it, what is cut of its factors contributes nothing (it need not be zero, as a weight's is).
+    Everything else runs exactly as in the original, so agreement with the sliced graph shows that the cut is right.
     """
 
     def __init__(self, graph: AxisGraph, kept: Mapping[Axis, Tensor]) -> None:
@@ -37,6 +38,9 @@ class MaskedNetwork(GraphRunner):
 
     def compute(self, operation: Operation, args: dict[str, Any], counts: Mapping[Axis, int]) -> Any:
         if not operation.effect.statistics:
+            if not self._weighted(operation):
+                for name, which, dim in operation.effect.sums:
+                    args[name] = self._silenced(args[name], operation.args[name], which, dim)
             return self.call(operation, resize(operation, args, counts))
         dims = {name: self.graph.symbolic(value) for name, value in operation.args.items()}
         cut = {name: self._gather(value, dims[name]) for name, value in args.items()}
@@ -46,6 +50,22 @@ class MaskedNetwork(GraphRunner):
         if isinstance(out, list):
             return [_scatter(value, dims, self.kept, counts) for value, dims in zip(result, out, strict=True)]
         return _scatter(result, out, self.kept, counts)
+
+    def _weighted(self, operation: Operation) -> bool:
+        """Whether one factor of an operator's products is a weight as it stands: what is cut of that is zero."""
+        produces = operation.effect.produces
+        factor = operation.args[produces[0]] if produces else None
+        return isinstance(factor, fx.Node) and factor.name in self.graph.weights
+
+    def _silenced(self, value: Any, node: Any, which: int | None, dim: int) -> Any:
+        """An argument with what is cut of one dimension (of one of its tensors) set to zero."""
+        if which is not None:
+            return [
+                self._silenced(v, n, None, dim) if i == which else v
+                for i, (v, n) in enumerate(zip(value, node, strict=True))
+            ]
+        dims = self.graph.dims[node.name]
+        return mask_tensor(value, tuple(e if d == dim % len(dims) else ONE for d, e in enumerate(dims)), self.kept)
 
     def _gather(self, value: Any, dims: Any) -> Any:
         if isinstance(value, Tensor) and is_dims(dims):

@@ -170,3 +170,29 @@ def test_containers_go_in_and_come_out() -> None:
     pruned = ekgfx.prune(model, plan, traced)
     for sign in (1, -1):
         assert check_pruned(traced, plan, pruned, (sign * torch.rand(3, 4, dtype=torch.float64),)) < 1e-12
+
+
+class Box:
+    """No container that PyTorch knows: what is in it would go unnoticed."""
+
+    def __init__(self, content: Tensor) -> None:
+        self.content = content
+
+
+class Boxing(nn.Module):
+    def forward(self, x: Tensor) -> Box:
+        return Box(x * 2 if x.sum() > 0 else x)
+
+
+class Unboxing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.boxing = Boxing()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.boxing(x).content
+
+
+def test_tensors_in_unknown_objects_are_refused_rather_than_frozen() -> None:
+    with pytest.raises(TraceError, match=r"^leaf 'boxing' returns a Box: use tensors, numbers"):
+        ekgfx.trace(Unboxing(), torch.randn(2, 4), leaf=["boxing"])

@@ -36,3 +36,74 @@ class NormWithActivation(nn.Module):
 def test_a_norm_with_an_activation_inside_runs_it_once() -> None:
     pruned = exact(NormWithActivation(), {"conv": (1, 4)}, 3, 4, 4)
     assert isinstance(pruned, torch.fx.GraphModule)
+
+
+class Unread(nn.Module):
+    """A part whose result nobody uses, in a forward that only a graph can express."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 1), nn.Linear(6, 2)
+        self.aux = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).view(-1, 6, 16).mean(2)
+        self.aux(x)
+        return self.head(x)
+
+
+def test_a_graph_holds_the_parameters_that_it_does_not_read() -> None:
+    model = Unread()
+    pruned = exact(model, {"conv": (1, 4)}, 3, 4, 4)
+    assert isinstance(pruned, torch.fx.GraphModule)
+    assert pruned.state_dict().keys() == model.state_dict().keys()
+
+
+class LinearAttention(nn.Module):
+    """Features are mapped by elu + 1, so one whose weights are zero has the value one in both queries and keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.head = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = nn.functional.elu(self.q(x)) + 1, nn.functional.elu(self.k(x)) + 1
+        return self.head(q @ (k.transpose(1, 2) @ self.v(x))).mean(1)
+
+
+def test_a_feature_that_is_cut_contributes_nothing_to_a_product() -> None:
+    pruned = exact(LinearAttention(), {"q": (0, 2, 5), "v": (1, 3)}, 3, 4)
+    assert pruned.k.out_features == 3
+
+
+class Standardized(nn.Module):
+    """Weights standardized by hand: where inputs are cut, the weight is not zero but minus its mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.b.weight
+        weight = weight - weight.mean((1, 2, 3), keepdim=True)
+        weight = weight / (weight.var((1, 2, 3), keepdim=True) + 1e-5).sqrt()
+        return self.head(nn.functional.conv2d(self.a(x).sigmoid(), weight, self.b.bias).amax((2, 3)))
+
+
+def test_weights_standardized_by_hand_are_those_of_the_kept_inputs() -> None:
+    assert exact(Standardized(), {"a": (0, 3, 4), "b": (1, 2)}, 3, 4, 4).b.in_channels == 3
+
+
+class Whole(nn.Module):
+    """`narrow` over the whole dimension, whose length is an argument all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head, self.width = nn.Linear(4, 6), nn.Linear(6, 2), 6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.a(x).narrow(1, 0, self.width))
+
+
+def test_narrowing_to_the_whole_takes_the_new_length() -> None:
+    assert exact(Whole(), {"a": (0, 2, 5)}, 4).width == 3

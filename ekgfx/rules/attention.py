@@ -27,4 +27,4 @@ def scaled_dot_product_attention(call: Call) -> Effect:
     call.freeze(query[-2], key[-2], why="tokens")
     if mask:
         broadcast(call, (*lead, query[-2], key[-2]), mask)
-    return Effect((*lead, query[-2], value[-1]))
+    return Effect((*lead, query[-2], value[-1]), sums=[("query", None, -1)])

@@ -44,7 +44,8 @@ def convolution(call: Call) -> Effect:
     after = call.constants(call.shape[len(batch) + 1 :], "space")
     out = (*batch, weight[0], *(old if free else new for old, new, free in zip(space, after, passes, strict=True)))
     mixes = alone and passes[0] and kernels[0] > 1 and not fixed(space[0])
-    return Effect(out, sizes={"groups": gamma}, produces=("weight", omega), statistics=mixes)
+    sums = [("input", None, len(batch))]
+    return Effect(out, sizes={"groups": gamma}, produces=("weight", omega), sums=sums, statistics=mixes)
 
 
 def _each(argument: Any, space: Dims) -> Sequence[Any]:
@@ -68,7 +69,8 @@ def transposed_convolution(call: Call) -> Effect:
     call.freeze(*weight[2:], why="kernel size")
     call.freeze(*x[len(batch) + 1 :], why="space")
     out = (*batch, produced, *call.constants(call.shape[len(batch) + 1 :], "space"))
-    return Effect(out, sizes={"groups": gamma}, produces=("weight", weight[1]))
+    sums = [("input", None, len(batch))]
+    return Effect(out, sizes={"groups": gamma}, produces=("weight", weight[1]), sums=sums)
 
 
 @rule("aten.linear.default")
@@ -78,7 +80,7 @@ def linear(call: Call) -> Effect:
     call.unify(x[-1], weight[-1])
     if bias:
         call.unify(bias[0], weight[0])
-    return Effect((*x[:-1], *weight[:-1]), produces=("weight", weight[0]))
+    return Effect((*x[:-1], *weight[:-1]), produces=("weight", weight[0]), sums=[("input", None, -1)])
 
 
 @rule("aten.addmm.default")
@@ -86,7 +88,7 @@ def addmm(call: Call) -> Effect:
     """self (broadcastable to (n, m)), mat1 (n, k), mat2 (k, m) → (n, m)."""
     a, b = call["mat1"], call["mat2"]
     call.unify(a[1], b[0])
-    return Effect(broadcast(call, (a[0], b[1]), call["self"]), produces=("mat2", b[1]))
+    return Effect(broadcast(call, (a[0], b[1]), call["self"]), produces=("mat2", b[1]), sums=[("mat1", None, 1)])
 
 
 @rule(
@@ -104,14 +106,15 @@ def matmul(call: Call) -> Effect:
     rows, columns = a[-2:-1], b[-1:] if len(b) > 1 else ()
     out = (*broadcast(call, a[:-2], b[:-2]), *rows, *columns)
     names = list(call.args)
-    return Effect(out, produces=(names[1], columns[0]) if columns else None)
+    return Effect(out, produces=(names[1], columns[0]) if columns else None, sums=[(names[0], None, -1)])
 
 
 @rule("aten.baddbmm.default")
 def baddbmm(call: Call) -> Effect:
     a, b = call["batch1"], call["batch2"]
     call.unify(a[2], b[1])
-    return Effect(broadcast(call, (*broadcast(call, a[:1], b[:1]), a[1], b[2]), call["self"]))
+    out = broadcast(call, (*broadcast(call, a[:1], b[:1]), a[1], b[2]), call["self"])
+    return Effect(out, sums=[("batch1", None, 2)])
 
 
 @rule("aten.einsum.default")
@@ -138,10 +141,13 @@ def einsum(call: Call) -> Effect:
                 known[letter] = dim
             elif size(dim) > 1:
                 call.unify(known[letter], dim)
-    for letter in known.keys() - set(output):
-        if sum(letter in term for term in spelled) == 1:
+    sums: list[tuple[str, int | None, int]] = []
+    for letter in sorted(known.keys() - set(output)):
+        users = [i for i, term in enumerate(spelled) if letter in term]
+        if len(users) == 1:
             call.freeze(known[letter], why="summed over")
-    return Effect(tuple(known[letter] for letter in output))
+        sums.append(("tensors", users[0], spelled[users[0]].index(letter)))
+    return Effect(tuple(known[letter] for letter in output), sums=sums)
 
 
 def _letters(term: str, missing: int) -> list[str]:
@@ -166,6 +172,6 @@ def bilinear(call: Call) -> Effect:
     call.unify(call["input2"][-1], weight[2])
     if call["bias"]:
         call.unify(call["bias"][0], weight[0])
-    return Effect(
-        (*broadcast(call, call["input1"][:-1], call["input2"][:-1]), weight[0]), produces=("weight", weight[0])
-    )
+    out = (*broadcast(call, call["input1"][:-1], call["input2"][:-1]), weight[0])
+    sums: list[tuple[str, int | None, int]] = [("input1", None, -1), ("input2", None, -1)]
+    return Effect(out, produces=("weight", weight[0]), sums=sums)

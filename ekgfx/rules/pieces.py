@@ -82,7 +82,7 @@ def slice_(call: Call) -> Effect:
     start = call["start"] or 0
     start = max(start + length, 0) if start < 0 else min(start, length)
     if taken == length:  # the whole dimension (a slice to the end keeps its open bound)
-        return Effect(x)
+        return Effect(x, sizes={"length": x[dim]} if "length" in call.args else {})
     if call.args.get("step", 1) != 1 or fixed(x[dim]) or taken == 0:
         call.freeze(x[dim], why="strided slice")
         return Effect(_replace(x, dim, call.constant(taken, "slice")))

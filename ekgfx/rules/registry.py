@@ -27,6 +27,8 @@ class Effect:
     produces: (argument name, expression): the output axes that this operator computes anew from that weight.
     carries: every output position depends on the input at the same position alone (up to statistics), so a channel's
         importance may be read behind it.
+    sums: (argument, which of its tensors if it is a list, dimension) that it sums products over. Where no factor is a
+        weight, what is cut of them need not be zero, and must not contribute.
     statistics: the value depends on which positions take part, as a mean does: cutting differs from zeroing.
     """
 
@@ -34,6 +36,7 @@ class Effect:
     sizes: Mapping[str, Expr | Sequence[Expr]] = field(default_factory=dict)
     produces: tuple[str, Expr] | None = None
     carries: bool = False
+    sums: Sequence[tuple[str, int | None, int]] = ()
     statistics: bool = False
 
 

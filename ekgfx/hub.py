@@ -85,7 +85,8 @@ def ekgfx_pruned(
     for plan in plans:
         whole = prune(whole, Plan.from_json(plan), example_inputs=torch.zeros(2, *input_size))
     told = pretrained_cfg.to_dict() if hasattr(pretrained_cfg, "to_dict") else dict(pretrained_cfg or {})
-    whole.pretrained_cfg = whole.default_cfg = {**config, **told, "architecture": dense}
+    config = {**config, **told, "architecture": dense, "input_size": tuple(input_size)}
+    whole.pretrained_cfg = whole.default_cfg = config
     if pretrained:
         load_pretrained(whole, whole.pretrained_cfg, num_classes=whole.num_classes, in_chans=int(input_size[0]))
     if num_classes is not None and num_classes != whole.num_classes:

@@ -41,7 +41,8 @@ from timm.loss import LabelSmoothingCrossEntropy
 model_name, folder = sys.argv[sys.argv.index("--model") + 1], sys.argv[sys.argv.index("--data-dir") + 1]
 model = create_model(model_name, pretrained="--pretrained" in sys.argv)
 dataset = create_dataset("", root=folder, split="train", is_training=True)
-loader = create_loader(dataset, (3, 32, 32), 4, is_training=True, use_prefetcher=False, num_workers=0, device="cpu")
+loader = create_loader(dataset, (3, 32, 32), 4, is_training=True, use_prefetcher=False, num_workers=0, device="cpu",
+                       persistent_workers=False)
 loss = LabelSmoothingCrossEntropy(smoothing=0.1)
 targets, losses = [], []
 for images, target in loader:

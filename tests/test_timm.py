@@ -69,6 +69,8 @@ def test_random_plans_are_exact(name: str) -> None:
 
 def test_a_stream_width_assumed_in_python_is_replaced_by_its_graph() -> None:
     """test_vit_relpos reshapes its attention to the width of the stream: Python cannot express other widths."""
+    if not timm.is_model("test_vit_relpos"):
+        pytest.skip(f"timm {timm.__version__} has no test_vit_relpos")
     model, shape = build("test_vit_relpos")
     model.eval()
     traced = ekgfx.trace(model, torch.randn(1, *shape))

@@ -11,21 +11,23 @@ from torch.export import ExportedProgram
 WRAPPERS = {"wrap_with_autocast": (4, 5), "wrap_with_set_grad_enabled": (1, 2), "tag_activation_checkpoint": (0, 1)}
 
 
-def functionalize(program: ExportedProgram) -> fx.Graph:
+def functionalize(program: ExportedProgram) -> tuple[fx.Graph, ExportedProgram]:
     """The program's graph with nested graphs inlined, in-place operators replaced, and dead nodes removed.
 
     An in-place operator on a tensor that nobody reads through another view afterwards is replaced by its functional
     twin; that is nearly all of them, and much faster than tracing again. Where a view is read later, PyTorch's own
-    functionalization is used.
+    functionalization is used, which may put the inputs in another order: the program that comes with the graph is the
+    one whose signature describes them.
     """
     graph = _inlined(program.graph_module)
     if not _replace_in_place(graph):
-        graph = _inlined(program.run_decompositions({}).graph_module)
+        program = program.run_decompositions({})
+        graph = _inlined(program.graph_module)
         _replace_in_place(graph)
     _canonical_batch_norm(graph)
     graph.eliminate_dead_code()
     graph.lint()
-    return graph
+    return graph, program
 
 
 def _inlined(module: fx.GraphModule) -> fx.Graph:

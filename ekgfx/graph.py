@@ -73,7 +73,7 @@ class AxisGraph:
     ) -> None:
         self.model = model
         self.leaves = leaves or Leaves()
-        self.graph = functionalize(program)
+        self.graph, program = functionalize(program)
         self.example = example
         self.in_spec = program.call_spec.in_spec
         self.out_spec = program.call_spec.out_spec

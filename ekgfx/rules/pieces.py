@@ -78,30 +78,50 @@ def select(call: Call) -> Effect:
 def slice_(call: Call) -> Effect:
     """The positions from start to end; bounds are recomputed as counts of what lies before."""
     x, dim = call["self"], call["dim"] % len(call["self"])
-    length, taken = size(x[dim]), call.shape[dim]
-    start = call["start"] or 0
-    start = max(start + length, 0) if start < 0 else min(start, length)
-    if taken == length:  # the whole dimension (a slice to the end keeps its open bound)
+    taken = call.shape[dim]
+    if taken == size(x[dim]):  # the whole dimension (a slice to the end keeps its open bound)
         return Effect(x, sizes={"length": x[dim]} if "length" in call.args else {})
     if call.args.get("step", 1) != 1 or fixed(x[dim]) or taken == 0:
         call.freeze(x[dim], why="strided slice")
         return Effect(_replace(x, dim, call.constant(taken, "slice")))
-    before, piece, after = (call.fresh(n) for n in (start, taken, length - start - taken))
-    call.unify(Sum((before, piece, after)), x[dim])
+    before, piece = _cut_out(call, x[dim], taken)
     name, bound = ("length", piece) if "length" in call.args else ("end", Sum((before, piece)))
     return Effect(_replace(x, dim, piece), sizes={"start": before, name: bound})
 
 
-@rule("aten.slice_scatter.default", "aten.select_scatter.default")
-def scatter(call: Call) -> Effect:
-    """`self` with a slice or one position along `dim` overwritten by `src`."""
-    x, src, dim = call["self"], list(call["src"]), call["dim"] % len(call["self"])
-    if len(src) < len(x):
-        src.insert(dim, ONE)
-    if size(src[dim]) != size(x[dim]):
+def _cut_out(call: Call, dim: Expr, taken: int) -> tuple[Expr, Expr]:
+    """What lies before the slice of `taken` positions that begins at the argument `start`, and the slice."""
+    length, start = size(dim), call["start"] or 0
+    start = max(start + length, 0) if start < 0 else min(start, length)
+    before, piece, after = (call.fresh(n) for n in (start, taken, length - start - taken))
+    call.unify(Sum((before, piece, after)), dim)
+    return before, piece
+
+
+@rule("aten.slice_scatter.default")
+def slice_scatter(call: Call) -> Effect:
+    """`self` with the positions from start to end overwritten by those of `src`."""
+    x, src, dim = call["self"], call["src"], call["dim"] % len(call["self"])
+    for d, (a, b) in enumerate(zip(x, src, strict=True)):
+        if d != dim:
+            call.unify(a, b)
+    if size(src[dim]) == size(x[dim]):
+        call.unify(src[dim], x[dim])
+        return Effect(x)
+    if call["step"] != 1 or fixed(x[dim]) or size(src[dim]) == 0:
         call.freeze(x[dim], src[dim], why="overwritten in part")
-        src[dim] = x[dim]
-    for a, b in zip(x, src, strict=True):
+        return Effect(x)
+    before, piece = _cut_out(call, x[dim], size(src[dim]))
+    call.unify(piece, src[dim])
+    return Effect(x, sizes={"start": before, "end": Sum((before, piece))})
+
+
+@rule("aten.select_scatter.default")
+def select_scatter(call: Call) -> Effect:
+    """`self` with one position overwritten by `src`."""
+    x, dim = call["self"], call["dim"] % len(call["self"])
+    call.freeze(x[dim], why="one position is overwritten")
+    for a, b in zip(x[:dim] + x[dim + 1 :], call["src"], strict=True):
         call.unify(a, b)
     return Effect(x)
 

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import click
@@ -189,6 +190,6 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_page_is_in_the_contents():
-    listed = (ROOT / "docs" / "index.md").read_text()
+    listed = (ROOT / "docs" / "index.md").read_text().splitlines()
     for page in (ROOT / "docs").glob("*.md"):
-        assert page.stem == "index" or re.search(rf"^{re.escape(page.stem)}$", listed, re.MULTILINE), page.name
+        assert page.stem == "index" or any(fnmatch(page.stem, line) for line in listed), page.name

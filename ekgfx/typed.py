@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,8 @@ from ekgfx.errors import EkgfxError
 
 _SHOWN = 80
 """Most characters of a wrong value that a message repeats."""
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother, _BRIEF.maxlong = 3, _SHOWN, _SHOWN, _SHOWN
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -32,8 +35,9 @@ def read(hint: Any, value: object, where: str, error: type[EkgfxError], key: str
 
 
 def show(value: object) -> str:
-    """A value as a message repeats it: not more than a line of it."""
-    text = repr(value)
+    """A value as a message repeats it: not more than a line of it. (A YAML file of a few lines can name itself so often
+    that its whole text would fill the memory.)"""
+    text = _BRIEF.repr(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 2]} …"
 
 

@@ -1,6 +1,7 @@
 """Recipes: strict keys and types, flags on top, every shipped recipe readable."""
 
 import pytest
+import yaml
 
 from ekgfx import recipe
 from ekgfx.errors import RecipeError
@@ -77,3 +78,14 @@ def test_flags_win_over_the_recipe():
 )
 def test_sizes_of_memory(text, size):
     assert bytes_of(text) == size
+
+
+def test_a_file_that_names_itself_a_billion_times_is_refused_at_once(tmp_path):
+    lines = ["x0: &x0 [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
+    lines += [f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 10)}]" for n in range(1, 40)]
+    for rest in ("", "description: *x39"):
+        with pytest.raises(RecipeError) as caught:
+            recipe.load(written(tmp_path, "\n".join([*lines, rest])))
+        assert len(str(caught.value)) < 500
+    with pytest.raises(RecipeError, match="description in .* must be text; got"):
+        recipe.parse({"description": yaml.safe_load("\n".join(lines))["x39"]})

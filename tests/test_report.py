@@ -161,7 +161,7 @@ def test_a_run_under_way_is_shown_as_far_as_it_is(tmp_path):
     with Run.create(tmp_path / "run", settings=Recipe(model="timm:some").to_json()) as run:
         run.append("history.jsonl", step(1, 0.9, "first", (0,), None).to_json())
         page = Page(report.page(Facts.of(run.path)))
-    assert any("This run is running" in text for text in page.texts)
+    assert any("This run is not done (running)" in text for text in page.texts)
     assert "Search" in page.texts
     assert "Widths" not in page.texts
 

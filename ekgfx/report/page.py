@@ -38,7 +38,7 @@ def _head(facts: Facts) -> Element:
         notes.append(f"{weights} Structure, cost and latency don't depend on them; accuracy does, so none is shown.")
     if status != "done":
         why = f": {facts.manifest['error']}" if facts.manifest.get("error") else ""
-        notes.append(f"This run is {status}{why}. What it has so far is shown.")
+        notes.append(f"This run is not done ({status}{why}); what it has so far is shown.")
     return element(
         "header",
         element("p", "ekgfx report", class_="eyebrow"),

@@ -166,7 +166,9 @@ def find_plan(job: Job) -> SearchResult:
         resume_from=history,
     )
     facts = {key: value for key, value in result.to_json().items() if key != "steps"}
-    checkpoint.write_plan(job.run, result.plan, reached=result.kept_fraction, search=facts)
+    before, after = traced.layer_macs(), traced.layer_macs(result.plan)
+    layers = [{"name": name, "before": macs, "after": after[name]} for name, macs in before.items()]
+    checkpoint.write_plan(job.run, result.plan, reached=result.kept_fraction, search=facts, layers=layers)
     return result
 
 

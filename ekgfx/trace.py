@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ekgfx.cost import Cost, Products, cost_of, mac_table
+from ekgfx.cost import Cost, Products, cost_of, evaluate, mac_table
 from ekgfx.errors import EkgfxError
 from ekgfx.graph import AxisGraph, Example
 from ekgfx.groups import Groups, find_groups
@@ -50,6 +50,17 @@ class TracedModel(AxisGraph):
         """MACs per sample and parameters of the (sub-)network, from the expressions alone."""
         counts = {axis: len(kept) for axis, kept in self.groups.kept(plan).items()}
         return cost_of(self, self._mac_table, counts)
+
+    def layer_macs(self, plan: Plan | None = None) -> dict[str, int]:
+        """Module → MACs per sample of the operators in it (not in its submodules), in the order of the graph."""
+        counts = {axis: len(kept) for axis, kept in self.groups.kept(plan).items()}
+        counts[self.batch] = 1
+        total: dict[str, int] = {}
+        for operation in self.operations:
+            if operation.name in self._mac_table:
+                macs = evaluate(self._mac_table[operation.name], counts)
+                total[operation.module] = total.get(operation.module, 0) + macs
+        return total
 
     def rebound(self, model: nn.Module) -> "TracedModel":
         """The same graph over the weights of another module that was built the same way."""

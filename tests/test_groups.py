@@ -133,6 +133,18 @@ def test_an_input_may_be_called_as_a_builtin_is() -> None:
     assert (pruned[0].out_features, pruned[2].in_features) == (3, 3)
 
 
+def test_macs_layer_by_layer() -> None:
+    """Three 1×1 convolutions on 8×8: 64·in·out each; together the cost."""
+    model = torch.nn.Sequential()
+    for name, (inputs, outputs) in {"a": (3, 8), "b": (8, 6), "out": (6, 2)}.items():
+        model.add_module(name, torch.nn.Conv2d(inputs, outputs, 1))
+    traced = ekgfx.trace(model.eval(), torch.zeros(2, 3, 8, 8))
+    assert traced.layer_macs() == {"a": 64 * 24, "b": 64 * 48, "out": 64 * 12}
+    plan = ekgfx.Plan({"a": (0, 1, 5), "b": (2, 4)})
+    assert traced.layer_macs(plan) == {"a": 64 * 9, "b": 64 * 6, "out": 64 * 4}
+    assert sum(traced.layer_macs(plan).values()) == traced.cost(plan).macs
+
+
 def test_plans_survive_json() -> None:
     plan = ekgfx.Plan({"a": (0, 2), "b": (1,)}, structure="abc", rescale=True)
     assert ekgfx.Plan.from_json(plan.to_json()) == plan

@@ -44,7 +44,8 @@ def run(tmp_path) -> Path:
         for line in steps:
             made.append("history.jsonl", line.to_json())
         facts = {key: value for key, value in result.to_json().items() if key != "steps"}
-        made.write_json("plan.json", {**json.loads(result.plan.to_json()), "search": facts})
+        layers = [{"name": "conv", "before": 800, "after": 400}, {"name": "fc", "before": 200, "after": 100}]
+        made.write_json("plan.json", {**json.loads(result.plan.to_json()), "search": facts, "layers": layers})
         for number in (1, 2):
             made.append(
                 "finetune.jsonl", {"number": number, "loss": 1.0, "lr": 0.1, "seconds": 1.0, "test_accuracy": 0.8}
@@ -92,7 +93,15 @@ def test_figures_of_a_run(run):
     assert facts.knowledge.agreement == [[1.0, 0.75, 0.5], [0.75, 1.0, 0.25], [0.5, 0.25, 1.0]]
     page = report.page(facts)
     texts = Page(page).texts
-    for said in ("87.50%", "−2.50 points", "50.0% kept", "first: 4 → 2 channels (50.0% kept)", "budget 55.0%"):
+    for said in (
+        "87.50%",
+        "−2.50 points",
+        "50.0% kept",
+        "first: 4 → 2 channels (50.0% kept)",
+        "budget 55.0%",
+        "conv: 800 → 400 MACs (50.0% kept)",
+        "80.0%",
+    ):
         assert said in texts, said
     assert any("ekgfx prune timm:some -o 'a run'" in text for text in texts)
     assert any("MACs 1.00 k → 500 (50.0% kept, 50.0% removed)" in text for text in texts)
@@ -206,9 +215,15 @@ def test_lines_are_where_the_numbers_say():
 
 
 def test_columns_are_as_high_as_what_is_kept():
-    chart = charts.columns("", [("a", 8, 2), ("b", 8, 8)])
-    whole, kept = (float(rect.get("height")) for rect in chart.find("g").findall("rect"))
+    def heights(column) -> list[float]:
+        return [float(rect.get("height")) for rect in column.findall("rect")]
+
+    (whole, kept), (other, _) = map(heights, charts.columns("", [("a", 8, 2), ("b", 4, 4)], "channels").findall("g"))
     assert kept == pytest.approx(whole / 4, abs=0.1)
+    assert other == whole  # shares
+    (whole, kept), (other, _) = map(heights, charts.columns("", [("a", 8, 2), ("b", 4, 4)], "", str).findall("g"))
+    assert kept == pytest.approx(whole / 4, abs=0.1)
+    assert other == pytest.approx(whole / 2, abs=0.1)
 
 
 @pytest.mark.parametrize(

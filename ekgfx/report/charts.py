@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from xml.etree.ElementTree import Element
 
 from ekgfx.report.markup import element
+from ekgfx.units import human
 
 WIDTH, HEIGHT = 400, 230
 LEFT, RIGHT, TOP, BOTTOM = 50, 8, 20, 38
@@ -68,24 +69,28 @@ def lines(
     return _svg(label, HEIGHT, parts)
 
 
-def columns(label: str, shown: Sequence[tuple[str, int, int]]) -> Element:
-    """(group, channels before, channels after) in the order of the network: a column each, its kept share filled."""
-    width, height, bottom = 940, 230, 22
-    up = _scale(0, 100, height - bottom, TOP)
-    parts = _frame([(up(share), f"{share}%") for share in (0, 25, 50, 75, 100)], width)
+def columns(
+    label: str, shown: Sequence[tuple[str, int, int]], unit: str, form: Format | None = None, height: int = 230
+) -> Element:
+    """(name, before, after) in the order of the network: a column each, what was kept of it filled. unit: of before and
+    after; form: how their values are written on the axis, None shows the share that was kept instead."""
+    width, bottom = 940, 22
+    top = 100.0 if form is None else float(max((before for _, before, _ in shown), default=0) or 1)
+    up = _scale(0, top, height - bottom, TOP)
+    levels = [(up(tick), f"{tick:g}%" if form is None else form(tick)) for tick in ticks(0, top, 4)]
+    parts = _frame(levels, width)
     pitch = (width - LEFT - RIGHT) / max(len(shown), 1)
     gap = min(4.0, 0.25 * pitch)
     for number, (name, before, after) in enumerate(shown):
-        share = 100 * after / before
+        share = after / before if before else 1.0
+        whole = top if form is None else before
+        hint = f"{name}: {human(before)} → {human(after)} {unit} ({100 * share:.1f}% kept)"
         at = {"x": _round(LEFT + number * pitch + gap / 2), "width": _round(min(pitch, 90) - gap)}
-        parts.append(
-            element(
-                "g",
-                element("title", f"{name}: {before} → {after} channels ({share:.1f}% kept)"),
-                element("rect", **at, y=_round(up(100)), height=_round(up(0) - up(100)), rx=2, class_="whole"),
-                element("rect", **at, y=_round(up(share)), height=_round(up(0) - up(share)), rx=2, class_="kept"),
-            )
-        )
+        marks = [
+            element("rect", **at, y=_round(up(value)), height=_round(up(0) - up(value)), rx=2, class_=kind)
+            for kind, value in (("whole", whole), ("kept", whole * share))
+        ]
+        parts.append(element("g", element("title", hint), *marks))
     parts.append(element("text", "input", x=LEFT, y=height - 4, class_="axis"))
     parts.append(element("text", "output", x=width - RIGHT, y=height - 4, class_="axis end"))
     return _svg(label, height, parts, width)

@@ -38,8 +38,18 @@ class Knowledge:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """MACs per sample of the operators of one module, before and after."""
+
+    name: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
 class Facts:
-    """A run. results: stage (`STAGES`) → score; search: None until it is finished, `steps` are there before."""
+    """A run. results: stage (`STAGES`) → score; search: None until it is finished, `steps` are there before; layers:
+    in the order of the network, empty where they were not recorded."""
 
     path: Path
     manifest: Mapping[str, Any]
@@ -47,6 +57,7 @@ class Facts:
     results: Mapping[str, Score]
     steps: Sequence[Step]
     search: SearchResult | None
+    layers: Sequence[Layer]
     epochs: Sequence[Epoch]
     knowledge: Knowledge | None
     latency: LatencyTable | None
@@ -63,14 +74,21 @@ class Facts:
         }
         settings = parse(manifest.get("settings", {}), f"{path}/run.json")
         lines = read_lines(path / pipeline.HISTORY)
-        search, steps = None, tuple(map(Step.from_json, lines))
+        search, layers = None, ()
+        steps = tuple(map(Step.from_json, lines))
         if checkpoint.PLAN in manifest["files"]:
-            said = read_json(verify(path, checkpoint.PLAN)).get("search")
-            search = None if said is None else SearchResult.from_json({**said, "steps": lines})
+            plan = read_json(verify(path, checkpoint.PLAN))
+            if not isinstance(plan, dict):
+                raise RunError(f"{path / checkpoint.PLAN} is damaged: it holds no object; restore it")
+            if plan.get("search") is not None:
+                search = SearchResult.from_json({**_mapping(plan["search"], path), "steps": lines})
+            layers = read(tuple[Layer, ...], plan.get("layers", []), str(path / checkpoint.PLAN), RunError, "layers")
         epochs = tuple(
             read(Epoch, line, str(path / pipeline.EPOCHS), RunError) for line in read_lines(path / pipeline.EPOCHS)
         )
-        return cls(path, manifest, settings, results, steps, search, epochs, _knowledge(path), _latency(path, manifest))
+        return cls(
+            path, manifest, settings, results, steps, search, layers, epochs, _knowledge(path), _latency(path, manifest)
+        )
 
     @property
     def widths(self) -> list[tuple[str, int, int]]:
@@ -84,6 +102,11 @@ class Facts:
     def random(self) -> bool:
         """Whether the model was never trained."""
         return str(self.manifest.get("weights", "")).startswith("random") and not self.settings.pretrain.epochs
+
+
+def _mapping(value: object, path: Path) -> Mapping[str, Any]:
+    told: Mapping[str, Any] = read(Mapping[str, Any], value, str(path / checkpoint.PLAN), RunError, "search")
+    return told
 
 
 def _knowledge(path: Path) -> Knowledge | None:

@@ -23,7 +23,7 @@ FEW = 16
 def page(facts: Facts) -> str:
     """The whole page as text."""
     style = resources.files("ekgfx.report").joinpath("style.css").read_text(encoding="utf-8")
-    sections = (_results, _search, _widths, _training, _knowledge, _latency, _reproduce)
+    sections = (_results, _search, _widths, _layers, _training, _knowledge, _latency, _reproduce)
     body = element("main", _head(facts), *(section(facts) for section in sections))
     return document(f"{facts.path.resolve().name} · ekgfx", style, body)
 
@@ -171,8 +171,29 @@ def _widths(facts: Facts) -> Element | None:
         details.set("open", "open")
     uncut = sum(before == after for _, before, after in widths)
     said = f"One column for each group of coupled channels, from input to output; {uncut} of {len(widths)} kept all."
-    chart = charts.columns("share of channels kept in each group, along the network", widths)
+    chart = charts.columns("share of channels kept in each group, along the network", widths, "channels")
     return _section("Widths", element("p", said), element("div", chart, class_="card wide"), details)
+
+
+def _layers(facts: Facts) -> Element | None:
+    layers = [(layer.name or "(the model itself)", layer.before, layer.after) for layer in facts.layers]
+    if not layers:
+        return None
+    saved = sorted(layers, key=lambda layer: layer[2] - layer[1])
+    total = sum(before - after for _, before, after in layers) or 1
+    rows = [
+        [name, human(before), human(after), _share(after, before), f"{100 * (before - after) / total:.1f}%"]
+        for name, before, after in saved
+    ]
+    table = _table(["layer", "MACs before", "after", "kept", "of all savings"], rows)
+    details = element("details", element("summary", f"All {len(rows)} layers, the largest saving first"), table)
+    first = sum(before - after for _, before, after in saved[: max(1, len(saved) // 4)]) / total
+    said = (
+        "MACs of each layer, from input to output, and what is left of them. "
+        f"A quarter of the layers brings {100 * first:.0f}% of the saving. What it is worth in time, the latency says."
+    )
+    chart = charts.columns("MACs of each layer, before and after", layers, "MACs", human)
+    return _section("Where the MACs went", element("p", said), element("div", chart, class_="card wide"), details)
 
 
 def _training(facts: Facts) -> Element | None:

@@ -168,7 +168,16 @@ def test_what_a_run_is_good_for(finished, ekgfx, tmp_path):
     shown = ekgfx("report", finished)
     assert shown.code == 0, shown.err
     page = (finished / "report.html").read_text(encoding="utf-8")
-    sections = ["Result", "Search", "Widths", "Fine-tuning", "Knowledge", "Latency", "Get the same"]
+    sections = [
+        "Result",
+        "Search",
+        "Widths",
+        "Where the MACs went",
+        "Fine-tuning",
+        "Knowledge",
+        "Latency",
+        "Get the same",
+    ]
     assert re.findall("<h2>(.*?)</h2>", page) == sections
 
     again = ekgfx("finetune", finished, "--epochs", 1, "--batch-size", 64)

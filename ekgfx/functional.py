@@ -11,23 +11,27 @@ from torch.export import ExportedProgram
 WRAPPERS = {"wrap_with_autocast": (4, 5), "wrap_with_set_grad_enabled": (1, 2), "tag_activation_checkpoint": (0, 1)}
 
 
-def functionalize(program: ExportedProgram) -> tuple[fx.Graph, ExportedProgram]:
+def functionalize(program: ExportedProgram, decompose: bool = False) -> tuple[fx.Graph, ExportedProgram, bool]:
     """The program's graph with nested graphs inlined, in-place operators replaced, and dead nodes removed.
 
     An in-place operator on a tensor that nobody reads through another view afterwards is replaced by its functional
     twin; that is nearly all of them, and much faster than tracing again. Where a view is read later, PyTorch's own
-    functionalization is used, which may put the inputs in another order: the program that comes with the graph is the
-    one whose signature describes them.
+    functionalization is used (with `decompose`, in any case), which replaces some operators by others and may put the
+    inputs in another order: the program that comes with the graph is the one whose signature describes them.
+
+    Returns:
+        the graph, its program, and whether PyTorch's functionalization was used.
     """
     graph = _inlined(program.graph_module)
-    if not _replace_in_place(graph):
+    decompose = decompose or not _replace_in_place(graph)
+    if decompose:
         program = program.run_decompositions({})
         graph = _inlined(program.graph_module)
         _replace_in_place(graph)
     _canonical_batch_norm(graph)
     graph.eliminate_dead_code()
     graph.lint()
-    return graph, program
+    return graph, program, decompose
 
 
 def _inlined(module: fx.GraphModule) -> fx.Graph:

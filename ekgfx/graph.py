@@ -60,6 +60,7 @@ class AxisGraph:
         weights: placeholder name → qualified name of the parameter or buffer.
         constants: placeholder name → tensor constant.
         inputs: placeholder names of the user's inputs, in order.
+        decomposed: PyTorch made the graph functional, so some operators are others than those that the model calls.
         leaves: the modules that run as they are, with their calls.
         unknown_ops: operators without a rule (or whose rule does not hold) → number of uses.
     """
@@ -70,10 +71,11 @@ class AxisGraph:
         program: torch.export.ExportedProgram,
         example: Example,
         leaves: Leaves | None = None,
+        decompose: bool = False,
     ) -> None:
         self.model = model
         self.leaves = leaves or Leaves()
-        self.graph, program = functionalize(program)
+        self.graph, program, self.decomposed = functionalize(program, decompose)
         self.example = example
         self.in_spec = program.call_spec.in_spec
         self.out_spec = program.call_spec.out_spec

@@ -18,7 +18,7 @@ from ekgfx.graphed import replace_module
 from ekgfx.leaf import evaluation_mode
 from ekgfx.plan import Plan
 from ekgfx.sliced import slice_weights
-from ekgfx.trace import TracedModel, trace
+from ekgfx.trace import TracedModel, retrace, trace
 from ekgfx.verify import check_pruned, compare_shapes
 
 MOST_TRIALS = 16
@@ -159,7 +159,7 @@ def _problem(pruned: nn.Module, source: TracedModel, plan: Plan) -> _Problem | N
     """Trace the cut module again and compare it with the prediction; None if all agrees."""
     args, kwargs = source.example
     try:
-        again = trace(pruned, args, kwargs, leaf=list(source.leaves))
+        again = retrace(pruned, source)
         difference = compare_shapes(source, plan, again)
     except EkgfxError as error:
         return _Problem(str(error), _failing_module(pruned, args, kwargs))

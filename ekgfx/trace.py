@@ -98,8 +98,20 @@ def trace(
         TraceError: the model's forward cannot be turned into a graph; the message says where.
     """
     args = tuple(example_inputs) if not isinstance(example_inputs, Tensor) else (example_inputs,)
-    args, named = example = _at_least_two((args, dict(kwargs or {})))
-    names = find_leaves(model, leaf)
+    return _traced(model, _at_least_two((args, dict(kwargs or {}))), find_leaves(model, leaf))
+
+
+def retrace(model: nn.Module, source: TracedModel) -> TracedModel:
+    """Trace a model that was made from a traced one in the same way, so that their operators can be compared.
+
+    Raises:
+        TraceError: as `trace`.
+    """
+    return _traced(model, source.example, list(source.leaves), source.decomposed)
+
+
+def _traced(model: nn.Module, example: Example, names: list[str], decompose: bool = False) -> TracedModel:
+    args, named = example
     with evaluation_mode(model):
         try:
             leaves = record(model, names, args, named)
@@ -112,7 +124,7 @@ def trace(
         problem = unknown_sizes(model, program)
         if problem is not None:
             raise problem
-        return TracedModel(model, program, example, leaves)
+        return TracedModel(model, program, example, leaves, decompose)
 
 
 @contextlib.contextmanager

@@ -187,7 +187,7 @@ def perturb(model: nn.Module, seed: int = 0) -> None:
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            scale = 0.3 if parameter.ndim < 2 else 0.5 * max(parameter.std().item(), 0.02)
+            scale = 0.3 if parameter.ndim < 2 else 0.5 * max(parameter.std(correction=0).item(), 0.02)
             parameter.add_(noise(parameter) * scale)
             if any(part in name for part in ("qkv", "query", "key", ".q.", ".k.", "q_", "k_", ".kv")):
                 parameter.mul_(3)

@@ -187,3 +187,13 @@ def test_an_input_may_have_any_name() -> None:
 )
 def test_numbers_that_are_none_do_not_pass_for_equal(a: list, b: list, error: float) -> None:
     assert relative_error({"x": torch.tensor(a)}, {"x": torch.tensor(b)}) == error
+
+
+def test_perturbing_leaves_numbers() -> None:
+    """Also a weight of one entry, whose spread cannot be estimated."""
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    perturb(model)
+    after = model.state_dict()
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    assert all(not torch.equal(before[n], t) for n, t in after.items() if n != "1.num_batches_tracked")

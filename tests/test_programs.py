@@ -56,7 +56,7 @@ def fuzz(networks: int, examples: int, number: int) -> None:
 
 
 def test_cuts_of_random_programs_are_exact() -> None:
-    fuzz(20, 40, number=0)
+    fuzz(50, 80, number=0)
 
 
 @pytest.mark.sweep

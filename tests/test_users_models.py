@@ -23,14 +23,14 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def pruned_exactly(model: nn.Module, small: Inputs, large: Inputs, *, seed: int = 0, same: bool = True) -> nn.Module:
-    """Cut every group at random: masked = sliced = pruned on inputs of another batch size, classes kept, one step
-    trained. `small`: what is traced with; `large`: what is compared on."""
+def exactly(model: nn.Module, small: Inputs, large: Inputs) -> nn.Module:
+    """Cut every group at random: masked = sliced = pruned. `small`: what is traced with; `large`: what is compared on,
+    a batch of another size."""
     model = model.double().eval()
     perturb(model)
     traced = ekgfx.trace(model, *small)
     assert traced.unknown_ops == {}
-    rng = random.Random(seed)
+    rng = random.Random(0)
     plan = ekgfx.Plan(
         {n: tuple(sorted(rng.sample(range(g.size), rng.randint(1, g.size - 1)))) for n, g in traced.groups.items()}
     )
@@ -39,11 +39,18 @@ def pruned_exactly(model: nn.Module, small: Inputs, large: Inputs, *, seed: int 
         masked = MaskedNetwork(traced, traced.groups.kept(plan))(*args, **kwargs)
         assert relative_error(traced.subnetwork(plan)(*args, **kwargs), masked) < 1e-10
     pruned = ekgfx.prune(model, plan, traced)
-    if same:
-        assert all(type(a) is type(b) for a, b in zip(pruned.modules(), model.modules(), strict=True))
+    assert type(pruned) is type(model)
     assert check_pruned(traced, plan, pruned, args, kwargs) < 1e-10
     assert sum(p.numel() for p in pruned.parameters()) == traced.cost(plan).params
+    return pruned
 
+
+def pruned_exactly(model: nn.Module, small: Inputs, large: Inputs, *, same: bool = True) -> nn.Module:
+    """The same, and then a step of training. same: not one module inside changes its class."""
+    pruned = exactly(model, small, large)
+    if same:
+        assert all(type(a) is type(b) for a, b in zip(pruned.modules(), model.modules(), strict=True))
+    args, kwargs = large
     output = pruned.train()(*args, **kwargs)
     sum(t.square().mean() for t in pytree.tree_leaves(output)).backward()
     assert all(p.grad is not None for p in pruned.parameters() if p.requires_grad)
@@ -241,3 +248,24 @@ def test_shifted_windows_of_torchvision() -> None:
         ("features.1.0.attn.cpb_mlp.2", "features.1.1.attn.cpb_mlp.2", "features.3.0.attn.cpb_mlp.2"), 2
     )
     pruned_exactly(model, small, of_shapes(((3, 32, 32),), 3), same=False)
+
+
+CLASSIFIERS = ["squeezenet1_1", "shufflenet_v2_x0_5"]
+MORE = [
+    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t"),
+    *("mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_x_400mf", "resnext50_32x4d", "swin_v2_t", "vgg11_bn"),
+    *("vit_b_32", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large", "r3d_18", "swin3d_t"),
+]
+SHAPES = {"inception_v3": (3, 96, 96), "maxvit_t": (3, 224, 224), "vit_b_32": (3, 224, 224)}
+
+
+@pytest.mark.parametrize("name", [*CLASSIFIERS, *(pytest.param(name, marks=pytest.mark.sweep) for name in MORE)])
+def test_torchvision(name: str) -> None:
+    """Networks as torchvision builds them; what only training uses (auxiliary classifiers) stays whole."""
+    from torchvision.models import get_model
+
+    torch.manual_seed(0)
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model = get_model(name, weights=None, **options, **({"weights_backbone": None} if "v3_large" in name else {}))
+    shape = (3, 8, 64, 64) if "3d" in name else SHAPES.get(name, (3, 64, 64))
+    exactly(model, of_shapes((shape,), 2), of_shapes((shape,), 3))

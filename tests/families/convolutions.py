@@ -111,6 +111,19 @@ def normalizer_free_scaling() -> nn.Module:
     return Images(NormFreeBlock(8, alpha=0.2, beta=0.9, bottle_ratio=0.5, skipinit=True, act_layer=nn.ReLU))
 
 
+@family(
+    (3, 4, 4),
+    groups=[
+        (2, "stem> body.weight:0 body.bias:0 >head"),
+        (4, "stem> body.weight:0"),
+        (3, "body.weight:1 body.bias:0 >head"),
+    ],
+)
+def transposed_convolution_in_groups() -> nn.Module:
+    """The weight is (groups·4, 3): inputs are groups·4, outputs groups·3."""
+    return Images(nn.ConvTranspose2d(8, 6, 2, stride=2, groups=2), out=6)
+
+
 @family((3, 4, 4), groups=[(8, "stem> >head")])
 def blur_pool() -> nn.Module:
     """A depthwise convolution with a buffer, which is cut as well."""

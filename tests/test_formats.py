@@ -98,3 +98,18 @@ def test_lines_and_exports_go_with_their_run(saved):
     for read in (Run.reopen, report.Facts.of, checkpoint.load_run):
         with pytest.raises(EkgfxError, match="upgrade ekgfx"):
             read(saved)
+
+
+@pytest.mark.parametrize("change", ["shape", "rows", "none"])
+def test_a_bank_whose_description_does_not_fit_its_rows_is_refused(tmp_path, change):
+    kind = np.dtype([("sample", "<u4"), ("values", "<f2", (3,))])
+    teachers = []
+    for number, count in enumerate((2, 3 if change == "rows" else 2)):
+        file = tmp_path / f"teacher-{number}.rows"
+        np.zeros(count, kind).tofile(file)
+        teachers.append({"step": number, "loss": 0.1, "infidelity": 0.0, "file": checksum(file)})
+    shape, teachers = ([4] if change == "shape" else [3]), ([] if change == "none" else teachers)
+    manifest = {"format": 1, "shape": shape, "top_k": None, "temperature": 4.0, "teachers": teachers}
+    (tmp_path / "bank.json").write_text(json.dumps(manifest))
+    with pytest.raises(EkgfxError, match="does not describe the rows beside it"):
+        Bank.open(tmp_path)

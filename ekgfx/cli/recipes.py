@@ -12,7 +12,8 @@ def recipes(name: str | None) -> None:
     """List the recipes, or show one (a name or a .yaml file) with every setting it leaves at its default."""
     if name is None:
         for known in recipe.names():
-            click.echo(f"{known:20} {recipe.load(known).description}")
+            asked = recipe.load(known)
+            click.echo(f"{known}\n    {asked.description}\n    result: {asked.measured or 'nothing said'}")
     else:
         settings = recipe.load(name).to_json()
         click.echo(yaml.safe_dump(_lists(settings), sort_keys=False, allow_unicode=True), nl=False)

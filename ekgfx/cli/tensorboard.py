@@ -1,8 +1,9 @@
 """`--tensorboard`: the figures that the terminal shows, as scalars for TensorBoard too."""
 
+from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from ekgfx.cli.progress import Terminal
 from ekgfx.errors import RecipeError
@@ -23,17 +24,16 @@ class TensorBoard(Terminal):
                 "--tensorboard needs the package tensorboard, which is not here: pip install 'ekgfx[tensorboard]'"
             ) from error
         super().__init__()
-        self._folder, self._create, self._stage = folder, SummaryWriter, ""
-
-    def __enter__(self) -> Self:
-        self._writer = self._create(str(self._folder))
-        return super().__enter__()
+        self._stage = ""
+        # Made with the first figure: a job that fails before leaves nothing behind.
+        self._writer = cache(lambda: SummaryWriter(str(folder)))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)
-        self._writer.close()
+        if self._writer.cache_info().currsize:
+            self._writer().close()
 
     def stage(self, title: str) -> None:
         super().stage(title)
@@ -68,5 +68,5 @@ class TensorBoard(Terminal):
     def _log(self, number: int, **values: Any) -> None:
         for name, value in values.items():
             if value is not None:
-                self._writer.add_scalar(f"{self._stage}/{name}", value, number)
-        self._writer.flush()
+                self._writer().add_scalar(f"{self._stage}/{name}", value, number)
+        self._writer().flush()

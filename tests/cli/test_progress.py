@@ -56,6 +56,11 @@ def test_tensorboard_gets_what_the_terminal_shows(ekgfx, tiny, tmp_path):
     assert {"train-the-model/loss", "search/kept_fraction"} <= set(logged.Tags()["scalars"])
 
 
+def test_a_job_that_fails_at_once_leaves_no_log(refused, tiny, tmp_path):
+    refused("prune", "--recipe", tiny, "--tensorboard", "--flops", "0.0001", "-o", "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_tensorboard_is_optional(refused, tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     line = refused("prune", "--recipe", tiny, "--tensorboard", "-o", "run")

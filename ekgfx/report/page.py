@@ -113,8 +113,7 @@ def _search(facts: Facts) -> Element | None:
     asked, base = facts.settings.search, facts.search.baseline if facts.search else None
     steps = facts.steps
     kept = [(0.0, 1.0), *((float(step.number), step.kept_fraction) for step in steps)]
-    unit = "MACs" if asked.flops else "parameters"
-    budget = asked.flops or asked.params
+    unit, budget = _budget(facts)
     shown = [
         _figure(
             f"{unit} kept",
@@ -151,6 +150,15 @@ def _search(facts: Facts) -> Element | None:
     if losses:
         said += f" The reward compares each candidate with {_TEACHERS[asked.knowledge]}."
     return _section("Search", element("p", said), element("div", *shown, class_="grid3"))
+
+
+def _budget(facts: Facts) -> tuple[str, float | None]:
+    """What the budget was on, and the fraction to keep."""
+    asked = facts.settings.search
+    told = facts.search.settings.get("budget") if facts.search else None
+    if isinstance(told, Mapping) and isinstance(told.get("unit"), str) and type(told.get("keep")) is float:
+        return told["unit"], told["keep"]
+    return ("MACs", asked.flops) if asked.flops else ("parameters", asked.params)
 
 
 _TEACHERS = {

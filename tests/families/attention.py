@@ -45,19 +45,19 @@ def packed_qkv_with_an_explicit_scale() -> nn.Module:
     groups=[
         (8, "embed> >body.q_proj >body.k_proj >body.v_proj >body.gate"),
         (2, "body.q_proj> body.k_proj> body.v_proj> body.gate> >body.proj"),
-        (2, "body.q_proj> body.gate> >body.proj"),
+        (3, "body.q_proj> body.gate> >body.proj"),
         (3, "body.v_proj> body.gate> >body.proj"),
         (8, "body.proj> >head"),
     ],
     by_graph="body",
 )
 def grouped_query_attention() -> nn.Module:
-    """Four query heads on two key-value heads: queries = key heads·repeats·[3]; the repeats of a key are free, too.
+    """Six query heads on two key-value heads: queries = key heads·repeats·[3]; the repeats of a key are free, too.
 
-    Keys are repeated for the queries of their group, so the second query of both groups may go. The gate follows what
+    Keys are repeated for the queries of their group, so the second query of each key may go. The gate follows what
     comes out of attention: query heads, and features of the values, which nothing ties to those of the keys.
     """
-    return Tokens(AttentionRope(8, 4, attn_head_dim=3, num_kv_heads=2, qkv_fused=False, gated=True))
+    return Tokens(AttentionRope(8, 6, attn_head_dim=3, num_kv_heads=2, qkv_fused=False, gated=True))
 
 
 class FusedGroupedQuery(nn.Module):
@@ -65,11 +65,11 @@ class FusedGroupedQuery(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.proj = nn.Linear(8, 12), nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(12, 8)
+        self.q, self.k, self.v, self.proj = nn.Linear(8, 18), nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(18, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            layer(x).unflatten(-1, (n, -1)).transpose(1, 2) for layer, n in ((self.q, 4), (self.k, 2), (self.v, 2))
+            layer(x).unflatten(-1, (n, -1)).transpose(1, 2) for layer, n in ((self.q, 6), (self.k, 2), (self.v, 2))
         )
         y = F.scaled_dot_product_attention(q, k, v, scale=0.5, enable_gqa=True)
         return self.proj(y.transpose(1, 2).flatten(2))
@@ -80,7 +80,7 @@ class FusedGroupedQuery(nn.Module):
     groups=[
         (8, "embed> >body.q >body.k >body.v"),
         (2, "body.q> body.k> body.v> >body.proj"),
-        (2, "body.q> >body.proj"),
+        (3, "body.q> >body.proj"),
         (3, "body.q> body.k>"),
         (3, "body.v> >body.proj"),
         (8, "body.proj> >head"),

@@ -135,3 +135,20 @@ class Involution(nn.Module):
 def involution() -> nn.Module:
     """channels = groups·4 are unfolded to groups·4·[9] and meet kernels of groups·[9]."""
     return Images(Involution())
+
+
+class SummedGate(nn.Module):
+    """A gate over space: the energy of all channels of a convolution, added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.conv(x).square().sum(1, keepdim=True).tanh()
+
+
+@family((3, 4, 4), groups=[(8, "stem> >body.conv >head")])
+def channels_added_up() -> nn.Module:
+    """A sum shrinks with the number of channels, unlike a mean: they stay."""
+    return Images(SummedGate())

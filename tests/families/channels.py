@@ -1,5 +1,6 @@
 """Attention over channels and over kernels: gates are tied to what they gate, their bottlenecks are free."""
 
+import torch
 from timm.layers import CecaModule, EcaModule, GlobalContext, SEModule
 from timm.layers.cbam import CbamModule
 from timm.layers.coord_attn import CoordAttn
@@ -152,3 +153,20 @@ class SummedGate(nn.Module):
 def channels_added_up() -> nn.Module:
     """A sum shrinks with the number of channels, unlike a mean: they stay."""
     return Images(SummedGate())
+
+
+class Reordered(nn.Module):
+    """Channels rolled by one, and others in reverse, each added to some that are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(8, n, 1) for n in (6, 6, 5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.a(x).roll(1, 1) + self.b(x), self.c(x).flip(1) + self.d(x)], 1)
+
+
+@family((3, 4, 4), groups=[(8, "stem> >body.a >body.b >body.c >body.d")])
+def rolled_and_reversed_channels() -> nn.Module:
+    """Where order changes, a cut would have to follow it: all stay, with what meets them."""
+    return Images(Reordered(), out=11)

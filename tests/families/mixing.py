@@ -193,3 +193,20 @@ class PointwiseTokens(nn.Module):
 def token_mixing_by_convolution() -> nn.Module:
     """A kernel of one position leaves features where they are, so they are free."""
     return Tokens(PointwiseTokens())
+
+
+class Gated(nn.Module):
+    """A gated linear unit between two projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.glu(self.up(x)))
+
+
+@family((4, 5), groups=[(8, "embed> >body.up"), (6, "body.up> >body.down"), (8, "body.down> >head")])
+def gated_linear_unit() -> nn.Module:
+    """One half is gated by the other: [2]·6."""
+    return Tokens(Gated())

@@ -6,7 +6,7 @@ Every operator's arguments are bound to their schema names, and the rules are ru
 import contextlib
 import operator
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, cast
@@ -82,7 +82,8 @@ class AxisGraph:
         self.weights: dict[str, str] = {}
         self.constants: dict[str, Tensor] = {}
         self.inputs: list[str] = []
-        canonical = _canonical_names(model)
+        canonical = _first_names(model.named_parameters(remove_duplicate=False))
+        _rename_modules(self.graph, _first_names(model.named_modules(remove_duplicate=False)))
         # By position: a copied graph renames what is called as a Python builtin is (`forward(self, input)`).
         placeholders = (node.name for node in self.graph.nodes if node.op == "placeholder")
         for spec, name in zip(program.graph_signature.input_specs, placeholders, strict=True):
@@ -283,10 +284,21 @@ def owner(node: fx.Node) -> str:
     return name.split("@")[0]  # a module called twice is numbered by torch.export
 
 
-def _canonical_names(model: nn.Module) -> dict[str, str]:
-    """Every name of a parameter → its first: a shared parameter goes by one name."""
+def _first_names(named: Iterable[tuple[str, object]]) -> dict[str, str]:
+    """Every name → the first name of the same object: what is shared goes by one name."""
     first: dict[int, str] = {}
-    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
+    return {name: first.setdefault(id(value), name) for name, value in named}
+
+
+def _rename_modules(graph: fx.Graph, names: Mapping[str, str]) -> None:
+    """Let every node say by their first names which modules ran it."""
+    others = {name for name, first in names.items() if name != first}
+    for node in graph.nodes if others else ():
+        stack = node.meta.get("nn_module_stack") or {}
+        if not others.isdisjoint(name.partition("@")[0] for name, _ in stack.values()):
+            parts = {key: (name.partition("@"), kind) for key, (name, kind) in stack.items()}
+            renamed = {key: (names[name] + at + call, kind) for key, ((name, at, call), kind) in parts.items()}
+            node.meta = {**node.meta, "nn_module_stack": renamed}
 
 
 def callers(node: fx.Node) -> set[str]:

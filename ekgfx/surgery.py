@@ -12,6 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ekgfx.attributes import Choice, correct
+from ekgfx.axes import Axis
 from ekgfx.declared import declare
 from ekgfx.errors import EkgfxError, PruneError
 from ekgfx.graphed import replace_module
@@ -97,24 +98,24 @@ def _settle(pruned: nn.Module, choices: list[Choice], source: TracedModel, plan:
             return pruned
         problems.append(problem)
     _take(pruned, next(_assignments(pruned, choices)))
-    problem, replaced = problems[0], set[str]()
-    while problem is not None:
+    problem: _Problem | None = problems[0]
+    replaced = set[str]()
+    counts = {axis: len(index) for axis, index in source.groups.kept(plan).items()}
+    while problem is not None and "" not in replaced:
         path = problem.module
-        while path and (path in replaced or not _replace(pruned, path, source, plan, replaced)):
+        while path and (path in replaced or not _replace(pruned, path, source, counts, replaced)):
             path = path.rpartition(".")[0]
         if not path:
-            if "" in replaced:
-                raise PruneError(f"the pruned {type(pruned).__name__} is not what was predicted: {problem.text}")
             replaced.add("")
-            counts = {axis: len(index) for axis, index in source.groups.kept(plan).items()}
             pruned = replace_module(pruned, "", source, counts)
         problem = _problem(pruned, source, plan)
+    if problem is not None:
+        raise PruneError(f"the pruned {type(pruned).__name__} is not what was predicted: {problem.text}")
     return pruned
 
 
-def _replace(pruned: nn.Module, path: str, source: TracedModel, plan: Plan, replaced: set[str]) -> bool:
+def _replace(pruned: nn.Module, path: str, source: TracedModel, counts: Mapping[Axis, int], replaced: set[str]) -> bool:
     """Replace the module at `path` and all others of its class by their graphs; False if that cannot be done."""
-    counts = {axis: len(index) for axis, index in source.groups.kept(plan).items()}
     kind = type(source.model.get_submodule(path))
     alike = [name for name, module in source.model.named_modules() if type(module) is kind and name not in replaced]
     replaced.update(alike)

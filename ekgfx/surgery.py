@@ -90,15 +90,15 @@ def _settle(pruned: nn.Module, choices: list[Choice], source: TracedModel, plan:
     A module whose Python cannot give the predicted shapes is replaced, with all of its class, by its part of the graph;
     where that does not help, its parent is, up to the model itself.
     """
-    problems = []
+    first: _Problem | None = None
     for trial in itertools.islice(_assignments(pruned, choices), MOST_TRIALS):
         _take(pruned, trial)
         problem = _problem(pruned, source, plan)
         if problem is None:
             return pruned
-        problems.append(problem)
+        first = first or problem
     _take(pruned, next(_assignments(pruned, choices)))
-    problem: _Problem | None = problems[0]
+    problem = first
     replaced = set[str]()
     counts = {axis: len(index) for axis, index in source.groups.kept(plan).items()}
     while problem is not None and "" not in replaced:

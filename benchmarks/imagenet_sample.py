@@ -1,0 +1,212 @@
+"""ResNet-50 cut to a part of its MACs, without any fine-tuning: which method keeps most? On a few ImageNet images.
+
+    python benchmarks/imagenet_sample.py --images folder:imagenet-sample \
+        --weights resnet50-imagenet-keras-fp16.safetensors --output docs/imagenet_sample.json
+
+The images are split at random into two halves. Searches and BatchNorm's running statistics see the first half only,
+accuracy is measured on the second. The sample is small, one image per class, and was probably in the training set of
+the weights: it compares methods on the same images, it is no ImageNet score. Differences come with a 95% interval by
+bootstrap over the test images (10,000 resamples, paired).
+
+Methods, all at the same budget of MACs: EKG's search (importance taylor, several candidates a step, no step 0); uniform
+widths with L1 magnitude, FPGM and BN scale; one global threshold on BN scale (as network slimming). A method that is in
+the output is not measured again, and a search that was interrupted goes on after its last step.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import ekgfx
+from ekgfx import job, source
+from ekgfx.data import Data
+from ekgfx.evaluation import reestimate_batch_norm
+from ekgfx.search import SearchResult, Step
+from ekgfx.trace import TracedModel
+from ekgfx.weights import load_weights
+
+RESAMPLES = 10_000
+METHODS = {
+    "EKG": {"strategy": "ekg", "importance": "taylor"},
+    "magnitude, uniform": {"strategy": "uniform", "importance": "magnitude"},
+    "FPGM, uniform": {"strategy": "uniform", "importance": "fpgm"},
+    "BN scale, uniform": {"strategy": "uniform", "importance": "bn-scale"},
+    "BN scale, global": {"strategy": "global", "importance": "bn-scale"},
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the methods share. seen and unseen: indices of the two halves."""
+
+    asked: argparse.Namespace
+    traced: TracedModel
+    data: Data
+    seen: torch.Tensor
+    unseen: torch.Tensor
+
+    def batches(self, indices: torch.Tensor) -> Iterator[Any]:
+        return iter(self.data.loader("train", self.asked.batch, subset=indices))
+
+    def score(self, network: torch.nn.Module) -> dict[str, Any]:
+        """On the unseen half: accuracy, top 5, loss, and which images were right."""
+        right, near, loss = [], 0, 0.0
+        with torch.no_grad():
+            for images, labels, _ in self.batches(self.unseen):
+                logits = network(images)
+                right += (logits.argmax(1) == labels).tolist()
+                near += int((logits.topk(5, 1).indices == labels[:, None]).any(1).sum())
+                loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        count = len(right)
+        return {
+            "accuracy": sum(right) / count,
+            "top_5": near / count,
+            "loss": loss / count,
+            "right": "".join("01"[hit] for hit in right),
+        }
+
+    def search(self, method: str, history: Path) -> SearchResult:
+        """The method's plan; EKG's steps are kept in `history`."""
+        options: dict[str, Any] = dict(METHODS[method])
+        if options["strategy"] == "ekg":
+            done = [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
+            options |= {"resume_from": done, "accept": self.asked.accept, "on_step": appending(history)}
+            options["batches"] = list(self.batches(self.seen[: self.asked.search_images]))
+        return ekgfx.search(self.traced, flops=self.asked.keep, **options)
+
+    def measure(self, method: str, history: Path) -> dict[str, Any]:
+        """One entry of the output."""
+        start = time.monotonic()
+        result = self.search(method, history)
+        searched = time.monotonic() - start
+        pruned = ekgfx.prune(self.traced.model, result.plan, self.traced)
+        reestimate_batch_norm(pruned, self.batches(self.seen))
+        cost, full = self.traced.cost(result.plan), self.traced.cost()
+        return {
+            "macs_kept": cost.macs / full.macs,
+            "params_kept": cost.params / full.params,
+            "steps": len(result.steps),
+            "search_seconds": round(searched, 1),
+            **self.score(pruned.eval()),
+        }
+
+
+def appending(path: Path) -> Callable[[Step], None]:
+    def on_step(step: Step) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps(step.to_json()) + "\n")
+        print(
+            f"step {step.number}: {step.kept_fraction:.3f} kept, loss {step.measure.loss:.4f}, {step.seconds:.0f} s",
+            flush=True,
+        )
+
+    return on_step
+
+
+def main() -> None:
+    asked = arguments()
+    torch.set_num_threads(asked.threads)
+    output = Path(asked.output)
+    history = output.with_suffix(".history.jsonl")
+    found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"methods": {}}
+    settings = {key: getattr(asked, key) for key in ("keep", "search_images", "accept", "batch", "test_images", "seed")}
+    if found.setdefault("settings", settings) != settings:
+        raise SystemExit(f"{output} was made with other settings; choose another --output")
+    with replacing(output, found) as keep:
+        setting = prepare(asked)
+        found["halves"] = {"seen": len(setting.seen), "unseen": len(setting.unseen)}
+        if "before" not in found:
+            keep(before={"macs": setting.traced.cost().macs, **setting.score(setting.traced.model)})
+        for method in asked.methods:
+            if method not in found["methods"]:
+                keep(methods={**found["methods"], method: setting.measure(method, history)})
+        keep(differences=differences(found["methods"]))
+
+
+@contextmanager
+def replacing(output: Path, found: dict[str, Any]) -> Iterator[Callable[..., None]]:
+    """Yields what adds parts to `found` and writes it, wholly or not at all."""
+
+    def keep(**parts: Any) -> None:
+        found.update(parts)
+        found["hardware"] = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread"
+        found["versions"] = {"ekgfx": ekgfx.__version__, "torch": torch.__version__}
+        found["date"] = time.strftime("%Y-%m-%d")
+        output.with_suffix(".part").write_text(json.dumps(found, indent=1) + "\n")
+        os.replace(output.with_suffix(".part"), output)
+        for name, entry in found["methods"].items():
+            print(name, {key: value for key, value in entry.items() if key != "right"}, flush=True)
+
+    yield keep
+
+
+def prepare(asked: argparse.Namespace) -> Setting:
+    """Network and images."""
+    example = Path(__file__).resolve().parent.parent / "examples" / "resnet50_keras.py"
+    built = source.parse(f"{example}:resnet50", "none").build()
+    load_weights(built.model, Path(asked.weights))
+    folder = job.open_data(asked.images, built, asked.seed)
+    data = whole(folder)
+    order = torch.randperm(data.size("train"), generator=torch.Generator().manual_seed(asked.seed))
+    half = len(order) // 2
+    traced = ekgfx.trace(built.model, built.example_inputs)
+    return Setting(asked, traced, data, order[:half], order[half:][: asked.test_images])
+
+
+def whole(data: Data) -> Data:
+    """A folder without a split of its own, as one set under the name of its training split."""
+    train, test = data.split("train"), data.split("test")
+    files = [*train.source.files, *test.source.files]  # type: ignore[attr-defined]
+    labels = [*train.source.file_labels, *test.source.file_labels]  # type: ignore[attr-defined]
+    both = replace(train, source=type(train.source)(files, labels))  # type: ignore[attr-defined, type-var]
+    return replace(data, _opened={"train": both, "test": test})
+
+
+def differences(methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy of EKG minus that of the others, with intervals."""
+    if "EKG" not in methods:
+        return {}
+    draw = np.random.default_rng(0)
+    ours = hits(methods["EKG"]["right"])
+    picks = draw.integers(0, len(ours), (RESAMPLES, len(ours)))
+    found = {}
+    for name, entry in methods.items():
+        if name != "EKG":
+            gaps = ours - hits(entry["right"])
+            low, high = np.percentile(gaps[picks].mean(1), [2.5, 97.5])
+            found[name] = {"difference": float(gaps.mean()), "interval_95": [float(low), float(high)]}
+    return found
+
+
+def hits(text: str) -> np.ndarray:
+    return np.array([int(character) for character in text], dtype=float)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--images", required=True, help="data SPEC")
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--output", required=True, help="JSON")
+    parser.add_argument("--keep", type=float, default=0.55)
+    parser.add_argument("--search-images", type=int, default=48)
+    parser.add_argument("--accept", type=int, default=12)
+    parser.add_argument("--test-images", type=int, default=250)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--methods", type=lambda text: text.split(";"), default=list(METHODS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

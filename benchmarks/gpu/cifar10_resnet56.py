@@ -1,21 +1,24 @@
 """The paper's main experiment: ResNet-56 on CIFAR-10 to 45% of its MACs, with and without knowledge. Wants a GPU.
 
-    python benchmarks/gpu/cifar10_resnet56.py --data cifar10:DIR --weights FILE --output docs/cifar10.jsonl
-    python benchmarks/gpu/cifar10_resnet56.py … --device cpu --samples 512 --epochs 1 --keep 0.95   # a dry run
+    python benchmarks/gpu/cifar10_resnet56.py --data cifar10:DIR --weights FILE --output docs/cifar10.jsonl --graphs
+    python benchmarks/gpu/cifar10_resnet56.py … --device cpu --samples 512 --epochs 1 --keep 0.97 --test-images 500
 
-FILE is a ResNet-56 with option-A shortcuts (safetensors), or the EKG authors' (.npz): that takes projection shortcuts.
+The second is a dry run. FILE is a ResNet-56 with option-A shortcuts (safetensors), or the EKG authors' (.npz): that
+takes projection shortcuts.
+
 Every line of the output is one network: search and fine-tuning knowledge, seed, accuracy before, after the search and
 after fine-tuning, kept MACs, minutes of each part, the history of losses, the environment. A line that is there is not
-measured again. Data and augmentation lie on the GPU; the network runs in channels-last and bfloat16, as CUDA graphs.
+measured again, and what was cut short goes on at its last search step or epoch: the same command again, as often as
+need be (`--work` holds what that takes). Data and augmentation lie on the GPU; the network trains in channels-last,
+with --amp bf16 in half precision, with --graphs as CUDA graphs. Minutes of fine-tuning are without evaluations.
 """
 
 import argparse
+import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,12 @@ import torch
 
 import ekgfx
 from ekgfx import data as datasets
-from ekgfx.data import Data
+from ekgfx.checkpoint import load_tensors, save_tensors
 from ekgfx.evaluation import evaluate, reestimate_batch_norm
-from ekgfx.finetune import Epoch
 from ekgfx.models import resnet56_cifar, resnet56_cifar_projection
 from ekgfx.prepare import prepare
-from ekgfx.search import SearchResult
-from ekgfx.trace import TracedModel
+from ekgfx.run import read_json, write_json
+from ekgfx.search import Step
 from ekgfx.weights import read_weights
 
 EVALUATED = 1000
@@ -38,39 +40,22 @@ BANKED = 256
 """Images per batch of validation and memory bank, as the authors take them."""
 
 
-@dataclass
-class Clock:
-    """Seconds of each part of the work, the device's included."""
-
-    device: torch.device
-    seconds: dict[str, float]
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = time.monotonic() - start
-
-
 def main() -> None:
     asked = arguments()
     device = torch.device(asked.device)
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
     output = Path(asked.output)
-    done = [json.loads(line)["experiment"] for line in output.read_text().splitlines()] if output.exists() else []
+    done = [line["experiment"] for line in whole_lines(output)]
     for seed in asked.seeds:
         for guide in dict.fromkeys(pair.split("/")[0] for pair in asked.knowledge):
             tunings = [pair.split("/")[1] for pair in asked.knowledge if pair.split("/")[0] == guide]
             wanted = [tune for tune in tunings if experiment(asked, seed, guide, tune) not in done]
             if not wanted:
                 continue
-            clock = Clock(device, {})
-            data, traced, before, result = searched(asked, seed, guide, device, clock)
+            search = Searched(asked, seed, guide, device)
             for tune in wanted:
-                row = {"experiment": experiment(asked, seed, guide, tune), "accuracy": {"before": before}}
-                row["accuracy"] |= tuned(asked, seed, tune, data, traced, result, clock)
-                row |= facts(traced, result, clock, device)
+                row = {"experiment": experiment(asked, seed, guide, tune), **tuned(asked, search, tune)}
                 with output.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps({key: row[key] for key in ("experiment", "accuracy", "minutes")}), flush=True)
@@ -78,7 +63,7 @@ def main() -> None:
 
 def experiment(asked: argparse.Namespace, seed: int, guide: str, tune: str) -> dict[str, Any]:
     """What makes a line of the output the one it is."""
-    kept = ("keep", "epochs", "lr", "samples", "accept", "amp", "graphs")
+    kept = ("keep", "epochs", "lr", "samples", "test_images", "accept", "amp", "graphs")
     return {
         "weights": Path(asked.weights).name,
         "search_knowledge": guide,
@@ -88,89 +73,116 @@ def experiment(asked: argparse.Namespace, seed: int, guide: str, tune: str) -> d
     }
 
 
-def searched(
-    asked: argparse.Namespace, seed: int, guide: Any, device: torch.device, clock: Clock
-) -> tuple[Data, TracedModel, float | None, SearchResult]:
-    """Step 0 and the search; the data, the traced model, its test accuracy before, and the search's result."""
-    authors = asked.weights.endswith(".npz")
-    model = (resnet56_cifar_projection if authors else resnet56_cifar)()
-    missing = model.load_state_dict(read_weights(Path(asked.weights)), strict=False).missing_keys
-    assert all(name.endswith("num_batches_tracked") for name in missing), missing
-    model.to(device)
-    normal = model.pretrained_cfg
-    data = datasets.load(asked.data, mean=normal["mean"], std=normal["std"], seed=seed).to(device)
-    test = data.loader("test", EVALUATED)
-    before = evaluate(model.eval(), test).accuracy
-    with clock.part("step 0"):
-        prepared = prepare(model, data, batch_size=BANKED, seed=seed)
-    traced = ekgfx.trace(model, prepared.batches[0][0][:2])
-    with clock.part("search"):
-        result = ekgfx.search(
-            traced,
-            prepared.batches,
+def whole_lines(path: Path) -> list[Any]:
+    """The JSON lines of a file; one that a kill cut short is taken out of it."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith("\n"):
+        path.write_text("".join(lines[:-1]))
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Searched:
+    """Step 0 and the search, or what is left of them to do. accuracy: of the network before; minutes: of the parts."""
+
+    def __init__(self, asked: argparse.Namespace, seed: int, guide: Any, device: torch.device) -> None:
+        weights = Path(asked.weights)
+        model = (resnet56_cifar_projection if weights.suffix == ".npz" else resnet56_cifar)()
+        missing = model.load_state_dict(read_weights(weights), strict=False).missing_keys
+        assert all(name.endswith("num_batches_tracked") for name in missing), missing
+        model.to(device)
+        normal: Any = model.pretrained_cfg
+        self.seed, self.device = seed, device
+        self.data = datasets.load(asked.data, mean=normal["mean"], std=normal["std"], seed=seed).to(device)
+        shown = None if asked.test_images is None else range(asked.test_images)
+        self.test = self.data.loader("test", EVALUATED, subset=shown)
+        identity = {**experiment(asked, seed, guide, ""), "epochs": 0, "lr": 0, "amp": None, "graphs": False}
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        self.folder = Path(asked.work or Path(asked.output).with_suffix("")) / key
+        self.folder.mkdir(parents=True, exist_ok=True)
+        dense, facts = self.folder / "dense.safetensors", self.folder / "facts.json"
+        if not facts.exists():
+            before, start = evaluate(model.eval(), self.test).accuracy, time.monotonic()
+            prepare(model, self.data, batch_size=BANKED, seed=seed)
+            save_tensors(model, dense)
+            write_json(facts, {"before": before, "seconds": time.monotonic() - start})
+        load_tensors(model, dense)
+        self.accuracy = {"before": read_json(facts)["before"]}
+        _, val = self.data.search_subset(seed=seed)
+        batches = [(batch.images, batch.labels) for batch in self.data.loader("train", BANKED, subset=val)]
+        self.traced = ekgfx.trace(model.eval(), batches[0][0][:2])
+        history = self.folder / "history.jsonl"
+        self.result = ekgfx.search(
+            self.traced,
+            batches,
             flops=asked.keep,
             knowledge=guide,
             accept=asked.accept,
             seed=seed,
-            on_step=lambda step: print(
-                f"step {step.number}: {step.kept_fraction:.3f} of the MACs, loss {step.measure.loss:.5f}, "
-                f"{len(step.candidates)} candidates, {step.seconds:.1f} s",
-                flush=True,
-            ),
+            resume_from=whole_lines(history),
+            on_step=lambda step: self.note(history, step),
         )
-    return data, traced, before, result
+        searched = sum(step.seconds for step in self.result.steps)
+        self.minutes = {"step 0": read_json(facts)["seconds"] / 60, "search": searched / 60}
+
+    def note(self, history: Path, step: Step) -> None:
+        """Keep a step of the search."""
+        with history.open("a") as file:
+            file.write(json.dumps(step.to_json()) + "\n")
+        print(
+            f"step {step.number}: {step.kept_fraction:.3f} of the MACs, loss {step.measure.loss:.5f}, "
+            f"{len(step.candidates)} candidates, {step.seconds:.1f} s",
+            flush=True,
+        )
 
 
-def tuned(
-    asked: argparse.Namespace,
-    seed: int,
-    tune: Any,
-    data: Data,
-    traced: TracedModel,
-    result: SearchResult,
-    clock: Clock,
-) -> dict[str, Any]:
-    """Cut, fill the bank, fine-tune: test accuracy after each."""
-    device = clock.device
-    test = data.loader("test", EVALUATED)
+def tuned(asked: argparse.Namespace, search: Searched, tune: Any) -> dict[str, Any]:
+    """Cut, fill the bank, fine-tune: accuracy on the test set after each, and what a figure needs beside it."""
+    traced, result, data, device = search.traced, search.result, search.data, search.device
     subset = None if asked.samples is None else range(asked.samples)
     pruned = ekgfx.prune(traced.model, result.plan, traced)
-    reestimate_batch_norm(pruned, data.loader("train", BANKED, shuffle=True, seed=seed), limit=20)
-    after_search = evaluate(pruned, test).accuracy
-    bank = None
-    with clock.part("bank"):
-        if tune != "none":
-            built = ekgfx.build_bank(traced, result, data.loader("train", BANKED, subset=subset), knowledge=tune)
-            bank = built.resident(device)
-    epochs: list[Epoch] = []
-    with clock.part("fine-tuning"):
-        ekgfx.finetune(
-            torch.compile(pruned, mode="reduce-overhead") if asked.graphs else pruned,
-            data,
-            bank=bank,
-            subset=subset,
-            test=test,
-            on_epoch=lambda epoch: epochs.append(epoch) or print(asdict(epoch), flush=True),  # type: ignore[func-returns-value]
-            epochs=asked.epochs,
-            lr=asked.lr,
-            amp=asked.amp,
-            channels_last=True,
-            seed=seed,
-        )
-    final = evaluate(pruned, test).accuracy
-    return {"searched": after_search, "finetuned": final, "epochs": [epoch.test_accuracy for epoch in epochs]}
-
-
-def facts(traced: TracedModel, result: SearchResult, clock: Clock, device: torch.device) -> dict[str, Any]:
-    """What a figure needs beside it."""
+    reestimate_batch_norm(pruned, data.loader("train", BANKED, shuffle=True, seed=search.seed), limit=20)
+    after_search = evaluate(pruned, search.test).accuracy
+    tuning = experiment(asked, search.seed, "", tune)
+    place = search.folder / hashlib.sha256(json.dumps(tuning, sort_keys=True).encode()).hexdigest()[:12]
+    bank, start = None, time.monotonic()
+    if tune != "none":
+        rows = data.loader("train", BANKED, subset=subset)
+        bank = ekgfx.build_bank(traced, result, rows, place / "bank", knowledge=tune).resident(device)
+    banked = time.monotonic() - start
+    epochs = ekgfx.finetune(
+        torch.compile(pruned, mode="reduce-overhead") if asked.graphs else pruned,
+        data,
+        bank=bank,
+        subset=subset,
+        test=search.test,
+        checkpoint=place / "finetune.safetensors",
+        on_epoch=lambda epoch: print(asdict(epoch), flush=True),
+        epochs=asked.epochs,
+        lr=asked.lr,
+        amp=asked.amp,
+        channels_last=True,
+        seed=search.seed,
+    )
+    trained = sum(epoch.seconds for epoch in epochs) / 60
+    final = evaluate(pruned, search.test).accuracy
     cuda = device.type == "cuda"
     return {
+        "accuracy": {
+            **search.accuracy,
+            "searched": after_search,
+            "finetuned": final,
+            "epochs": [epoch.test_accuracy for epoch in epochs],
+        },
         "macs": [traced.cost().macs, traced.cost(result.plan).macs],
         "params": [traced.cost().params, traced.cost(result.plan).params],
         "widths": traced.groups.widths(result.plan),
         "losses": result.losses,
-        "minutes": {name: round(seconds / 60, 3) for name, seconds in clock.seconds.items()},
-        "hardware": torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine(),
+        "minutes": {
+            part: round(minutes, 3)
+            for part, minutes in {**search.minutes, "bank": banked / 60, "fine-tuning": trained}.items()
+        },
+        "hardware": torch.cuda.get_device_name(device) if cuda else f"CPU, {platform.machine()}",
+        "threads": None if cuda else torch.get_num_threads(),
         "versions": {"ekgfx": ekgfx.__version__, "torch": torch.__version__},
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -181,6 +193,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="cifar10:DIR")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--output", required=True, help="JSON lines")
+    parser.add_argument("--work", help="folder for unfinished work  [default: OUTPUT without its ending]")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1])
     parser.add_argument(
         "--knowledge",
@@ -193,9 +206,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--accept", type=int, default=1)
     parser.add_argument("--samples", type=int, help="training images; all by default")
+    parser.add_argument("--test-images", type=int, help="images to measure accuracy on; all by default")
     parser.add_argument("--amp", choices=["bf16", "fp16"], default=None)
     parser.add_argument("--graphs", action="store_true", help="torch.compile with CUDA graphs")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--threads", type=int)
     return parser.parse_args()
 
 

@@ -102,6 +102,7 @@ def correct(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int]) -> li
                 if change.argument in vars(module):
                     setattr(module, change.argument, tuple(change.new) if isinstance(change.new, list) else change.new)
             next(follow for layer, follow in LAYERS if isinstance(module, layer))(module)
+    _bare_norms(root, graph, counts)
     owners = {operation.module for operation in graph.operations}
     wholes = _wholes(graph, counts)
     found: list[Choice] = []
@@ -111,6 +112,16 @@ def correct(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int]) -> li
             guesses = {old: (*new, old) for old, new in _renamed(wholes.get(governor, [])).items()}
             found += _by_old_value(name, module, guesses | _renamed(changes.get(governor, [])))
     return found
+
+
+def _bare_norms(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int]) -> None:
+    """A norm without parameters or statistics is as wide as what it reads."""
+    for operation in graph.operations:
+        if str(operation.target) in ("aten.instance_norm.default", "aten.group_norm.default"):
+            module, read = root.get_submodule(operation.module), graph.dims[operation.args["input"].name]
+            name = "num_features" if isinstance(module, _NormBase) else "num_channels"
+            if isinstance(module, _NormBase | nn.GroupNorm) and module.weight is None:
+                setattr(module, name, count(read[1], counts))
 
 
 def _governor(name: str, owners: set[str]) -> str:

@@ -39,6 +39,13 @@ def test_groups_are_those_derived_by_hand_and_cuts_are_exact(family: Family) -> 
     trains(pruned, inputs)
 
 
+def test_norms_without_parameters_know_their_width() -> None:
+    (family,) = (f for f in FAMILIES if f.build.__name__ == "norms_without_parameters")
+    model = family.build().double().eval()
+    pruned = ekgfx.prune(model, ekgfx.Plan({"stem": (0, 3, 4)}), example_inputs=family.example(2))
+    assert (pruned.body[0].num_features, pruned.body[1].num_channels) == (3, 3)
+
+
 def trains(pruned: nn.Module, inputs: tuple) -> None:
     """One step of gradient descent reaches every parameter."""
     output = pruned.train()(*inputs)

@@ -170,3 +170,15 @@ class Reordered(nn.Module):
 def rolled_and_reversed_channels() -> nn.Module:
     """Where order changes, a cut would have to follow it: all stay, with what meets them."""
     return Images(Reordered(), out=11)
+
+
+class EinsumGate(SummedGate):
+    """The same sum, as an einsum with a letter that only one factor has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.einsum("nchw->nhw", self.conv(x).square())[:, None].tanh()
+
+
+@family((3, 4, 4), groups=[(8, "stem> >body.conv >head")])
+def channels_added_up_by_einsum() -> nn.Module:
+    return Images(EinsumGate())

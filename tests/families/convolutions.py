@@ -142,6 +142,19 @@ def space_to_depth() -> nn.Module:
     return Images(SpaceToDepth(4), 4, 64)
 
 
+@family((3, 4, 4), groups=[(4, "stem> >body.1"), (6, "body.1> >head")])
+def pixel_unshuffle() -> nn.Module:
+    """Blocks of 2 × 2 become channels behind their own: channels·[4]."""
+    return Images(nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(16, 6, 1)), 4, 6)
+
+
+@family((3, 4, 4), groups=[(8, "stem> >body.2"), (6, "body.2> >head")])
+def norms_without_parameters() -> nn.Module:
+    """They know their number of channels all the same."""
+    layers = nn.InstanceNorm2d(8), nn.GroupNorm(1, 8, affine=False), nn.Conv2d(8, 6, 1)
+    return Images(nn.Sequential(*layers), out=6)
+
+
 @family((3, 4, 4), groups=[(3, "stem> >body.1"), (6, "body.1> >head")])
 def depth_to_space() -> nn.Module:
     """[2]·[2]·channels become blocks of space, which a kernel runs over."""

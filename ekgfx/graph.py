@@ -291,14 +291,21 @@ def _first_names(named: Iterable[tuple[str, object]]) -> dict[str, str]:
 
 
 def _rename_modules(graph: fx.Graph, names: Mapping[str, str]) -> None:
-    """Let every node say by their first names which modules ran it."""
+    """Let every node say by their first names which modules ran it: `block.conv` becomes `conv@block.conv` where the
+    two are one module, as `conv@1` is its second call."""
     others = {name for name, first in names.items() if name != first}
     for node in graph.nodes if others else ():
         stack = node.meta.get("nn_module_stack") or {}
         if not others.isdisjoint(name.partition("@")[0] for name, _ in stack.values()):
-            parts = {key: (name.partition("@"), kind) for key, (name, kind) in stack.items()}
-            renamed = {key: (names[name] + at + call, kind) for key, ((name, at, call), kind) in parts.items()}
-            node.meta = {**node.meta, "nn_module_stack": renamed}
+            node.meta = {
+                **node.meta,
+                "nn_module_stack": {key: (_first(n, names), kind) for key, (n, kind) in stack.items()},
+            }
+
+
+def _first(name: str, names: Mapping[str, str]) -> str:
+    module = name.partition("@")[0]
+    return name if names[module] == module else f"{names[module]}@{name}"
 
 
 def callers(node: fx.Node) -> set[str]:

@@ -46,9 +46,9 @@ def graph_module(cut: nn.Module, path: str, graph: AxisGraph, counts: Mapping[Ax
     inside = [node for node in graph.graph.nodes if node.op == "call_function" and path in callers(node)]
     if any(f"{path}@" in name for node in inside for name in _raw_callers(node)):
         raise PruneError(f"{path} is called more than once")
-    body = set(inside)
-    outside = [n for n in graph.graph.nodes if n not in body and body & n.users.keys() and n.name not in graph.weights]
-    inputs = [n for n in outside if n.name not in graph.constants]
+    body, own = set(inside), _own_weights(graph, path)
+    outside = [n for n in graph.graph.nodes if n not in body and body & n.users.keys() and n.name not in own]
+    inputs = [n for n in outside if n.name not in graph.constants]  # another module's weight may be an argument
     results = [n for n in inside if n.users.keys() - body]
     arguments, output = _signature(graph, path, inputs, results)
 
@@ -64,7 +64,7 @@ def graph_module(cut: nn.Module, path: str, graph: AxisGraph, counts: Mapping[Ax
             cut.register_buffer(f"_{name}", constant, persistent=False)
             made[name] = new.get_attr(f"_{name}")
     for node in inside:
-        made[node.name] = _copy(node, cut, path, graph, new, made, batch)
+        made[node.name] = _copy(node, path, graph, own, new, made, batch)
     new.output(pytree.tree_map_only(fx.Node, lambda n: made[n.name], output))
     module = fx.GraphModule(cut, new, class_name=f"{type(cut).__name__}Graph")
     state = {**dict(cut.named_parameters()), **{n: t for n, t in cut.named_buffers() if n in cut.state_dict()}}
@@ -85,6 +85,18 @@ def _keep(module: nn.Module, name: str, tensor: Tensor) -> None:
             module.register_parameter(leaf, tensor)
         else:
             module.register_buffer(leaf, tensor)
+
+
+def _own_weights(graph: AxisGraph, path: str) -> dict[str, str]:
+    """Placeholders of the weights of the module at `path` → what the module itself calls them."""
+    module = graph.model.get_submodule(path)
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    local = {id(tensor): name for name, tensor in reversed(tensors)}
+    return {
+        placeholder: local[id(graph.tensor(name))]
+        for placeholder, name in graph.weights.items()
+        if id(graph.tensor(name)) in local
+    }
 
 
 def _raw_callers(node: fx.Node) -> list[str]:
@@ -170,7 +182,13 @@ class _BatchSize:
 
 
 def _copy(
-    node: fx.Node, cut: nn.Module, path: str, graph: AxisGraph, new: fx.Graph, made: dict[str, Any], batch: _BatchSize
+    node: fx.Node,
+    path: str,
+    graph: AxisGraph,
+    own: Mapping[str, str],
+    new: fx.Graph,
+    made: dict[str, Any],
+    batch: _BatchSize,
 ) -> Any:
     """One operator of the old graph in the new one; a standard layer becomes a call of the layer itself."""
     operation = graph.operation(node)
@@ -180,30 +198,30 @@ def _copy(
         )
     if operation.target is leaf.OPERATOR:
         return _call_of_leaf(operation, path, graph, new, made)
-    inputs = [n for n in node.all_input_nodes if n.name not in graph.weights]
+    inputs = [n for n in node.all_input_nodes if n.name not in own]
     alone = graph.operations_of[operation.module] == 1
     if alone and len(inputs) == 1 and operation.module != path and operation.module.startswith(path):
         inner = operation.module.removeprefix(path).removeprefix(".")
         if isinstance(graph.model.get_submodule(operation.module), LAYERS):
             return new.call_module(inner, (made[inputs[0].name],))
-    return _recomputed(operation, path, graph, new, made, batch)
+    return _recomputed(operation, own, new, made, batch)
 
 
 def _call_of_leaf(operation: Operation, path: str, graph: AxisGraph, new: fx.Graph, made: dict[str, Any]) -> fx.Node:
     """The leaf itself is called, with the example's arguments where they are no tensors."""
     inputs = [made[node.name] for node in operation.args["inputs"]]
     positional, named = graph.leaves.arguments(operation.args, inputs)
-    called = new.call_module(_inside(operation.args["module"], path), positional, named)
+    called = new.call_module(operation.args["module"].removeprefix(f"{path}." if path else ""), positional, named)
     return new.call_function(leaf.tensors_of, (called,))
 
 
 def _recomputed(
-    operation: Operation, path: str, graph: AxisGraph, new: fx.Graph, made: dict[str, Any], batch: _BatchSize
+    operation: Operation, own: Mapping[str, str], new: fx.Graph, made: dict[str, Any], batch: _BatchSize
 ) -> fx.Node:
     def load(value: Any) -> Any:
         if isinstance(value, fx.Node):
-            if value.name in graph.weights and value.name not in made:
-                made[value.name] = new.get_attr(_inside(graph.weights[value.name], path))
+            if value.name in own and value.name not in made:
+                made[value.name] = new.get_attr(own[value.name])
             return made[value.name]
         return [load(v) for v in value] if isinstance(value, list | tuple) else value
 
@@ -213,9 +231,3 @@ def _recomputed(
     schema = operation.target._schema.arguments
     positional = tuple(args[a.name] for a in schema if not a.kwarg_only)
     return new.call_function(operation.target, positional, {a.name: args[a.name] for a in schema if a.kwarg_only})
-
-
-def _inside(weight: str, path: str) -> str:
-    if path and not weight.startswith(f"{path}."):
-        raise PruneError(f"{path} uses the weight {weight} of another module")
-    return weight.removeprefix(f"{path}.") if path else weight

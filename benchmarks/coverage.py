@@ -22,6 +22,7 @@ import multiprocessing
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,7 @@ def status(row: dict[str, Any]) -> str:
     return "ok" if worst <= 1e-10 else "ok, float32 inside" if row["single"] and worst <= 1e-6 else "inexact"
 
 
-def run(names: list[str], output: Path) -> None:
+def sweep(measure: Callable[[str], dict[str, Any]], names: list[str], output: Path, timeout: int = TIMEOUT) -> None:
     """Measure every model that `output` does not hold yet, each in its own process, forked with the imports done."""
     import timm  # noqa: F401
 
@@ -203,11 +204,11 @@ def run(names: list[str], output: Path) -> None:
         if name in done:
             continue
         receiver, sender = fork.Pipe(duplex=False)
-        process = fork.Process(target=_measure_and_send, args=(name, sender))
+        process = fork.Process(target=_measure_and_send, args=(measure, name, sender))
         process.start()
         sender.close()
         try:
-            row = receiver.recv() if receiver.poll(TIMEOUT) else failure(name, f"no result after {TIMEOUT} s")
+            row = receiver.recv() if receiver.poll(timeout) else failure(name, f"no result after {timeout} s")
         except EOFError:
             process.join()
             row = failure(name, f"the process ended with code {process.exitcode}")
@@ -218,7 +219,7 @@ def run(names: list[str], output: Path) -> None:
         print(f"[{i + 1}/{len(names)}] {name}: {row['status']} {row.get('message', '')}", flush=True)
 
 
-def _measure_and_send(name: str, sender: Connection) -> None:
+def _measure_and_send(measure: Callable[[str], dict[str, Any]], name: str, sender: Connection) -> None:
     try:
         row = measure(name)
     except Exception as error:  # noqa: BLE001  every failure is a result
@@ -268,7 +269,7 @@ def main() -> None:
     if args.table:
         print(table(args.table))
     else:
-        run(args.models or listed(), args.output)
+        sweep(measure, args.models or listed(), args.output)
 
 
 if __name__ == "__main__":

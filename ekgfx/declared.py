@@ -33,8 +33,12 @@ def declare(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int]) -> No
         for attributes, nodes in ((INCOMING, taken), (OUTGOING, [*reversed(inside), *taken])):
             for attribute in attributes:
                 old = original.get(attribute)
-                if type(old) is int and vars(module)[attribute] == old:
+                if vars(module).get(attribute) != old:
+                    continue
+                if type(old) is int:
                     setattr(module, attribute, now(old, nodes))
+                elif type(old) in (tuple, list) and all(type(width) is int for width in old):  # of every stage
+                    setattr(module, attribute, type(old)(now(width, nodes) for width in old))
         for entry in _feature_info(module):
             place = f"{name}.{entry['module']}".lstrip(".")
             entry["num_chs"] = now(entry["num_chs"], reversed(frames.get(place, [])))

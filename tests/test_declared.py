@@ -41,12 +41,13 @@ def test_feature_info_names_the_widths_that_are_left() -> None:
 
 
 class Announces(nn.Module):
-    """`num_features` is 6, as are the channels of the first convolution and the classes; what counts comes last."""
+    """Widths under names that say so, and an integer that only looks like one."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1), nn.Linear(8, 6)
+        self.a, self.b, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 1), nn.Linear(8, 5)
         self.num_features, self.in_channels, self.head_hidden_size, self.patch = 8, 3, 8, 8
+        self.out_chs = (6, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(self.a(x).relu()).mean((2, 3)))
@@ -56,6 +57,7 @@ def test_only_declared_widths_are_touched() -> None:
     traced = ekgfx.trace(Announces(), torch.zeros(2, 3, 4, 4))
     pruned = ekgfx.prune(traced.model, ekgfx.Plan({"a": (0, 1), "b": (0, 3, 5)}), traced)
     assert (pruned.num_features, pruned.head_hidden_size, pruned.in_channels, pruned.patch) == (3, 3, 3, 8)
+    assert pruned.out_chs == (2, 3)
 
 
 def test_weights_keep_their_memory_format() -> None:

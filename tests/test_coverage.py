@@ -1,0 +1,27 @@
+"""The sweep over timm: every listed model is cut exactly, keeps its class, and can be used as before."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.coverage import listed, measure, table
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", listed())
+def test_a_model_of_every_signature_is_cut_exactly(name: str) -> None:
+    row = measure(name)
+    assert row["status"].startswith("ok"), row
+    assert row["share"] >= 0.8 and not row["unknown"]
+    assert all(check["class_kept"] and not check.get("interface") for check in row["checks"].values()), row["checks"]
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    rows = [json.loads(line) for line in (DOCS / "coverage.jsonl").read_text().splitlines()]
+    assert len({row["model"] for row in rows}) == len(rows)
+    assert {row["model"] for row in rows} <= set(listed())
+    assert table(DOCS / "coverage.jsonl").strip() in (DOCS / "coverage.md").read_text()

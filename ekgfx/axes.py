@@ -142,10 +142,8 @@ def unify(a: Expr, b: Expr, why: str = "") -> None:
             _bind(a, b)
         case _, Axis():
             _bind(b, a)
-        case Sum(terms), other:
-            _unify_sum(terms, other, why)
-        case other, Sum(terms):
-            _unify_sum(terms, other, why)
+        case (Sum(), _) | (_, Sum()):
+            _unify_sum(a, b, why)
         case Prod(), Prod():
             _unify_products(a, b, why)
 
@@ -164,18 +162,24 @@ def _bind(axis: Axis, expr: Expr) -> None:
         axis.bound = expr
 
 
-def _unify_sum(terms: Sequence[Expr], other: Expr, why: str) -> None:
-    a: Expr = Sum(tuple(terms))
-    while isinstance(a, Sum):
-        head, tail = split(other, size(a.terms[0]))
-        unify(a.terms[0], head, why)
-        # Every equation may refine what is left: go on with what it is now.
-        a, other = resolve(Sum(a.terms[1:])), resolve(tail)
-        if isinstance(other, Sum) and not isinstance(a, Sum):
-            a, other = other, a
-        if a is other or (fixed(a) and fixed(other)):
-            return
-    unify(a, other, why)
+def _unify_sum(a: Expr, b: Expr, why: str) -> None:
+    left, right = [a], [b]  # what is left to align, the next piece on top
+    while left:
+        # A piece may have been refined by an equation before it, into a Sum whose terms are the pieces.
+        x, y = resolve(left.pop()), resolve(right.pop())
+        if isinstance(x, Sum) or isinstance(y, Sum):
+            left += reversed(x.terms) if isinstance(x, Sum) else [x]
+            right += reversed(y.terms) if isinstance(y, Sum) else [y]
+        elif size(x) == size(y):
+            unify(x, y, why)
+        elif size(x) < size(y):
+            head, tail = split(y, size(x))
+            right.append(tail)
+            unify(x, head, why)
+        else:
+            head, tail = split(x, size(y))
+            left.append(tail)
+            unify(head, y, why)
 
 
 def _unify_products(a: Prod, b: Prod, why: str) -> None:

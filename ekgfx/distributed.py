@@ -11,7 +11,6 @@ import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,14 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from ekgfx.errors import EkgfxError
+from ekgfx.errors import TeamError
 
 PATIENCE = timedelta(days=7)
 """How long a process waits for another that is at work. One that died is noticed at once, by its broken connection."""
-
-
-class TeamError(EkgfxError):
-    """Another process of the job died."""
 
 
 @dataclass(frozen=True)
@@ -92,24 +87,13 @@ class Team:
 
 
 ALONE = Team()
-_apart: ContextVar[bool] = ContextVar("apart", default=False)
 
 
 def team() -> Team:
     """The processes that this one works with: itself alone, unless torchrun started others."""
-    if _apart.get() or not (distributed.is_available() and distributed.is_initialized()):
+    if not (distributed.is_available() and distributed.is_initialized()):
         return ALONE
     return Team(distributed.get_rank(), distributed.get_world_size())
-
-
-@contextmanager
-def apart() -> Iterator[None]:
-    """In this block every process does all of the work itself."""
-    before = _apart.set(True)
-    try:
-        yield
-    finally:
-        _apart.reset(before)
 
 
 @contextmanager
@@ -121,7 +105,7 @@ def joined() -> Iterator[Team]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    signal.signal(signal.SIGTERM, _ended)
+    signal.signal(signal.SIGTERM, _ended)  # torchrun's way of saying so
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _watching():
         distributed.init_process_group(backend, timeout=PATIENCE)

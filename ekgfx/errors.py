@@ -43,3 +43,7 @@ class RunError(EkgfxError):
 
 class ExportError(EkgfxError):
     """A model could not be exported, or the exported file differs from the model."""
+
+
+class TeamError(EkgfxError):
+    """Another process of a job that several share died."""

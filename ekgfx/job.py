@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ekgfx import bank, checkpoint, data, source, trust
+from ekgfx.distributed import local_device
 from ekgfx.errors import DataError, RecipeError, TrainingError
 from ekgfx.evaluation import evaluate
 from ekgfx.finetune import Epoch
@@ -49,6 +50,22 @@ class Report(Protocol):
 
     def epoch(self, epoch: Epoch, epochs: int) -> None:
         """An epoch of training is done."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def stage(self, title: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def step(self, step: Step, keep: float) -> None: ...
+
+    def bank(self, progress: bank.Progress, samples: int) -> None: ...
+
+    def batch(self, number: int, batches: int) -> None: ...
+
+    def epoch(self, epoch: Epoch, epochs: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -183,7 +200,7 @@ def predicted(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor
 def pick_device(name: str) -> torch.device:
     """`auto` is the GPU where there is one; RecipeError for a device that this machine does not have."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = local_device() if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ekgfx import bank, checkpoint, delivery
 from ekgfx import prepare as step_zero
+from ekgfx.distributed import team
 from ekgfx.errors import DataError, RecipeError, RunError
 from ekgfx.evaluation import reestimate_batch_norm
 from ekgfx.finetune import Epoch, finetune
@@ -57,6 +58,15 @@ def prune_job(run: Run, report: Report) -> None:
     if job.recipe.export.onnx and not run.has(delivery.RESULT):
         delivery.export_run(run, replace(job.built, model=pruned), job.recipe.export, report)
     run.update(status="done", error=None)
+
+
+def search_job(run: Run, report: Report) -> None:
+    """The part of a job that several processes do together: everything up to the plan."""
+    job = Job.of(run, report)
+    if not run.has(checkpoint.PLAN):
+        smallest(job.traced, job.recipe.search)
+    prepare(job)
+    find_plan(job)
 
 
 def finetune_job(run: Run, report: Report, changes: Mapping[str, Any]) -> None:
@@ -137,6 +147,7 @@ def find_plan(job: Job) -> SearchResult:
         return read_result(job.run)
     traced, history = job.traced, job.run.lines(HISTORY)
     batches = validation_batches(job)
+    team().same(job.built.model)  # each process trained it; GPUs may differ in the last bit
     job.report.stage("search")
 
     def on_step(step: Step) -> None:

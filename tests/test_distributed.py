@@ -1,14 +1,23 @@
 """Several processes find bit for bit what one finds; real processes, connected by gloo."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from ekgfx.distributed import ALONE, Team, apart, team
+from ekgfx.distributed import ALONE, Team, team
+from ekgfx.run import read_lines, read_manifest
 from ekgfx.search import search
+from tests.cli.conftest import TINY, command, environment
 from tests.processes import ready, together
 from tests.search.test_race import batches, sure, untimed
 
@@ -28,17 +37,15 @@ def telling() -> Any:
     model = nn.BatchNorm1d(3)
     model.weight.data.normal_()
     mates.same(model)
-    with apart():
-        alone = team()
     sent = mates.sent(torch.full((2,), float(mates.rank)), 1)
     told, heard = mates.told(mates.rank), mates.heard(mates.rank)
-    return mates.gathered(table).tolist(), sent.tolist(), told, heard, alone, model.weight.tolist()
+    return mates.gathered(table).tolist(), sent.tolist(), told, heard, model.weight.tolist()
 
 
 def test_what_processes_tell_each_other(tmp_path: Path) -> None:
     first, second = together(2, tmp_path, telling)
     assert first == second
-    assert first[:5] == ([[0.1, 0.1], [1.1, 1.1]], [1.0, 1.0], 0, [0, 1], ALONE)
+    assert first[:4] == ([[0.1, 0.1], [1.1, 1.1]], [1.0, 1.0], 0, [0, 1])
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -79,3 +86,53 @@ def check_sizes(name: str, sizes: list[int], folder: Path) -> None:
     for size in sizes:
         for found in together(size, folder, searches, name):
             assert found == expected
+
+
+def torchrun(folder: Path, *arguments: object) -> subprocess.Popen:
+    """`ekgfx prune` on two processes, as a user starts it."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*launch, "-m", "ekgfx", "prune", *map(str, arguments)],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def follower(launcher: int) -> int:
+    """The second process that a torchrun started, by its RANK."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == launcher and b"RANK=1" in (entry / "environ").read_bytes().split(b"\0"):
+                return int(entry.name)
+    raise AssertionError("there is no second process")
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc")
+def test_a_process_that_dies_ends_the_job_which_can_go_on(tmp_path: Path) -> None:
+    """Two processes under torchrun, one of them killed in the search; resumed, they find what one alone finds."""
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("epochs: 1, batch_size: 256", "epochs: 0"))
+    job = torchrun(tmp_path, "--recipe", "tiny.yaml", "-o", "run")
+    while len(read_lines(tmp_path / "run" / "history.jsonl")) < 2:
+        assert job.poll() is None, job.stderr.read()
+        time.sleep(0.01)
+    os.kill(follower(job.pid), signal.SIGKILL)
+    _, said = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "another process of this job died" in said
+    assert read_manifest(tmp_path / "run")["status"] == "interrupted"
+    again = torchrun(tmp_path, "--resume", "run")
+    assert again.wait() == 0, again.stderr.read()
+    assert read_manifest(tmp_path / "run")["status"] == "done"
+    subprocess.run(command("prune", "--recipe", "tiny.yaml", "-o", "one"), cwd=tmp_path, env=environment(), check=True)
+    assert (tmp_path / "run" / "plan.json").read_bytes() == (tmp_path / "one" / "plan.json").read_bytes()
+    weights, alone = (load_file(tmp_path / run / "model.safetensors") for run in ("run", "one"))
+    assert weights.keys() == alone.keys() and all(torch.equal(weights[name], alone[name]) for name in weights)
+    found, expected = (
+        [{**step, "seconds": 0, "eta": 0} for step in read_lines(tmp_path / run / "history.jsonl")]
+        for run in ("run", "one")
+    )
+    assert found == expected

@@ -81,26 +81,39 @@ def prune(
     Without --data the search runs label-free on photographs: the network's own predictions stand for labels, and
     no accuracy can be measured.
     """
-    from ekgfx import source, trust
     from ekgfx.cli.work import work
-    from ekgfx.pipeline import prune_job
+    from ekgfx.distributed import copied, joined
+    from ekgfx.job import Silent
+    from ekgfx.pipeline import prune_job, search_job
 
     changes = given(flags) | ({} if model is None else {"model": model})
+    if dry_run and resume is None:
+        return _preview(_settings(recipe, changes))
+    with joined() as mates:
+        if not mates.first:
+            with copied(Path(mates.told(None))) as copy, Run.reopen(copy) as ours:
+                mates.heard("copied")
+                return search_job(ours, Silent())
+        with _run(recipe, changes, output, resume, dry_run) as run:
+            mates.told(str(run.path))
+            mates.heard("copied")
+            work(run, lambda report: prune_job(run, report), tensorboard=tensorboard)
+
+
+def _run(recipe: str | None, changes: dict[str, Any], output: Path | None, resume: Path | None, dry_run: bool) -> Run:
+    """The run to work on: a new one, or the one to go on with."""
+    from ekgfx import source, trust
+
     if resume is not None:
         if changes or recipe or output or dry_run:
             raise RecipeError(f"--resume takes its settings from {resume}; leave the other flags out")
-        run = Run.reopen(resume)
-    else:
-        asked = _settings(recipe, changes)
-        model_source = source.parse(asked.model or "", asked.weights, asked.input, asked.classes)
-        if dry_run:
-            return _preview(asked)
-        places = {"model": model_source.model, "weights": model_source.weights, "data": absolute(asked.data)}
-        settings = recipes.override(asked, places).to_json()
-        signed = {} if model_source.is_run else trust.sign(model_source.model)
-        run = Run.create(output or fresh_path(asked.model or ""), settings=settings, **signed)
-    with run:
-        work(run, lambda report: prune_job(run, report), tensorboard=tensorboard)
+        return Run.reopen(resume)
+    asked = _settings(recipe, changes)
+    model_source = source.parse(asked.model or "", asked.weights, asked.input, asked.classes)
+    places = {"model": model_source.model, "weights": model_source.weights, "data": absolute(asked.data)}
+    settings = recipes.override(asked, places).to_json()
+    signed = {} if model_source.is_run else trust.sign(model_source.model)
+    return Run.create(output or fresh_path(asked.model or ""), settings=settings, **signed)
 
 
 def _settings(name: str | None, changes: dict[str, Any]) -> Recipe:

@@ -8,7 +8,7 @@ import click
 from ekgfx.cli.progress import Terminal
 from ekgfx.cli.render import notes
 from ekgfx.cli.summary import show
-from ekgfx.errors import EkgfxError
+from ekgfx.errors import EkgfxError, TeamError
 from ekgfx.run import Run
 
 
@@ -18,7 +18,7 @@ def work(run: Run, job: Callable[[Terminal], Any], *, tensorboard: bool = False)
     try:
         with _watch(run, tensorboard) as terminal:
             job(terminal)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, TeamError):
         run.update(status="interrupted")
         click.echo(f"stopped; go on with: ekgfx prune --resume {run.path}", err=True)
         raise

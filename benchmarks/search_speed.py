@@ -5,8 +5,8 @@
 
 Everything is timed in one run on one thread, the ways of evaluating taken in turn at each of several states along the
 search, as CPU seconds of the process (what a busy machine disturbs least; on a GPU, wall seconds). Each measurement is
-a process of its own (a fork), whose peak memory is thus its own. What was measured is in FOLDER and is not measured
-again.
+a process of its own (a fork); its memory is what that grew by, less whatever the allocator had free before. What was
+measured is in FOLDER and is not measured again.
 
 - masked: the network at full size, its cut weights zero, whole for every candidate.
 - sliced: really smaller tensors, whole for every candidate.
@@ -14,9 +14,10 @@ again.
 - all: and values kept from the importance's forward pass, the accepted candidate not evaluated again, early stops.
 - channels last: all, in that memory format.
 
-The whole ResNet-56 search is run with `all` (and with `--check`, with `sliced` candidates, to compare the plans); the
-other ways' totals are estimates: importance, accepted network and candidate at the states, interpolated over the steps,
-times the candidates that the search without early stops evaluates.
+States are the network evenly cut to 100, 75 and 50% of its MACs. With `--whole`, the whole ResNet-56 search is run with
+`all` and `channels last` (and with `--check`, without cache and early stops, to compare the plans), and the states are
+its own; the other ways' totals are estimates: importance, accepted network and candidate at the states, interpolated
+over the steps, times the candidates of each.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from ekgfx.models import resnet56_cifar
 from ekgfx.plan import Plan
 from ekgfx.prepare import prepare
 from ekgfx.run import read_lines, write_json
-from ekgfx.search import Step
+from ekgfx.search import SearchResult, Step
 from ekgfx.search.candidates import worth_evaluating
 from ekgfx.search.details import PAPER
 from ekgfx.search.ekg import Pace, State, keeper_of, propose
@@ -58,7 +59,6 @@ from ekgfx.weights import load_weights
 
 WAYS = ("masked", "sliced", "prefixes", "all", "channels last")
 PARTS = ("importance", "candidate", "accepted", "step")
-IMAGES = 64
 KEEP = 0.45
 
 
@@ -76,7 +76,10 @@ def main() -> None:
     folder = Path(asked.output)
     folder.mkdir(parents=True, exist_ok=True)
     device = torch.device(asked.device)
-    case = resnet56(asked, folder, device) if asked.network == "resnet56" else on_photos(asked.network, device)
+    if asked.network == "resnet56":
+        case = resnet56(asked, folder, device)
+    else:
+        case = on_photos(asked.network, asked.images, device)
     record = folder / f"{asked.network}-{device.type}.jsonl"
     done = {(line["state"], line["way"], line["turn"]) for line in read_lines(record)}
     for turn in range(asked.turns):
@@ -115,20 +118,26 @@ def resnet56(asked: argparse.Namespace, folder: Path, device: torch.device) -> C
     model.eval()
     traced = ekgfx.trace(model, batches[0][0][:2])
     problem = problem_of(traced, batches)
-    found = {
-        way: whole(traced, batches, folder / f"search-{way.replace(' ', '-')}-{device.type}.jsonl", **options)
-        for way, options in (
-            ("all", {}),
-            ("channels last", {"channels_last": True}),
-            *([("sliced", {"early_stop": False, "cache": 0})] if asked.check else []),
-        )
-    }
-    plans = found["all"].plans
-    places = np.linspace(0, len(plans) - 2, asked.states).round().astype(int)
-    return Case(problem, {str(place): plans[place] for place in places})
+    if not asked.whole:
+        return Case(problem, evenly_cut(problem))
+    result = whole(traced, batches, folder / f"search-all-{device.type}.jsonl")
+    whole(traced, batches, folder / f"search-channels-last-{device.type}.jsonl", channels_last=True)
+    if asked.check:
+        whole(traced, batches, folder / f"search-sliced-{device.type}.jsonl", early_stop=False, cache=0)
+    places = np.linspace(0, len(result.plans) - 2, asked.states).round().astype(int)
+    return Case(problem, {str(place): result.plans[place] for place in places})
 
 
-def whole(traced: TracedModel, batches: Any, history: Path, **options: Any) -> ekgfx.search.SearchResult:  # type: ignore[name-defined]
+def evenly_cut(problem: Problem) -> dict[str, Plan]:
+    """The whole network, and it with one width for all groups at two fractions of its MACs."""
+    states = {"1.00": problem.full()}
+    for keep in (0.75, 0.5):
+        plan = ekgfx.search(problem.traced, flops=keep, strategy="uniform", importance="magnitude").plan
+        states[f"{keep:.2f}"] = replace(plan, rescale=problem.rescale)
+    return states
+
+
+def whole(traced: TracedModel, batches: Any, history: Path, **options: Any) -> SearchResult:
     """A whole search, resumed from its history; the CPU seconds of every step are noted beside."""
     steps = read_lines(history)
     last = [clock(traced)]
@@ -144,20 +153,18 @@ def whole(traced: TracedModel, batches: Any, history: Path, **options: Any) -> e
     return ekgfx.search(traced, batches, flops=KEEP, on_step=note, resume_from=steps, **options)
 
 
-def on_photos(name: str, device: torch.device) -> Case:
+def on_photos(name: str, images: int, device: torch.device) -> Case:
     """A network of timm with random weights on photographs, label-free; states of evenly cut widths."""
     import timm
 
     torch.manual_seed(0)
     model = timm.create_model({"vit_tiny": "vit_tiny_patch16_224"}.get(name, name)).eval().to(device)
     data = datasets.load("photos", image_size=224).to(device)
-    batches = [(batch.images, None) for batch in data.loader("train", IMAGES // 2, subset=range(IMAGES))]
+    loader = data.loader("train", images // 2, subset=range(images))
+    batches = [(batch.images, None) for batch in loader]
     traced = ekgfx.trace(model, batches[0][0][:2])
     problem = problem_of(traced, batches)
-    states = {"1.00": problem.full()}
-    for keep in (0.75, 0.5):
-        states[f"{keep:.2f}"] = ekgfx.search(traced, flops=keep, strategy="uniform", importance="magnitude").plan
-    return Case(problem, {key: replace(plan, rescale=problem.rescale) for key, plan in states.items()})
+    return Case(problem, evenly_cut(problem))
 
 
 def problem_of(traced: TracedModel, batches: Any) -> Problem:
@@ -331,16 +338,17 @@ def summarized(network: str, lines: list[dict[str, Any]], folder: Path, device: 
             for state in states
         },
     }
-    if network == "resnet56":
+    if network == "resnet56" and (folder / f"search-all-{device.type}.jsonl").exists():
         summary["search"] = dict(totals(folder, device, states, median))
     return summary
 
 
 def differs(lines: list[dict[str, Any]], state: str, way: str) -> dict[str, Any]:
-    """Largest difference of −ℛ from the sliced network's, and whether the best candidate is that of `prefixes`."""
+    """Largest difference of −ℛ from that of `prefixes`, which evaluates all, and whether the best of the candidates
+    that both evaluated is the same."""
     found = {line["way"]: line["negatives"] for line in lines if line["state"] == state}
-    exact, ours = found["prefixes"], found[way]
-    known = {group: value for group, value in ours.items() if value is not None and group in exact}
+    known = {group: value for group, value in found[way].items() if value is not None and group in found["prefixes"]}
+    exact = {group: found["prefixes"][group] for group in known}
     largest = max(abs(value - exact[group]) for group, value in known.items())
     return {"largest": largest, "best": min(known, key=known.__getitem__) == min(exact, key=exact.__getitem__)}
 
@@ -378,6 +386,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", default="cifar10:data/cifar10")
     parser.add_argument("--weights", default="data/weights/resnet56-cifar10.safetensors")
     parser.add_argument("--output", required=True)
+    parser.add_argument("--images", type=int, default=64, help="of resnet50 and vit_tiny, in two batches")
+    parser.add_argument("--whole", action="store_true", help="run the whole search of resnet56, and take its states")
     parser.add_argument("--states", type=int, default=4)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--check", action="store_true", help="run the search without cache and early stops too")

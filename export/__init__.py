@@ -3,7 +3,7 @@
 from ekgfx.export import to_onnx, check_parity, measure_latency
 """
 
-from .exporter import to_onnx
+from .exporter import to_fp16, to_onnx
 from .latency import LatencyTable, Speedup, Timing, measure_latency
 from .noise import Ratio, compare
 from .parity import Difference, Parity, check_parity
@@ -29,5 +29,6 @@ __all__ = [
     "measure_latency",
     "parity_text",
     "providers",
+    "to_fp16",
     "to_onnx",
 ]

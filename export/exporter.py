@@ -83,6 +83,28 @@ def to_onnx(
     return path
 
 
+def to_fp16(file: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
+    """Write an fp32 file of `to_onnx` again in half precision, as `to_onnx(fp16=True)` would have, without the model.
+
+    Returns the path. Raises ExportError when there is no such file, when it is no fp32 file, or when the result cannot
+    be written.
+    """
+    file, path = Path(file), Path(path)
+    if not file.is_file():
+        raise ExportError(f"no ONNX file at {file}; write one with to_onnx or `ekgfx export`")
+    try:
+        single = ir.load(file)
+    except Exception as error:  # protobuf's and onnx_ir's exceptions have no common base
+        raise ExportError(f"{file} cannot be read as ONNX: {headline(error)}; export it again") from error
+    precision = single.metadata_props.get(PRECISION, "fp32")
+    if precision != "fp32":
+        raise ExportError(f"{file} is an {precision} file; half precision is made from an fp32 one")
+    half = to_half(single)
+    half.metadata_props.update({**single.metadata_props, PRECISION: "fp16"})
+    _write(half, path)
+    return path
+
+
 def _translate(
     program: torch.export.ExportedProgram,
     opset: int | None,

@@ -2,7 +2,9 @@
 
 import onnx_ir as ir
 
-from .quiet import quiet
+from ekgfx.errors import ExportError
+
+from .quiet import headline, quiet
 
 # protobuf cannot serialise more, and shape inference on an in-memory model serialises it.
 PROTOBUF_LIMIT = 2**31 - 1
@@ -23,7 +25,12 @@ def to_half(model: ir.Model) -> ir.Model:
     proto = ir.to_proto(model)
     small = nbytes(model) < PROTOBUF_LIMIT
     with quiet():
-        proto = convert_float_to_float16(proto, keep_io_types=True, disable_shape_infer=not small)
+        try:
+            proto = convert_float_to_float16(proto, keep_io_types=True, disable_shape_infer=not small)
+        except Exception as error:  # the converter's errors have no common base
+            raise ExportError(
+                f"the graph could not be converted to fp16: {headline(error)}; export it in fp32"
+            ) from error
     half = ir.from_proto(proto)
     # The converter appends its casts at the end; ONNX wants every node after those it depends on.
     half.graph.sort()

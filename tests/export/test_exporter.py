@@ -11,7 +11,7 @@ import onnx
 import pytest
 import timm
 import torch
-from ekgfx.export import check_parity, exporter, to_onnx
+from ekgfx.export import check_parity, exporter, to_fp16, to_onnx
 from timm.models.nest import Nest
 from torch import nn
 
@@ -92,6 +92,23 @@ def test_half_precision(classifier, tmp_path):
         check_parity(model, path, images, tolerance=1e-6)
 
 
+def test_half_precision_from_a_file_is_that_from_the_model(classifier, tmp_path):
+    model, _, images, single = classifier
+    from_model = onnx.load(to_onnx(model, images, tmp_path / "model.onnx", fp16=True))
+    from_file = onnx.load(to_fp16(single, tmp_path / "file.onnx"))
+    assert from_file.graph.SerializeToString() == from_model.graph.SerializeToString()
+    recorded = {entry.key: entry.value for entry in from_file.metadata_props}
+    assert (recorded["ekgfx.precision"], recorded["ekgfx.plan"]) == ("fp16", "0123abcd")
+    with pytest.raises(ExportError, match="is an fp16 file"):
+        to_fp16(tmp_path / "file.onnx", tmp_path / "again.onnx")
+    (tmp_path / "broken.onnx").write_bytes(b"no protobuf at all")
+    with pytest.raises(ExportError, match=r"broken\.onnx cannot be read"):
+        to_fp16(tmp_path / "broken.onnx", tmp_path / "again.onnx")
+    with pytest.raises(ExportError, match="no ONNX file"):
+        to_fp16(tmp_path / "none.onnx", tmp_path / "again.onnx")
+    assert not (tmp_path / "again.onnx").exists()
+
+
 def test_several_inputs_and_a_nested_output(tmp_path):
     model = Detector()
     inputs = (torch.randn(1, 4), torch.randn(1, 6))
@@ -105,7 +122,7 @@ def test_several_inputs_and_a_nested_output(tmp_path):
 
 
 @pytest.mark.parametrize("net", [Windows, LearnedBias])
-@pytest.mark.parametrize("opset", [None, 23])
+@pytest.mark.parametrize("opset", [None, 18, 23])
 def test_attention_of_any_kind(net, opset, tmp_path):
     torch.manual_seed(0)
     model = net()

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ekgfx import bank, checkpoint, delivery
+from ekgfx import bank, checkpoint, delivery, timing
 from ekgfx import prepare as step_zero
 from ekgfx.distributed import team
 from ekgfx.errors import DataError, RecipeError, RunError
@@ -24,10 +24,10 @@ from ekgfx.loss import KnowledgeSource
 from ekgfx.plan import Plan
 from ekgfx.recipe import Search, Training, override
 from ekgfx.run import Run
-from ekgfx.search import SearchResult, Step, search
+from ekgfx.search import SearchResult, Step, find_budget, search
 from ekgfx.search.effort import quick_accept
-from ekgfx.search.ignore import ignored_groups
-from ekgfx.search.problem import Budget, Problem, width_rules
+from ekgfx.search.latency import LayerTable
+from ekgfx.search.problem import Problem
 from ekgfx.search.reward import Objective
 from ekgfx.surgery import prune
 from ekgfx.trace import TracedModel
@@ -49,10 +49,13 @@ def prune_job(run: Run, report: Report) -> None:
     job = Job.of(run, report)
     run.update(status="running")
     if not run.has(checkpoint.PLAN):
-        smallest(job.traced, job.recipe.search)  # before anything takes its time
+        timing.check_settings(job.recipe.search)
+        table = timing.layer_table(job)
+        smallest(job.traced, job.recipe.search, align_of(job, table), table)  # before anything takes its time
     prepare(job)
     result = find_plan(job)
     pruned = cut(job, result)
+    timing.keep_promise(job, result.plan, pruned)
     if job.recipe.finetune.epochs:
         train(job, pruned, result)
     if job.recipe.export.onnx and not run.has(delivery.RESULT):
@@ -64,7 +67,8 @@ def search_job(run: Run, report: Report) -> None:
     """The part of a job that several processes do together: everything up to the plan."""
     job = Job.of(run, report)
     if not run.has(checkpoint.PLAN):
-        smallest(job.traced, job.recipe.search)
+        table = timing.layer_table(job)
+        smallest(job.traced, job.recipe.search, align_of(job, table), table)
     prepare(job)
     find_plan(job)
 
@@ -120,18 +124,17 @@ def prepare(job: Job) -> None:
     (job.run.path / PRETRAINING).unlink(missing_ok=True)
 
 
-def smallest(traced: TracedModel, asked: Search) -> Plan:
+def smallest(traced: TracedModel, asked: Search, align: int, table: LayerTable | None = None) -> Plan:
     """The smallest sub-network that the settings allow (its widths; which channels is left open).
+
+    align: in channels (`timing.alignment`); table: the layers' timings, for a latency budget.
 
     Raises:
         PlanError: an ignore pattern matches nothing.
         BudgetError: nothing can be pruned, or even this sub-network is beyond the budget.
     """
-    rules = width_rules(traced, ignored_groups(traced.groups, asked.ignore), asked.align, asked.min_width)
-    if asked.flops is not None:
-        budget = Budget.of(lambda plan: traced.cost(plan).macs, asked.flops, "MACs")
-    else:
-        budget = Budget.of(lambda plan: traced.cost(plan).params, asked.params or 1.0, "parameters")
+    rules = timing.rules_of(traced, asked, align)
+    budget = find_budget(traced, flops=asked.flops, params=asked.params, latency=asked.latency, table=table)
     Problem(traced, (), Objective(), budget, rules, False, False, False).check_reachable()
     return Plan(
         {name: tuple(range(rule.minimum)) for name, rule in rules.items()},
@@ -152,19 +155,22 @@ def find_plan(job: Job) -> SearchResult:
 
     def on_step(step: Step) -> None:
         job.run.append(HISTORY, step.to_json())
-        job.report.step(step, asked.flops or asked.params or 1.0)
+        job.report.step(step, asked.keep)
 
+    table = timing.layer_table(job)
     result = search(
         traced,
         batches,
         flops=asked.flops,
         params=asked.params,
+        latency=asked.latency,
+        table=table,
         strategy=asked.strategy,
         importance=asked.importance,
         knowledge=asked.knowledge,
         step=asked.step,
         accept=pace(job, batches),
-        align=asked.align,
+        align=align_of(job, table),
         min_width=asked.min_width,
         ignore=asked.ignore,
         rescale=asked.rescale,
@@ -183,13 +189,18 @@ def find_plan(job: Job) -> SearchResult:
     return result
 
 
+def align_of(job: Job, table: LayerTable | None) -> int:
+    """The alignment of a job's widths, in channels."""
+    return timing.alignment(job.recipe.search, table, job.device.type, job.recipe.export.fp16)
+
+
 def pace(job: Job, batches: list[Any]) -> int:
     """How many candidates a step of the search takes together."""
     asked = job.recipe.search
     if asked.accept is not None or job.labelled or asked.strategy != "ekg":
         return asked.accept or 1
     samples = sum(len(batch.images) for batch in batches)
-    together = quick_accept(job.traced, samples, asked.flops or asked.params or 1.0, step=asked.step)
+    together = quick_accept(job.traced, samples, asked.keep, step=asked.step)
     if together > 1:
         job.report.note(
             f"a step takes its {together} best candidates together, for time's sake (--accept 1: one, as the paper)"

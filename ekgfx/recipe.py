@@ -50,9 +50,16 @@ class Finetune(Training):
     temperature: float | None = None
 
 
+BUDGETS = {"flops": "MACs", "params": "parameters", "latency": "latency"}
+"""The settings that a budget can be given by, and what each is about."""
+
+
 @dataclass(frozen=True)
 class Search:
-    """The budget (kept fraction of MACs or of parameters) and the way to it; `ekgfx.search` says what the options mean.
+    """The budget (kept fraction of MACs, of parameters or of latency) and the way to it; `ekgfx.search` says what the
+    options mean. Latency is that of `target`, such as cuda:fp16:batch=64, or of where the file `latency_table` was
+    measured. `align`: a number of channels, or "auto" for what the target's hardware computes at once (None: "auto"
+    under a latency budget, else 1).
 
     Before a guided search the model is trained for an epoch on `train_per_class` images of each class (step 0 of the
     paper; 0 leaves it out). Candidates are judged on `val_per_class` images of each class, or on `images` images where
@@ -65,12 +72,15 @@ class Search:
 
     flops: float | None = None
     params: float | None = None
+    latency: float | None = None
+    target: str | None = None
+    latency_table: str | None = None
     strategy: Literal["ekg", "global", "uniform"] = "ekg"
     importance: Literal["taylor", "magnitude", "fpgm", "bn-scale", "hessian", "lamp"] = "taylor"
     knowledge: Literal["ensemble", "single", "none"] = "ensemble"
     step: float = 0.2
     accept: int | None = None
-    align: int = 1
+    align: int | Literal["auto"] | None = None
     min_width: float = 0.0
     ignore: tuple[str, ...] = ()
     rescale: bool | None = None
@@ -84,13 +94,20 @@ class Search:
     channels_last: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("flops", "params"):
+        for key in BUDGETS:
             kept = getattr(self, key)
             if kept is not None and not 0 < kept < 1:
                 raise RecipeError(f"{key} is the fraction to keep, between 0 and 1 (0.55 keeps 55%); got {kept}")
-        if self.flops is not None and self.params is not None:
-            raise RecipeError(f"one budget at a time: got flops {self.flops} and params {self.params}; leave one out")
+        given = {key: getattr(self, key) for key in BUDGETS if getattr(self, key) is not None}
+        if len(given) > 1:
+            said = " and ".join(f"{key} {kept}" for key, kept in given.items())
+            raise RecipeError(f"one budget at a time: got {said}; leave one out")
         bytes_of(self.cache)
+
+    @property
+    def keep(self) -> float:
+        """The budget: the fraction that is kept of whatever it is about; 1 where none is given."""
+        return next((kept for key in BUDGETS if (kept := getattr(self, key)) is not None), 1.0)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Plain JSON or YAML values as the dataclasses that describe them, strictly: what a file says is checked once, where it
 is read, against the annotations, and is of its type from there on."""
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -88,7 +89,11 @@ class _Reader:
         if origin in (types.UnionType, typing.Union):  # the latter from `Literal[…] | None`
             if value is None:
                 return None
-            return self.convert(next(part for part in arguments if part is not types.NoneType), value, key)
+            *alternatives, last = [part for part in arguments if part is not types.NoneType]
+            for part in alternatives:
+                with contextlib.suppress(self.error):
+                    return self.convert(part, value, key)
+            return self.convert(last, value, key)
         if origin is Literal:
             if any(value is known or (type(value) is type(known) and value == known) for known in arguments):
                 return value

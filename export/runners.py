@@ -28,6 +28,14 @@ def onnx_runner(
     """
     batch = next(value.shape[0] for value in inputs if value.ndim)
     session = open_session(path, provider, precision, batch=batch, threads=threads, cpu_fallback=cpu_fallback)
+    return bound(session, path, provider, precision, inputs)
+
+
+def bound(
+    session: ort.InferenceSession, path: Path, provider: Provider, precision: str, inputs: Sequence[Tensor]
+) -> Runner:
+    """A call of an open session of the file on these inputs, see `onnx_runner`."""
+    batch = next(value.shape[0] for value in inputs if value.ndim)
     written = precision_of(session)
     if (precision == "fp16") != (written == "fp16"):
         raise ExportError(

@@ -32,12 +32,14 @@ def open_session(
     batch: int | None = None,
     threads: int = 0,
     cpu_fallback: bool = False,
+    profile: Path | None = None,
 ) -> ort.InferenceSession:
     """A session on the provider alone.
 
     batch: fix the free batch size, so that the shape arithmetic of the graph is folded away, as a deployment with one
     batch size would have it (a CUDA graph needs it). threads: inside operators; 0 leaves it to onnxruntime.
     cpu_fallback: let operators that the provider lacks run on the CPU instead of refusing the model.
+    profile: beginning of the name of the file that `session.end_profiling()` writes.
 
     Raises ExportError when the file is missing, cannot be read, or has operators that the provider lacks.
     """
@@ -49,6 +51,9 @@ def open_session(
     options.inter_op_num_threads = 1
     # Worker threads that go on spinning after a run would steal the CPU from whatever is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     if batch is not None:
         options.add_free_dimension_override_by_name("batch", batch)
     alone = provider.device != "cpu" and not cpu_fallback

@@ -27,12 +27,12 @@ PIPE = """
 errors
 units distributed
 typed trust
-run recipe models weights data axes functional
+run recipe target models weights data axes functional
 rules
 leaf source
 graph
 plan cost
-groups sliced obstacle
+groups sliced obstacle segments
 trace
 loss verify graphed declared attributes
 evaluation surgery
@@ -41,7 +41,7 @@ finetune bank
 prepare checkpoint export landscape
 hub
 job recipes
-delivery
+delivery timing
 pipeline
 report
 cli

@@ -30,10 +30,23 @@ def given(parameters: dict[str, Any]) -> dict[str, Any]:
     return {name.replace("__", "."): value for name, value in parameters.items() if value not in (None, ())}
 
 
+class _Number(click.ParamType):
+    """A whole number, or a word that the recipe knows or refuses."""
+
+    name = "number"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int | str:
+        return int(value) if str(value).isdecimal() else str(value)
+
+
 def _type(hint: Any) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return click.Choice(arguments)
+    if int in arguments and any(
+        typing.get_origin(part) is Literal for part in arguments
+    ):  # `int | Literal["auto"] | None`
+        return _Number()
     if origin is not None:  # `int | None`, `tuple[str, ...]`
         return _type(arguments[0])
     return hint

@@ -17,6 +17,19 @@ from ekgfx.run import Run, fresh_path
 @click.option("--recipe", metavar="NAME|FILE", help="Start from a recipe; every other flag overrides it.")
 @setting("search.flops", "--flops", metavar="FRACTION", help="Budget: fraction of the MACs to keep; 0.55 removes 45%.")
 @setting("search.params", "--params", metavar="FRACTION", help="Budget: fraction of the parameters to keep.")
+@setting("search.latency", "--latency", metavar="FRACTION", help="Budget: fraction of the time on --target to keep.")
+@setting(
+    "search.target",
+    "--target",
+    metavar="SPEC",
+    help="Where it shall be fast, such as cuda:fp16:batch=64 or cpu:fp32:batch=1:threads=4.",
+)
+@setting(
+    "search.latency_table",
+    "--latency-table",
+    metavar="FILE",
+    help="Timings of the layers that a run on the target's machine has measured (its latency_table.json).",
+)
 @setting(
     "data",
     "--data",
@@ -44,7 +57,13 @@ from ekgfx.run import Run, fresh_path
 )
 @setting("search.cache", "--cache", metavar="SIZE", help="Memory for values that the search's candidates share.")
 @setting("search.amp", "--search-amp", help="Half precision to evaluate candidates in; can change a close choice.")
-@setting("search.align", "--align", metavar="N", help="Kept channels are multiples of N.")
+@setting(
+    "search.align",
+    "--align",
+    metavar="N|auto",
+    help="Kept channels are multiples of N; auto: of what the hardware computes at once.  "
+    "[default: auto with --latency, else 1]",
+)
 @setting("finetune.epochs", "--epochs", help="Epochs of fine-tuning after the search.")
 @setting("finetune.lr", "--lr", help="Learning rate of the fine-tuning.")
 @setting("finetune.batch_size", "--batch-size", help="Batch size of the fine-tuning.")
@@ -81,6 +100,7 @@ def prune(
     Without --data the search runs label-free on photographs: the network's own predictions stand for labels, and
     no accuracy can be measured.
     """
+    from ekgfx import timing
     from ekgfx.cli.work import work
     from ekgfx.distributed import copied, joined
     from ekgfx.job import Silent
@@ -88,7 +108,9 @@ def prune(
 
     changes = given(flags) | ({} if model is None else {"model": model})
     if dry_run and resume is None:
-        return _preview(_settings(recipe, changes))
+        asked = _settings(recipe, changes)
+        timing.check_settings(asked.search)
+        return _preview(asked)
     with joined() as mates:
         if not mates.first:
             with copied(Path(mates.told(None))) as copy, Run.reopen(copy) as ours:
@@ -102,15 +124,22 @@ def prune(
 
 def _run(recipe: str | None, changes: dict[str, Any], output: Path | None, resume: Path | None, dry_run: bool) -> Run:
     """The run to work on: a new one, or the one to go on with."""
-    from ekgfx import source, trust
+    from ekgfx import source, timing, trust
 
     if resume is not None:
         if changes or recipe or output or dry_run:
             raise RecipeError(f"--resume takes its settings from {resume}; leave the other flags out")
         return Run.reopen(resume)
     asked = _settings(recipe, changes)
+    timing.check_settings(asked.search)
     model_source = source.parse(asked.model or "", asked.weights, asked.input, asked.classes)
-    places = {"model": model_source.model, "weights": model_source.weights, "data": absolute(asked.data)}
+    table = asked.search.latency_table
+    places = {
+        "model": model_source.model,
+        "weights": model_source.weights,
+        "data": absolute(asked.data),
+        "search.latency_table": None if table is None else str(Path(table).expanduser().absolute()),
+    }
     settings = recipes.override(asked, places).to_json()
     signed = {} if model_source.is_run else trust.sign(model_source.model)
     return Run.create(output or fresh_path(asked.model or ""), settings=settings, **signed)
@@ -118,15 +147,14 @@ def _run(recipe: str | None, changes: dict[str, Any], output: Path | None, resum
 
 def _settings(name: str | None, changes: dict[str, Any]) -> Recipe:
     base = recipes.load(name) if name else Recipe()
-    if "search.flops" in changes and "search.params" not in changes:  # a budget typed replaces the recipe's
-        changes = {**changes, "search.params": None}
-    if "search.params" in changes and "search.flops" not in changes:
-        changes = {**changes, "search.flops": None}
+    budgets = [f"search.{key}" for key in recipes.BUDGETS]
+    if any(key in changes for key in budgets):  # a budget typed replaces the recipe's
+        changes = {**dict.fromkeys(budgets), **changes}
     asked = recipes.override(base, changes)
     if asked.model is None:
         raise RecipeError("nothing to prune: name a MODEL (such as timm:resnet50), or a --recipe")
-    if asked.search.flops is None and asked.search.params is None:
-        raise RecipeError("no budget: give --flops or --params, the fraction to keep (0.55 removes 45%)")
+    if all(getattr(asked.search, key) is None for key in recipes.BUDGETS):
+        raise RecipeError("no budget: give --flops, --params or --latency, the fraction to keep (0.55 removes 45%)")
     return asked
 
 
@@ -142,13 +170,18 @@ def absolute(spec: str | None) -> str | None:
 def _preview(asked: Recipe) -> None:
     """What --dry-run says: every group with the fewest channels it may come down to, and how far the budget is."""
     import ekgfx
-    from ekgfx import source
+    from ekgfx import source, timing
     from ekgfx.cli.render import change, human, out, table
     from ekgfx.pipeline import smallest
 
     built = source.parse(asked.model or "", "none", asked.input, asked.classes).build()
     traced = ekgfx.trace(built.model, built.example_inputs, leaf=(*built.leaf, *asked.leaf))
-    least = smallest(traced, asked.search)
+    table_here = timing.known_table(asked.search, traced) if asked.search.latency is not None else None
+    if asked.search.latency is not None and table_here is None:
+        out.print(f"the layers would be timed on {asked.search.target} first; how far the budget can go is known then")
+        return
+    align = timing.alignment(asked.search, table_here, asked.device, asked.export.fp16)
+    least = smallest(traced, asked.search, align, table_here)
     rows = [
         (
             group.name,
@@ -162,7 +195,6 @@ def _preview(asked: Recipe) -> None:
     full, floor = traced.cost(), traced.cost(least)
     out.print(f"\nsmallest sub-network: MACs {change(full.macs, floor.macs)}")
     out.print(f"                      parameters {change(full.params, floor.params)}")
-    keep, unit = (asked.search.flops, "MACs") if asked.search.flops else (asked.search.params, "parameters")
-    out.print(
-        f"budget: {100 * (keep or 0):.1f}% of the {unit}; search {asked.search.strategy} on {asked.data or 'photos'}"
-    )
+    unit = next(unit for key, unit in recipes.BUDGETS.items() if getattr(asked.search, key) is not None)
+    where = f"search {asked.search.strategy} on {asked.data or 'photos'}"
+    out.print(f"budget: {100 * asked.search.keep:.1f}% of the {unit}; {where}")

@@ -16,6 +16,7 @@ from ekgfx.search import ekg, global_, importance_peers, uniform
 from ekgfx.search.details import AUTHORS, PAPER, Details, authors_cost
 from ekgfx.search.ignore import ignored_groups
 from ekgfx.search.importance import Criterion, taylor
+from ekgfx.search.latency import LayerTable, Price
 from ekgfx.search.problem import Budget, Computing, Problem, width_rules
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.result import Candidate, Measure, SearchResult, Step, as_steps
@@ -40,6 +41,7 @@ __all__ = [
     "SearchResult",
     "Step",
     "authors_cost",
+    "find_budget",
     "search",
 ]
 
@@ -64,6 +66,8 @@ def search(
     *,
     flops: float | None = None,
     params: float | None = None,
+    latency: float | None = None,
+    table: LayerTable | None = None,
     cost: Callable[[Plan], float] | None = None,
     budget: float | None = None,
     strategy: Strategy = "ekg",
@@ -93,8 +97,9 @@ def search(
         batches: validation batches on the model's device: `(images, labels, …)`, `(images, None, …)` or images; images
             may be a tuple of inputs. Without labels, the unpruned network's soft predictions are the labels. They are
             read once and held. `uniform` and `global` with an importance of the weights alone need none.
-        flops, params: the budget: fraction of the MACs or the parameters that is kept. Or `cost`, any function of a
-            plan, with `budget`, the fraction of it that is kept. Exactly one of the three.
+        flops, params, latency: the budget: fraction of the MACs, the parameters or the milliseconds that is kept; for
+            milliseconds with `table`, the layers' timings (`ekgfx.export.measure_layers`). Or `cost`, any function of
+            a plan, with `budget`, the fraction of it that is kept. Exactly one of the four.
         strategy: "ekg"; "uniform" (one width for all groups), "global" (one threshold for all channels).
         importance: which channels go first: "taylor" (the paper's), or torch-pruning's "magnitude" (L1), "fpgm",
             "bn-scale", "hessian", "lamp".
@@ -127,7 +132,7 @@ def search(
         DataError: batches are missing, or don't fit the model's output.
         PlanError: an ignore pattern matches nothing; `resume_from` belongs to another model, data or search.
         TrainingError: the loss is not finite.
-        RecipeError: an option has an unknown value.
+        RecipeError: an option has an unknown value, or the table is of another model.
     """
     _check_option("strategy", strategy, STRATEGIES)
     _check_option("importance", importance, IMPORTANCE)
@@ -139,13 +144,15 @@ def search(
         )
     history = as_steps(resume_from or ())
     _check_option("amp", amp or "bf16", ("bf16", "fp16"))
-    early_stop = details == PAPER if early_stop is None else early_stop
+    asked = find_budget(traced, flops=flops, params=params, latency=latency, table=table, cost=cost, budget=budget)
+    # Under a weighed budget the highest reward need not win, so that no candidate can be left for its reward alone.
+    early_stop = not asked.weighed and (details == PAPER if early_stop is None else early_stop)
     computing = Computing(bytes_of(cache), early_stop, amp, channels_last)
     problem = Problem(
         traced=traced,
         batches=tuple(map(computing.prepared, validation_batches(batches))),
         objective=Objective(loss, logits, details.batch_size),
-        budget=_budget(traced, flops, params, cost, budget),
+        budget=asked,
         rules=width_rules(traced, ignored_groups(traced.groups, ignore), align, min_width),
         guided=knowledge != "none",
         ensemble=knowledge == "ensemble",
@@ -206,15 +213,25 @@ def _measure_unpruned(problem: Problem) -> tuple[Problem, Measure, Knowledge]:
     return problem, problem.measure(problem.full(), evaluation), logits
 
 
-def _budget(
+def find_budget(
     traced: TracedModel,
-    flops: float | None,
-    params: float | None,
-    cost: Callable[[Plan], float] | None,
-    budget: float | None,
+    *,
+    flops: float | None = None,
+    params: float | None = None,
+    latency: float | None = None,
+    table: LayerTable | None = None,
+    cost: Callable[[Plan], float] | None = None,
+    budget: float | None = None,
 ) -> Budget:
-    if (flops is not None) + (params is not None) + (budget is not None) != 1 or (cost is None) != (budget is None):
-        raise BudgetError("give one budget: flops=…, params=…, or cost=… with budget=…, the fraction that is kept")
+    """The one budget that is given, see `search`. BudgetError for none, several, or a half of one."""
+    given = sum(keep is not None for keep in (flops, params, latency, budget))
+    if given != 1 or (cost is None) != (budget is None) or (table is None) != (latency is None):
+        raise BudgetError(
+            "give one budget: flops=…, params=…, latency=… with table=…, or cost=… with budget=…, the fraction that is "
+            "kept"
+        )
+    if latency is not None and table is not None:
+        return Budget.of(Price(traced, table), latency, "latency", weighed=True)
     if flops is not None:
         return Budget.of(lambda plan: traced.cost(plan).macs, flops, "MACs")
     if params is not None:

@@ -21,20 +21,22 @@ from ekgfx.trace import TracedModel
 @dataclass(frozen=True)
 class Budget:
     """How much of a cost may stay. cost: of a plan, in any unit; unit: its name; keep: target fraction of `full`, the
-    cost of the unpruned model."""
+    cost of the unpruned model. weighed: whether a step of the search weighs what a candidate loses against the cost
+    that it saves (see `ekgfx.search.ekg.best_first`)."""
 
     cost: Callable[[Plan], float]
     full: float
     keep: float
     unit: str
+    weighed: bool = False
 
     @classmethod
-    def of(cls, cost: Callable[[Plan], float], keep: float, unit: str) -> "Budget":
+    def of(cls, cost: Callable[[Plan], float], keep: float, unit: str, *, weighed: bool = False) -> "Budget":
         """Raises BudgetError for a target that is no fraction."""
         if not 0 < keep <= 1:
             hint = f"; did you mean {keep / 100:g}?" if 1 < keep <= 100 else ""
             raise BudgetError(f"the budget is the fraction of {unit} that is kept, in (0, 1], not {keep:g}{hint}")
-        return cls(cost, cost(Plan()), keep, unit)
+        return cls(cost, cost(Plan()), keep, unit, weighed)
 
     def fraction(self, plan: Plan) -> float:
         """Cost of a plan over that of the unpruned model."""

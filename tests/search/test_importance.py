@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import ekgfx
 from ekgfx.plan import Plan
-from ekgfx.search import IMPORTANCE, _budget
+from ekgfx.search import IMPORTANCE, find_budget
 from ekgfx.search.importance import taylor
 from ekgfx.search.importance_peers import hessian
 from ekgfx.search.problem import Problem, width_rules
@@ -26,7 +26,7 @@ def problem_of(traced: TracedModel, batches: list) -> Problem:
         traced=traced,
         batches=validation_batches(batches),
         objective=Objective(),
-        budget=_budget(traced, 0.5, None, None, None),
+        budget=find_budget(traced, flops=0.5),
         rules=width_rules(traced, frozenset(), 1, 0.0),
         guided=False,
         ensemble=False,

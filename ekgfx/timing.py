@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from ekgfx.distributed import team
 from ekgfx.errors import ExportError, RecipeError
 from ekgfx.export.environment import environment
 from ekgfx.export.exporter import to_onnx
@@ -40,6 +41,11 @@ def layer_table(job: Job) -> LayerTable | None:
         return None
     if job.run.has(FILE):
         return LayerTable.from_json(job.run.read(FILE), str(job.run.path / FILE))
+    if team().size > 1 and asked.latency_table is None:
+        raise RecipeError(
+            "processes that share a search must agree on the layers' timings: give --latency-table, such as the "
+            "latency_table.json of a run on one process"
+        )
     table = given_table(asked, job.traced) or _measured(job, parse(asked.target or ""))
     errors = np.abs(Price(job.traced, table).errors)
     job.run.write_json(FILE, table.to_json())

@@ -155,6 +155,7 @@ def test_cache_folder(monkeypatch):
     assert timing.cache_folder() == Path("/elsewhere")
 
 
+@pytest.mark.sweep  # real timings of so small a network: on a busy machine its least width may seem no faster
 def test_a_whole_job_and_its_promise(tmp_path, monkeypatch):
     """Real timings of three networks; the search's plan, the prediction, and the clock's word on it."""
     from ekgfx.pipeline import prune_job

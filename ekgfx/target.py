@@ -71,7 +71,7 @@ def staircase(provider: str, precision: str) -> Staircase:
     the channel counts of a layer are multiples of that (Deep Learning Performance Guide); other GPU kernels load 4 fp32
     values at once. onnxruntime's CPU convolutions pad channels to blocks of one vector register of fp32
     (`MlasNchwcGetBlockSize`: 16 with AVX-512, else 8), and take only multiples of 4 into that layout: a MobileNetV2 cut
-    to 55% of its MACs without alignment takes longer than the uncut one (docs/latency.md).
+    to 55% of its MACs without alignment takes longer than the uncut one.
     """
     if provider == "cpu":
         return Staircase(16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8, 4)

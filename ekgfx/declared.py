@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from ekgfx.attributes import STANDARD
 from ekgfx.axes import Axis, Expr, count, size
-from ekgfx.graph import AxisGraph, callers
+from ekgfx.graph import AxisGraph, callers, listed
 
 INCOMING = ("in_features", "in_channels", "in_chs")
 OUTGOING = ("num_features", "head_hidden_size", "embed_dim", "hidden_size", "out_features", "out_channels", "out_chs")
@@ -54,8 +54,7 @@ def _frames(graph: AxisGraph) -> dict[str, list[fx.Node]]:
 
 
 def _dims(graph: AxisGraph, node: fx.Node) -> Iterator[Expr]:
-    found = graph.dims.get(node.name, ())
-    for dims in found if isinstance(found, list) else [found]:
+    for dims in listed(graph.dims.get(node.name, ())):
         yield from dims
 
 

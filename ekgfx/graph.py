@@ -126,7 +126,7 @@ class AxisGraph:
                 self._operation(node)
             elif node.op == "output":
                 for out in node.all_input_nodes:
-                    for dims in _listed(self.dims.get(out.name, ())):
+                    for dims in listed(self.dims.get(out.name, ())):
                         for dim in dims:
                             freeze(dim, "output of the model")
         self._freeze_unused()
@@ -182,7 +182,7 @@ class AxisGraph:
         if rule is not None:
             with contextlib.suppress(ValueError):  # of `unify`: the rule does not hold here
                 effect = rule(call)
-                if [tuple(map(size, dims)) for dims in _listed(effect.out)] == call.shapes:
+                if [tuple(map(size, dims)) for dims in listed(effect.out)] == call.shapes:
                     return effect
         self.unknown_ops[call.op] = self.unknown_ops.get(call.op, 0) + 1
         return unknown(call)
@@ -318,5 +318,5 @@ def _op_name(target: Any) -> str:
     return str(target) if isinstance(target, OpOverload) else getattr(target, "__name__", str(target))
 
 
-def _listed(dims: Dims | list[Dims]) -> list[Dims]:
+def listed(dims: Dims | list[Dims]) -> list[Dims]:
     return dims if isinstance(dims, list) else [dims]

@@ -48,12 +48,7 @@ def prune_job(run: Run, report: Report) -> None:
     """The whole job of a run, from its settings to the end, or from where it was interrupted."""
     job = Job.of(run, report)
     run.update(status="running")
-    if not run.has(checkpoint.PLAN):
-        timing.check_settings(job.recipe.search)
-        table = timing.layer_table(job)
-        smallest(job.traced, job.recipe.search, align_of(job, table), table)  # before anything takes its time
-    prepare(job)
-    result = find_plan(job)
+    result = to_the_plan(job)
     pruned = cut(job, result)
     timing.keep_promise(job, result.plan, pruned)
     if job.recipe.finetune.epochs:
@@ -65,12 +60,17 @@ def prune_job(run: Run, report: Report) -> None:
 
 def search_job(run: Run, report: Report) -> None:
     """The part of a job that several processes do together: everything up to the plan."""
-    job = Job.of(run, report)
-    if not run.has(checkpoint.PLAN):
+    to_the_plan(Job.of(run, report))
+
+
+def to_the_plan(job: Job) -> SearchResult:
+    """The stages up to the plan, or what they found before."""
+    if not job.run.has(checkpoint.PLAN):
+        timing.check_settings(job.recipe.search)
         table = timing.layer_table(job)
-        smallest(job.traced, job.recipe.search, align_of(job, table), table)
+        smallest(job.traced, job.recipe.search, align_of(job, table), table)  # before anything takes its time
     prepare(job)
-    find_plan(job)
+    return find_plan(job)
 
 
 def finetune_job(run: Run, report: Report, changes: Mapping[str, Any]) -> None:

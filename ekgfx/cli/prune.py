@@ -100,7 +100,6 @@ def prune(
     Without --data the search runs label-free on photographs: the network's own predictions stand for labels, and
     no accuracy can be measured.
     """
-    from ekgfx import timing
     from ekgfx.cli.work import work
     from ekgfx.distributed import copied, joined
     from ekgfx.job import Silent
@@ -108,9 +107,7 @@ def prune(
 
     changes = given(flags) | ({} if model is None else {"model": model})
     if dry_run and resume is None:
-        asked = _settings(recipe, changes)
-        timing.check_settings(asked.search)
-        return _preview(asked)
+        return _preview(_settings(recipe, changes))
     with joined() as mates:
         if not mates.first:
             with copied(Path(mates.told(None))) as copy, Run.reopen(copy) as ours:
@@ -124,14 +121,13 @@ def prune(
 
 def _run(recipe: str | None, changes: dict[str, Any], output: Path | None, resume: Path | None, dry_run: bool) -> Run:
     """The run to work on: a new one, or the one to go on with."""
-    from ekgfx import source, timing, trust
+    from ekgfx import source, trust
 
     if resume is not None:
         if changes or recipe or output or dry_run:
             raise RecipeError(f"--resume takes its settings from {resume}; leave the other flags out")
         return Run.reopen(resume)
     asked = _settings(recipe, changes)
-    timing.check_settings(asked.search)
     model_source = source.parse(asked.model or "", asked.weights, asked.input, asked.classes)
     table = asked.search.latency_table
     places = {
@@ -146,6 +142,8 @@ def _run(recipe: str | None, changes: dict[str, Any], output: Path | None, resum
 
 
 def _settings(name: str | None, changes: dict[str, Any]) -> Recipe:
+    from ekgfx import timing
+
     base = recipes.load(name) if name else Recipe()
     budgets = [f"search.{key}" for key in recipes.BUDGETS]
     if any(key in changes for key in budgets):  # a budget typed replaces the recipe's
@@ -155,6 +153,7 @@ def _settings(name: str | None, changes: dict[str, Any]) -> Recipe:
         raise RecipeError("nothing to prune: name a MODEL (such as timm:resnet50), or a --recipe")
     if all(getattr(asked.search, key) is None for key in recipes.BUDGETS):
         raise RecipeError("no budget: give --flops, --params or --latency, the fraction to keep (0.55 removes 45%)")
+    timing.check_settings(asked.search)
     return asked
 
 

@@ -39,10 +39,10 @@ from torch import Tensor, nn
 
 import ekgfx
 from ekgfx import data as datasets
+from ekgfx.files import read_lines, write_json
 from ekgfx.models import resnet56_cifar
 from ekgfx.plan import Plan
 from ekgfx.prepare import prepare
-from ekgfx.run import read_lines, write_json
 from ekgfx.search import SearchResult, Step
 from ekgfx.search.candidates import worth_evaluating
 from ekgfx.search.details import PAPER

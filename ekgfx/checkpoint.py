@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ekgfx import trust
 from ekgfx.errors import ModelError, PlanError, RunError
+from ekgfx.files import read_json
 from ekgfx.plan import Plan
-from ekgfx.run import FORMAT, MANIFEST, Run, check_format, read_json, read_manifest, verify
+from ekgfx.run import FORMAT, MANIFEST, Run, check_format, read_manifest, verify
 from ekgfx.source import Built, Source
 from ekgfx.surgery import prune
 from ekgfx.typed import read

@@ -1,18 +1,13 @@
 """The run directory: everything one job knows, in files that survive a kill at any moment.
 
-A file is written beside its place, flushed to disk and renamed, so that it is either the old one or the new one. Line
-files (`*.jsonl`) only grow; a line that was torn by a kill is dropped when the run goes on. One process at a time may
-write to a run: it holds the lock file, which the operating system releases when that process dies.
+How the files are written: `ekgfx.files`; a line that was torn by a kill is dropped when the run goes on. One process at
+a time may write to a run: it holds the lock file, which the operating system releases when that process dies.
 """
 
-import errno
-import hashlib
-import json
-import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,9 +16,20 @@ from pathlib import Path
 from typing import Any, Self
 
 import filelock
-from safetensors import SafetensorError
 
 from ekgfx.errors import RunError
+from ekgfx.files import (
+    PARTIAL,
+    advice,
+    append_line,
+    checksum,
+    drop_torn_line,
+    json_text,
+    read_json,
+    read_lines,
+    replacing,
+    write_json,
+)
 from ekgfx.typed import read
 
 FORMAT = 1
@@ -44,58 +50,7 @@ _ENTRIES: dict[str, Any] = {
 }
 """The types of run.json's entries; settings are a recipe, and checked as one."""
 _LOCK = ".lock"
-_PARTIAL = ".part"
 _PACKAGES = ("ekgfx", "torch", "torchvision", "timm", "torch-pruning", "onnx", "onnxruntime-gpu", "onnxruntime")
-
-
-@contextmanager
-def replacing(path: Path, before_rename: Callable[[Path], None] = lambda _: None) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; when the block ends well, that file is flushed and takes `path`'s place.
-
-    before_rename: called with the finished file. Raises RunError when the disk refuses (no space, no permission);
-    `path` then is as it was.
-    """
-    partial = path.with_name(f".{path.name}{_PARTIAL}")
-    try:
-        partial.touch()
-        usual = partial.stat().st_mode
-        yield partial
-        partial.chmod(usual)  # some writers put a file of their own in its place, that nobody else may read
-        with partial.open("r+b") as written:
-            os.fsync(written.fileno())
-        before_rename(partial)
-        os.replace(partial, path)
-        _flush_folder(path.parent)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; {_advice(error)}") from error
-    except SafetensorError as error:  # how that library reports what the disk refuses
-        raise RunError(f"cannot write {path}: {error}; free some space and go on with --resume") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` to `path` as indented JSON, wholly or not at all. NaN and infinity are refused (ValueError)."""
-    with replacing(path) as partial:
-        partial.write_text(_json(value), encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    """The value in a JSON file; RunError when it is missing, unreadable or not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RunError(f"{path} is missing; a run is made by `ekgfx prune -o {path.parent}`") from error
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: {error}; restore it, or start a new run") from error
-
-
-def checksum(path: Path) -> dict[str, Any]:
-    """What `verify` compares: the file's length in bytes and its SHA-256."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -177,7 +132,7 @@ class Run:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"cannot make the run at {path}: {error.strerror or error}; {_advice(error)}") from error
+            raise RunError(f"cannot make the run at {path}: {error.strerror or error}; {advice(error)}") from error
         lock = _acquire(path)
         found = sorted(entry.name for entry in path.iterdir() if entry.name != _LOCK)
         if found:
@@ -211,10 +166,10 @@ class Run:
         read_manifest(path)
         _refuse_links(path)
         lock = _acquire(path)
-        for partial in path.rglob(f".*{_PARTIAL}"):
+        for partial in path.rglob(f".*{PARTIAL}"):
             partial.unlink()
         for lines in path.glob("*.jsonl"):
-            _drop_torn_line(lines)
+            drop_torn_line(lines)
         return cls(path, read_manifest(path), lock)
 
     def update(self, **facts: Any) -> None:
@@ -231,7 +186,7 @@ class Run:
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file of the run and records its checksum."""
         with self.replacing(name) as partial:
-            partial.write_text(_json(value), encoding="utf-8")
+            partial.write_text(json_text(value), encoding="utf-8")
 
     def read(self, name: str) -> Any:
         """The value in a JSON file of the run, after comparing the file with its checksum."""
@@ -257,14 +212,7 @@ class Run:
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Adds one line to a JSON-lines file, on disk when this returns."""
-        path = self.path / name
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise RunError(f"cannot write {path}: {error.strerror or error}; {_advice(error)}") from error
+        append_line(self.path / name, record)
 
     def lines(self, name: str) -> list[Any]:
         """The records of a JSON-lines file, oldest first; none when there is no such file."""
@@ -292,23 +240,6 @@ class Run:
         self.close()
 
 
-def read_lines(path: Path) -> list[Any]:
-    """The records of a JSON-lines file; a last line without its end (being written, or torn) is left out."""
-    if not path.exists():
-        return []
-    try:
-        whole, _, _ = path.read_bytes().rpartition(b"\n")
-        return [json.loads(line) for line in whole.splitlines()]
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: {error}; restore it, or start a new run") from error
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def _acquire(path: Path) -> filelock.FileLock:
     lock = filelock.FileLock(path / _LOCK)
     try:
@@ -316,7 +247,7 @@ def _acquire(path: Path) -> filelock.FileLock:
     except filelock.Timeout as error:
         raise RunError(f"another process is using the run at {path}; wait for it, or choose another with -o") from error
     except OSError as error:
-        raise RunError(f"cannot lock the run at {path}: {error.strerror or error}; {_advice(error)}") from error
+        raise RunError(f"cannot lock the run at {path}: {error.strerror or error}; {advice(error)}") from error
     return lock
 
 
@@ -324,29 +255,3 @@ def _refuse_links(path: Path) -> None:
     for entry in path.rglob("*"):
         if entry.is_symlink():
             raise RunError(f"{entry} is a link, and a run writes to its own folder alone; put the file itself there")
-
-
-def _drop_torn_line(path: Path) -> None:
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if end < len(content):
-        with path.open("r+b") as file:
-            file.truncate(end)
-
-
-def _flush_folder(path: Path) -> None:
-    """Makes a rename in this folder last (POSIX; Windows has no such call)."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _advice(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space and go on with --resume"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "choose a folder you may write to with -o"
-    return "check the folder, or choose another with -o"

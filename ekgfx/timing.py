@@ -18,10 +18,10 @@ from ekgfx.export.exporter import to_onnx
 from ekgfx.export.layers import NETWORKS, fp16, measure_layers, threads_of
 from ekgfx.export.profile import whole_runs
 from ekgfx.export.providers import provider
+from ekgfx.files import write_json
 from ekgfx.job import Job
 from ekgfx.plan import Plan
 from ekgfx.recipe import Search
-from ekgfx.run import write_json
 from ekgfx.search.ignore import ignored_groups
 from ekgfx.search.latency import VERSION, LayerTable, Price
 from ekgfx.search.problem import width_rules

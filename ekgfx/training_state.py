@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ekgfx.errors import RunError
-from ekgfx.run import replacing
+from ekgfx.files import replacing
 from ekgfx.typed import read
 
 FORMAT = 1

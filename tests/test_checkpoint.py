@@ -12,8 +12,9 @@ from torch import nn
 import ekgfx
 from ekgfx import checkpoint, source
 from ekgfx.errors import PlanError, RunError
+from ekgfx.files import checksum
 from ekgfx.plan import Plan
-from ekgfx.run import FORMAT, Run, checksum, read_manifest
+from ekgfx.run import FORMAT, Run, read_manifest
 
 DIGITS = source.parse("ekgfx.models:digits_cnn")
 IMAGES = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ekgfx.distributed import ALONE, Team, team
-from ekgfx.run import read_lines, read_manifest
+from ekgfx.files import read_lines
+from ekgfx.run import read_manifest
 from ekgfx.search import search
 from tests.cli.conftest import TINY, command, environment
 from tests.processes import ready, together

@@ -12,9 +12,10 @@ import ekgfx
 from ekgfx import checkpoint, run, training_state
 from ekgfx.bank import Bank, store
 from ekgfx.errors import EkgfxError
+from ekgfx.files import checksum
 from ekgfx.models import digits_cnn
 from ekgfx.plan import VERSION, Plan
-from ekgfx.run import Run, checksum
+from ekgfx.run import Run
 
 
 @pytest.fixture

@@ -32,10 +32,11 @@ from ekgfx.bank import Bank
 from ekgfx.data.arrays import read_npz
 from ekgfx.data.sources import decode
 from ekgfx.errors import EkgfxError
+from ekgfx.files import checksum
 from ekgfx.models import digits_cnn
 from ekgfx.plan import Plan
 from ekgfx.report import Facts
-from ekgfx.run import Run, checksum
+from ekgfx.run import Run
 from ekgfx.training_state import load_state, save_state
 from ekgfx.weights import load_weights
 from tests.fuzzing import mutants, of_bytes, of_json

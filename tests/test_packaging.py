@@ -26,7 +26,7 @@ FOLDERS = {"ekgfx": ROOT / "ekgfx", "ekgfx.export": ROOT / "export", "ekgfx.reci
 PIPE = """
 errors
 units distributed
-typed trust
+typed trust files
 run recipe target models weights data axes functional
 rules
 leaf source

@@ -12,10 +12,11 @@ import pytest
 from ekgfx import report
 from ekgfx.bank.rows import RowFormat
 from ekgfx.errors import EkgfxError, PlanError, RunError
+from ekgfx.files import checksum
 from ekgfx.plan import Plan
 from ekgfx.recipe import Recipe, override
 from ekgfx.report import Facts, charts, markup
-from ekgfx.run import Run, checksum
+from ekgfx.run import Run
 from ekgfx.search import Measure, SearchResult, Step
 
 HOSTILE = """</title></style><script>alert(1)</script><img src=x onerror=alert(2)>" onload='alert(3)' \x00\ud800"""

@@ -13,6 +13,7 @@ import pytest
 
 from ekgfx import run as runs
 from ekgfx.errors import RunError
+from ekgfx.files import read_json, read_lines
 from ekgfx.run import Run
 
 
@@ -25,8 +26,8 @@ def test_create_then_read(tmp_path):
     manifest = runs.read_manifest(tmp_path / "a" / "run")
     assert (manifest["seed"], manifest["status"], manifest["format"]) == (7, "done", runs.FORMAT)
     assert manifest["versions"]["torch"]
-    assert runs.read_json(runs.verify(tmp_path / "a" / "run", "plan.json")) == {"x": [1, 2]}
-    assert runs.read_lines(tmp_path / "a" / "run" / "history.jsonl") == [{"step": 1}, {"step": 2}]
+    assert read_json(runs.verify(tmp_path / "a" / "run", "plan.json")) == {"x": [1, 2]}
+    assert read_lines(tmp_path / "a" / "run" / "history.jsonl") == [{"step": 1}, {"step": 2}]
 
 
 @pytest.mark.parametrize("damage", ["change", "truncate", "remove"])
@@ -81,7 +82,7 @@ def test_torn_line_is_dropped_when_the_run_goes_on(tmp_path):
         run.append("history.jsonl", {"step": 1})
     with (tmp_path / "run" / "history.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
-    assert runs.read_lines(tmp_path / "run" / "history.jsonl") == [{"step": 1}]
+    assert read_lines(tmp_path / "run" / "history.jsonl") == [{"step": 1}]
     with Run.reopen(tmp_path / "run") as run:
         run.append("history.jsonl", {"step": 2})
         assert run.lines("history.jsonl") == [{"step": 1}, {"step": 2}]
@@ -144,7 +145,7 @@ def test_killed_at_any_moment_leaves_whole_files(tmp_path):
         process.wait()
         with Run.reopen(tmp_path / "run") as run:
             assert run.has("plan.json")  # its checksum is the one in run.json, whichever came last
-            assert len(runs.read_json(tmp_path / "run" / "plan.json")["filling"]) == 200
+            assert len(read_json(tmp_path / "run" / "plan.json")["filling"]) == 200
             assert all(set(line) == {"step"} for line in run.lines("history.jsonl"))
             assert not list((tmp_path / "run").glob(".*.part"))
 
@@ -160,7 +161,7 @@ def test_full_disk_is_one_line_and_keeps_the_old_file(tmp_path, monkeypatch):
             run.write_json("plan.json", {"x": 2})
         with pytest.raises(RunError, match=r"cannot write .*history\.jsonl: No space left"):
             run.append("history.jsonl", {"step": 1})
-    assert runs.read_json(tmp_path / "run" / "plan.json") == {"x": 1}
+    assert read_json(tmp_path / "run" / "plan.json") == {"x": 1}
     assert not list((tmp_path / "run").glob(".*.part"))
 
 
@@ -192,5 +193,5 @@ def test_a_permission_that_goes_away_keeps_the_old_file(tmp_path, monkeypatch, c
         monkeypatch.setattr(os, call, denied)
         with pytest.raises(RunError, match=r"cannot write .*: Permission denied; choose a folder you may write to"):
             run.write_json("plan.json", {"x": 2})
-    assert runs.read_json(tmp_path / "run" / "plan.json") == {"x": 1}
+    assert read_json(tmp_path / "run" / "plan.json") == {"x": 1}
     assert not list((tmp_path / "run").glob(".*.part"))

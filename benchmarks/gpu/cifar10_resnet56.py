@@ -28,9 +28,9 @@ import ekgfx
 from ekgfx import data as datasets
 from ekgfx.checkpoint import load_tensors, save_tensors
 from ekgfx.evaluation import evaluate, reestimate_batch_norm
+from ekgfx.files import read_json, write_json
 from ekgfx.models import resnet56_cifar, resnet56_cifar_projection
 from ekgfx.prepare import prepare
-from ekgfx.run import read_json, write_json
 from ekgfx.search import Step
 from ekgfx.weights import read_weights
 

@@ -18,8 +18,8 @@ from ekgfx.bank.store import FORMAT, MANIFEST, Bank, read_manifest, rows_file
 from ekgfx.bank.teachers import pick_teachers
 from ekgfx.data import Loader
 from ekgfx.errors import DataError, RunError
+from ekgfx.files import checksum, read_json, write_json
 from ekgfx.loss import at_least_single, default_temperature, logits_themselves
-from ekgfx.run import checksum, read_json, write_json
 from ekgfx.search.result import SearchResult
 from ekgfx.trace import TracedModel
 from ekgfx.typed import read

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ekgfx.bank.rows import RowFormat, Rows
 from ekgfx.errors import DataError, RunError
-from ekgfx.run import checksum, read_json
+from ekgfx.files import checksum, read_json
 from ekgfx.typed import read, show
 
 FORMAT = 1

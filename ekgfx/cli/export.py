@@ -5,7 +5,8 @@ from pathlib import Path
 
 import click
 
-from ekgfx.run import Run, newest, replacing
+from ekgfx.files import replacing
+from ekgfx.run import Run, newest
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:

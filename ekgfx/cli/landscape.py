@@ -137,8 +137,8 @@ def _measure(built: Any, images: Any, judge: Any, asked: dict[str, Any]) -> dict
 
 def _write(found: dict[str, Any], output: Path | None, run: Path | None) -> list[Path]:
     """The picture and the numbers, each wholly or not at all; the files that were written."""
+    from ekgfx.files import replacing, write_json
     from ekgfx.landscape import Surface, plot
-    from ekgfx.run import replacing, write_json
 
     picture = output or (run or Path()) / "landscape.png"
     numbers = picture.with_suffix(".json")

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ekgfx.cli.render import change, human, out, percent, table
-from ekgfx.run import read_json, read_manifest
+from ekgfx.files import read_json
+from ekgfx.run import read_manifest
 
 ROWS = {"before": "before", "searched": "after search", "finetuned": "after fine-tuning"}
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from ekgfx.files import replacing
 from ekgfx.report.facts import Facts
 from ekgfx.report.page import page
-from ekgfx.run import replacing
 
 __all__ = ["FILE", "Facts", "page", "write"]
 

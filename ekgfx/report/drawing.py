@@ -12,8 +12,8 @@ from xml.etree.ElementTree import tostring
 from torch import fx
 
 from ekgfx.axes import Axis, axes
+from ekgfx.files import replacing
 from ekgfx.report.markup import element, plain
-from ekgfx.run import replacing
 from ekgfx.trace import TracedModel
 
 BOX, HIGH, GAP, PITCH = 206, 30, 22, 58

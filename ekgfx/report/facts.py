@@ -15,10 +15,11 @@ from ekgfx.bank import Bank
 from ekgfx.bank.store import read_manifest as read_bank_manifest
 from ekgfx.errors import RunError
 from ekgfx.export import LatencyTable
+from ekgfx.files import read_json, read_lines
 from ekgfx.finetune import Epoch
 from ekgfx.job import Score
 from ekgfx.recipe import Recipe, parse
-from ekgfx.run import read_json, read_lines, read_manifest, verify
+from ekgfx.run import read_manifest, verify
 from ekgfx.search import SearchResult, Step
 from ekgfx.typed import read
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ekgfx.run import read_lines, read_manifest
+from ekgfx.files import read_lines
+from ekgfx.run import read_manifest
 
 
 @pytest.fixture(scope="module")

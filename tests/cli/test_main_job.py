@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import ekgfx as library
-from ekgfx.run import read_lines, read_manifest
+from ekgfx.files import read_lines
+from ekgfx.run import read_manifest
 from tests.cli.conftest import TINY, command, environment
 
 

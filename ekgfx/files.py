@@ -1,0 +1,128 @@
+"""Files that survive a kill at any moment and say clearly what the disk refuses.
+
+A file is written beside its place, flushed to disk and renamed, so that it is either the old one or the new one. Line
+files only grow; a last line that was torn by a kill does not count.
+"""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ekgfx.errors import RunError
+
+PARTIAL = ".part"
+"""How the name of a file ends that is still being written."""
+
+
+@contextmanager
+def replacing(path: Path, before_rename: Callable[[Path], None] = lambda _: None) -> Iterator[Path]:
+    """Yields a path beside `path` to write to; when the block ends well, that file is flushed and takes `path`'s place.
+
+    before_rename: called with the finished file. Raises RunError when the disk refuses (no space, no permission);
+    `path` then is as it was.
+    """
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        partial.touch()
+        usual = partial.stat().st_mode
+        yield partial
+        partial.chmod(usual)  # some writers put a file of their own in its place, that nobody else may read
+        with partial.open("r+b") as written:
+            os.fsync(written.fileno())
+        before_rename(partial)
+        os.replace(partial, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; {advice(error)}") from error
+    except SafetensorError as error:  # how that library reports what the disk refuses
+        raise RunError(f"cannot write {path}: {error}; free some space and go on with --resume") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` to `path` as indented JSON, wholly or not at all. NaN and infinity are refused (ValueError)."""
+    with replacing(path) as partial:
+        partial.write_text(json_text(value), encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; RunError when it is missing, unreadable or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(f"{path} is missing; a run is made by `ekgfx prune -o {path.parent}`") from error
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: {error}; restore it, or start a new run") from error
+
+
+def checksum(path: Path) -> dict[str, Any]:
+    """What `verify` compares: the file's length in bytes and its SHA-256."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds one line to a JSON-lines file, on disk when this returns."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; {advice(error)}") from error
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The records of a JSON-lines file; a last line without its end (being written, or torn) is left out."""
+    if not path.exists():
+        return []
+    try:
+        whole, _, _ = path.read_bytes().rpartition(b"\n")
+        return [json.loads(line) for line in whole.splitlines()]
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: {error}; restore it, or start a new run") from error
+
+
+def drop_torn_line(path: Path) -> None:
+    """Ends a line file with its last whole line."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        with path.open("r+b") as file:
+            file.truncate(end)
+
+
+def _flush_folder(path: Path) -> None:
+    """Makes a rename in this folder last (POSIX; Windows has no such call)."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def json_text(value: Any) -> str:
+    """A value as a JSON file holds it: indented, one line end at its end. NaN and infinity are refused (ValueError)."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def advice(error: OSError) -> str:
+    """What to do about what the operating system refused."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space and go on with --resume"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "choose a folder you may write to with -o"
+    return "check the folder, or choose another with -o"

@@ -12,7 +12,8 @@ from torch import fx, nn
 
 from ekgfx.attributes import STANDARD
 from ekgfx.axes import Axis, Expr, count, size
-from ekgfx.graph import AxisGraph, callers, listed
+from ekgfx.graph import AxisGraph, listed
+from ekgfx.nodes import callers
 
 INCOMING = ("in_features", "in_channels", "in_chs")
 OUTGOING = ("num_features", "head_hidden_size", "embed_dim", "hidden_size", "out_features", "out_channels", "out_chs")

@@ -6,14 +6,13 @@ Every operator's arguments are bound to their schema names, and the rules are ru
 import contextlib
 import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
@@ -21,6 +20,7 @@ from ekgfx.axes import Axis, Dims, axes, freeze, size
 from ekgfx.errors import TraceError
 from ekgfx.functional import functionalize
 from ekgfx.leaf import Leaves
+from ekgfx.nodes import bind, first_names, op_name, owner, rename_modules
 from ekgfx.rules import Call, Effect, Rule, lookup, unknown
 from ekgfx.rules.registry import TensorDims
 
@@ -82,8 +82,8 @@ class AxisGraph:
         self.weights: dict[str, str] = {}
         self.constants: dict[str, Tensor] = {}
         self.inputs: list[str] = []
-        canonical = _first_names(model.named_parameters(remove_duplicate=False))
-        _rename_modules(self.graph, _first_names(model.named_modules(remove_duplicate=False)))
+        canonical = first_names(model.named_parameters(remove_duplicate=False))
+        rename_modules(self.graph, first_names(model.named_modules(remove_duplicate=False)))
         # By position: a copied graph renames what is called as a Python builtin is (`forward(self, input)`).
         placeholders = (node.name for node in self.graph.nodes if node.op == "placeholder")
         for spec, name in zip(program.graph_signature.input_specs, placeholders, strict=True):
@@ -166,7 +166,7 @@ class AxisGraph:
         if not shapes:
             return
         call = Call(
-            op=_op_name(node.target),
+            op=op_name(node.target),
             args={name: self.symbolic(value) for name, value in args.items()},
             shapes=shapes,
             where=owner(node),
@@ -261,61 +261,6 @@ class AxisGraph:
     def weight_dims(self) -> dict[str, Dims]:
         """Qualified name of every parameter and buffer in the graph → the expressions of its dimensions."""
         return {name: self.dims[placeholder] for placeholder, name in self.weights.items()}
-
-
-def bind(node: fx.Node) -> dict[str, Any]:
-    """A node's arguments by the names of the operator's schema, defaults filled in."""
-    if not isinstance(node.target, OpOverload):
-        return {**{f"{i}": value for i, value in enumerate(node.args)}, **node.kwargs}
-    defaults = _defaults(node.target)
-    return {**defaults, **dict(zip(defaults, node.args, strict=False)), **node.kwargs}
-
-
-@cache
-def _defaults(op: OpOverload) -> dict[str, Any]:
-    """Argument → default (None where there is none), in the order of the operator's schema."""
-    return {a.name: a.default_value if a.has_default_value() else None for a in op._schema.arguments}
-
-
-def owner(node: fx.Node) -> str:
-    """Qualified name of the innermost module that ran this node ('' for the model itself)."""
-    stack = node.meta.get("nn_module_stack") or {}
-    name = next(reversed(stack.values()))[0] if stack else ""
-    return name.split("@")[0]  # a module called twice is numbered by torch.export
-
-
-def _first_names(named: Iterable[tuple[str, object]]) -> dict[str, str]:
-    """Every name → the first name of the same object: what is shared goes by one name."""
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(value), name) for name, value in named}
-
-
-def _rename_modules(graph: fx.Graph, names: Mapping[str, str]) -> None:
-    """Let every node say by their first names which modules ran it: `block.conv` becomes `conv@block.conv` where the
-    two are one module, as `conv@1` is its second call."""
-    others = {name for name, first in names.items() if name != first}
-    for node in graph.nodes if others else ():
-        stack = node.meta.get("nn_module_stack") or {}
-        if not others.isdisjoint(name.partition("@")[0] for name, _ in stack.values()):
-            node.meta = {
-                **node.meta,
-                "nn_module_stack": {key: (_first(n, names), kind) for key, (n, kind) in stack.items()},
-            }
-
-
-def _first(name: str, names: Mapping[str, str]) -> str:
-    module = name.partition("@")[0]
-    return name if names[module] == module else f"{names[module]}@{name}"
-
-
-def callers(node: fx.Node) -> set[str]:
-    """Qualified names of all modules whose forward was running when this node was made, '' for the model itself."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return {"", *(name.split("@")[0] for name, _ in stack.values())}
-
-
-def _op_name(target: Any) -> str:
-    return str(target) if isinstance(target, OpOverload) else getattr(target, "__name__", str(target))
 
 
 def listed(dims: Dims | list[Dims]) -> list[Dims]:

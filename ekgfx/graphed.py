@@ -18,8 +18,9 @@ from ekgfx import leaf
 from ekgfx.attributes import STANDARD
 from ekgfx.axes import Axis, Expr, Prod, Sum, axes, count
 from ekgfx.errors import PruneError
-from ekgfx.graph import AxisGraph, Operation, callers
+from ekgfx.graph import AxisGraph, Operation
 from ekgfx.leaf import evaluation_mode
+from ekgfx.nodes import callers
 from ekgfx.sliced import SubNetwork
 
 LAYERS = (*STANDARD, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)

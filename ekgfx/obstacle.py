@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from ekgfx.errors import TraceError
-from ekgfx.graph import owner
+from ekgfx.nodes import owner
 
 _OWN = (*(f"{path}{os.sep}" for path in torch.__path__), f"{Path(__file__).parent}{os.sep}")
 _STANDARD = sysconfig.get_paths()["stdlib"] + os.sep

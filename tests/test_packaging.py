@@ -29,7 +29,7 @@ units distributed
 typed trust files
 run recipe target models weights data axes functional
 rules
-leaf source
+leaf nodes source
 graph
 plan cost
 groups sliced obstacle segments

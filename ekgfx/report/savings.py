@@ -1,0 +1,78 @@
+"""What was cut, along the network, and what that brings in milliseconds."""
+
+from xml.etree.ElementTree import Element
+
+from ekgfx.export.tables import speedup_text
+from ekgfx.report import charts
+from ekgfx.report.facts import Facts
+from ekgfx.report.markup import element
+from ekgfx.report.parts import figure, section, share, table
+from ekgfx.units import human
+
+FEW = 16
+"""Groups of which the table stands open."""
+
+
+def widths(facts: Facts) -> Element | None:
+    """Channels of each group before and after."""
+    shown = facts.widths
+    if not shown:
+        return None
+    rows = [[name, str(before), str(after), share(after, before)] for name, before, after in shown]
+    listed = table(["group", "channels before", "after", "kept"], rows)
+    details = element("details", element("summary", f"All {len(rows)} groups"), listed)
+    if len(rows) <= FEW:
+        details.set("open", "open")
+    uncut = sum(before == after for _, before, after in shown)
+    said = f"One column for each group of coupled channels, from input to output; {uncut} of {len(shown)} kept all."
+    chart = charts.columns("share of channels kept in each group, along the network", shown, "channels")
+    return section("Widths", element("p", said), element("div", chart, class_="card wide"), details)
+
+
+def layers(facts: Facts) -> Element | None:
+    """MACs of each layer before and after."""
+    shown = [(layer.name or "(the model itself)", layer.before, layer.after) for layer in facts.layers]
+    if not shown:
+        return None
+    saved = sorted(shown, key=lambda layer: layer[2] - layer[1])
+    total = sum(before - after for _, before, after in shown) or 1
+    rows = [
+        [name, human(before), human(after), share(after, before), f"{100 * (before - after) / total:.1f}%"]
+        for name, before, after in saved
+    ]
+    listed = table(["layer", "MACs before", "after", "kept", "of all savings"], rows)
+    details = element("details", element("summary", f"All {len(rows)} layers, the largest saving first"), listed)
+    first = sum(before - after for _, before, after in saved[: max(1, len(saved) // 4)]) / total
+    said = (
+        "MACs of each layer, from input to output, and what is left of them. "
+        f"A quarter of the layers brings {100 * first:.0f}% of the saving. What it is worth in time, the latency says."
+    )
+    chart = charts.columns("MACs of each layer, before and after", shown, "MACs", human)
+    return section("Where the MACs went", element("p", said), element("div", chart, class_="card wide"), details)
+
+
+def latency(facts: Facts) -> Element | None:
+    """Measured latency of both networks, and the speed-up with its range."""
+    measured = facts.latency
+    if measured is None or not measured.timings:
+        return None
+    ratios = {(s.provider, s.precision, s.batch, s.network): s for s in measured.speedups}
+    rows, cases = [], dict[str, list[tuple[str, float]]]()
+    for timing in measured.timings:
+        case = f"{timing.provider} {timing.precision}, batch {timing.batch}"
+        cases.setdefault(case, []).append((timing.network, timing.median_ms))
+        ratio = ratios.get((timing.provider, timing.precision, timing.batch, timing.network))
+        figures = [f"{timing.median_ms:.3g} ms", f"{timing.p95_ms:.3g} ms", str(timing.runs), speedup_text(ratio)]
+        rows.append([case, timing.network, *figures])
+    chart = charts.bars("median latency", list(cases.items()), lambda value: f"{value:.3g} ms")
+    listed = table(["where", "network", "median", "95th percentile", "runs", "speed-up (95% range)"], rows, texts=2)
+    facts_said = measured.environment
+    places = [facts_said.get("gpu"), f"{facts_said.get('cpu', 'CPU')}, {facts_said.get('threads', '?')} threads"]
+    said = (
+        f"ONNX Runtime {facts_said.get('onnxruntime', '')} on {', '.join(filter(None, places))}; both networks "
+        "in turn, run by run."
+    )
+    card = figure("Median", chart)
+    card.set("class", "card lone")
+    note = element("p", f"{measured.note}.", class_="note") if measured.note else None
+    return section("Latency", element("p", said), note, card, listed)

@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from ekgfx.cli.subject import Subject, look, parameters
+
 FORMATS = ("png", "svg", "pdf")
 
 
@@ -19,11 +21,7 @@ def _picture(context: click.Context, parameter: click.Parameter, value: Path | N
 
 
 @click.command()
-@click.argument("model")
-@click.option("--data", metavar="SPEC", help="Data with labels  [default: the run's]")
-@click.option("--weights", metavar="auto|none|FILE", default="auto", help="Weights of MODEL, where it is no run.")
-@click.option("--input", metavar="SHAPE", help="Shape of the example input, such as 1x3x32x32.")
-@click.option("--classes", type=int, help="Number of classes to build the model with.")
+@parameters
 @click.option("--loss", metavar="FILE.py:FUNCTION", help="loss(output, labels), mean over a batch  [default: CE]")
 @click.option("--split", type=click.Choice(["train", "test"]), default="train", show_default=True)
 @click.option("--images", type=click.IntRange(1), default=256, show_default=True, help="Images, drawn from the split.")
@@ -41,7 +39,6 @@ def _picture(context: click.Context, parameter: click.Parameter, value: Path | N
 @click.option("--span", type=float, default=1.0, show_default=True, help="Largest offset; 1: as long as the filters.")
 @click.option("--no-surface", is_flag=True, help="Eigenvalues only.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--device", metavar="auto|cpu|cuda[:N]", default="auto", help="Where to compute.")
 @click.option(
     "-o",
     "--output",
@@ -57,6 +54,7 @@ def landscape(
     weights: str,
     input: str | None,
     classes: int | None,
+    device: str,
     loss: str | None,
     output: Path | None,
     as_json: bool,
@@ -67,25 +65,17 @@ def landscape(
     The Hessian is that of the mean loss over the images in all weights, in evaluation mode; its extreme eigenvalues
     come from the Lanczos iteration, with error bounds. The surface lies along two random filter-normalized directions.
     """
-    from ekgfx import job, source
+    from ekgfx import source
     from ekgfx.cli.render import out
     from ekgfx.errors import DataError
-    from ekgfx.run import read_manifest
 
-    place = source.parse(model, weights, input, classes)
     judge = None if loss is None else source.find_function(loss)
-    device = job.pick_device(asked["device"])
-    built = place.build()
-    recorded = read_manifest(Path(model)).get("settings", {}) if place.is_run else {}
-    spec = data or recorded.get("data")
-    if spec is None:
-        raise DataError("no images to look at the loss on: give --data with labels, such as --data folder:DIR")
-    images = job.open_data(spec, built, recorded.get("seed", 0)).to(device)
-    if images.classes is None and judge is None:
-        raise DataError(f"{spec} has no labels, and the loss needs them; give data with labels, or --loss")
-    settings = {"model": model, "data": spec, "loss": loss or "cross-entropy", **asked}
-    found = {**settings, **_measure(built, images, judge, asked)}
-    written = _write(found, output, Path(model) if place.is_run else None)
+    subject = look(model, data=data, weights=weights, input=input, classes=classes, device=device)
+    if subject.data.classes is None and judge is None:
+        raise DataError(f"{subject.spec} has no labels, and the loss needs them; give data with labels, or --loss")
+    settings = {"model": model, "data": subject.spec, "loss": loss or "cross-entropy", "device": device, **asked}
+    found = {**settings, **_measure(subject, judge, asked)}
+    written = _write(found, output, subject.run)
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -93,13 +83,13 @@ def landscape(
     out.print("wrote " + " and ".join(map(str, written)), soft_wrap=True)
 
 
-def _measure(built: Any, images: Any, judge: Any, asked: dict[str, Any]) -> dict[str, Any]:
+def _measure(subject: Subject, judge: Any, asked: dict[str, Any]) -> dict[str, Any]:
     """The numbers of the report, JSON values."""
     import torch
 
     from ekgfx import landscape as measures
 
-    network = built.model.to(images.device)
+    network, images = subject.built.model, subject.data
     draw = torch.Generator().manual_seed(asked["seed"])
     order = torch.randperm(images.size(asked["split"]), generator=draw)[: asked["images"]]
     batches = [batch[:2] for batch in images.loader(asked["split"], asked["batch_size"], subset=order)]

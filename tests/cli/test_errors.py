@@ -89,7 +89,7 @@ DIGITS = ("ekgfx.models:digits_cnn", "--data", "digits")
         (["prune", "--recipe", "quickstrat"], "no recipe 'quickstrat'; did you mean quickstart?"),
         (["prune", "--resume", "nowhere"], "no run at nowhere"),
         (["finetune", "nowhere", "--epochs", "1"], "no run at nowhere"),
-        (["eval", "ekgfx.models:digits_cnn"], "nothing to evaluate on: give --data"),
+        (["eval", "ekgfx.models:digits_cnn"], "nothing to judge ekgfx.models:digits_cnn on: give --data"),
         (["eval", "ekgfx.models:digits_cnn", "--data", "folder:nowhere"], "no such folder: 'nowhere'"),
         (["export"], "no run under runs/"),
         (["export", "nowhere", "--batch", "1,x"], "'1,x': use whole numbers with commas"),

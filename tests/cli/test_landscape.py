@@ -72,7 +72,7 @@ def test_a_loss_of_ones_own_has_the_curvature_it_must(ekgfx, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["net.py:net"], "no images to look at the loss on: give --data"),
+        (["net.py:net"], "nothing to judge net.py:net on: give --data"),
         (["net.py:net", "--data", "photos"], "photos"),
         (["net.py:net", "--data", "digits", "-o", "picture.gif"], "a picture's name ends in .png"),
         (["net.py:net", "--data", "digits", "--loss", "net.py:nothing"], "no function 'nothing'"),

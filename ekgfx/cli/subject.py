@@ -1,0 +1,60 @@
+"""What `ekgfx eval` and `ekgfx landscape` look at: a network and the data to judge it on, as typed or as its run says."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ekgfx.data import Data
+    from ekgfx.source import Built
+
+_PARAMETERS = (
+    click.argument("model"),
+    click.option("--data", metavar="SPEC", help="Data with labels  [default: the run's]"),
+    click.option("--weights", metavar="auto|none|FILE", default="auto", help="Weights of MODEL, where it is no run."),
+    click.option("--input", metavar="SHAPE", help="Shape of the example input, such as 1x3x32x32."),
+    click.option("--classes", type=int, help="Number of classes to build the model with."),
+    click.option("--device", metavar="auto|cpu|cuda[:N]", default="auto", help="Where to compute."),
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and its data, both on the device; spec: how the data were named; run: where the model is one."""
+
+    built: "Built"
+    data: "Data"
+    spec: str
+    run: Path | None
+
+
+def parameters(command: Callable[..., Any]) -> Callable[..., Any]:
+    """MODEL and the options that `look` takes."""
+    for parameter in reversed(_PARAMETERS):
+        command = parameter(command)
+    return command
+
+
+def look(model: str, *, data: str | None, weights: str, input: str | None, classes: int | None, device: str) -> Subject:
+    """Builds the model, or loads the run, and opens the data. DataError when neither names any; what the run and the
+    sources of models and data refuse."""
+    from dataclasses import replace
+
+    from ekgfx import job, source
+    from ekgfx.errors import DataError
+    from ekgfx.run import read_manifest
+
+    asked = source.parse(model, weights, input, classes)
+    place = job.pick_device(device)
+    built = asked.build()
+    run = Path(model) if asked.is_run else None
+    settings = {} if run is None else read_manifest(run).get("settings", {})
+    spec = data or settings.get("data")
+    if spec is None:
+        raise DataError(f"nothing to judge {model} on: give --data with labels, such as --data folder:DIR")
+    images = job.open_data(spec, built, settings.get("seed", 0)).to(place)
+    inputs = tuple(value.to(place) for value in built.example_inputs)
+    return Subject(replace(built, model=built.model.to(place), example_inputs=inputs), images, spec, run)

@@ -1,4 +1,4 @@
-"""What `ekgfx eval` and `ekgfx landscape` look at: a network and the data to judge it on, as typed or as its run says."""
+"""What `ekgfx eval` and `ekgfx landscape` look at: a network and its data, as typed or as the run says."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

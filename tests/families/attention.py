@@ -60,18 +60,23 @@ def grouped_query_attention() -> nn.Module:
     return Tokens(AttentionRope(8, 6, attn_head_dim=3, num_kv_heads=2, qkv_fused=False, gated=True))
 
 
-class FusedGroupedQuery(nn.Module):
-    """The same by PyTorch's own grouped queries, with a given scale."""
+class Projected(nn.Module):
+    """Attention with a given scale, q, k and v by layers of their own; PyTorch repeats `keys` heads for the queries."""
 
-    def __init__(self) -> None:
+    def __init__(self, queries: int, keys: int, features: int) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.proj = nn.Linear(8, 18), nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(18, 8)
+        self.q, self.proj = nn.Linear(8, queries * features), nn.Linear(queries * features, 8)
+        self.k, self.v = nn.Linear(8, keys * features), nn.Linear(8, keys * features)
+        self.heads, self.grouped = (queries, keys, keys), keys < queries
+
+    def turn(self, x: Tensor) -> Tensor:
+        """What is done to q and k before they meet."""
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            layer(x).unflatten(-1, (n, -1)).transpose(1, 2) for layer, n in ((self.q, 6), (self.k, 2), (self.v, 2))
-        )
-        y = F.scaled_dot_product_attention(q, k, v, scale=0.5, enable_gqa=True)
+        layers = zip((self.q, self.k, self.v), self.heads, strict=True)
+        q, k, v = (layer(x).unflatten(-1, (n, -1)).transpose(1, 2) for layer, n in layers)
+        y = F.scaled_dot_product_attention(self.turn(q), self.turn(k), v, scale=0.5, enable_gqa=self.grouped)
         return self.proj(y.transpose(1, 2).flatten(2))
 
 
@@ -88,7 +93,8 @@ class FusedGroupedQuery(nn.Module):
     by_graph="body",
 )
 def fused_grouped_query_attention() -> nn.Module:
-    return Tokens(FusedGroupedQuery())
+    """The same by PyTorch's own grouped queries, with a given scale."""
+    return Tokens(Projected(6, 2, 3))
 
 
 @family(
@@ -165,12 +171,11 @@ def cross_covariance_attention() -> nn.Module:
     return Tokens(XCA(8, num_heads=2, qkv_bias=True))
 
 
-class Rotary(nn.Module):
+class Rotary(Projected):
     """Rotary position embedding of q and k by halves."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.proj = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        super().__init__(2, 2, 4)
         angles = torch.arange(4)[:, None] / torch.tensor([1.0, 10.0])
         self.register_buffer("cos", angles.cos().repeat(1, 2))
         self.register_buffer("sin", angles.sin().repeat(1, 2))
@@ -178,11 +183,6 @@ class Rotary(nn.Module):
     def turn(self, x: Tensor) -> Tensor:
         a, b = x.chunk(2, -1)
         return x * self.cos + torch.cat([-b, a], -1) * self.sin
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(self.turn(q), self.turn(k), v, scale=0.5)
-        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 @family(

@@ -4,21 +4,24 @@
     python examples/timm_train_ekg.py RUN pytorch-image-models/train.py --data-dir images --epochs 30 --lr 0.05
 
 RUN is a run of a timm model on `folder:images` (its bank holds what the teachers say of images/train). The script gets
-`--model local-dir:RUN/timm --pretrained`; the other arguments are its own, and work as ever, but for what mixes images
-(mixup, cutmix), since a mixed image has no row in the bank.
+`--model local-dir:RUN/timm --pretrained`; the other arguments are its own, and work as ever, but for those that choose
+another loss than the script's usual one: `--smoothing` must stay above 0, and images cannot be mixed (mixup, cutmix),
+since a mixed image has no row in the bank.
 
 The script calls its loss with outputs and targets alone. So the training set gives targets that hold the label and the
-sample's index in one number, and the loss takes them apart.
+sample's index in one number, and the loss takes them apart. It is timm's own class that learns to, so that scripts that
+name it and scripts that have timm.task make it are served alike.
 """
 
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm.data
-import timm.loss
 import torch
+from timm.loss import LabelSmoothingCrossEntropy
 from torch import Tensor, nn
 
 import ekgfx
@@ -38,17 +41,14 @@ def indexed(dataset: Any, classes: int) -> Any:
     return dataset
 
 
-class Guided(nn.Module):
-    """Stands in for timm's LabelSmoothingCrossEntropy: label loss and the bank's guidance (eq. 11), for one view."""
+def guided(bank: Bank, classes: int) -> Callable[[LabelSmoothingCrossEntropy, Tensor, Tensor], Tensor]:
+    """The new `forward` of timm's loss: label loss and the bank's guidance (eq. 11), for one view."""
 
-    def __init__(self, bank: Bank, classes: int, smoothing: float = 0.1) -> None:
-        super().__init__()
-        self.classes = classes
-        self.loss = ekgfx.EKGLoss(bank, loss=nn.CrossEntropyLoss(label_smoothing=smoothing))
+    def forward(self: LabelSmoothingCrossEntropy, output: Tensor, target: Tensor) -> Tensor:
+        loss = ekgfx.EKGLoss(bank, loss=nn.CrossEntropyLoss(label_smoothing=self.smoothing))
+        return loss([output], target % classes, torch.div(target, classes, rounding_mode="floor"))
 
-    def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        index = torch.div(target, self.classes, rounding_mode="floor")
-        return self.loss([output], target % self.classes, index)
+    return forward
 
 
 def main(run: Path, script: Path, arguments: list[str]) -> None:
@@ -62,7 +62,7 @@ def main(run: Path, script: Path, arguments: list[str]) -> None:
         return indexed(dataset, classes) if is_training else dataset
 
     timm.data.create_dataset = create_dataset
-    timm.loss.LabelSmoothingCrossEntropy = lambda smoothing=0.1: Guided(bank, classes, smoothing)
+    LabelSmoothingCrossEntropy.forward = guided(bank, classes)
     sys.argv = [str(script), "--model", f"local-dir:{run / 'timm'}", "--pretrained", *arguments]
     runpy.run_path(str(script), run_name="__main__")
 

@@ -7,8 +7,10 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from timm.loss import LabelSmoothingCrossEntropy
 
 import ekgfx
 from ekgfx import source
@@ -36,14 +38,13 @@ import sys
 import torch
 from timm import create_model
 from timm.data import create_dataset, create_loader
-from timm.loss import LabelSmoothingCrossEntropy
 
 model_name, folder = sys.argv[sys.argv.index("--model") + 1], sys.argv[sys.argv.index("--data-dir") + 1]
 model = create_model(model_name, pretrained="--pretrained" in sys.argv)
 dataset = create_dataset("", root=folder, split="train", is_training=True)
 loader = create_loader(dataset, (3, 32, 32), 4, is_training=True, use_prefetcher=False, num_workers=0, device="cpu",
                        persistent_workers=False)
-loss = LabelSmoothingCrossEntropy(smoothing=0.1)
+LOSS
 targets, losses = [], []
 for images, target in loader:
     targets += target.tolist()
@@ -52,9 +53,19 @@ for images, target in loader:
 open(sys.argv[-1], "w").write(repr((sorted(targets), len(create_dataset("", root=folder, split="train")))))
 """
 
+# How the script makes its loss, by timm's version.
+NAMED = "from timm.loss import LabelSmoothingCrossEntropy; loss = LabelSmoothingCrossEntropy(smoothing=0.1)"
+TASK = """
+from timm.task import ClassificationTask
+loss = ClassificationTask(model, criterion_kwargs={"smoothing": 0.1}).criterion
+"""
 
-def test_timms_training_script(tmp_path, monkeypatch):
+
+@pytest.mark.parametrize("loss", [NAMED, TASK], ids=["named", "task"])
+def test_timms_training_script(tmp_path, monkeypatch, loss):
     """Labels and indices arrive at the bank's loss through a loader of timm."""
+    if loss == TASK and not hasattr(timm.loss, "create_classification_loss"):
+        pytest.skip(f"timm {timm.__version__} has its script name the loss")
     draw = np.random.default_rng(0)
     for label in (0, 1, 2):
         (tmp_path / "images" / "train" / f"class{label}").mkdir(parents=True)
@@ -75,8 +86,8 @@ def test_timms_training_script(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [])
     module = example("timm_train_ekg")
     monkeypatch.setattr(module.timm.data, "create_dataset", module.timm.data.create_dataset)
-    monkeypatch.setattr(module.timm.loss, "LabelSmoothingCrossEntropy", None)
-    (tmp_path / "train.py").write_text(SCRIPT)
+    monkeypatch.setattr(LabelSmoothingCrossEntropy, "forward", LabelSmoothingCrossEntropy.forward)
+    (tmp_path / "train.py").write_text(SCRIPT.replace("LOSS", loss))
     out = tmp_path / "out"
     module.main(tmp_path / "run", tmp_path / "train.py", ["--data-dir", str(tmp_path / "images"), str(out)])
     assert sorted(asked_for) == list(range(12))

@@ -1,10 +1,12 @@
-"""The paper's main experiment: ResNet-56 on CIFAR-10 to 45% of its MACs, with and without knowledge. Wants a GPU.
+"""The paper's CIFAR-10 experiments: a network to 45% of its MACs, with and without knowledge. Wants a GPU.
 
-    python benchmarks/gpu/cifar10_resnet56.py --data cifar10:DIR --weights FILE --output docs/cifar10.jsonl --graphs
-    python benchmarks/gpu/cifar10_resnet56.py … --device cpu --samples 512 --epochs 1 --keep 0.97 --test-images 500
+    python benchmarks/gpu/cifar10.py --data cifar10:DIR --weights FILE --output docs/cifar10.jsonl --graphs --amp bf16
+    python benchmarks/gpu/cifar10.py --model mobilenetv2 --data cifar10:DIR --output docs/cifar10.jsonl --graphs
+    python benchmarks/gpu/cifar10.py … --device cpu --samples 512 --epochs 1 --keep 0.97 --test-images 500
 
-The second is a dry run. FILE is a ResNet-56 with option-A shortcuts (safetensors), or the EKG authors' (.npz): that
-takes projection shortcuts.
+The last is a dry run. For resnet56, FILE is one with option-A shortcuts (safetensors), or the EKG authors' (.npz): that
+takes projection shortcuts. mobilenetv2 may do without: no weights of its CIFAR form were published, so that it is first
+trained (`--pretrain` epochs, the rest as in the recipe cifar10-mobilenetv2), once for each seed.
 
 Every line of the output is one network: search and fine-tuning knowledge, seed, accuracy before, after the search and
 after fine-tuning, kept MACs, minutes of each part, the history of losses, the environment. A line that is there is not
@@ -23,13 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import ekgfx
 from ekgfx import data as datasets
+from ekgfx import recipe
 from ekgfx.checkpoint import load_tensors, save_tensors
 from ekgfx.evaluation import evaluate, reestimate_batch_norm
 from ekgfx.files import read_json, write_json
-from ekgfx.models import resnet56_cifar, resnet56_cifar_projection
+from ekgfx.models import mobilenetv2_cifar, resnet56_cifar, resnet56_cifar_projection
 from ekgfx.prepare import prepare
 from ekgfx.search import Step
 from ekgfx.weights import read_weights
@@ -65,7 +69,8 @@ def experiment(asked: argparse.Namespace, seed: int, guide: str, tune: str) -> d
     """What makes a line of the output the one it is."""
     kept = ("keep", "epochs", "lr", "samples", "test_images", "accept", "amp", "graphs")
     return {
-        "weights": Path(asked.weights).name,
+        "model": asked.model,
+        "weights": Path(asked.weights).name if asked.weights else f"{asked.pretrain} epochs of pre-training",
         "search_knowledge": guide,
         "tuning_knowledge": tune,
         "seed": seed,
@@ -81,24 +86,68 @@ def whole_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def folder(work: Path, identity: dict[str, Any]) -> Path:
+    """Where unfinished work lies that is the same for equal `identity`."""
+    found = work / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    found.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def network(asked: argparse.Namespace) -> nn.Module:
+    """The network with the weights asked for, or with random ones."""
+    if asked.model == "mobilenetv2":
+        factory = mobilenetv2_cifar
+    else:
+        factory = resnet56_cifar_projection if Path(asked.weights).suffix == ".npz" else resnet56_cifar
+    model: nn.Module = factory()
+    if asked.weights:
+        missing = model.load_state_dict(read_weights(Path(asked.weights)), strict=False).missing_keys
+        assert all(name.endswith("num_batches_tracked") for name in missing), missing
+    return model
+
+
+def pretrained(asked: argparse.Namespace, model: nn.Module, data: datasets.Data, place: Path) -> None:
+    """Train the unpruned network as the recipe does, or take it as it was trained before."""
+    changes = {"epochs": asked.pretrain, "amp": asked.amp, "channels_last": True}
+    ekgfx.finetune(
+        compiled(asked, model),
+        data,
+        subset=shown(asked),
+        checkpoint=place / "dense.safetensors",
+        on_epoch=lambda epoch: print("pre-training", asdict(epoch), flush=True),
+        **{**asdict(recipe.load("cifar10-mobilenetv2").pretrain), **changes},
+    )
+
+
+def shown(asked: argparse.Namespace) -> range | None:
+    """The training images to use; None for all."""
+    return None if asked.samples is None else range(asked.samples)
+
+
+def compiled(asked: argparse.Namespace, model: nn.Module) -> nn.Module:
+    """The model as it trains fastest; it shares its weights with what is returned."""
+    return torch.compile(model, mode="reduce-overhead") if asked.graphs else model  # type: ignore[return-value]
+
+
 class Searched:
     """Step 0 and the search, or what is left of them to do. accuracy: of the network before; minutes: of the parts."""
 
     def __init__(self, asked: argparse.Namespace, seed: int, guide: Any, device: torch.device) -> None:
-        weights = Path(asked.weights)
-        model = (resnet56_cifar_projection if weights.suffix == ".npz" else resnet56_cifar)()
-        missing = model.load_state_dict(read_weights(weights), strict=False).missing_keys
-        assert all(name.endswith("num_batches_tracked") for name in missing), missing
-        model.to(device)
+        torch.manual_seed(seed)
+        model = network(asked).to(device)
         normal: Any = model.pretrained_cfg
         self.seed, self.device = seed, device
         self.data = datasets.load(asked.data, mean=normal["mean"], std=normal["std"], seed=seed).to(device)
-        shown = None if asked.test_images is None else range(asked.test_images)
-        self.test = self.data.loader("test", EVALUATED, subset=shown)
-        identity = {**experiment(asked, seed, guide, ""), "epochs": 0, "lr": 0, "amp": None, "graphs": False}
-        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-        self.folder = Path(asked.work or Path(asked.output).with_suffix("")) / key
-        self.folder.mkdir(parents=True, exist_ok=True)
+        images = None if asked.test_images is None else range(asked.test_images)
+        self.test = self.data.loader("test", EVALUATED, subset=images)
+        identity = {**experiment(asked, seed, guide, ""), "epochs": 0, "lr": 0, "graphs": False}
+        if asked.weights:  # then the precision of training does not matter before fine-tuning
+            identity["amp"] = None
+        work = Path(asked.work or Path(asked.output).with_suffix(""))
+        self.folder = folder(work, identity)
+        if not asked.weights:
+            training = {key: getattr(asked, key) for key in ("model", "pretrain", "amp", "samples")}
+            pretrained(asked, model, self.data, folder(work, {**training, "seed": seed}))
         dense, facts = self.folder / "dense.safetensors", self.folder / "facts.json"
         if not facts.exists():
             before, start = evaluate(model.eval(), self.test).accuracy, time.monotonic()
@@ -138,22 +187,21 @@ class Searched:
 def tuned(asked: argparse.Namespace, search: Searched, tune: Any) -> dict[str, Any]:
     """Cut, fill the bank, fine-tune: accuracy on the test set after each, and what a figure needs beside it."""
     traced, result, data, device = search.traced, search.result, search.data, search.device
-    subset = None if asked.samples is None else range(asked.samples)
     pruned = ekgfx.prune(traced.model, result.plan, traced)
     reestimate_batch_norm(pruned, data.loader("train", BANKED, shuffle=True, seed=search.seed), limit=20)
     after_search = evaluate(pruned, search.test).accuracy
     tuning = experiment(asked, search.seed, "", tune)
-    place = search.folder / hashlib.sha256(json.dumps(tuning, sort_keys=True).encode()).hexdigest()[:12]
+    place = folder(search.folder, tuning)
     bank, start = None, time.monotonic()
     if tune != "none":
-        rows = data.loader("train", BANKED, subset=subset)
+        rows = data.loader("train", BANKED, subset=shown(asked))
         bank = ekgfx.build_bank(traced, result, rows, place / "bank", knowledge=tune).resident(device)
     banked = time.monotonic() - start
     epochs = ekgfx.finetune(
-        torch.compile(pruned, mode="reduce-overhead") if asked.graphs else pruned,
+        compiled(asked, pruned),
         data,
         bank=bank,
-        subset=subset,
+        subset=shown(asked),
         test=search.test,
         checkpoint=place / "finetune.safetensors",
         on_epoch=lambda epoch: print(asdict(epoch), flush=True),
@@ -191,7 +239,9 @@ def tuned(asked: argparse.Namespace, search: Searched, tune: Any) -> dict[str, A
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--data", required=True, help="cifar10:DIR")
-    parser.add_argument("--weights", required=True)
+    parser.add_argument("--model", choices=["resnet56", "mobilenetv2"], default="resnet56")
+    parser.add_argument("--weights", help="file; mobilenetv2 is trained first where there is none")
+    parser.add_argument("--pretrain", type=int, default=200, help="epochs of that training")
     parser.add_argument("--output", required=True, help="JSON lines")
     parser.add_argument("--work", help="folder for unfinished work  [default: OUTPUT without its ending]")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1])
@@ -211,7 +261,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--graphs", action="store_true", help="torch.compile with CUDA graphs")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--threads", type=int)
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.model == "resnet56" and not asked.weights:
+        parser.error("resnet56 needs --weights FILE")
+    return asked
 
 
 if __name__ == "__main__":

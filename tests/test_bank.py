@@ -93,8 +93,9 @@ def test_a_bank_on_a_part_of_the_data_knows_its_samples(searched: tuple[TracedMo
     for unknown in (0, 2, 149, 1000):
         with pytest.raises(DataError, match=f"sample {unknown} is not among the 50"):
             bank.logits(torch.tensor([1, unknown]))
-    with pytest.raises(DataError, match="sample 50 "):
-        plain.logits(torch.tensor([50]))
+    for outside in (50, -1):
+        with pytest.raises(DataError, match=f"sample {outside} "):
+            plain.logits(torch.tensor([outside]))
 
 
 def test_files_are_memory_mapped_and_checked(searched: tuple[TracedModel, SearchResult], tmp_path: Path) -> None:
@@ -267,6 +268,20 @@ def test_infidelity_of_top_k_is_recorded(searched: tuple[TracedModel, SearchResu
     full = answers(traced, result, bank.teachers[0]["step"], training_batches())
     expected = softened_kl(full, bank.logits(torch.arange(50))[:, 0], 4.0).mean().item()
     assert json.loads((tmp_path / "bank.json").read_text())["teachers"][0]["infidelity"] == pytest.approx(expected)
+
+
+def test_infidelity_of_dense_logits_is_the_mean_over_their_places() -> None:
+    """B × C × H × W: KL over classes at every place, summed over samples alone. Rounding to half moves 300 by 0.1."""
+    torch.manual_seed(0)
+    logits = 300 + torch.rand(4, 3, 2, 5)
+    row = RowFormat((3, 2, 5), temperature=2.0)
+    stored = logits.half().float()
+    by_place = [
+        softened_kl(logits[b, :, i, j], stored[b, :, i, j], 2.0) for b in range(4) for i in range(2) for j in range(5)
+    ]
+    lost = infidelity(row, row.encode(torch.arange(4), logits), logits)
+    assert lost == pytest.approx(torch.stack(by_place).sum().item() / 10, rel=1e-4)
+    assert lost > 1e-3
 
 
 def test_reading_needs_no_memory_for_the_whole(tmp_path: Path) -> None:

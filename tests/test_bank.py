@@ -156,6 +156,18 @@ def test_goes_on_where_it_was_interrupted(
     assert [t["infidelity"] for t in again.teachers] == pytest.approx([t["infidelity"] for t in whole.teachers])
 
 
+def test_going_on_with_batches_of_another_size_is_refused(
+    searched: tuple[TracedModel, SearchResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows would come twice, and later ones at the wrong places."""
+    traced, result = searched
+    monkeypatch.setattr(building, "SAVE_EVERY", 0.0)
+    with pytest.raises(Interrupted):
+        build_bank(traced, result, Stopping(training_batches(), 4), tmp_path, teachers=1)
+    with pytest.raises(RunError, match="another size"):
+        build_bank(traced, result, training_batches(size=9), tmp_path, teachers=1)
+
+
 class Opened(Split):
     """Samples in memory that note which batches were asked for."""
 
@@ -282,6 +294,19 @@ def test_infidelity_of_dense_logits_is_the_mean_over_their_places() -> None:
     lost = infidelity(row, row.encode(torch.arange(4), logits), logits)
     assert lost == pytest.approx(torch.stack(by_place).sum().item() / 10, rel=1e-4)
     assert lost > 1e-3
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system does not tell")
+def test_the_system_knows_that_rows_are_read_in_random_order(tmp_path: Path) -> None:
+    """It would read 128 KB around every row otherwise; VmFlags `rr` is what MADV_RANDOM leaves (proc(5))."""
+    row = RowFormat((4,))
+    file = tmp_path / "teacher-0.rows"
+    file.write_bytes(row.encode(torch.arange(3), torch.ones(3, 4)).tobytes())
+    rows = map_rows(file, row.dtype)
+    assert len(rows) == 3
+    _, _, of_file = Path("/proc/self/smaps").read_text().partition(str(file))
+    flags = next(line for line in of_file.splitlines() if line.startswith("VmFlags:"))
+    assert "rr" in flags.split()
 
 
 def test_reading_needs_no_memory_for_the_whole(tmp_path: Path) -> None:

@@ -124,5 +124,5 @@ def advice(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free some space and go on with --resume"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "choose a folder you may write to with -o"
-    return "check the folder, or choose another with -o"
+        return "make it writable, or choose another folder"
+    return "check the folder, or choose another"

@@ -168,9 +168,8 @@ def load(name: str) -> Recipe:
         try:
             text = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(
-                f"cannot read the recipe {name}: {error}; `ekgfx recipes` lists the known ones"
-            ) from error
+            why = (isinstance(error, OSError) and error.strerror) or error
+            raise RecipeError(f"cannot read the recipe {name}: {why}; `ekgfx recipes` lists the known ones") from error
     elif name in names():
         text = resources.files("ekgfx.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     else:

@@ -245,7 +245,7 @@ def _acquire(path: Path) -> filelock.FileLock:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise RunError(f"another process is using the run at {path}; wait for it, or choose another with -o") from error
+        raise RunError(f"another process is using the run at {path}; wait for it, or choose another folder") from error
     except OSError as error:
         raise RunError(f"cannot lock the run at {path}: {error.strerror or error}; {advice(error)}") from error
     return lock

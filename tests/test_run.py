@@ -191,7 +191,7 @@ def test_a_permission_that_goes_away_keeps_the_old_file(tmp_path, monkeypatch, c
     with Run.create(tmp_path / "run") as run:
         run.write_json("plan.json", {"x": 1})
         monkeypatch.setattr(os, call, denied)
-        with pytest.raises(RunError, match=r"cannot write .*: Permission denied; choose a folder you may write to"):
+        with pytest.raises(RunError, match=r"cannot write .*: Permission denied; make it writable, or choose"):
             run.write_json("plan.json", {"x": 2})
     assert read_json(tmp_path / "run" / "plan.json") == {"x": 1}
     assert not list((tmp_path / "run").glob(".*.part"))

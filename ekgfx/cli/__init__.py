@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     except EkgfxError as error:
         _fail(str(error))
     except OSError as error:
-        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+        _fail(f"cannot use {error.filename}: {error.strerror or error}" if error.filename else str(error))
     except (KeyboardInterrupt, click.Abort):
         print("ekgfx: stopped", file=sys.stderr)
         sys.exit(130)

@@ -7,7 +7,7 @@ around it keeps its class.
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,56 +17,55 @@ from torch.utils import _pytree as pytree
 from ekgfx import leaf
 from ekgfx.attributes import STANDARD
 from ekgfx.axes import Axis, Expr, Prod, Sum, axes, count
-from ekgfx.errors import PruneError
 from ekgfx.graph import AxisGraph, Operation
-from ekgfx.leaf import evaluation_mode
-from ekgfx.nodes import callers
-from ekgfx.sliced import SubNetwork
+from ekgfx.signature import Part, Signature, observe, part_of
 
 LAYERS = (*STANDARD, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
-def replace_module(root: nn.Module, path: str, graph: AxisGraph, counts: Mapping[Axis, int]) -> nn.Module:
-    """Put the graph of the module at `path` in its place in the cut model `root`; returns the new root.
+def replace_modules(root: nn.Module, paths: Sequence[str], graph: AxisGraph, counts: Mapping[Axis, int]) -> nn.Module:
+    """Put the graphs of the modules at `paths` in their places in the cut model `root`; returns the new root.
+
+    A module inside another one of them is part of that one's graph.
 
     Raises:
-        PruneError: the module is called several times, or its inputs and outputs are not all tensors of the graph.
+        PruneError: a module is called several times, or not all its inputs and outputs are tensors of the graph; none
+            has been replaced then.
     """
-    replaced = graph_module(root.get_submodule(path), path, graph, counts)
-    if not path:
-        return replaced
-    parent, _, leaf = path.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, replaced)
+    outermost = [path for path in paths if not any(_within(path, other) for other in paths if other != path)]
+    parts = [part_of(graph, path) for path in outermost]
+    signatures = observe(graph, parts)
+    made = {p.path: _graph_module(root.get_submodule(p.path), p, signatures[p.path], graph, counts) for p in parts}
+    for path, module in made.items():
+        if not path:
+            return module
+        parent, _, name = path.rpartition(".")
+        setattr(root.get_submodule(parent), name, module)
     return root
 
 
-def graph_module(cut: nn.Module, path: str, graph: AxisGraph, counts: Mapping[Axis, int]) -> fx.GraphModule:
-    """The part of the graph that the module at `path` runs, over the weights of its cut version."""
-    if any(f"{path}.".startswith(f"{name}.") for name in graph.leaves):
-        raise PruneError(f"{path} is a leaf, which runs as it is")
-    inside = [node for node in graph.graph.nodes if node.op == "call_function" and path in callers(node)]
-    if any(f"{path}@" in name for node in inside for name in _raw_callers(node)):
-        raise PruneError(f"{path} is called more than once")
-    body, own = set(inside), _own_weights(graph, path)
-    outside = [n for n in graph.graph.nodes if n not in body and body & n.users.keys() and n.name not in own]
-    inputs = [n for n in outside if n.name not in graph.constants]  # another module's weight may be an argument
-    results = [n for n in inside if n.users.keys() - body]
-    arguments, output = _signature(graph, path, inputs, results)
+def _within(path: str, outer: str) -> bool:
+    return f"{path}.".startswith(f"{outer}." if outer else "")
 
+
+def _graph_module(
+    cut: nn.Module, part: Part, signature: Signature, graph: AxisGraph, counts: Mapping[Axis, int]
+) -> fx.GraphModule:
+    """A part of the graph as a module, over the weights of the cut version of its module."""
     new = fx.Graph()
     made: dict[str, Any] = {}
-    for name, node in arguments:
+    for name, node in signature.arguments:
         placeholder = new.placeholder(name) if node else new.placeholder(name, default_value=None)
         if node:
             made[node.name] = placeholder
-    batch = _BatchSize(new, graph, inputs, made, counts)
+    batch = _BatchSize(new, graph, part.inputs, made, counts)
     for name, constant in graph.constants.items():
-        if any(n.name == name for n in outside):
+        if any(node.name == name for node in part.constants):
             cut.register_buffer(f"_{name}", constant, persistent=False)
             made[name] = new.get_attr(f"_{name}")
-    for node in inside:
-        made[node.name] = _copy(node, path, graph, own, new, made, batch)
-    new.output(pytree.tree_map_only(fx.Node, lambda n: made[n.name], output))
+    for node in part.nodes:
+        made[node.name] = _copy(node, part, graph, new, made, batch)
+    new.output(pytree.tree_map_only(fx.Node, lambda n: made[n.name], signature.output))
     module = fx.GraphModule(cut, new, class_name=f"{type(cut).__name__}Graph")
     state = {**dict(cut.named_parameters()), **{n: t for n, t in cut.named_buffers() if n in cut.state_dict()}}
     for name, tensor in state.items():
@@ -86,70 +85,6 @@ def _keep(module: nn.Module, name: str, tensor: Tensor) -> None:
             module.register_parameter(leaf, tensor)
         else:
             module.register_buffer(leaf, tensor)
-
-
-def _own_weights(graph: AxisGraph, path: str) -> dict[str, str]:
-    """Placeholders of the weights of the module at `path` → what the module itself calls them."""
-    module = graph.model.get_submodule(path)
-    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    local = {id(tensor): name for name, tensor in reversed(tensors)}
-    return {
-        placeholder: local[id(graph.tensor(name))]
-        for placeholder, name in graph.weights.items()
-        if id(graph.tensor(name)) in local
-    }
-
-
-def _raw_callers(node: fx.Node) -> list[str]:
-    return [name for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
-
-
-def _signature(
-    graph: AxisGraph, path: str, inputs: list[fx.Node], results: list[fx.Node]
-) -> tuple[list[tuple[str, fx.Node | None]], Any]:
-    """Forward's arguments as (name, node), and its output with nodes for tensors: run both, compare by value."""
-    seen: dict[str, Any] = {}
-
-    def keep(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        seen.update(args=args, kwargs=kwargs, output=output)
-
-    module = graph.model.get_submodule(path)
-    args, kwargs = graph.example
-    handle = module.register_forward_hook(keep, with_kwargs=True)
-    with torch.no_grad(), evaluation_mode(graph.model):
-        graph.model(*args, **kwargs)
-        handle.remove()
-        _, values = SubNetwork(graph, {}).run(args, kwargs, [n.name for n in (*inputs, *results)])
-
-    def find(value: Any, nodes: list[fx.Node]) -> fx.Node | None:
-        for node in nodes:
-            known = values[node.name]
-            if (
-                isinstance(known, Tensor)
-                and known.shape == value.shape
-                and torch.allclose(known, value, equal_nan=True)
-            ):
-                return node
-        return None
-
-    if not seen:
-        raise PruneError(f"{path} was not called")
-    names = list(_parameter_names(module, len(seen["args"])))
-    arguments = [
-        (n, find(v, inputs) if isinstance(v, Tensor) else None) for n, v in zip(names, seen["args"], strict=False)
-    ]
-    arguments += [(n, find(v, inputs) if isinstance(v, Tensor) else None) for n, v in seen["kwargs"].items()]
-    missing = {n.name for n in inputs} - {node.name for _, node in arguments if node}
-    output = pytree.tree_map_only(Tensor, lambda t: find(t, [*reversed(results), *inputs]), seen["output"])
-    if missing or any(leaf is None for leaf in pytree.tree_leaves(output)):
-        raise PruneError(f"the inputs and outputs of {path or 'the model'} are not all values of the graph")
-    return arguments, output
-
-
-def _parameter_names(module: nn.Module, positional: int) -> list[str]:
-    code = type(module).forward.__code__
-    names = list(code.co_varnames[1 : code.co_argcount])
-    return names + [f"arg_{i}" for i in range(len(names), positional)]
 
 
 class _BatchSize:
@@ -182,15 +117,7 @@ class _BatchSize:
         return self._times(self.size, count(expr, {**self.counts, self.axis: 1}))
 
 
-def _copy(
-    node: fx.Node,
-    path: str,
-    graph: AxisGraph,
-    own: Mapping[str, str],
-    new: fx.Graph,
-    made: dict[str, Any],
-    batch: _BatchSize,
-) -> Any:
+def _copy(node: fx.Node, part: Part, graph: AxisGraph, new: fx.Graph, made: dict[str, Any], batch: _BatchSize) -> Any:
     """One operator of the old graph in the new one; a standard layer becomes a call of the layer itself."""
     operation = graph.operation(node)
     if operation is None:
@@ -198,14 +125,14 @@ def _copy(
             new.node_copy(node, lambda n: made[n.name]) if all(n.name in made for n in node.all_input_nodes) else None
         )
     if operation.target is leaf.OPERATOR:
-        return _call_of_leaf(operation, path, graph, new, made)
-    inputs = [n for n in node.all_input_nodes if n.name not in own]
+        return _call_of_leaf(operation, part.path, graph, new, made)
+    inputs = [n for n in node.all_input_nodes if n.name not in part.weights]
     alone = graph.operations_of[operation.module] == 1
-    if alone and len(inputs) == 1 and operation.module != path and operation.module.startswith(path):
-        inner = operation.module.removeprefix(path).removeprefix(".")
+    if alone and len(inputs) == 1 and operation.module != part.path and operation.module.startswith(part.path):
+        inner = operation.module.removeprefix(part.path).removeprefix(".")
         if isinstance(graph.model.get_submodule(operation.module), LAYERS):
             return new.call_module(inner, (made[inputs[0].name],))
-    return _recomputed(operation, own, new, made, batch)
+    return _recomputed(operation, part.weights, new, made, batch)
 
 
 def _call_of_leaf(operation: Operation, path: str, graph: AxisGraph, new: fx.Graph, made: dict[str, Any]) -> fx.Node:

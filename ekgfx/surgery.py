@@ -15,7 +15,7 @@ from ekgfx.attributes import Choice, correct
 from ekgfx.axes import Axis
 from ekgfx.declared import declare
 from ekgfx.errors import EkgfxError, PruneError
-from ekgfx.graphed import replace_module
+from ekgfx.graphed import replace_modules
 from ekgfx.leaf import evaluation_mode
 from ekgfx.plan import Plan
 from ekgfx.sliced import slice_weights
@@ -107,7 +107,7 @@ def _settle(pruned: nn.Module, choices: list[Choice], source: TracedModel, plan:
             path = path.rpartition(".")[0]
         if not path:
             replaced.add("")
-            pruned = replace_module(pruned, "", source, counts)
+            pruned = replace_modules(pruned, [""], source, counts)
         problem = _problem(pruned, source, plan)
     if problem is not None:
         raise PruneError(f"the pruned {type(pruned).__name__} is not what was predicted: {problem.text}")
@@ -120,8 +120,7 @@ def _replace(pruned: nn.Module, path: str, source: TracedModel, counts: Mapping[
     alike = [name for name, module in source.model.named_modules() if type(module) is kind and name not in replaced]
     replaced.update(alike)
     try:
-        for name in alike:
-            replace_module(pruned, name, source, counts)
+        replace_modules(pruned, alike, source, counts)
     except (PruneError, AttributeError):  # an inner module of one replaced before is no module any more
         return False
     return True

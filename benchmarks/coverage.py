@@ -119,7 +119,7 @@ def uncut(model: Any, groups: Any) -> dict[str, int]:
     total, found = sum(p.numel() for p in model.parameters()), Counter[str]()
     for name, parameter in model.named_parameters():
         if name not in cut:
-            operator, _, why = (reasons.get(name) or ["single positions"])[0].rpartition(": ")
+            operator, _, why = (reasons.get(name) or ["a single position"])[0].rpartition(": ")
             found[f"{operator.partition(' in ')[0]}: {why}".removeprefix(": ")] += parameter.numel()
     return {reason: count for reason, count in found.most_common() if count > total / 100}
 

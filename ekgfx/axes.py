@@ -13,6 +13,7 @@ frozen with the reason: that prunes less, never wrongly.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from math import prod
 from operator import mul
 
 import torch
@@ -38,6 +39,10 @@ class Sum:
     """Concatenation: the positions of each term, one term after the other."""
 
     terms: tuple["Expr", ...]
+    size: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", sum([term.size for term in self.terms]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +50,17 @@ class Prod:
     """Row-major product: position = i₁·|e₂|·|e₃|… + i₂·|e₃|… + …; the empty product has one position."""
 
     factors: tuple["Expr", ...]
+    size: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", prod([factor.size for factor in self.factors]))
 
 
 Expr = Axis | Sum | Prod
 Dims = tuple[Expr, ...]
 
 ONE = Prod(())
-
-
-def size(expr: Expr) -> int:
-    """Number of positions of the uncut dimension."""
-    match expr:
-        case Axis():
-            return expr.size
-        case Sum(terms):
-            return sum(map(size, terms))
-        case Prod(factors):
-            return reduce(mul, map(size, factors), 1)
+SINGLE = "a single position"  # the reason why it stays: no group loses its last one
 
 
 def resolve(expr: Expr) -> Expr:
@@ -77,11 +76,13 @@ def resolve(expr: Expr) -> Expr:
             assert expr.bound is not None
             expr.bound = resolve(expr.bound)  # path compression
             return expr.bound
-        case Sum(parts) | Prod(parts) if len(parts) > 1 and all(map(_indivisible, parts)):
+        case Sum(parts) if len(parts) > 1 and _normal(parts, 1):
             return expr  # as most are
+        case Prod(parts) if len(parts) > 1 and _normal(parts, 2):
+            return expr
         case Sum(terms):
             flat = [t for term in map(resolve, terms) for t in (term.terms if isinstance(term, Sum) else (term,))]
-            flat = [t for t in flat if size(t)] or flat[:1]
+            flat = [t for t in flat if t.size] or flat[:1]
             return flat[0] if len(flat) == 1 else Sum(tuple(flat))
         case Prod(factors):
             flat = [
@@ -89,7 +90,7 @@ def resolve(expr: Expr) -> Expr:
                 for factor in map(resolve, factors)
                 for f in (factor.factors if isinstance(factor, Prod) else (factor,))
             ]
-            flat = [f for f in flat if size(f) != 1]
+            flat = [f for f in flat if f.size != 1]
             if len(flat) == 1:
                 return flat[0]
             if flat and isinstance(flat[0], Sum):
@@ -97,8 +98,12 @@ def resolve(expr: Expr) -> Expr:
             return Prod(tuple(flat))
 
 
-def _indivisible(expr: Expr) -> bool:
-    return isinstance(expr, Axis) and expr.bound is None and expr.size > 1
+def _normal(parts: tuple[Expr, ...], least: int) -> bool:
+    """Whether all are unrefined axes of at least so many positions."""
+    for part in parts:  # noqa: SIM110  all() over a generator takes twice as long
+        if type(part) is not Axis or part.bound is not None or part.size < least:
+            return False
+    return True
 
 
 def axes(expr: Expr) -> Iterator[Axis]:
@@ -113,7 +118,11 @@ def axes(expr: Expr) -> Iterator[Axis]:
 
 def fixed(expr: Expr) -> bool:
     """Whether every position stays, whatever is pruned and whatever batch comes in."""
-    return all(axis.frozen and not axis.batch for axis in axes(expr))
+    match resolve(expr):
+        case Axis() as axis:
+            return axis.frozen is not None and not axis.batch
+        case Sum(parts) | Prod(parts):
+            return all(map(fixed, parts))
 
 
 def freeze(expr: Expr, reason: str) -> None:
@@ -131,10 +140,17 @@ def unify(a: Expr, b: Expr, why: str = "") -> None:
         ValueError: the sizes differ (an operator's rule is wrong).
     """
     a, b = resolve(a), resolve(b)
-    if size(a) != size(b):
-        raise ValueError(f"cannot unify dimensions of {size(a)} and {size(b)} positions ({why})")
-    if a is b or size(a) == 0 or (fixed(a) and fixed(b)):
+    if a.size != b.size:
+        raise ValueError(f"cannot unify dimensions of {a.size} and {b.size} positions ({why})")
+    if a is b or a.size == 0:
         return
+    stays = fixed(a), fixed(b)
+    if all(stays):
+        return
+    if any(stays) and a.size > 1:  # then all of the other stays, and need not be taken apart
+        known, other = (a, b) if stays[0] else (b, a)
+        if not any(axis.batch for axis in axes(other)):
+            return freeze(other, next((axis.frozen for axis in axes(known) if axis.frozen), SINGLE))
     match a, b:
         case Axis(), Axis():
             _join(a, b)
@@ -170,31 +186,31 @@ def _unify_sum(a: Expr, b: Expr, why: str) -> None:
         if isinstance(x, Sum) or isinstance(y, Sum):
             left += reversed(x.terms) if isinstance(x, Sum) else [x]
             right += reversed(y.terms) if isinstance(y, Sum) else [y]
-        elif size(x) == size(y):
+        elif x.size == y.size:
             unify(x, y, why)
-        elif size(x) < size(y):
-            head, tail = split(y, size(x))
+        elif x.size < y.size:
+            head, tail = split(y, x.size)
             right.append(tail)
             unify(x, head, why)
         else:
-            head, tail = split(x, size(y))
+            head, tail = split(x, y.size)
             left.append(tail)
             unify(head, y, why)
 
 
 def _unify_products(a: Prod, b: Prod, why: str) -> None:
     first, second = a.factors[0], b.factors[0]
-    if size(first) < size(second):
+    if first.size < second.size:
         a, b, first, second = b, a, second, first
-    if size(first) == size(second):
+    if first.size == second.size:
         unify(first, second, why)
         # Joining the leading factors may have refined the others: start again from what they are now.
         unify(Prod(a.factors[1:]), Prod(b.factors[1:]), why)
-    elif size(first) % size(second) == 0:
-        _refine(first, Prod((_part(first, size(second)), _part(first, size(first) // size(second)))))
+    elif first.size % second.size == 0:
+        _refine(first, Prod((_part(first, second.size), _part(first, first.size // second.size))))
         unify(a, b, why)
     else:
-        reason = f"{why}: {size(first)} positions do not divide into groups of {size(second)}"
+        reason = f"{why}: {first.size} positions do not divide into groups of {second.size}"
         freeze(a, reason)
         freeze(b, reason)
 
@@ -211,26 +227,26 @@ def split(expr: Expr, position: int) -> tuple[Expr, Expr]:
             for i, term in enumerate(terms):
                 if before == position:
                     return Sum(terms[:i]), Sum(terms[i:])
-                if position < before + size(term):
+                if position < before + term.size:
                     head, tail = split(term, position - before)
                     return Sum((*terms[:i], head)), Sum((tail, *terms[i + 1 :]))
-                before += size(term)
+                before += term.size
         case Prod(factors):
             # Cut the leading factor beside the boundary; where the boundary falls inside one of its positions, that
             # position alone becomes a copy of the remaining factors, which is then cut in turn.
-            inner = size(Prod(factors[1:]))
+            inner = Prod(factors[1:]).size
             row, offset = divmod(position, inner)
             edge = row or 1
             split(factors[0], edge)
-            if offset and row and size(factors[0]) - row > 1:
+            if offset and row and factors[0].size - row > 1:
                 split(factors[0], row + 1)
             return split(Prod(factors), position)
-    raise ValueError(f"no position {position} in a dimension of {size(expr)}")
+    raise ValueError(f"no position {position} in a dimension of {expr.size}")
 
 
 def _part(axis: Expr, positions: int) -> Axis:
     assert isinstance(axis, Axis)  # the leading factor of a resolved Prod
-    return Axis(positions, axis.origin, axis.frozen)
+    return Axis(positions, axis.origin, axis.frozen or (SINGLE if positions == 1 else None))
 
 
 def _refine(axis: Expr, expr: Sum | Prod) -> None:
@@ -266,12 +282,12 @@ def positions(expr: Expr, kept: Mapping[Axis, Tensor]) -> Tensor:
         case Sum(terms):
             starts = [0]
             for term in terms:
-                starts.append(starts[-1] + size(term))
+                starts.append(starts[-1] + term.size)
             return torch.cat([start + positions(term, kept) for start, term in zip(starts, terms, strict=False)])
         case Prod(factors):
             index = torch.zeros(1, dtype=torch.long)
             for factor in factors:
-                index = (index[:, None] * size(factor) + positions(factor, kept)).flatten()
+                index = (index[:, None] * factor.size + positions(factor, kept)).flatten()
             return index
 
 

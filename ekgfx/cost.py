@@ -10,7 +10,7 @@ from functools import reduce
 from operator import mul
 from typing import Any
 
-from ekgfx.axes import ONE, Axis, Expr, axes, count, size
+from ekgfx.axes import ONE, Axis, Expr, axes, count
 from ekgfx.graph import AxisGraph, Operation
 
 Products = list[tuple[Expr, ...]]
@@ -64,7 +64,7 @@ def _recurrent(a: dict[str, Any], out: tuple[Expr, ...]) -> Products:
 def _leaf(a: dict[str, Any], out: tuple[Expr, ...]) -> Products:
     """What was counted when the module ran on the example, for a batch of any size."""
     batch = next((t[0] for t in a["inputs"] if t and any(axis.batch for axis in axes(t[0]))), ONE)
-    return [(batch, Axis(a["macs"] // size(batch)))] if a["macs"] else []
+    return [(batch, Axis(a["macs"] // batch.size))] if a["macs"] else []
 
 
 MACS: dict[str, Callable[[dict[str, Any], tuple[Expr, ...]], Products]] = {

@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from ekgfx.attributes import STANDARD
-from ekgfx.axes import Axis, Expr, count, size
+from ekgfx.axes import Axis, Expr, count
 from ekgfx.graph import AxisGraph, listed
 from ekgfx.nodes import callers
 
@@ -24,7 +24,7 @@ def declare(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int]) -> No
     frames = _frames(graph)
 
     def now(old: int, nodes: Iterable[fx.Node]) -> int:
-        return next((count(dim, counts) for node in nodes for dim in _dims(graph, node) if size(dim) == old), old)
+        return next((count(dim, counts) for node in nodes for dim in _dims(graph, node) if dim.size == old), old)
 
     for name, module in root.named_modules():
         if isinstance(module, STANDARD) or name not in frames:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from ekgfx.axes import Axis, Dims, axes, freeze, size
+from ekgfx.axes import Axis, Dims, axes, freeze
 from ekgfx.errors import TraceError
 from ekgfx.functional import functionalize
 from ekgfx.leaf import Leaves
@@ -182,7 +182,7 @@ class AxisGraph:
         if rule is not None:
             with contextlib.suppress(ValueError):  # of `unify`: the rule does not hold here
                 effect = rule(call)
-                if [tuple(map(size, dims)) for dims in listed(effect.out)] == call.shapes:
+                if [tuple(dim.size for dim in dims) for dims in listed(effect.out)] == call.shapes:
                     return effect
         self.unknown_ops[call.op] = self.unknown_ops.get(call.op, 0) + 1
         return unknown(call)

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from torch import fx
 
-from ekgfx.axes import Axis, axes, size
+from ekgfx.axes import Axis, axes
 from ekgfx.cost import Products, evaluate, mac_products
 from ekgfx.graph import AxisGraph, Operation
 
@@ -89,9 +89,11 @@ def _segment(graph: AxisGraph, name: str, operations: list[Operation], place: Ma
             if source.name in graph.inputs or place.get(source, name) != name:
                 read.update((source.name, dims) for dims in _tensors(graph, source))
         weights = [graph.dims[s.name] for s in operation.node.all_input_nodes if s.name in graph.weights]
-        shapes = [tuple(map(size, dims)) for dims in (*_tensors(graph, operation.node), *weights)]
+        shapes = [tuple(dim.size for dim in dims) for dims in (*_tensors(graph, operation.node), *weights)]
         kinds.append(f"{operation.target}{shapes}")
-    return Segment(name, macs, list(read.values()), written, f"{[tuple(map(size, d)) for d in read.values()]}{kinds}")
+    return Segment(
+        name, macs, list(read.values()), written, f"{[tuple(dim.size for dim in d) for d in read.values()]}{kinds}"
+    )
 
 
 def _tensors(graph: AxisGraph, node: fx.Node) -> list[tuple]:

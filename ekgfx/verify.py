@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ekgfx.axes import ONE, Axis, Dims, axes, count, positions, size
+from ekgfx.axes import ONE, Axis, Dims, axes, count, positions
 from ekgfx.errors import PruneError
 from ekgfx.graph import AxisGraph, Operation
 from ekgfx.leaf import evaluation_mode
@@ -89,7 +89,7 @@ def mask_tensor(tensor: Tensor, dims: Dims, kept: Mapping[Axis, Tensor]) -> Tens
     """The tensor with every position that is not kept set to zero."""
     for d, dim in enumerate(dims):
         if any(axis in kept for axis in axes(dim)):
-            stays = torch.zeros(size(dim), dtype=torch.bool)
+            stays = torch.zeros(dim.size, dtype=torch.bool)
             stays[positions(dim, kept)] = True
             shape = [-1 if i == d else 1 for i in range(tensor.ndim)]
             tensor = torch.where(stays.view(shape).to(tensor.device), tensor, torch.zeros((), dtype=tensor.dtype))

@@ -18,7 +18,6 @@ from ekgfx.axes import (
     positions,
     resolve,
     show,
-    size,
     split,
     unify,
 )
@@ -53,10 +52,10 @@ def test_refining_a_frozen_axis_freezes_its_parts() -> None:
 
 
 def test_sums_align_from_the_left() -> None:
-    a, b, c, d = Axis(3), Axis(5), Axis(4), Axis(4)
+    a, b, c, d = Axis(3), Axis(6), Axis(5), Axis(4)
     unify(Sum((a, b)), Sum((c, d)))
-    # boundaries at 3, 4, 8: c = a + 1, b = 1 + d
-    assert [x.size for x in axes(c)] == [3, 1] and next(axes(c)) is resolve(a)
+    # boundaries at 3, 5, 9: c = a + 2, b = 2 + d
+    assert [x.size for x in axes(c)] == [3, 2] and next(axes(c)) is resolve(a)
     assert list(axes(b)) == [list(axes(c))[1], resolve(d)]
 
 
@@ -76,7 +75,7 @@ def test_a_sum_cuts_a_product_between_and_inside_its_rows() -> None:
     rows, columns, x, y = Axis(4), Axis(5), Axis(7), Axis(13)
     unify(Sum((x, y)), Prod((rows, columns)))  # 7 = one row and two columns of the second
     assert [a.size for a in axes(rows)] == [1, 1, 2] and [a.size for a in axes(columns)] == [2, 3]
-    assert size(x) == 7 and not any(a.frozen for a in axes(y))
+    assert x.size == 7 and not any(a.frozen for a in axes(y))
 
 
 def test_a_channel_shuffle_ties_its_halves() -> None:
@@ -101,6 +100,12 @@ def test_the_batch_keeps_its_identity_through_fixed_dimensions() -> None:
     assert count(windows, {batch: 7}) == 28
 
 
+def test_what_equals_something_fixed_stays_and_is_not_taken_apart() -> None:
+    x, rows = Axis(12), Prod((Axis(3, frozen="windows"), Axis(4, frozen="space")))
+    unify(x, rows)
+    assert resolve(x) is x and x.frozen == "windows"
+
+
 def test_positions_and_membership_by_hand() -> None:
     a, b, c = Axis(2), Axis(3), Axis(2)
     expr = Sum((Prod((a, b)), c))  # positions a0b0 a0b1 a0b2 a1b0 a1b1 a1b2 c0 c1
@@ -119,7 +124,7 @@ def test_rows_shifted_against_each_other_fall_into_single_positions(w: int) -> N
     """
     row, rows = Axis(2 * w - 1), Axis(w)
     unify(Sum((Prod((rows, Sum((row, Axis(1))))), Axis(w - 1))), Prod((Axis(w + 1), Axis(2 * w - 1))), "reshape")
-    assert {axis.size for axis in axes(row)} == {1}
+    assert {axis.size for axis in axes(row)} == {1} and fixed(row)
 
 
 def test_sizes_must_agree() -> None:
@@ -161,6 +166,6 @@ def test_every_equation_holds_after_any_cut(stated: list, rng: object) -> None:
     free = dict.fromkeys(x for a, b in sides for e in (a, b) for x in axes(e) if not x.frozen)
     kept = {x: torch.tensor(sorted(rng.sample(range(x.size), rng.randint(1, x.size)))) for x in free}
     for a, b in sides:
-        assert size(a) == size(b) == len(positions(a, {}))
+        assert a.size == b.size == len(positions(a, {}))
         assert positions(a, kept).tolist() == positions(b, kept).tolist()
         assert len(positions(a, kept)) == count(a, {x: len(k) for x, k in kept.items()})

@@ -34,10 +34,10 @@ def taught() -> None:
     @rule("ekgfx_test.swap_halves.default")
     def swapped(call: Call) -> Effect:
         """Channels are [2]·half; the halves change places, so a cut takes the same channels of both."""
-        from ekgfx.axes import Prod, size
+        from ekgfx.axes import Prod
 
         x = call["x"]
-        half = call.fresh(size(x[1]) // 2)
+        half = call.fresh(x[1].size // 2)
         call.unify(x[1], Prod((call.constant(2, "halves"), half)))
         return Effect(x)
 

@@ -1,6 +1,6 @@
 """Fused attention."""
 
-from ekgfx.axes import Prod, size
+from ekgfx.axes import Prod
 from ekgfx.rules.pointwise import broadcast
 from ekgfx.rules.registry import Call, Effect, rule
 
@@ -14,8 +14,8 @@ def scaled_dot_product_attention(call: Call) -> Effect:
     """
     query, key, value, mask = (call[name] for name in ("query", "key", "value", "attn_mask"))
     lead = query[:-2]
-    if call["enable_gqa"] and size(query[-3]) != size(key[-3]):
-        repeat = call.fresh(size(query[-3]) // size(key[-3]))
+    if call["enable_gqa"] and query[-3].size != key[-3].size:
+        repeat = call.fresh(query[-3].size // key[-3].size)
         call.unify(query[-3], Prod((key[-3], repeat)))
         call.unify(key[-3], value[-3])
     else:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ekgfx.axes import ONE, Axis, Dims, Expr, Prod, fixed, size
+from ekgfx.axes import ONE, Axis, Dims, Expr, Prod, fixed
 from ekgfx.rules.pointwise import broadcast
 from ekgfx.rules.registry import Call, Effect, rule
 
@@ -26,15 +26,15 @@ def convolution(call: Call) -> Effect:
     batch = x[: -len(weight) + 1]  # empty for an unbatched input
     channels, space = x[len(batch)], x[len(batch) + 1 :]
     gamma = call.fresh(groups)
-    omega = call.fresh(size(weight[0]) // groups)
+    omega = call.fresh(weight[0].size // groups)
     call.unify(channels, Prod((gamma, weight[1])))
     call.unify(weight[0], Prod((gamma, omega)))
     if bias:
         call.unify(bias[0], weight[0])
     call.freeze(*weight[2:], why="kernel size")
     strides, paddings, dilations = (_each(call[name], space) for name in ("stride", "padding", "dilation"))
-    kernels = list(map(size, weight[2:]))
-    alone = len(space) == 1 and size(weight[0]) == size(channels) == 1
+    kernels = [dim.size for dim in weight[2:]]
+    alone = len(space) == 1 and weight[0].size == channels.size == 1
     same = [
         stride == 1 and padding == ("same" if isinstance(padding, str) else dilation * (kernel - 1) / 2)
         for kernel, stride, padding, dilation in zip(kernels, strides, paddings, dilations, strict=True)
@@ -60,7 +60,7 @@ def transposed_convolution(call: Call) -> Effect:
     x, weight, bias, groups = call["input"], call["weight"], call["bias"], call["groups"]
     batch = x[: -len(weight) + 1]
     gamma = call.fresh(groups)
-    iota = call.fresh(size(weight[0]) // groups)
+    iota = call.fresh(weight[0].size // groups)
     produced: Expr = Prod((gamma, weight[1]))
     call.unify(x[len(batch)], weight[0])
     call.unify(weight[0], Prod((gamma, iota)))
@@ -137,9 +137,9 @@ def einsum(call: Call) -> Effect:
     known: dict[str, Expr] = {}
     for term, dims in zip(spelled, operands, strict=True):
         for letter, dim in zip(term, dims, strict=True):
-            if size(known.get(letter, ONE)) == 1:
+            if known.get(letter, ONE).size == 1:
                 known[letter] = dim
-            elif size(dim) > 1:
+            elif dim.size > 1:
                 call.unify(known[letter], dim)
     sums: list[tuple[str, int | None, int]] = []
     for letter in sorted(known.keys() - set(output)):

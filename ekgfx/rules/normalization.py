@@ -1,6 +1,6 @@
 """Normalizations: their parameters follow the channels; statistics over channels are taken over the kept ones."""
 
-from ekgfx.axes import ONE, Prod, size
+from ekgfx.axes import ONE, Prod
 from ekgfx.rules.registry import Call, Effect, rule
 
 AFFINE = ("weight", "bias", "running_mean", "running_var")
@@ -34,7 +34,7 @@ def layer_norm(call: Call) -> Effect:
 def group_norm(call: Call) -> Effect:
     """input (N, γ·ω, *), parameters (γ·ω), γ = num_groups; statistics over the kept part of each group."""
     x, groups = call["input"], call["num_groups"]
-    gamma, omega = call.fresh(groups), call.fresh(size(x[1]) // groups)
+    gamma, omega = call.fresh(groups), call.fresh(x[1].size // groups)
     call.unify(x[1], Prod((gamma, omega)))
     for name in AFFINE[:2]:
         if call[name]:
@@ -53,7 +53,7 @@ def weight_norm(call: Call) -> Effect:
     """v / ‖v‖ · g with norms over all dimensions of v but one (or none), which alone are longer than one in g."""
     v, g = call["v"], call["g"]
     for dim, magnitude in zip(v, g, strict=False):
-        if size(magnitude) > 1:
+        if magnitude.size > 1:
             call.unify(dim, magnitude)
     return Effect(v, statistics=True)
 

@@ -1,6 +1,6 @@
 """Operators that join tensors along a dimension or take pieces of one: cat, stack, split, slice, select, index."""
 
-from ekgfx.axes import ONE, Dims, Expr, Prod, Sum, fixed, size
+from ekgfx.axes import ONE, Dims, Expr, Prod, Sum, fixed
 from ekgfx.rules.pointwise import broadcast
 from ekgfx.rules.registry import Call, Effect, rule
 
@@ -11,7 +11,7 @@ def _replace(dims: Dims, at: int, expr: Expr) -> Dims:
 
 @rule("aten.cat.default", "aten.concat.default")
 def cat(call: Call) -> Effect:
-    tensors: list[Dims] = [t for t in call["tensors"] if not (len(t) == 1 and size(t[0]) == 0)]
+    tensors: list[Dims] = [t for t in call["tensors"] if not (len(t) == 1 and t[0].size == 0)]
     dim = call["dim"] % len(tensors[0])
     for other in tensors[1:]:
         for d, (a, b) in enumerate(zip(tensors[0], other, strict=True)):
@@ -43,10 +43,10 @@ def equal_pieces(call: Call) -> Effect:
     """Pieces of one size, and so they must stay: the dimension is Prod(pieces, piece)."""
     x, dim = call["self"], call["dim"] % len(call["self"])
     pieces = len(call.shapes)
-    if size(x[dim]) % pieces or call.shapes[0][dim] * pieces != size(x[dim]):
+    if x[dim].size % pieces or call.shapes[0][dim] * pieces != x[dim].size:
         call.freeze(x[dim], why="uneven pieces")
         return Effect([_replace(x, dim, call.constant(s[dim], "uneven pieces")) for s in call.shapes])
-    piece = call.fresh(size(x[dim]) // pieces)
+    piece = call.fresh(x[dim].size // pieces)
     call.unify(x[dim], Prod((call.constant(pieces, "number of pieces"), piece)))
     return Effect([_replace(x, dim, piece)] * pieces, sizes={"split_size": piece} if "split_size" in call.args else {})
 
@@ -55,7 +55,7 @@ def equal_pieces(call: Call) -> Effect:
 def glu(call: Call) -> Effect:
     """The first half of a dimension gated by the second: Prod(2, piece) → piece."""
     x, dim = call["self"], call["dim"] % len(call["self"])
-    piece = call.fresh(size(x[dim]) // 2)
+    piece = call.fresh(x[dim].size // 2)
     call.unify(x[dim], Prod((call.constant(2, "halves"), piece)))
     return Effect(_replace(x, dim, piece))
 
@@ -79,7 +79,7 @@ def slice_(call: Call) -> Effect:
     """The positions from start to end; bounds are recomputed as counts of what lies before."""
     x, dim = call["self"], call["dim"] % len(call["self"])
     taken = call.shape[dim]
-    if taken == size(x[dim]):  # the whole dimension (a slice to the end keeps its open bound)
+    if taken == x[dim].size:  # the whole dimension (a slice to the end keeps its open bound)
         return Effect(x, sizes={"length": x[dim]} if "length" in call.args else {})
     if call.args.get("step", 1) != 1 or fixed(x[dim]) or taken == 0:
         call.freeze(x[dim], why="strided slice")
@@ -91,7 +91,7 @@ def slice_(call: Call) -> Effect:
 
 def _cut_out(call: Call, dim: Expr, taken: int) -> tuple[Expr, Expr]:
     """What lies before the slice of `taken` positions that begins at the argument `start`, and the slice."""
-    length, start = size(dim), call["start"] or 0
+    length, start = dim.size, call["start"] or 0
     start = max(start + length, 0) if start < 0 else min(start, length)
     before, piece, after = (call.fresh(n) for n in (start, taken, length - start - taken))
     call.unify(Sum((before, piece, after)), dim)
@@ -105,13 +105,13 @@ def slice_scatter(call: Call) -> Effect:
     for d, (a, b) in enumerate(zip(x, src, strict=True)):
         if d != dim:
             call.unify(a, b)
-    if size(src[dim]) == size(x[dim]):
+    if src[dim].size == x[dim].size:
         call.unify(src[dim], x[dim])
         return Effect(x)
-    if call["step"] != 1 or fixed(x[dim]) or size(src[dim]) == 0:
+    if call["step"] != 1 or fixed(x[dim]) or src[dim].size == 0:
         call.freeze(x[dim], src[dim], why="overwritten in part")
         return Effect(x)
-    before, piece = _cut_out(call, x[dim], size(src[dim]))
+    before, piece = _cut_out(call, x[dim], src[dim].size)
     call.unify(piece, src[dim])
     return Effect(x, sizes={"start": before, "end": Sum((before, piece))})
 
@@ -156,7 +156,7 @@ def gather(call: Call) -> Effect:
     x, index, dim = call["self"], call["index"], call["dim"] % len(call["self"])
     call.freeze(x[dim], index[dim], why="indexed")
     for d, (a, b) in enumerate(zip(x, index, strict=True)):
-        if d != dim and size(a) == size(b):
+        if d != dim and a.size == b.size:
             call.unify(a, b)
         elif d != dim:
             call.freeze(a, b, why="indexed")

@@ -1,6 +1,6 @@
 """Operators that compute each output position from the inputs at the same position."""
 
-from ekgfx.axes import ONE, Dims, Expr, size
+from ekgfx.axes import ONE, Dims, Expr
 from ekgfx.rules.registry import Call, Effect, rule
 
 
@@ -10,9 +10,9 @@ def broadcast(call: Call, *tensors: Dims) -> Dims:
     out: list[Expr] = [ONE] * rank
     for dims in tensors:
         for i, dim in enumerate(dims, rank - len(dims)):
-            if size(dim) == 1:
+            if dim.size == 1:
                 continue
-            if size(out[i]) == 1:
+            if out[i].size == 1:
                 out[i] = dim
             else:
                 call.unify(out[i], dim)
@@ -78,6 +78,6 @@ def cast(call: Call) -> Effect:
 @rule("aten.prelu.default")
 def prelu(call: Call) -> Effect:
     x, weight = call["self"], call["weight"]
-    if size(weight[0]) > 1:
+    if weight[0].size > 1:
         call.unify(x[1], weight[0])
     return Effect(x, carries=True)

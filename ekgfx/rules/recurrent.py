@@ -1,6 +1,6 @@
 """Recurrent layers: hidden units are cut like channels."""
 
-from ekgfx.axes import Dims, Expr, Prod, size
+from ekgfx.axes import Dims, Expr, Prod
 from ekgfx.rules.registry import Call, Effect, rule
 
 
@@ -17,12 +17,12 @@ def recurrent(call: Call) -> Effect:
     states: list[Dims] = hx if isinstance(hx, list) else [hx]
     tensors_each = len(params) // (call["num_layers"] * (2 if call["bidirectional"] else 1))
     cells = [params[i : i + tensors_each] for i in range(0, len(params), tensors_each)]
-    if tensors_each not in (2, 4) or any(size(s[-1]) != size(cells[0][1][1]) for s in states):
+    if tensors_each not in (2, 4) or any(s[-1].size != cells[0][1][1].size for s in states):
         for dims in call.tensors():
             call.freeze(*dims, why="its units are projected")
         return Effect([call.constants(shape) for shape in call.shapes])
-    eta = call.fresh(size(states[0][-1]))
-    gates = call.constant(size(cells[0][1][0]) // size(eta), "gates")
+    eta = call.fresh(states[0][-1].size)
+    gates = call.constant(cells[0][1][0].size // eta.size, "gates")
     directions = [eta] * (2 if call["bidirectional"] else 1)
     below: Expr = x[-1]
     for number, (weight_in, weight_hidden, *biases) in enumerate(cells):

@@ -149,7 +149,7 @@ def passing(call: Call) -> Effect:
     ones, and nothing is frozen."""
 
     def like(shape: Shape) -> Dims:
-        same = (dims for dims in call.tensors() if tuple(map(axes.size, dims)) == shape)
+        same = (dims for dims in call.tensors() if tuple(dim.size for dim in dims) == shape)
         return next(same, None) or _same_batch(call, tuple(call.fresh(n) for n in shape))
 
     return Effect([like(shape) for shape in call.shapes])
@@ -164,6 +164,6 @@ def opaque(call: Call, why: str) -> Effect:
 
 def _same_batch(call: Call, out: Dims) -> Dims:
     for dims in call.tensors():
-        if out and dims and axes.size(dims[0]) == axes.size(out[0]) and any(a.batch for a in axes.axes(dims[0])):
+        if out and dims and dims[0].size == out[0].size and any(a.batch for a in axes.axes(dims[0])):
             return (dims[0], *out[1:])  # the leading dimension is the input's batch: its size is known only when run
     return out

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from ekgfx.axes import ONE, Dims, Expr, Prod, size
+from ekgfx.axes import ONE, Dims, Expr, Prod
 from ekgfx.rules.registry import Call, Effect, Shape, rule
 
 
@@ -33,7 +33,7 @@ def regroup(call: Call, dims: Dims, shape: Shape) -> Dims:
     if 0 in shape:
         return call.constants(shape, "empty")
     out: list[Expr] = []
-    for source, target in runs([size(d) for d in dims], shape):
+    for source, target in runs([d.size for d in dims], shape):
         pieces = [ONE if n == 1 else call.fresh(n) for n in shape[target]]
         call.unify(Prod(tuple(pieces)), Prod(dims[source]))
         out.extend(pieces)
@@ -106,7 +106,7 @@ def unsqueeze(call: Call) -> Effect:
 def squeeze(call: Call) -> Effect:
     x, dim = call["self"], call.args.get("dim")
     which = range(len(x)) if dim is None else [d % len(x) for d in (dim if isinstance(dim, list) else [dim])]
-    gone = [d for d in which if size(x[d]) == 1]
+    gone = [d for d in which if x[d].size == 1]
     return Effect(tuple(e for d, e in enumerate(x) if d not in gone), carries=True)
 
 
@@ -114,7 +114,7 @@ def squeeze(call: Call) -> Effect:
 def expand(call: Call) -> Effect:
     """Dimensions of size one are repeated; how often is free until the result meets another tensor."""
     x = (ONE,) * (len(call.shape) - len(call["self"])) + tuple(call["self"])
-    out = tuple(dim if size(dim) == n else call.fresh(n) for dim, n in zip(x, call.shape, strict=True))
+    out = tuple(dim if dim.size == n else call.fresh(n) for dim, n in zip(x, call.shape, strict=True))
     return Effect(out, sizes={"size": out})
 
 
@@ -122,10 +122,10 @@ def expand(call: Call) -> Effect:
 def expand_as(call: Call) -> Effect:
     x = (ONE,) * (len(call.shape) - len(call["self"])) + tuple(call["self"])
     if "other" not in call.args:
-        out = tuple(dim if size(dim) == n else call.fresh(n) for dim, n in zip(x, call.shape, strict=True))
+        out = tuple(dim if dim.size == n else call.fresh(n) for dim, n in zip(x, call.shape, strict=True))
         return Effect(out, sizes={"size": out})
     for a, b in zip(x, call["other"], strict=True):
-        if size(a) == size(b):
+        if a.size == b.size:
             call.unify(a, b)
     return Effect(tuple(call["other"]))
 
@@ -138,7 +138,7 @@ def repeat(call: Call) -> Effect:
     x = (ONE,) * (len(call.shape) - len(call["self"])) + tuple(call["self"])
     copies = [call.fresh(n) if n > 1 else ONE for n in times]
     for copy, dim in zip(copies, x, strict=True):
-        if size(dim) > 1:
+        if dim.size > 1:
             call.freeze(copy, why="copies")
     return Effect(tuple(Prod((c, d)) for c, d in zip(copies, x, strict=True)), sizes={name: copies})
 
@@ -191,7 +191,7 @@ def pixel_unshuffle(call: Call) -> Effect:
 def channel_shuffle(call: Call) -> Effect:
     """(N, g·c, *) → (N, c·g, *); the kept positions of each group must be equal in number, so g is frozen."""
     x, groups = call["input"], call["groups"]
-    gamma, inner = call.constant(groups, "shuffled groups"), call.fresh(size(x[1]) // groups)
+    gamma, inner = call.constant(groups, "shuffled groups"), call.fresh(x[1].size // groups)
     call.unify(x[1], Prod((gamma, inner)))
     return Effect((x[0], Prod((inner, gamma)), *x[2:]), carries=True)
 
@@ -201,7 +201,7 @@ def im2col(call: Call) -> Effect:
     """(N, c, H, W) → (N, c·kernel, blocks)."""
     batch, channels, *space = call["self"]
     call.freeze(*space, why="space")
-    kernel = call.constant(call.shape[1] // size(channels), "kernel size")
+    kernel = call.constant(call.shape[1] // channels.size, "kernel size")
     return Effect((batch, Prod((channels, kernel)), call.constant(call.shape[2], "space")))
 
 
@@ -210,7 +210,7 @@ def col2im(call: Call) -> Effect:
     """(N, c·kernel, blocks) → (N, c, H, W)."""
     batch, columns, blocks = call["self"]
     channels = call.fresh(call.shape[1])
-    call.unify(columns, Prod((channels, call.constant(size(columns) // call.shape[1], "kernel size"))))
+    call.unify(columns, Prod((channels, call.constant(columns.size // call.shape[1], "kernel size"))))
     call.freeze(blocks, why="space")
     return Effect((batch, channels, *call.constants(call.shape[2:], "space")))
 

@@ -34,7 +34,7 @@ graph
 plan cost
 groups sliced obstacle segments
 trace
-loss verify graphed declared attributes
+loss verify signature graphed declared attributes
 evaluation surgery
 search training_state
 finetune bank

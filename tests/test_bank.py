@@ -331,11 +331,16 @@ def test_errors(searched: tuple[TracedModel, SearchResult], tmp_path: Path) -> N
         build_bank(traced, result, [])
     with pytest.raises(DataError, match="turn shuffling off"):
         build_bank(traced, result, [batches[1], batches[0]])
+    images, labels, index = batches[0]
+    with pytest.raises(DataError, match="turn shuffling off"):
+        build_bank(traced, result, [(images, labels, torch.cat([index[:1], index[1:].flip(0)]))])
     with pytest.raises(DataError, match="top 10 "):
         build_bank(traced, result, batches, top_k=10)
     build_bank(traced, result, batches, tmp_path, teachers=2)
     with pytest.raises(RunError, match="another model, search or top_k"):
         build_bank(traced, result, batches, tmp_path, teachers=3)
+    with pytest.raises(RunError, match="another model, search or top_k"):
+        build_bank(traced, result, batches, tmp_path, teachers=2, top_k=3)
     with pytest.raises(RunError, match="cannot make the folder"):
         build_bank(traced, result, batches, tmp_path / "bank.json" / "inside")
     with pytest.raises(TrainingError, match="half precision"):

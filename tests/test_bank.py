@@ -17,6 +17,7 @@ from ekgfx.bank.rows import RowFormat, infidelity
 from ekgfx.bank.store import map_rows
 from ekgfx.data.base import Batch, Loader, Split, Views
 from ekgfx.errors import DataError, RunError, TrainingError
+from ekgfx.files import write_json
 from ekgfx.loss import softened_kl
 from ekgfx.search import SearchResult, search
 from ekgfx.trace import TracedModel
@@ -166,6 +167,25 @@ def test_going_on_with_batches_of_another_size_is_refused(
         build_bank(traced, result, Stopping(training_batches(), 4), tmp_path, teachers=1)
     with pytest.raises(RunError, match="another size"):
         build_bank(traced, result, training_batches(size=9), tmp_path, teachers=1)
+
+
+def test_what_is_noted_is_on_disk(
+    searched: tuple[TracedModel, SearchResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill right after a note must not leave fewer rows than it tells of: going on would fill the gap with zeros."""
+    traced, result = searched
+    monkeypatch.setattr(building, "SAVE_EVERY", 0.0)
+    noted = []
+
+    def look(path: Path, value: Any) -> None:
+        if path.name == "teacher-0.json":
+            rows = (tmp_path / "teacher-0.part").stat().st_size / RowFormat((10,)).dtype.itemsize
+            noted.append((value["samples"], rows))
+        write_json(path, value)
+
+    monkeypatch.setattr(building, "write_json", look)
+    build_bank(traced, result, training_batches(), tmp_path, teachers=1)
+    assert noted == [(16, 16), (32, 32), (48, 48), (50, 50)]
 
 
 class Opened(Split):
@@ -341,6 +361,12 @@ def test_errors(searched: tuple[TracedModel, SearchResult], tmp_path: Path) -> N
         build_bank(traced, result, batches, tmp_path, teachers=3)
     with pytest.raises(RunError, match="another model, search or top_k"):
         build_bank(traced, result, batches, tmp_path, teachers=2, top_k=3)
+    weight = traced.model.get_parameter(next(name for name, _ in traced.model.named_parameters()))
+    before = weight.detach().clone()
+    weight.data += 1
+    with pytest.raises(RunError, match="another model, search or top_k"):
+        build_bank(traced, result, batches, tmp_path, teachers=2)
+    weight.data = before
     with pytest.raises(RunError, match="cannot make the folder"):
         build_bank(traced, result, batches, tmp_path / "bank.json" / "inside")
     with pytest.raises(TrainingError, match="half precision"):

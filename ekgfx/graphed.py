@@ -18,24 +18,18 @@ from ekgfx import leaf
 from ekgfx.attributes import STANDARD
 from ekgfx.axes import Axis, Expr, Prod, Sum, axes, count
 from ekgfx.graph import AxisGraph, Operation
-from ekgfx.signature import Part, Signature, observe, part_of
+from ekgfx.signature import Part
 
 LAYERS = (*STANDARD, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
-def replace_modules(root: nn.Module, paths: Sequence[str], graph: AxisGraph, counts: Mapping[Axis, int]) -> nn.Module:
-    """Put the graphs of the modules at `paths` in their places in the cut model `root`; returns the new root.
+def replace_modules(root: nn.Module, parts: Sequence[Part], graph: AxisGraph, counts: Mapping[Axis, int]) -> nn.Module:
+    """Put parts of the graph in the places of their modules in the cut model `root`; returns the new root.
 
     A module inside another one of them is part of that one's graph.
-
-    Raises:
-        PruneError: a module is called several times, or not all its inputs and outputs are tensors of the graph; none
-            has been replaced then.
     """
-    outermost = [path for path in paths if not any(_within(path, other) for other in paths if other != path)]
-    parts = [part_of(graph, path) for path in outermost]
-    signatures = observe(graph, parts)
-    made = {p.path: _graph_module(root.get_submodule(p.path), p, signatures[p.path], graph, counts) for p in parts}
+    outermost = [part for part in parts if not any(_within(part.path, o.path) for o in parts if o is not part)]
+    made = {part.path: _graph_module(root.get_submodule(part.path), part, graph, counts) for part in outermost}
     for path, module in made.items():
         if not path:
             return module
@@ -48,13 +42,11 @@ def _within(path: str, outer: str) -> bool:
     return f"{path}.".startswith(f"{outer}." if outer else "")
 
 
-def _graph_module(
-    cut: nn.Module, part: Part, signature: Signature, graph: AxisGraph, counts: Mapping[Axis, int]
-) -> fx.GraphModule:
+def _graph_module(cut: nn.Module, part: Part, graph: AxisGraph, counts: Mapping[Axis, int]) -> fx.GraphModule:
     """A part of the graph as a module, over the weights of the cut version of its module."""
     new = fx.Graph()
     made: dict[str, Any] = {}
-    for name, node in signature.arguments:
+    for name, node in part.arguments:
         placeholder = new.placeholder(name) if node else new.placeholder(name, default_value=None)
         if node:
             made[node.name] = placeholder
@@ -65,7 +57,7 @@ def _graph_module(
             made[name] = new.get_attr(f"_{name}")
     for node in part.nodes:
         made[node.name] = _copy(node, part, graph, new, made, batch)
-    new.output(pytree.tree_map_only(fx.Node, lambda n: made[n.name], signature.output))
+    new.output(pytree.tree_map_only(fx.Node, lambda n: made[n.name], part.output))
     module = fx.GraphModule(cut, new, class_name=f"{type(cut).__name__}Graph")
     state = {**dict(cut.named_parameters()), **{n: t for n, t in cut.named_buffers() if n in cut.state_dict()}}
     for name, tensor in state.items():

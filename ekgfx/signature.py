@@ -21,10 +21,11 @@ from ekgfx.sliced import SubNetwork
 
 @dataclass(frozen=True)
 class Part:
-    """The operators of the module at `path`, in order.
+    """What the module at `path` does: its operators, in order, between its arguments and what it returns.
 
     weights: placeholders of its weights → what the module itself calls them. inputs: nodes outside that it reads.
-    constants: those of them that are constants of the graph. results: its nodes that others read.
+    constants: constants of the graph that it reads. arguments: (name, node) in the order of forward, no node for what
+    is no tensor. output: what forward returns, with nodes in place of tensors.
     """
 
     path: str
@@ -32,48 +33,39 @@ class Part:
     weights: dict[str, str]
     inputs: list[fx.Node]
     constants: list[fx.Node]
-    results: list[fx.Node]
-
-
-@dataclass(frozen=True)
-class Signature:
-    """arguments: (name, node) in the order of forward, no node for what is no tensor. output: what forward returns,
-    with nodes in place of tensors."""
-
     arguments: list[tuple[str, fx.Node | None]]
     output: Any
 
 
-def part_of(graph: AxisGraph, path: str) -> Part:
-    """The part of the graph that the module at `path` runs.
-
-    Raises:
-        PruneError: the module is (in) a leaf, or is called more than once.
-    """
-    if any(f"{path}.".startswith(f"{name}.") for name in graph.leaves):
-        raise PruneError(f"{path} is a leaf, which runs as it is")
-    nodes = [node for node in graph.graph.nodes if node.op == "call_function" and path in callers(node)]
-    if any(f"{path}@" in name for node in nodes for name in _raw_callers(node)):
-        raise PruneError(f"{path} is called more than once")
-    body, weights = set(nodes), _own_weights(graph, path)
-    outside = [n for n in graph.graph.nodes if n not in body and body & n.users.keys() and n.name not in weights]
-    constants = [n for n in outside if n.name in graph.constants]
-    inputs = [n for n in outside if n.name not in graph.constants]  # another module's weight may be an argument
-    return Part(path, nodes, weights, inputs, constants, [n for n in nodes if n.users.keys() - body])
+Call = tuple[tuple[Any, ...], dict[str, Any], Any]
 
 
-def observe(graph: AxisGraph, parts: Sequence[Part]) -> dict[str, Signature]:
-    """Path → the module's signature, from one run of the model and one of the graph on the example's inputs.
+def parts_of(graph: AxisGraph, paths: Sequence[str]) -> dict[str, Part | PruneError]:
+    """Path → what the module does, from one run of the model and one of the graph on the example's inputs; or why that
+    cannot be said: it is (in) a leaf, is called more than once or never, or takes or returns no values of the graph."""
+    calls = _calls(graph, paths)
+    nodes = {path: [n for n in graph.graph.nodes if n.op == "call_function" and path in callers(n)] for path in paths}
+    edges = {n.name for inside in nodes.values() for n in (*_outside(inside), *_results(inside))}
+    args, kwargs = graph.example
+    with torch.no_grad():
+        _, values = SubNetwork(graph, {}).run(args, kwargs, edges)
+    found: dict[str, Part | PruneError] = {}
+    for path, inside in nodes.items():
+        try:
+            found[path] = _part(graph, path, inside, calls.get(path), values)
+        except PruneError as error:
+            found[path] = error
+    return found
 
-    Raises:
-        PruneError: a module was not called, or not all it is given and returns are values of the graph.
-    """
-    calls: dict[str, tuple[tuple, dict[str, Any], Any]] = {}
+
+def _calls(graph: AxisGraph, paths: Sequence[str]) -> dict[str, Call]:
+    """Path → arguments and result of the module when the model runs on the example's inputs."""
+    calls: dict[str, Call] = {}
 
     def note(path: str) -> Any:
         return lambda module, args, kwargs, output: calls.update({path: (args, kwargs, output)})
 
-    hooks = [graph.model.get_submodule(p.path).register_forward_hook(note(p.path), with_kwargs=True) for p in parts]
+    hooks = [graph.model.get_submodule(path).register_forward_hook(note(path), with_kwargs=True) for path in paths]
     args, kwargs = graph.example
     try:
         with torch.no_grad(), evaluation_mode(graph.model):
@@ -81,18 +73,34 @@ def observe(graph: AxisGraph, parts: Sequence[Part]) -> dict[str, Signature]:
     finally:
         for hook in hooks:
             hook.remove()
-    wanted = {node.name for part in parts for node in (*part.inputs, *part.results)}
-    with torch.no_grad():
-        _, values = SubNetwork(graph, {}).run(args, kwargs, wanted)
-    return {part.path: _signature(graph, part, calls.get(part.path), values) for part in parts}
+    return calls
 
 
-def _signature(graph: AxisGraph, part: Part, called: Any, values: dict[str, Any]) -> Signature:
+def _outside(nodes: list[fx.Node]) -> list[fx.Node]:
+    """What the nodes read of others, in the order of first use."""
+    body = set(nodes)
+    return list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in body))
+
+
+def _results(nodes: list[fx.Node]) -> list[fx.Node]:
+    """The nodes that others read."""
+    body = set(nodes)
+    return [node for node in nodes if node.users.keys() - body]
+
+
+def _part(graph: AxisGraph, path: str, nodes: list[fx.Node], called: Call | None, values: dict[str, Any]) -> Part:
+    if any(f"{path}.".startswith(f"{name}.") for name in graph.leaves):
+        raise PruneError(f"{path} is a leaf, which runs as it is")
+    if any(f"{path}@" in name for node in nodes for name in _raw_callers(node)):
+        raise PruneError(f"{path} is called more than once")
     if called is None:
-        raise PruneError(f"{part.path} was not called")
+        raise PruneError(f"{path} was not called")
+    weights = _own_weights(graph, path)
+    outside = [n for n in _outside(nodes) if n.name not in weights]
+    inputs = [n for n in outside if n.name not in graph.constants]  # another module's weight may be an argument
 
-    def find(value: Any, nodes: Sequence[fx.Node]) -> fx.Node | None:
-        for node in nodes:
+    def find(value: Any, among: Sequence[fx.Node]) -> fx.Node | None:
+        for node in among:
             known = values[node.name]
             if (
                 isinstance(known, Tensor)
@@ -103,14 +111,14 @@ def _signature(graph: AxisGraph, part: Part, called: Any, values: dict[str, Any]
         return None
 
     args, kwargs, returned = called
-    names = _parameter_names(graph.model.get_submodule(part.path), len(args))
+    names = _parameter_names(graph.model.get_submodule(path), len(args))
     given = [*zip(names, args, strict=False), *kwargs.items()]
-    arguments = [(name, find(value, part.inputs) if isinstance(value, Tensor) else None) for name, value in given]
-    missing = {n.name for n in part.inputs} - {node.name for _, node in arguments if node}
-    output = pytree.tree_map_only(Tensor, lambda t: find(t, [*reversed(part.results), *part.inputs]), returned)
+    arguments = [(name, find(value, inputs) if isinstance(value, Tensor) else None) for name, value in given]
+    missing = {n.name for n in inputs} - {node.name for _, node in arguments if node}
+    output = pytree.tree_map_only(Tensor, lambda t: find(t, [*reversed(_results(nodes)), *inputs]), returned)
     if missing or any(leaf is None for leaf in pytree.tree_leaves(output)):
-        raise PruneError(f"the inputs and outputs of {part.path or 'the model'} are not all values of the graph")
-    return Signature(arguments, output)
+        raise PruneError(f"the inputs and outputs of {path or 'the model'} are not all values of the graph")
+    return Part(path, nodes, weights, inputs, [n for n in outside if n.name in graph.constants], arguments, output)
 
 
 def _own_weights(graph: AxisGraph, path: str) -> dict[str, str]:

@@ -4,7 +4,7 @@ This is the one mechanism by which a sub-network is judged: the search runs it, 
 """
 
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -198,8 +198,14 @@ def slice_weights(
 ) -> dict[str, Tensor]:
     """Parameters and buffers of the graph (all, or those in `names`) with only the kept positions; uncut ones are the
     model's own tensors."""
+    return {name: cut for name, _, cut in slices(graph, kept, rescale=rescale, names=names)}
+
+
+def slices(
+    graph: AxisGraph, kept: Mapping[Axis, Tensor], *, rescale: bool = False, names: Collection[str] | None = None
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """As `slice_weights`, one after the other: name, the model's own tensor, and what is kept of it."""
     kernels = kernel_names(graph) if rescale else set()
-    sliced = {}
     for name, dims in graph.weight_dims().items():
         if names is not None and name not in names:
             continue
@@ -207,8 +213,7 @@ def slice_weights(
         cut = slice_tensor(full, dims, kept)
         if name in kernels and cut is not full:
             cut = cut * (full.norm() / cut.norm().clamp_min(1e-12))
-        sliced[name] = cut
-    return sliced
+        yield name, full, cut
 
 
 def slice_tensor(tensor: Tensor, dims: Iterable[Expr], kept: Mapping[Axis, Tensor]) -> Tensor:

@@ -18,9 +18,10 @@ from ekgfx.errors import EkgfxError, PruneError
 from ekgfx.graphed import replace_modules
 from ekgfx.leaf import evaluation_mode
 from ekgfx.plan import Plan
-from ekgfx.sliced import slice_weights
+from ekgfx.signature import Part, parts_of
+from ekgfx.sliced import SubNetwork, slice_weights, slices
 from ekgfx.trace import TracedModel, retrace, trace
-from ekgfx.verify import check_pruned, compare_shapes
+from ekgfx.verify import compare_outputs, compare_shapes
 
 MOST_TRIALS = 16
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
@@ -33,6 +34,7 @@ def prune(
     example_inputs: Any = None,
     *,
     verify: bool = True,
+    inplace: bool = False,
 ) -> nn.Module:
     """The model that `plan` leaves: a new module of the same class; `model` itself is not changed.
 
@@ -43,6 +45,8 @@ def prune(
         example_inputs: where no traced model is at hand, inputs to trace with.
         verify: trace the result again, compare the shape of every operator with the prediction, and its output with the
             sliced graph's.
+        inplace: cut `model` itself, one tensor after the other, and return it (a graph, where its class cannot express
+            the cut): at no time do all weights exist twice. `traced` tells no more of it then; gradients are dropped.
 
     Raises:
         PlanError: the plan does not fit the model.
@@ -56,12 +60,18 @@ def prune(
         traced = trace(model, example_inputs, leaf=plan.leaf)
     source = traced if traced.model is model else traced.rebound(model)
     kept = source.groups.kept(plan)
+    parts = parts_of(source, [name for name, _ in model.named_modules()]) if inplace and verify else None
     with torch.no_grad():
-        pruned = _cut(model, slice_weights(source, kept, rescale=plan.rescale), source)
+        if inplace:
+            pruned, weights = model, _cut_in_place(source, kept, plan.rescale)
+        else:
+            weights = slice_weights(source, kept, rescale=plan.rescale)
+            pruned = _cut(model, weights, source)
+        _recompute(pruned)
     counts = {axis: len(index) for axis, index in kept.items()}
     choices = correct(pruned, source, counts)
     declare(pruned, source, counts)
-    return _settle(pruned, choices, source, plan) if verify else pruned
+    return _settle(pruned, choices, _Prediction(source, plan, kept, weights, parts)) if verify else pruned
 
 
 def _cut(model: nn.Module, weights: Mapping[str, Tensor], source: TracedModel) -> nn.Module:
@@ -75,16 +85,55 @@ def _cut(model: nn.Module, weights: Mapping[str, Tensor], source: TracedModel) -
         memo.update(
             (id(t), t.detach()) for t in vars(module).values() if isinstance(t, Tensor) and t.grad_fn is not None
         )
-    pruned = copy.deepcopy(model, memo)
-    with evaluation_mode(pruned):  # modules that keep what they computed from their weights drop it here
+    return copy.deepcopy(model, memo)
+
+
+def _cut_in_place(source: TracedModel, kept: Mapping[Axis, Tensor], rescale: bool) -> dict[str, Tensor]:
+    """Every parameter and buffer holds what is kept of it from now on; returns them by name."""
+    weights = {}
+    for name, full, cut in slices(source, kept, rescale=rescale):
+        if cut is not full:
+            full.data, full.grad = cut, None
+        weights[name] = full
+    return weights
+
+
+def _recompute(pruned: nn.Module) -> None:
+    """Bring what modules keep of earlier computations from their weights up to date."""
+    with evaluation_mode(pruned):  # some drop it here
         for module in pruned.modules():
             for hook in module._forward_pre_hooks.values():
                 if isinstance(hook, WeightNorm | SpectralNorm):
                     hook(module, ())
-        return pruned
 
 
-def _settle(pruned: nn.Module, choices: list[Choice], source: TracedModel, plan: Plan) -> nn.Module:
+@dataclass(frozen=True)
+class _Prediction:
+    """What a cut module must be: the sliced graph on `weights`, the cut tensors themselves.
+
+    parts: what each module does, where it can no longer be observed, since the original has been cut itself.
+    """
+
+    source: TracedModel
+    plan: Plan
+    kept: Mapping[Axis, Tensor]
+    weights: Mapping[str, Tensor]
+    parts: Mapping[str, Part | PruneError] | None
+
+    @property
+    def counts(self) -> dict[Axis, int]:
+        return {axis: len(index) for axis, index in self.kept.items()}
+
+    def parts_of(self, paths: list[str]) -> list[Part]:
+        """What the modules at these paths do. Raises PruneError: that cannot be said of one of them."""
+        known = self.parts if self.parts is not None else parts_of(self.source, paths)
+        for path in paths:
+            if isinstance(problem := known[path], PruneError):
+                raise problem
+        return [part for path in paths if isinstance(part := known[path], Part)]
+
+
+def _settle(pruned: nn.Module, choices: list[Choice], predicted: _Prediction) -> nn.Module:
     """Make the cut module what was predicted: settle the open choices, then replace what cannot express it.
 
     A module whose Python cannot give the predicted shapes is replaced, with all of its class, by its part of the graph;
@@ -93,34 +142,35 @@ def _settle(pruned: nn.Module, choices: list[Choice], source: TracedModel, plan:
     first: _Problem | None = None
     for trial in itertools.islice(_assignments(pruned, choices), MOST_TRIALS):
         _take(pruned, trial)
-        problem = _problem(pruned, source, plan)
+        problem = _problem(pruned, predicted)
         if problem is None:
             return pruned
         first = first or problem
     _take(pruned, next(_assignments(pruned, choices)))
     problem = first
+    classes = {name: type(module) for name, module in pruned.named_modules()}
     replaced = set[str]()
-    counts = {axis: len(index) for axis, index in source.groups.kept(plan).items()}
     while problem is not None and "" not in replaced:
         path = problem.module
-        while path and (path in replaced or not _replace(pruned, path, source, counts, replaced)):
+        while path and (path in replaced or not _replace(pruned, path, classes, predicted, replaced)):
             path = path.rpartition(".")[0]
         if not path:
             replaced.add("")
-            pruned = replace_modules(pruned, [""], source, counts)
-        problem = _problem(pruned, source, plan)
+            pruned = replace_modules(pruned, predicted.parts_of([""]), predicted.source, predicted.counts)
+        problem = _problem(pruned, predicted)
     if problem is not None:
         raise PruneError(f"the pruned {type(pruned).__name__} is not what was predicted: {problem.text}")
     return pruned
 
 
-def _replace(pruned: nn.Module, path: str, source: TracedModel, counts: Mapping[Axis, int], replaced: set[str]) -> bool:
+def _replace(
+    pruned: nn.Module, path: str, classes: Mapping[str, type], predicted: _Prediction, replaced: set[str]
+) -> bool:
     """Replace the module at `path` and all others of its class by their graphs; False if that cannot be done."""
-    kind = type(source.model.get_submodule(path))
-    alike = [name for name, module in source.model.named_modules() if type(module) is kind and name not in replaced]
+    alike = [name for name, kind in classes.items() if kind is classes[path] and name not in replaced]
     replaced.update(alike)
     try:
-        replace_modules(pruned, alike, source, counts)
+        replace_modules(pruned, predicted.parts_of(alike), predicted.source, predicted.counts)
     except (PruneError, AttributeError):  # an inner module of one replaced before is no module any more
         return False
     return True
@@ -155,8 +205,9 @@ class _Problem:
     module: str = ""
 
 
-def _problem(pruned: nn.Module, source: TracedModel, plan: Plan) -> _Problem | None:
+def _problem(pruned: nn.Module, predicted: _Prediction) -> _Problem | None:
     """Trace the cut module again and compare it with the prediction; None if all agrees."""
+    source, plan = predicted.source, predicted.plan
     args, kwargs = source.example
     try:
         again = retrace(pruned, source)
@@ -167,7 +218,7 @@ def _problem(pruned: nn.Module, source: TracedModel, plan: Plan) -> _Problem | N
         return _Problem(str(difference), difference.module)
     if again.cost() != source.cost(plan):
         return _Problem(f"it costs {again.cost()}, predicted were {source.cost(plan)}")
-    off = check_pruned(source, plan, pruned, args, kwargs)
+    off = compare_outputs(pruned, SubNetwork(source, predicted.kept, weights=predicted.weights), args, kwargs)
     dtype = next((p.dtype for p in pruned.parameters()), torch.float32)
     if not off <= TOLERANCE.get(dtype, 0.05):
         return _Problem(f"its output differs from the sliced graph's by {off:.1e} (relative)")

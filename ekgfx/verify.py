@@ -15,7 +15,7 @@ from ekgfx.graph import AxisGraph, Operation
 from ekgfx.leaf import evaluation_mode
 from ekgfx.plan import Plan
 from ekgfx.rules.registry import is_dims
-from ekgfx.sliced import GraphRunner, resize
+from ekgfx.sliced import GraphRunner, SubNetwork, resize
 from ekgfx.trace import TracedModel
 
 TINY = torch.finfo(torch.float32).tiny
@@ -169,9 +169,13 @@ def check_pruned(
     traced: TracedModel, plan: Plan, pruned: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None
 ) -> float:
     """Relative error between the pruned module and the sliced graph, both in evaluation mode."""
-    kwargs = kwargs or {}
+    return compare_outputs(pruned, traced.subnetwork(plan, rescale=plan.rescale), args, kwargs or {})
+
+
+def compare_outputs(pruned: nn.Module, network: SubNetwork, args: tuple, kwargs: Mapping[str, Any]) -> float:
+    """Relative error between a module in evaluation mode and a sub-network."""
     with torch.no_grad(), evaluation_mode(pruned):
-        return relative_error(pruned(*args, **kwargs), traced.subnetwork(plan, rescale=plan.rescale)(*args, **kwargs))
+        return relative_error(pruned(*args, **kwargs), network(*args, **kwargs))
 
 
 def perturb(model: nn.Module, seed: int = 0) -> None:

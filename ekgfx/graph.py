@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from ekgfx.axes import Axis, Dims, axes, freeze
 from ekgfx.errors import TraceError
 from ekgfx.functional import functionalize
+from ekgfx.in_place import overwritable
 from ekgfx.leaf import Leaves
 from ekgfx.nodes import bind, first_names, op_name, owner, rename_modules
 from ekgfx.rules import Call, Effect, Rule, lookup, unknown
@@ -236,6 +237,11 @@ class AxisGraph:
     @cached_property
     def _by_node(self) -> dict[fx.Node, Operation]:
         return {operation.node: operation for operation in self.operations}
+
+    @cached_property
+    def overwritable(self) -> dict[str, str]:
+        """Operator → its first argument, where that may be overwritten when it is not wanted any more."""
+        return overwritable(self.graph)
 
     @cached_property
     def last_uses(self) -> dict[str, list[str]]:

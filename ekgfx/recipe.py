@@ -67,7 +67,7 @@ class Search:
     8 GiB). `accept`: candidates that a step takes together; None takes one, as the paper does, but on data without
     labels as many as keep the search of a large network within minutes.
     `cache`: memory for values that candidates share; `early_stop`: leave candidates that cannot win any more. `amp` and
-    `channels_last`: as in training, for the evaluation of candidates.
+    `channels_last`: as in training, for the evaluation of candidates (None: channels last on the CPU).
     """
 
     flops: float | None = None
@@ -91,7 +91,7 @@ class Search:
     cache: str = "2GiB"
     early_stop: bool = True
     amp: Literal["bf16", "fp16"] | None = None
-    channels_last: bool = False
+    channels_last: bool | None = None
 
     def __post_init__(self) -> None:
         for key in BUDGETS:

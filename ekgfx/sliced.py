@@ -15,8 +15,10 @@ from torch.utils import _pytree as pytree
 
 from ekgfx import leaf
 from ekgfx.axes import Axis, Expr, axes, counted, positions
+from ekgfx.channels_last import batch_norm
 from ekgfx.errors import PlanError
 from ekgfx.graph import AxisGraph, Operation
+from ekgfx.in_place import IN_PLACE
 
 BATCH_NORM = torch.ops.aten.batch_norm.default
 VIEW = torch.ops.aten.view.default
@@ -32,7 +34,8 @@ class GraphRunner:
         self.weights = weights
         self.device = next((t.device for t in weights.values()), torch.device("cpu"))
 
-    def compute(self, operation: Operation, args: dict[str, Any], counts: Mapping[Axis, int]) -> Any:
+    def compute(self, operation: Operation, args: dict[str, Any], counts: Mapping[Axis, int], spare: bool) -> Any:
+        """The operator's value. spare: nobody else will read its first argument, which may be overwritten."""
         raise NotImplementedError
 
     def call(self, operation: Operation, args: Mapping[str, Any]) -> Any:
@@ -71,16 +74,21 @@ class GraphRunner:
         inputs: the model's inputs by placeholder. dying: node → nodes whose values nobody reads after it.
         """
         graph, counts = self.graph, self.counts(inputs)
+        ours: set[str] = set()
         for node in nodes:
+            dead = dying.get(node.name, ())
             if node.op == "placeholder":
                 values[node.name] = inputs[node.name] if node.name in inputs else self._weight(node.name)
             elif node.target is operator.getitem:
                 values[node.name] = values[node.args[0].name][node.args[1]]  # type: ignore[union-attr,index]
             elif (operation := graph.operation(node)) is not None:
                 loaded = {name: _load(value, values) for name, value in operation.args.items()}
-                values[node.name] = self.compute(operation, loaded, counts)
-            for dead in dying.get(node.name, ()):
-                values.pop(dead, None)
+                first = graph.overwritable.get(node.name)
+                spare = first in ours and first in dead and not torch.is_grad_enabled()
+                values[node.name] = self.compute(operation, loaded, counts, spare)
+                ours.add(node.name)
+            for name in dead:
+                values.pop(name, None)
         return values
 
     def counts(self, inputs: Mapping[str, Any]) -> dict[Axis, int]:
@@ -174,15 +182,30 @@ class SubNetwork(GraphRunner):
     def counts(self, inputs: Mapping[str, Any]) -> dict[Axis, int]:
         return {**self.kept, **super().counts(inputs)}
 
-    def compute(self, operation: Operation, args: dict[str, Any], counts: Mapping[Axis, int]) -> Any:
+    def compute(self, operation: Operation, args: dict[str, Any], counts: Mapping[Axis, int], spare: bool) -> Any:
         if self.batch_stats and operation.target is BATCH_NORM:
+            normalized = batch_norm(args["input"], args["weight"], args["bias"], args["eps"], overwrite=spare)
+            if normalized is not None:
+                return normalized
             args |= {"running_mean": None, "running_var": None, "training": True}
         if args.get("device") is not None:
             args["device"] = self.device
         args = resize(operation, args, counts)
         if self.channels_last and operation.target is VIEW:  # which asks for the memory order of the tracing
             return args["self"].reshape(args["size"])
+        if spare and (result := overwritten(operation, args)) is not None:
+            return result
         return self.call(operation, args)
+
+
+def overwritten(operation: Operation, args: Mapping[str, Any]) -> Tensor | None:
+    """The operator's value in the place of its first argument; None where it does not fit there."""
+    twin, first, other = IN_PLACE.get(operation.target), args.get("self"), args.get("other")
+    if twin is None or not isinstance(first, Tensor):
+        return None
+    if isinstance(other, Tensor) and (other.dtype != first.dtype or other.shape != first.shape):
+        return None
+    return cast(Tensor, call(twin, args))
 
 
 def in_channels_last(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

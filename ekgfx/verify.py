@@ -36,7 +36,7 @@ class MaskedNetwork(GraphRunner):
         super().__init__(graph, weights)
         self.kept = kept
 
-    def compute(self, operation: Operation, args: dict[str, Any], counts: Mapping[Axis, int]) -> Any:
+    def compute(self, operation: Operation, args: dict[str, Any], counts: Mapping[Axis, int], spare: bool) -> Any:
         if not operation.effect.statistics:
             if not self._weighted(operation):
                 for name, which, dim in operation.effect.sums:

@@ -27,7 +27,7 @@ PIPE = """
 errors
 units distributed
 typed trust files
-run recipe target models weights data axes functional
+run recipe target models weights data axes functional in_place channels_last
 rules
 leaf nodes source
 graph

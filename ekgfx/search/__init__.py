@@ -17,7 +17,7 @@ from ekgfx.search.details import AUTHORS, PAPER, Details, authors_cost
 from ekgfx.search.ignore import ignored_groups
 from ekgfx.search.importance import Criterion, taylor
 from ekgfx.search.latency import LayerTable, Price
-from ekgfx.search.problem import Budget, Computing, Problem, width_rules
+from ekgfx.search.problem import Budget, Computing, Problem, quicker_channels_last, width_rules
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.result import Candidate, Measure, SearchResult, Step, as_steps
 from ekgfx.search.reward import (
@@ -86,7 +86,7 @@ def search(
     cache: int | str = "2GiB",
     early_stop: bool | None = None,
     amp: Literal["bf16", "fp16"] | None = None,
-    channels_last: bool = False,
+    channels_last: bool | None = None,
     on_step: Callable[[Step], None] | None = None,
     resume_from: Sequence[Step | Mapping[str, Any]] | None = None,
 ) -> SearchResult:
@@ -123,7 +123,9 @@ def search(
         early_stop: whether a candidate is left when it cannot be the best any more. The plan and the accepted steps do
             not depend on it; the record of such a candidate says at what bound it was left, and not its loss. None:
             where the loss is cross-entropy and `details` are the paper's.
-        amp: half precision to evaluate candidates in; channels_last: memory format. Either can change a close choice.
+        amp: half precision to evaluate candidates in, which can change a close choice.
+        channels_last: memory format of images; results differ by rounding. None: on the CPU, where its convolutions
+            and norms are faster, for models with convolutions.
         on_step: called after every step.
         resume_from: the steps of an interrupted search (or their JSON) to go on after.
 
@@ -147,6 +149,7 @@ def search(
     asked = find_budget(traced, flops=flops, params=params, latency=latency, table=table, cost=cost, budget=budget)
     # Under a weighed budget the highest reward need not win, so that no candidate can be left for its reward alone.
     early_stop = not asked.weighed and (details == PAPER if early_stop is None else early_stop)
+    channels_last = quicker_channels_last(traced) if channels_last is None else channels_last
     computing = Computing(bytes_of(cache), early_stop, amp, channels_last)
     problem = Problem(
         traced=traced,

@@ -79,7 +79,9 @@ def differentiable(network: SubNetwork) -> SubNetwork:
 def per_channel(values: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
     """Sums of `values` over everything but the channel. index: channel of each position along `dim`, −1 for none.
     Returns float64 on the CPU, one sum per channel."""
-    sums = values.movedim(dim, 0).flatten(1).sum(1, dtype=torch.float64).cpu()
+    rest = [d for d in range(1, values.dim()) if d != dim]
+    part = values.sum(rest) if rest else values  # by sample in its own precision, which is quick, and then in float64
+    sums = (part if dim == 0 else part.movedim(-1, 0)).reshape(values.shape[dim], -1).sum(1, dtype=torch.float64).cpu()
     own = index >= 0
     return torch.zeros(size, dtype=torch.float64).index_add_(0, index[own], sums[own])
 

@@ -139,20 +139,38 @@ def least_terms(
 ) -> list[float] | None:
     """The least −ℛ that any network can have on each batch, weighted by its share; None where nothing is known.
 
-    Both terms are cross-entropies, and CE(p, q) ≥ H(p) whatever q is (Gibbs); for classes H is 0. Rounding is allowed
-    for. A loss of the user's own may be anything, negative too.
+    Both terms are cross-entropies, and CE(p, q) ≥ H(p) whatever q is (Gibbs); for classes H is 0. Where both are of the
+    same logits they are one, CE(y, q) + CE(T, q) = 2·CE((y + T)/2, q) ≥ 2·H((y + T)/2): no answer is right for a label
+    and a teacher that disagree. Rounding is allowed for. A loss of the user's own may be anything, negative too.
     """
     if objective.loss is not cross_entropy:
         return None
     least = []
     for number, batch in enumerate(batches):
-        soft = [] if knowledge is None else [knowledge[number].softmax(1)]
-        if batch.target.is_floating_point():
-            soft.append(batch.target)
-        entropies = [float(torch.special.entr(p.double()).sum(1).mean()) for p in soft]
-        certain = sum(max((1 - ROUNDING[0]) * entropy - ROUNDING[1], 0.0) for entropy in entropies)
+        soft = [] if knowledge is None else [knowledge[number].softmax(1).double()]
+        label = probabilities(batch.target, soft[0]) if soft and objective.logits is logits_themselves else None
+        if label is not None:
+            terms = [2 * mean_entropy((soft[0] + label) / 2)]
+        else:
+            soft += [batch.target.double()] if batch.target.is_floating_point() else []
+            terms = [mean_entropy(p) for p in soft]
+        certain = sum(max((1 - ROUNDING[0]) * term - 2 * ROUNDING[1], 0.0) for term in terms)
         least.append(certain * objective.share(batch, batches))
     return least
+
+
+def mean_entropy(p: Tensor) -> float:
+    """H(p), mean over samples and positions. p: B × K × …"""
+    return float(torch.special.entr(p).sum(1).mean())
+
+
+def probabilities(target: Tensor, like: Tensor) -> Tensor | None:
+    """Labels as B × K × … probabilities; None where they are not of that shape, or some positions have none."""
+    if target.is_floating_point():
+        return target.double() if target.shape == like.shape else None
+    if not is_classes(target, like) or int(target.min()) < 0:
+        return None
+    return torch.zeros_like(like).scatter_(1, target.unsqueeze(1), 1.0)
 
 
 def ensemble_knowledge(knowledge: Knowledge, members: int, logits: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -157,18 +157,31 @@ def test_ties_are_settled_as_ever() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_least_terms_are_entropies(dtype: torch.dtype) -> None:
-    """By hand: CE(p, q) is least at q = p, where it is H(p); for classes it is 0."""
+    """By hand: CE(p, q) is least at q = p, where it is H(p); for classes it is 0. Label and teacher together are twice
+    their mean, which for the class 0 is (3/4, 1/8, 1/8) and (5/8, 1/8, 1/4)."""
     p = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5]], dtype=dtype)
+    mean = torch.tensor([[0.75, 0.125, 0.125], [0.625, 0.125, 0.25]], dtype=dtype)
     entropy = 1.5 * math.log(2)
+    joint = sum(-m * math.log(m) for m in mean.flatten().tolist())  # two samples, their mean, twice
     images = torch.zeros(2, 1, 8, 8)
     objective = problem_of(nets.cnn(), nets.batches()).objective
+    apart = replace(objective, logits=lambda output: output)
     soft = validation_batches([(images, p)] * 2)
     hard = validation_batches([(images, torch.zeros(2, dtype=torch.long))] * 2)
-    cases = [(soft, None, entropy), (hard, None, 0), (hard, [p.log()] * 2, entropy), (soft, [p.log()] * 2, 2 * entropy)]
-    for data, teacher, expected in cases:
-        least = least_terms(objective, data, teacher)
+    void = validation_batches([(images, torch.tensor([0, -100]))] * 2)
+    teacher = [p.log()] * 2
+    cases: list[Any] = [
+        (objective, soft, None, entropy, p),
+        (objective, hard, None, 0, p),
+        (objective, hard, teacher, joint, mean),
+        (apart, hard, teacher, entropy, p),
+        (objective, void, teacher, entropy, p),
+        (objective, soft, teacher, 2 * entropy, p),
+    ]
+    for asked, data, known, expected, answer in cases:
+        least = least_terms(asked, data, known)
         assert least == pytest.approx([expected / 2] * 2, rel=2e-4)
         assert all(0 <= each <= expected / 2 for each in least)
         for number, batch in enumerate(data):
-            terms = objective.terms(p.log(), batch.target, None if teacher is None else teacher[number])
+            terms = asked.terms(answer.log(), batch.target, None if known is None else known[number])
             assert least[number] <= float(terms[1]) / 2

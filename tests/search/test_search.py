@@ -137,9 +137,9 @@ def test_without_labels_the_unpruned_networks_predictions_are_the_labels() -> No
     traced, batches = nets.cnn(), nets.batches()
     with torch.no_grad():
         soft = [(x, traced.subnetwork(batch_stats=True)(x).softmax(1)) for x, _ in batches]
-    expected = search(traced, soft, flops=0.8)
+    expected = search(traced, soft, flops=0.8, channels_last=False)
     for unlabelled in ([(x, None) for x, _ in batches], [x for x, _ in batches]):
-        found = search(traced, unlabelled, flops=0.8)
+        found = search(traced, unlabelled, flops=0.8, channels_last=False)
         assert untimed(found) == untimed(expected)
         assert found.final.accuracy is None
 

@@ -15,6 +15,14 @@ WIDTH = 512
 """Numbers that are read at once: enough for the vector units, few enough that the statistics stay in the cache."""
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """N × C × H × W in that memory format. With one channel both formats are one, and PyTorch takes it for the other
+    unless its strides say so."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    _, c, h, w = x.shape
+    return x.as_strided(x.shape, (h * w, 1, w, 1)) if c == 1 else x
+
+
 def wide(x: Tensor) -> Tensor | None:
     """N × C × H × W with channels last in memory as rows of k·C values, channels in turn; None for other tensors."""
     if x.dim() != 4 or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or not x.numel():

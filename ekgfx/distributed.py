@@ -54,6 +54,10 @@ class Team:
                 distributed.all_reduce(table)
         return table
 
+    def part(self, count: int) -> slice:
+        """This process's part of `count` things; parts follow each other by rank and differ by one thing at most."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
     def sent(self, value: Tensor, owner: int) -> Tensor:
         """The owner's tensor; the others pass one of its shape, which is filled."""
         if self.size > 1:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ekgfx.data import Data
+from ekgfx.distributed import ALONE, Team, team
 from ekgfx.errors import DataError, RecipeError, RunError, TrainingError
 from ekgfx.evaluation import device_of, evaluate, to_device
 from ekgfx.loss import EKGLoss, KnowledgeSource, LabelLoss, check_classes, cross_entropy, logits_themselves
+from ekgfx.parallel import SharedNorms, add_gradients
 from ekgfx.training_state import load_state, save_state
 from ekgfx.typed import read
 
@@ -91,6 +93,7 @@ def finetune(
     checkpoint: str | Path | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
+    parallel: bool = False,
     **settings: Any,
 ) -> tuple[Epoch, ...]:
     """Train a (pruned) model in place, guided by the bank (eq. 11 and 12) or by labels alone.
@@ -107,21 +110,27 @@ def finetune(
         checkpoint: file to save to after every epoch, and to go on from where it exists: training that was interrupted
             ends as if it had not been.
         on_epoch, on_batch: called after every epoch, and after every batch with its number in the epoch.
+        parallel: all processes of torchrun call this together and train as one: each takes its part of every batch, and
+            a step is what one process would compute on the whole batch, up to rounding (see `ekgfx.parallel`). Only
+            the first writes the checkpoint and evaluates.
         settings: the fields of `Training`.
 
     Raises:
         TrainingError: the loss is not finite.
         DataError: no batches, or labels that the model has no outputs for.
-        RecipeError: an unknown setting.
+        RecipeError: an unknown setting, or more processes than samples in a batch.
         RunError: the checkpoint is damaged, belongs to another training, or cannot be written.
+        TeamError: another process died.
     """
     training = Training.of(settings)
+    mates = team() if parallel else ALONE
     trainer = _Trainer(
         model,
-        LabelLoss(loss) if bank is None else EKGLoss(bank, temperature, loss, logits),
+        LabelLoss(loss) if bank is None else EKGLoss(bank, temperature, loss, logits, parallel),
         logits,
         training,
         views=training.views or (1 if bank is None else 2),
+        mates=mates,
     )
     batches = _batches(data, trainer, subset)
     path = None if checkpoint is None else Path(checkpoint)
@@ -130,10 +139,10 @@ def finetune(
         start = time.monotonic()
         mean = trainer.epoch(number, batches(number), on_batch or (lambda batch: None))
         seconds = time.monotonic() - start
-        metrics = None if test is None else evaluate(model, test, loss=loss, logits=logits)
+        metrics = evaluate(model, test, loss=loss, logits=logits) if test is not None and mates.first else None
         found = (None, None) if metrics is None else (metrics.loss, metrics.accuracy)
         history.append(Epoch(number, mean, trainer.optimizer.param_groups[0]["lr"], seconds, *found))
-        trainer.save(path, history)
+        trainer.save(path if mates.first else None, history)
         if on_epoch is not None:
             on_epoch(history[-1])
     model.eval()
@@ -150,7 +159,9 @@ class _Trainer:
         logits: Callable[[Any], Tensor],
         training: Training,
         views: int,
+        mates: Team = ALONE,
     ) -> None:
+        self.mates = mates
         self.model, self.objective, self.logits, self.training, self.views = model, objective, logits, training, views
         self.device = device_of(model)
         if training.channels_last:
@@ -173,7 +184,8 @@ class _Trainer:
         total = torch.zeros((), device=self.device)
         count = 0
         self.model.train()
-        with _random_numbers_of(self.training.seed, number):
+        shared = SharedNorms() if self.mates.size > 1 else nullcontext()
+        with _random_numbers_of(self.training.seed, number, self.mates.rank), shared:
             for count, batch in enumerate(batches, 1):
                 total += self._update(batch, check=number == 1)
                 if count % CHECK_EVERY == 0:
@@ -181,8 +193,7 @@ class _Trainer:
                 on_batch(count)
         if not count:
             raise DataError("there is no batch to train on; give more data, or a smaller batch size")
-        self._check(total, number, count)
-        return float(total) / count
+        return self._check(total, number, count) / count
 
     def _update(self, batch: Any, check: bool) -> Tensor:
         images, labels, index = _parts(batch)
@@ -198,12 +209,22 @@ class _Trainer:
         outputs = [output] if samples is None else [_part(output, samples, view) for view in range(self.views)]
         if check:
             check_classes(self.logits(outputs[0]), labels)
-        loss = self.objective(outputs, labels, index)
+        loss = self.objective(outputs, labels, index) * self._share(outputs[0])
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        if self.mates.size > 1:
+            add_gradients(self.model.parameters())
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()
+
+    def _share(self, output: Any) -> float:
+        """This process's part of the samples of a batch: what its mean weighs in the mean over all of them."""
+        if self.mates.size == 1:
+            return 1.0
+        samples = len(self.logits(output))
+        everyone = self.mates.gathered(torch.tensor(float(samples), device=self.device))
+        return samples / float(everyone)
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.training.amp is None:
@@ -211,12 +232,15 @@ class _Trainer:
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.training.amp]
         return torch.autocast(self.device.type, half)
 
-    def _check(self, total: Tensor, epoch: int, batch: int) -> None:
-        if not math.isfinite(float(total)):
+    def _check(self, total: Tensor, epoch: int, batch: int) -> float:
+        """The sum of the losses of all processes, which must be finite."""
+        found = float(self.mates.gathered(total.clone()))
+        if not math.isfinite(found):
             raise TrainingError(
                 f"the training loss is not finite in epoch {epoch}, by batch {batch} (lr {self.training.lr:g}); lower "
                 "the learning rate, or check the images for NaN"
             )
+        return found
 
     def restore(self, path: Path | None) -> list[Epoch]:
         """Go on from a checkpoint where there is one; returns the epochs that are done."""
@@ -238,10 +262,18 @@ class _Trainer:
 
 def _batches(data: Data | Iterable[Any], trainer: _Trainer, subset: Any) -> Callable[[int], Iterable[Any]]:
     """The training batches of an epoch."""
+    mates = trainer.mates
     if not isinstance(data, Data):
+        if mates.size > 1:
+            return lambda epoch: (_own(batch, trainer.views, mates) for batch in data)
         return lambda epoch: data
     training = trainer.training
     size = data.size("train") if subset is None else len(subset)
+    if min(training.batch_size, size) < mates.size:
+        raise RecipeError(
+            f"{mates.size} processes cannot share batches of {min(training.batch_size, size)} images; start fewer, or "
+            "give a larger batch size"
+        )
     loader = data.to(trainer.device).loader(
         "train",
         training.batch_size,
@@ -252,6 +284,7 @@ def _batches(data: Data | Iterable[Any], trainer: _Trainer, subset: Any) -> Call
         drop_last=size >= training.batch_size,
         subset=subset,
         workers=training.workers,
+        part=(mates.rank, mates.size),
     )
 
     def of_epoch(epoch: int) -> Iterable[Any]:
@@ -259,6 +292,19 @@ def _batches(data: Data | Iterable[Any], trainer: _Trainer, subset: Any) -> Call
         return loader
 
     return of_epoch
+
+
+def _own(batch: Any, views: int, mates: Team) -> tuple[Any, Any, Tensor]:
+    """This process's part of a batch."""
+    images, labels, index = _parts(batch)
+
+    def part(value: Any, dim: int = 0) -> Any:
+        def cut(whole: Tensor) -> Tensor:
+            return whole.movedim(dim, 0)[mates.part(whole.shape[dim])].movedim(0, dim)
+
+        return pytree.tree_map_only(Tensor, cut, value)
+
+    return part(images, 1 if views > 1 and isinstance(images, Tensor) else 0), part(labels), part(index)
 
 
 def _schedule(optimizer: torch.optim.Optimizer, training: Training) -> Scheduler | None:
@@ -297,8 +343,9 @@ def _part(output: Any, samples: int, view: int) -> Any:
 
 
 @contextmanager
-def _random_numbers_of(seed: int, epoch: int) -> Iterator[None]:
-    """Dropout and the like draw the same numbers in an epoch whether or not training was interrupted before it."""
+def _random_numbers_of(seed: int, epoch: int, rank: int) -> Iterator[None]:
+    """Dropout and the like draw the same numbers in an epoch whether or not training was interrupted before it, and
+    others in every process."""
     with torch.random.fork_rng():
-        torch.manual_seed(seed * 1_000_003 + epoch)
+        torch.manual_seed(seed * 1_000_003 + epoch + rank * 1_000_000_007)
         yield

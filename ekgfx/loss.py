@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ekgfx.errors import DataError, TrainingError
+from ekgfx.parallel import summed
 
 MANY_CLASSES = 1000
 """From this many classes on the paper softens with T = 10, below with T = 4."""
@@ -71,15 +72,19 @@ def softened_kl(x: Tensor, z: Tensor, temperature: float) -> Tensor:
     return temperature * (log_x.exp() * (log_x - log_z)).sum(-1)
 
 
-def useful_teachers(bank: Tensor, student: Tensor, temperature: float) -> Tensor:
+def useful_teachers(
+    bank: Tensor, student: Tensor, temperature: float, total: Callable[[Tensor], Tensor] = torch.clone
+) -> Tensor:
     """Which teachers still know more than the student (eq. 12): a mask of K booleans for the batch.
 
     bank: B × K × … × C, the best teacher first. student: B × … × C, the mean logits over the views. With
     top = bank[:, 0], teacher k takes part while Σ_batch KL_T(top ‖ M_k) < Σ_batch KL_T(top ‖ student).
+    total: takes such sums over this process's part of the batch to those over all of it.
     """
     top = bank[:, 0]
     distance = softened_kl(top[:, None], bank, temperature).transpose(0, 1).flatten(1).sum(1)
-    return distance < softened_kl(top, student, temperature).sum()
+    sums = total(torch.cat([distance, softened_kl(top, student, temperature).sum()[None]]))
+    return sums[:-1] < sums[-1]
 
 
 def teacher_knowledge(bank: Tensor, useful: Tensor) -> Tensor:
@@ -88,15 +93,21 @@ def teacher_knowledge(bank: Tensor, useful: Tensor) -> Tensor:
     return torch.tensordot(weights / weights.sum().clamp(min=1), bank, dims=([0], [1]))
 
 
-def guided_loss(views: Sequence[Tensor], label_loss: Tensor | None, bank: Tensor, temperature: float) -> Tensor:
+def guided_loss(
+    views: Sequence[Tensor],
+    label_loss: Tensor | None,
+    bank: Tensor,
+    temperature: float,
+    total: Callable[[Tensor], Tensor] = torch.clone,
+) -> Tensor:
     """L = Σ_a [ CE(y, p_a) + KL_T(M̄ ‖ p_a) ] / A, mean over the batch (eq. 11).
 
     views: A tensors of logits B × … × C. label_loss: Σ_a CE(y, p_a) / A, or None for data without labels.
-    bank: B × K × … × C.
+    bank: B × K × … × C. total: as in `useful_teachers`.
     """
     with torch.no_grad():
         student = torch.stack(tuple(views)).mean(0)
-        target = teacher_knowledge(bank, useful_teachers(bank, student, temperature))
+        target = teacher_knowledge(bank, useful_teachers(bank, student, temperature, total))
     guidance = torch.stack([softened_kl(target, view, temperature).mean() for view in views]).mean()
     return guidance if label_loss is None else label_loss + guidance
 
@@ -109,6 +120,7 @@ class EKGLoss(nn.Module):
         temperature: T; by default 4 below 1000 classes and 10 from there on.
         loss: the label loss of one view, `loss(output, labels)` → mean over the batch.
         logits: the logits B × C × … in a model's output; by default the output itself.
+        parallel: whether all processes of torchrun compute it together, each on its part of the batch.
 
     `outputs`: what the model gave for each augmented view of the same images (a list, or a tensor V × B × C).
     `labels`: what `loss` takes (B classes), or None for data without labels: then only the bank teaches.
@@ -121,8 +133,10 @@ class EKGLoss(nn.Module):
         temperature: float | None = None,
         loss: Callable[[Any, Any], Tensor] = cross_entropy,
         logits: Callable[[Any], Tensor] = logits_themselves,
+        parallel: bool = False,
     ) -> None:
         super().__init__()
+        self.total = summed if parallel else torch.clone
         self.bank, self.temperature, self.loss, self.logits = bank, temperature, loss, logits
 
     def forward(self, outputs: Sequence[Any] | Tensor, labels: Any, index: Tensor) -> Tensor:
@@ -134,7 +148,8 @@ class EKGLoss(nn.Module):
                 f"gives {tuple(views[0].shape)}; the bank belongs to another model or another data set"
             )
         label_loss = None if labels is None else _mean_over_views(self.loss, outputs, labels)
-        return guided_loss(views, label_loss, bank, self.temperature or default_temperature(views[0].shape[-1]))
+        temperature = self.temperature or default_temperature(views[0].shape[-1])
+        return guided_loss(views, label_loss, bank, temperature, self.total)
 
 
 class LabelLoss(nn.Module):

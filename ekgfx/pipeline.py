@@ -58,9 +58,13 @@ def prune_job(run: Run, report: Report) -> None:
     run.update(status="done", error=None)
 
 
-def search_job(run: Run, report: Report) -> None:
-    """The part of a job that several processes do together: everything up to the plan."""
-    to_the_plan(Job.of(run, report))
+def follow_job(run: Run, report: Report) -> None:
+    """What other processes than the first do of a job, on a copy of its run: their parts of the search, of the memory
+    bank and of the fine-tuning."""
+    job = Job.of(run, report)
+    result = to_the_plan(job)
+    if job.recipe.finetune.epochs:
+        train(job, prune(job.built.model, result.plan, job.traced), result)
 
 
 def to_the_plan(job: Job) -> SearchResult:
@@ -244,13 +248,16 @@ def train(job: Job, pruned: nn.Module, result: SearchResult) -> None:
     if "finetuned" in job.run.manifest.get("results", {}):
         return
     asked = job.recipe.finetune
+    team().same(pruned)  # what the first one cut and estimated, or read
     teachers = None
     if asked.knowledge != "none" and asked.teachers:
         teachers = fill_bank(job, result)
     elif not job.labelled:
         raise DataError("fine-tuning without labels needs the memory bank: give data with labels, or teachers")
     job.report.stage("fine-tune")
-    epochs = fit(job, pruned, asked, TUNING, bank=teachers, temperature=asked.temperature)
+    epochs = fit(job, pruned, asked, TUNING, bank=teachers, temperature=asked.temperature, parallel=True)
+    if not team().first:
+        return
     with job.run.replacing(EPOCHS) as partial:
         partial.write_text("".join(json.dumps(asdict(epoch)) + "\n" for epoch in epochs), encoding="utf-8")
     checkpoint.write_weights(job.run, pruned, result.plan)
@@ -277,6 +284,7 @@ def fill_bank(job: Job, result: SearchResult) -> KnowledgeSource:
         knowledge="single" if asked.knowledge == "single" else "ensemble",
         top_k=asked.top_k,
         on_progress=lambda progress: job.report.bank(progress, samples),
+        parallel=True,
     )
     return built.resident(job.device) if job.device.type != "cpu" and samples < RESIDENT_SAMPLES else built
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -112,23 +113,48 @@ def follower(launcher: int) -> int:
     raise AssertionError("there is no second process")
 
 
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc")
-def test_a_process_that_dies_ends_the_job_which_can_go_on(tmp_path: Path) -> None:
-    """Two processes under torchrun, one of them killed in the search; resumed, they find what one alone finds."""
-    (tmp_path / "tiny.yaml").write_text(TINY.replace("epochs: 1, batch_size: 256", "epochs: 0"))
-    job = torchrun(tmp_path, "--recipe", "tiny.yaml", "-o", "run")
-    while len(read_lines(tmp_path / "run" / "history.jsonl")) < 2:
+def killed_and_resumed(folder: Path, now: Callable[[Path], bool]) -> None:
+    """Two processes under torchrun do tiny.yaml in `run`; one is killed when `now` says so, and the job is resumed. One
+    process does the same in `one`."""
+    job = torchrun(folder, "--recipe", "tiny.yaml", "-o", "run")
+    while not now(folder / "run"):
         assert job.poll() is None, job.stderr.read()
         time.sleep(0.01)
     os.kill(follower(job.pid), signal.SIGKILL)
     _, said = job.communicate(timeout=120)
     assert job.returncode != 0
     assert "another process of this job died" in said
-    assert read_manifest(tmp_path / "run")["status"] == "interrupted"
-    again = torchrun(tmp_path, "--resume", "run")
+    assert read_manifest(folder / "run")["status"] == "interrupted"
+    again = torchrun(folder, "--resume", "run")
     assert again.wait() == 0, again.stderr.read()
-    assert read_manifest(tmp_path / "run")["status"] == "done"
-    subprocess.run(command("prune", "--recipe", "tiny.yaml", "-o", "one"), cwd=tmp_path, env=environment(), check=True)
+    assert read_manifest(folder / "run")["status"] == "done"
+    subprocess.run(command("prune", "--recipe", "tiny.yaml", "-o", "one"), cwd=folder, env=environment(), check=True)
+
+
+PROC = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc")
+
+
+@PROC
+def test_training_that_lost_a_process_goes_on(tmp_path: Path) -> None:
+    """Killed after some epochs of fine-tuning. Plan and memory bank are one process's; weights are so up to rounding,
+    which training amplifies."""
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("epochs: 1, batch_size: 256", "epochs: 20, batch_size: 64"))
+    killed_and_resumed(tmp_path, lambda run: (run / "finetune.safetensors").exists())
+    for name in ("plan.json", "bank/bank.json", "bank/teacher-0.rows", "bank/teacher-1.rows"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    losses = [[epoch["loss"] for epoch in read_lines(tmp_path / run / "finetune.jsonl")] for run in ("run", "one")]
+    assert len(losses[0]) == 20
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    results = [read_manifest(tmp_path / run)["results"] for run in ("run", "one")]
+    assert results[0]["searched"] == results[1]["searched"]
+    assert results[0]["finetuned"]["accuracy"] == pytest.approx(results[1]["finetuned"]["accuracy"], abs=0.01)
+
+
+@PROC
+def test_a_process_that_dies_ends_the_job_which_can_go_on(tmp_path: Path) -> None:
+    """Two processes under torchrun, one of them killed in the search; resumed, they find what one alone finds."""
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("epochs: 1, batch_size: 256", "epochs: 0"))
+    killed_and_resumed(tmp_path, lambda run: len(read_lines(run / "history.jsonl")) >= 2)
     assert (tmp_path / "run" / "plan.json").read_bytes() == (tmp_path / "one" / "plan.json").read_bytes()
     weights, alone = (load_file(tmp_path / run / "model.safetensors") for run in ("run", "one"))
     assert weights.keys() == alone.keys() and all(torch.equal(weights[name], alone[name]) for name in weights)

@@ -26,6 +26,7 @@ FOLDERS = {"ekgfx": ROOT / "ekgfx", "ekgfx.export": ROOT / "export", "ekgfx.reci
 PIPE = """
 errors
 units distributed
+parallel
 typed trust files
 run recipe target models weights data axes functional in_place channels_last
 rules

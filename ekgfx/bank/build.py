@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ekgfx.bank.rows import RowFormat, infidelity
+from ekgfx.bank.rows import RowFormat, Rows, infidelity
 from ekgfx.bank.store import FORMAT, MANIFEST, Bank, read_manifest, rows_file
 from ekgfx.bank.teachers import pick_teachers
 from ekgfx.data import Loader
+from ekgfx.distributed import ALONE, Team, team
 from ekgfx.errors import DataError, RunError
 from ekgfx.files import checksum, read_json, write_json
 from ekgfx.loss import at_least_single, default_temperature, logits_themselves
@@ -50,6 +51,7 @@ def build_bank(
     top_k: int | None = None,
     logits: Callable[[Any], Tensor] = logits_themselves,
     on_progress: Callable[[Progress], None] | None = None,
+    parallel: bool = False,
 ) -> Bank:
     """Ask the interim sub-networks about every training image: ℳ = { M_k = O(D_train; T_k) } (eq. 10).
 
@@ -65,6 +67,8 @@ def build_bank(
             `infidelity`, the mean KL_T of the stored from the full prediction.
         logits: the logits B × C × … in a model's output.
         on_progress: called after every batch.
+        parallel: all processes of torchrun call this together and share the batches out; the first writes the bank, the
+            same bytes as if it had been alone, and all open it (so its folder must be one that they all see).
 
     Raises:
         RunError: the folder holds the bank of another search, or cannot be written.
@@ -75,6 +79,7 @@ def build_bank(
     picked = pick_teachers(result.losses[:-1] or result.losses, teachers) if knowledge == "ensemble" else [0]
     networks = [_Teacher(traced, result, step, logits) for step in picked]
     row = _row_format(networks[0], batches, top_k)
+    mates = team() if parallel else ALONE
     start = time.monotonic()
 
     def progress(number: int, samples: int) -> None:
@@ -82,16 +87,40 @@ def build_bank(
             on_progress(Progress(number + 1, len(picked), samples, time.monotonic() - start))
 
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary if path is None else path)
-        record = _begin(folder, row, result, picked, _fingerprint(traced, result, picked))
+        folder = mates.told(Path(temporary if path is None else path).resolve())
+        record = _begin(folder, row, result, picked, _fingerprint(traced, result, picked)) if mates.first else None
+        record = mates.told(record)
         for number, network in enumerate(networks):
-            if "file" not in record["teachers"][number]:
-                record["teachers"][number] |= _write_rows(folder, number, row, network, batches, progress)
+            if "file" in record["teachers"][number]:
+                continue
+            if mates.first:
+                record["teachers"][number] |= _write_rows(folder, number, row, network, batches, progress, mates)
                 write_json(folder / MANIFEST, record)
+            else:
+                for _ in encoded(row, network, batches, mates.told(0), mates):
+                    pass  # the first one writes it
+        record = mates.told(record)
         if path is None:
             rows = [np.fromfile(rows_file(folder, number), row.dtype) for number in range(len(picked))]
+            mates.heard("read")  # before the first one's folder goes
             return Bank(row, record["teachers"], rows)
     return Bank.open(folder, verify=False)
+
+
+def encoded(
+    row: RowFormat, teacher: "_Teacher", batches: Iterable[Any], skip: int, mates: Team
+) -> Iterator[tuple[Rows, float]]:
+    """A teacher's rows and their infidelity, batch by batch in order, whoever computed them."""
+    mine = (
+        (rows, infidelity(row, rows, logits))
+        for index, logits in teacher.answers(batches, skip, mates)
+        for rows in [row.encode(index, logits)]
+    )
+    if mates.size == 1:
+        yield from mine
+        return
+    while any(said := mates.heard(next(mine, None))):
+        yield from (each for each in said if each is not None)
 
 
 @dataclass(frozen=True)
@@ -103,13 +132,18 @@ class _Teacher:
     step: int
     logits: Callable[[Any], Tensor]
 
-    def answers(self, batches: Iterable[Any], skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Sample indices and logits of every batch, in order; the first `skip` samples are not asked about again."""
+    def answers(self, batches: Iterable[Any], skip: int = 0, mates: Team = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
+        """Sample indices and logits of every batch, in order; the first `skip` samples are not asked about again. Of
+        several processes each answers for every so many-th of the batches."""
         plan = self.result.plans[self.step]
         network = self.traced.subnetwork(plan, batch_stats=True, rescale=plan.rescale)
-        seen, last = 0, -1
-        if skip and isinstance(batches, Loader):  # others are read and dropped
-            seen, batches = skip, _rest(batches, skip)
+        seen, last, turn = 0, -1, 0
+        shared = mates.size > 1
+        if isinstance(batches, Loader):  # others are read and dropped
+            if skip:
+                seen, batches = skip, _rest(batches, skip)
+            if mates.size > 1:
+                batches, mates = batches.dealt(mates.rank, mates.size), ALONE
         for batch in batches:
             inputs, index = _inputs(batch, seen)
             if int(index[0]) <= last or (index.diff() <= 0).any():
@@ -122,10 +156,13 @@ class _Teacher:
                 continue
             if seen - len(index) < skip:
                 raise RunError(_OTHER_SIZE)
+            turn += 1
+            if (turn - 1) % mates.size != mates.rank:
+                continue
             with torch.no_grad():
                 output = network(*(value.to(network.device, non_blocking=True) for value in inputs))
             yield index, at_least_single(self.logits(output))
-        if not seen:
+        if not seen and not shared:  # of several processes some may have nothing to do
             raise DataError("the memory bank got no batches")
 
 
@@ -160,6 +197,7 @@ def _write_rows(
     teacher: _Teacher,
     batches: Iterable[Any],
     progress: Callable[[int, int], None],
+    mates: Team,
 ) -> dict[str, Any]:
     """Write one teacher's file, going on after the rows that an interrupted run has noted. Returns its description."""
     partial, note, whole = (
@@ -175,11 +213,10 @@ def _write_rows(
             file.truncate(done["samples"] * row.dtype.itemsize)
             file.seek(0, os.SEEK_END)
             saved = time.monotonic()
-            for index, logits in teacher.answers(batches, skip=done["samples"]):
-                rows = row.encode(index, logits)
+            for rows, lost in encoded(row, teacher, batches, mates.told(done["samples"]), mates):
                 file.write(rows.tobytes())
                 done["samples"] += len(rows)
-                done["infidelity"] += infidelity(row, rows, logits)
+                done["infidelity"] += lost
                 progress(number, done["samples"])
                 if time.monotonic() - saved >= SAVE_EVERY:
                     _flush(file)

@@ -103,7 +103,7 @@ def prune(
     from ekgfx.cli.work import work
     from ekgfx.distributed import copied, joined
     from ekgfx.job import Silent
-    from ekgfx.pipeline import prune_job, search_job
+    from ekgfx.pipeline import follow_job, prune_job
 
     changes = given(flags) | ({} if model is None else {"model": model})
     if dry_run and resume is None:
@@ -112,7 +112,7 @@ def prune(
         if not mates.first:
             with copied(Path(mates.told(None))) as copy, Run.reopen(copy) as ours:
                 mates.heard("copied")
-                return search_job(ours, Silent())
+                return follow_job(ours, Silent())
         with _run(recipe, changes, output, resume, dry_run) as run:
             mates.told(str(run.path))
             mates.heard("copied")

@@ -42,7 +42,8 @@ class ArraySplit(Split):
             images = self.images[index.to(device)]
             images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
             shown = [self._view(images, views, draw) for _ in range(views.count)]
-            shown = [(view - mean) / std for view in shown]
+            own = views.own(len(index))
+            shown, index = [(view[own] - mean) / std for view in shown], index[own]
             labels = None if self.labels is None else self.labels[index].to(device)
             yield Batch(shown[0] if views.count == 1 else torch.stack(shown), labels, index)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ekgfx.distributed import Team
 from ekgfx.errors import DataError
 
 SPLITS = ("train", "test")
@@ -34,6 +35,13 @@ class Views:
     augment: bool = False
     seed: int = 0
     workers: int = 0
+    part: tuple[int, int] = (0, 1)
+    """Only the k-th of n parts of every batch, as several processes share it; the random numbers are those of the
+    whole."""
+
+    def own(self, count: int) -> slice:
+        """The places of the part among `count`."""
+        return Team(*self.part).part(count)
 
 
 class Split(ABC):
@@ -77,9 +85,17 @@ class Loader:
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.epoch = 0
+        self.turn = (0, 1)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+
+    def dealt(self, rank: int, size: int) -> "Loader":
+        """Every size-th batch of an unshuffled pass, beginning with number `rank`; the others are not even opened."""
+        assert not (self.shuffle or self.views.augment)  # whose random numbers follow each other
+        dealt = Loader(self.split, self.indices, self.batch_size, self.views, drop_last=self.drop_last)
+        dealt.turn = (rank, size)
+        return dealt
 
     def after(self, samples: int) -> "Loader":
         """The batches that follow the first `samples` samples of an unshuffled pass; those are not even opened.
@@ -107,7 +123,8 @@ class Loader:
         if self.shuffle:
             order = shuffled(order, generator(self.views.seed, self.epoch, 0))
         order = order[: self.samples]
-        chunks = order.split(self.batch_size) if len(order) else ()
+        first, every = self.turn
+        chunks = order.split(self.batch_size)[first::every] if len(order) else ()
         yield from self.split.batches(chunks, replace(self.views, seed=mixed_seed(self.views.seed, self.epoch, 1)))
 
 
@@ -160,6 +177,7 @@ class Data:
         drop_last: bool = False,
         subset: Tensor | Sequence[int] | None = None,
         workers: int = 0,
+        part: tuple[int, int] = (0, 1),
     ) -> Loader:
         """Batches of a split.
 
@@ -173,6 +191,7 @@ class Data:
             drop_last: leave a smaller last batch out
             subset: indices into the split; all samples if None
             workers: processes that decode image files; data held in memory needs none
+            part: (k, n) gives only the k-th of n parts of every batch, for n processes that share it
 
         Raises:
             DataError: an unknown split, a batch size or number of views below 1, an index out of range.
@@ -186,7 +205,7 @@ class Data:
                 f"subset index {int(indices.max() if indices.min() >= 0 else indices.min())} is out of range: "
                 f"{self.name} has {len(opened)} samples in '{split}'"
             )
-        return Loader(opened, indices, batch_size, Views(views, augment, seed, workers), shuffle, drop_last)
+        return Loader(opened, indices, batch_size, Views(views, augment, seed, workers, part), shuffle, drop_last)
 
     def search_subset(
         self, per_class_train: int = 256, per_class_val: int = 32, seed: int = 0

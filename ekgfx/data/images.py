@@ -113,6 +113,7 @@ class ImageSplit(Split):
 
     def batches(self, chunks: Sequence[Tensor], views: Views) -> Iterator[Batch]:
         decoder = _Decoder(self.source, self.geometry, views)
+        chunks = [chunk[views.own(len(chunk))] for chunk in chunks]
         pinned = self.device.type == "cuda"
         loader = DataLoader(
             decoder,

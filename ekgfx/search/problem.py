@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from ekgfx.axes import membership
+from ekgfx.channels_last import channels_last
 from ekgfx.errors import BudgetError
 from ekgfx.groups import ChannelGroup
 from ekgfx.plan import Plan
@@ -71,9 +72,7 @@ class Computing:
             return batch
         return batch._replace(
             inputs=tuple(
-                value.contiguous(memory_format=torch.channels_last)
-                if isinstance(value, torch.Tensor) and value.dim() == 4
-                else value
+                channels_last(value) if isinstance(value, torch.Tensor) and value.dim() == 4 else value
                 for value in batch.inputs
             )
         )

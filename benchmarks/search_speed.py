@@ -5,27 +5,24 @@
 
 Everything is timed in one run on one thread, the ways of evaluating taken in turn at each of several states along the
 search, as CPU seconds of the process (what a busy machine disturbs least; on a GPU, wall seconds). Each measurement is
-a process of its own (a fork); its memory is what that grew by, less whatever the allocator had free before. What was
-measured is in FOLDER and is not measured again.
+a process of its own (a fork); its memory is what that grew by. What is in FOLDER already is not measured again.
 
 - masked: the network at full size, its cut weights zero, whole for every candidate.
 - sliced: really smaller tensors, whole for every candidate.
 - prefixes: a candidate computes only what its cut changes; the rest is computed once per batch.
-- all: and values kept from the importance's forward pass, the accepted candidate not evaluated again, early stops.
-- channels last: all, in that memory format.
+- contiguous: and values kept from the importance's forward pass, the accepted candidate not evaluated again, early
+  stops.
+- all: and channels last in memory, with norms made for it. The default.
 
-States are the network evenly cut to 100, 75 and 50% of its MACs. With `--whole`, the whole ResNet-56 search is run with
-`all` and `channels last` (and with `--check`, without cache and early stops, to compare the plans), and the states are
-its own; the other ways' totals are estimates: importance, accepted network and candidate at the states, interpolated
-over the steps, times the candidates of each.
+States are the network evenly cut to 100, 75 and 50% of its MACs (`--states 1`: the first alone). With `--whole`, the
+whole ResNet-56 search is run with `all` (and with `--check`, without cache, early stops and channels last, to compare
+the plans), and the states are its own; the other ways' totals are estimates: importance, accepted network and candidate
+at the states, interpolated over the steps, times the candidates of each.
 """
 
 import argparse
 import json
-import multiprocessing
-import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,29 +32,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from search_ways import WAYS, apart, clock, timed
 
 import ekgfx
 from ekgfx import data as datasets
-from ekgfx.files import read_lines, write_json
 from ekgfx.models import resnet56_cifar
 from ekgfx.plan import Plan
 from ekgfx.prepare import prepare
+from ekgfx.run import read_lines, write_json
 from ekgfx.search import SearchResult, Step
-from ekgfx.search.candidates import worth_evaluating
-from ekgfx.search.details import PAPER
-from ekgfx.search.ekg import Pace, State, keeper_of, propose
-from ekgfx.search.forks import Forks
-from ekgfx.search.importance import taylor
-from ekgfx.search.problem import Budget, Computing, Problem, width_rules
-from ekgfx.search.race import Outcome, evaluate_candidates
-from ekgfx.search.reward import Objective, evaluate, label_free, validation_batches
-from ekgfx.sliced import kernel_names
+from ekgfx.search.problem import Budget, Problem, width_rules
+from ekgfx.search.reward import Objective, label_free, validation_batches
 from ekgfx.trace import TracedModel
-from ekgfx.verify import MaskedNetwork, mask_tensor
 from ekgfx.weights import load_weights
 
-WAYS = ("masked", "sliced", "prefixes", "all", "channels last")
 PARTS = ("importance", "candidate", "accepted", "step")
 KEEP = 0.45
 
@@ -80,6 +68,7 @@ def main() -> None:
         case = resnet56(asked, folder, device)
     else:
         case = on_photos(asked.network, asked.images, device)
+        case = replace(case, states=dict(list(case.states.items())[: asked.states]))
     record = folder / f"{asked.network}-{device.type}.jsonl"
     done = {(line["state"], line["way"], line["turn"]) for line in read_lines(record)}
     for turn in range(asked.turns):
@@ -121,9 +110,9 @@ def resnet56(asked: argparse.Namespace, folder: Path, device: torch.device) -> C
     if not asked.whole:
         return Case(problem, evenly_cut(problem))
     result = whole(traced, batches, folder / f"search-all-{device.type}.jsonl")
-    whole(traced, batches, folder / f"search-channels-last-{device.type}.jsonl", channels_last=True)
     if asked.check:
-        whole(traced, batches, folder / f"search-sliced-{device.type}.jsonl", early_stop=False, cache=0)
+        plain = {"early_stop": False, "cache": 0, "channels_last": False}
+        whole(traced, batches, folder / f"search-plain-{device.type}.jsonl", **plain)
     places = np.linspace(0, len(result.plans) - 2, asked.states).round().astype(int)
     return Case(problem, {str(place): result.plans[place] for place in places})
 
@@ -184,127 +173,6 @@ def problem_of(traced: TracedModel, batches: Any) -> Problem:
         soft = label_free(problem.network(problem.full()), problem.batches, problem.objective)
         problem = replace(problem, batches=soft)
     return problem
-
-
-# -- one step, in each way -----------------------------------------------------------------------------------------
-
-
-def timed(problem: Problem, plan: Plan, way: str) -> dict[str, Any]:
-    """Seconds of a step from `plan` by its parts, with the candidates' −ℛ by group.
-
-    importance: scores of all channels. candidate: mean over those evaluated. accepted: the best network, evaluated
-    again. Masked and sliced candidates are a sample, every third and every fourth.
-    """
-    computing = {
-        "all": Computing(early_stop=True),
-        "channels last": Computing(early_stop=True, channels_last=True),
-    }.get(way, Computing(cache=0))
-    problem = replace(problem, computing=computing, batches=tuple(map(computing.prepared, problem.batches)))
-    network = problem.network(plan)
-    _, knowledge = evaluate(problem.network(problem.full()), problem.batches, problem.objective, None)
-    widths = {name: len(problem.kept(plan, name)) / rule.size for name, rule in problem.rules.items()}
-    state = State(plan, widths, knowledge)
-    forks = Forks(problem.traced)
-    keeper = keeper_of(problem, forks, state)
-    start = clock(problem.traced)
-    scores = taylor(problem, problem.full() if way == "masked" else plan, knowledge, keeper)
-    importance = clock(problem.traced) - start
-    if way == "masked":  # that of the uncut network takes as long; whom to remove is decided as in the others
-        scores = taylor(problem, plan, knowledge)
-    found = [propose(problem, state, group, scores[group], Pace(), PAPER) for group in problem.rules]
-    proposals = [proposal for proposal in found if proposal is not None]
-    chosen, _ = worth_evaluating(proposals, {proposal.group: proposal.lost for proposal in proposals})
-    sample = chosen if way in ("prefixes", "all", "channels last") else chosen[:: 3 if way == "masked" else 4]
-    pairs = [(proposal.group, proposal.plan) for proposal in sample]
-    start = clock(problem.traced)
-    if way == "masked":
-        outcomes = [Outcome(masked(problem, candidate, knowledge)) for _, candidate in pairs]
-    elif way == "sliced":
-        outcomes = [
-            Outcome(evaluate(problem.network(candidate), problem.batches, problem.objective, knowledge)[0])
-            for _, candidate in pairs
-        ]
-    else:
-        outcomes = evaluate_candidates(problem, forks, plan, pairs, knowledge, kept=keeper.kept)
-    candidate = (clock(problem.traced) - start) / len(pairs)
-    start = clock(problem.traced)
-    if way in ("sliced", "prefixes"):
-        evaluate(network, problem.batches, problem.objective, knowledge)
-    accepted = candidate if way == "masked" else clock(problem.traced) - start
-    negatives = {
-        group: None if outcome.evaluation is None else -outcome.evaluation.reward
-        for (group, _), outcome in zip(pairs, outcomes, strict=True)
-    }
-    return {
-        "importance": importance,
-        "candidate": candidate,
-        "accepted": accepted,
-        "candidates": len(chosen),
-        "step": importance + candidate * len(chosen) + accepted,
-        "stopped": sum(value is None for value in negatives.values()),
-        "negatives": negatives,
-    }
-
-
-def masked(problem: Problem, plan: Plan, knowledge: Any) -> Any:
-    """A candidate in the authors' way: the model itself at full size, its cut weights zero."""
-    traced = problem.traced
-    kept = traced.groups.kept(plan)
-    if not problem.rescale:  # no BatchNorm; layer norms over masked channels need the graph
-        return evaluate(MaskedNetwork(traced, kept), problem.batches, problem.objective, knowledge)[0]
-    kernels, weights = kernel_names(traced), dict(traced.model.named_buffers())
-    weights = {name: value.clone() for name, value in weights.items()}  # the norms write to them
-    for name, dims in traced.weight_dims().items():
-        full = traced.tensor(name)
-        cut = mask_tensor(full, dims, kept)
-        if cut is not full:
-            weights[name] = cut * (full.norm() / cut.norm().clamp_min(1e-12)) if name in kernels else cut
-
-    def network(*inputs: Tensor) -> Any:
-        return torch.func.functional_call(traced.model, weights, inputs)
-
-    with training_norms(traced.model):
-        return evaluate(network, problem.batches, problem.objective, knowledge)[0]
-
-
-class training_norms:
-    """BatchNorms normalize by the batch."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-
-    def __enter__(self) -> None:
-        for norm in self.norms:
-            norm.train()
-
-    def __exit__(self, *_: object) -> None:
-        for norm in self.norms:
-            norm.eval()
-
-
-def clock(traced: TracedModel) -> float:
-    """CPU seconds of this process; on a GPU wall seconds, when it is done with what it was given."""
-    device = next(traced.model.parameters()).device
-    if device.type == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def apart(work: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """What `work` returns, done in a fork, with its peak memory in MiB beyond what was there before (GPU: in all)."""
-    if device.type != "cpu":
-        torch.cuda.reset_peak_memory_stats(device)
-        return {**work(), "memory": torch.cuda.max_memory_allocated(device) >> 20}
-    ours, theirs = multiprocessing.get_context("fork").Pipe()
-    if (child := os.fork()) == 0:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        theirs.send({**work(), "memory": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10})
-        os._exit(0)
-    theirs.close()
-    found: dict[str, Any] = ours.recv()
-    os.waitpid(child, 0)
-    return found
 
 
 # -- the table -----------------------------------------------------------------------------------------------------
@@ -368,7 +236,7 @@ def totals(
             each["importance"][i] + each["accepted"][i] + each["candidate"][i] * len(step["candidates"])
             for i, step in enumerate(run)
         )
-        if way in ("all", "channels last") and history.exists():
+        if history.exists():
             measured[way] = sum(step["seconds"] for step in read_lines(history))
         yield way, {"estimated": round(estimate, 1), "measured": measured.get(way)}
     yield "steps", len(run)

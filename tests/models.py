@@ -335,6 +335,21 @@ class AcrossTokens(nn.Module):
         return self.head(self.mix(self.a(x).relu())[:, 0])
 
 
+class Numbered(nn.Module):
+    """Positions by number: a one-hot product with a table reads all of its rows, and leaves its columns free."""
+
+    inputs = ((4, 6),)
+    expected = {"a": (8, "a.weight:0 a.bias:0 table:1 head.weight:1")}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.table, self.head = nn.Linear(6, 8), nn.Parameter(torch.randn(5, 8)), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = F.one_hot(x.argmax(2).clamp(max=4), 5).to(self.table)
+        return self.head((self.a(x) * (numbers @ self.table)).mean(1))
+
+
 HAND_DERIVED: list[type[nn.Module]] = [
     Residual,
     Concat,
@@ -353,6 +368,7 @@ HAND_DERIVED: list[type[nn.Module]] = [
     GroupNormed,
     ChannelFilter,
     AcrossTokens,
+    Numbered,
 ]
 
 

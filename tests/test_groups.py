@@ -34,6 +34,7 @@ def test_groups_are_those_derived_by_hand(case: tuple) -> None:
     cls, _, traced = case
     found = {g.name: (g.size, {f"{p.parameter}:{p.dim}" for p in g.places}) for g in traced.groups.values()}
     assert found == {name: (size, set(places.split())) for name, (size, places) in cls.expected.items()}
+    assert not traced.unknown_ops
 
 
 @pytest.mark.parametrize("seed", range(3))

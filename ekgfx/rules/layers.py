@@ -164,6 +164,12 @@ def embedding(call: Call) -> Effect:
     return Effect((*indices, weight[1]), produces=("weight", weight[1]))
 
 
+@rule("aten.one_hot.default")
+def one_hot(call: Call) -> Effect:
+    """Classes (*) → (*, n): the positions of the new dimension are the classes' numbers."""
+    return Effect((*call["self"], *call.constants(call.shape[-1:], "numbers of classes")))
+
+
 @rule("aten.bilinear.default")
 def bilinear(call: Call) -> Effect:
     """input1 (*, i), input2 (*, j), weight (ω, i, j), bias (ω) → (*, ω)."""

@@ -19,6 +19,7 @@ import ekgfx
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+BESIDE = {"pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "SECURITY.md"}
 FOLDERS = {"ekgfx": ROOT / "ekgfx", "ekgfx.export": ROOT / "export", "ekgfx.recipes": ROOT / "recipes"}
 
 # Imports point one way, along the pipe: a file imports from lines above its own, or from its own. A file that is not
@@ -69,8 +70,10 @@ def clone(tmp_path_factory) -> Path:
     clone = tmp_path_factory.mktemp("clone")
     for folder in FOLDERS.values():
         shutil.copytree(folder, clone / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in BESIDE:
         shutil.copy(ROOT / name, clone)
+    (clone / "tests").mkdir()
+    (clone / "tests" / "test_nothing.py").touch()
     return clone
 
 
@@ -110,6 +113,9 @@ def test_sdist_makes_the_same_wheel(clone, installed, tmp_path):
 
     sdist = make("build_sdist", clone)
     with tarfile.open(sdist) as archive:
+        held = {Path(*Path(name).parts[1:]).as_posix() for name in archive.getnames()}
+        assert held > BESIDE - {"MANIFEST.in"}
+        assert not [name for name in held if name.startswith(("tests", "docs", "benchmarks"))]
         archive.extractall(tmp_path / "unpacked", filter="data")
     wheel = make("build_wheel", next((tmp_path / "unpacked").iterdir()))
     assert set(zipfile.ZipFile(wheel).namelist()) == {

@@ -6,7 +6,7 @@ Every operator's arguments are bound to their schema names, and the rules are ru
 import contextlib
 import operator
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -172,18 +172,22 @@ class AxisGraph:
             shapes=shapes,
             where=owner(node),
         )
-        effect = self._effect(call, self.rules.get(call.op) or lookup(node.target))
+        effect = self._effect(call, self.rules.get(call.op) or lookup(node.target), _read(node))
         self.operations.append(Operation(node, args, effect))
         out = effect.out
         several = isinstance(node.meta["val"], list | tuple)
         self.dims[node.name] = out if several else out[0] if isinstance(out, list) else out
 
-    def _effect(self, call: Call, rule: Rule | None) -> Effect:
-        """What the operator's rule says; where there is none, or it contradicts the traced shapes, nothing is known."""
+    def _effect(self, call: Call, rule: Rule | None, read: Container[int]) -> Effect:
+        """What the operator's rule says; where there is none, or it contradicts the traced shapes, nothing is known.
+
+        Shapes of outputs that are not `read` don't count: torch 2.11 traces an LSTM's final states with a wrong one.
+        """
         if rule is not None:
             with contextlib.suppress(ValueError):  # of `unify`: the rule does not hold here
                 effect = rule(call)
-                if [tuple(dim.size for dim in dims) for dims in listed(effect.out)] == call.shapes:
+                pairs = enumerate(zip(listed(effect.out), call.shapes, strict=True))
+                if all(tuple(dim.size for dim in dims) == shape for i, (dims, shape) in pairs if i in read):
                     return effect
         self.unknown_ops[call.op] = self.unknown_ops.get(call.op, 0) + 1
         return unknown(call)
@@ -267,6 +271,15 @@ class AxisGraph:
     def weight_dims(self) -> dict[str, Dims]:
         """Qualified name of every parameter and buffer in the graph → the expressions of its dimensions."""
         return {name: self.dims[placeholder] for placeholder, name in self.weights.items()}
+
+
+def _read(node: fx.Node) -> Container[int]:
+    """The positions of those of an operator's outputs that something reads."""
+    values = node.meta["val"]
+    if not isinstance(values, list | tuple):
+        return (0,)
+    apart = all(user.target is operator.getitem for user in node.users) and all(isinstance(v, Tensor) for v in values)
+    return {cast(int, user.args[1]) for user in node.users} if apart else range(len(values))
 
 
 def listed(dims: Dims | list[Dims]) -> list[Dims]:

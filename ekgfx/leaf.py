@@ -183,6 +183,7 @@ def _replaced_forwards(model: nn.Module, names: Sequence[str], function: Any) ->
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put every module into evaluation mode, and each back into its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
+    model.train()  # what a module keeps from evaluation to evaluation it drops on this way, some of timm's on no other
     model.eval()
     try:
         yield

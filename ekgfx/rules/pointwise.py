@@ -43,6 +43,7 @@ def broadcast(call: Call, *tensors: Dims) -> Dims:
     "aten.copy.default",
     "aten.rrelu.default",
     "aten.hardswish.default",
+    "aten.leaky_relu.default",  # tagged from torch 2.12 on
     "aten.zeros_like.default",
     "aten.zero.default",
     "aten.fill.Tensor",

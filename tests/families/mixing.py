@@ -1,7 +1,7 @@
 """Mixing of tokens by other means than attention."""
 
+import pytest
 import torch
-from timm.models.efficientvim import HSMSSD
 from timm.models.mlp_mixer import MixerBlock, ResBlock, SpatialGatingBlock
 from timm.models.sequencer import LSTM2d
 from torch import Tensor, nn
@@ -75,7 +75,8 @@ def state_space() -> nn.Module:
 
     h and its gate z share the inner channels.
     """
-    return Images(FirstOf(HSMSSD(8, state_dim=4)))
+    efficientvim = pytest.importorskip("timm.models.efficientvim")  # timm 1.0.30
+    return Images(FirstOf(efficientvim.HSMSSD(8, state_dim=4)))
 
 
 def _lstm(name: str) -> str:

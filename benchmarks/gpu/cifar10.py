@@ -192,11 +192,19 @@ def tuned(asked: argparse.Namespace, search: Searched, tune: Any) -> dict[str, A
     after_search = evaluate(pruned, search.test).accuracy
     tuning = experiment(asked, search.seed, "", tune)
     place = folder(search.folder, tuning)
-    bank, start = None, time.monotonic()
+    bank, banked = None, 0.0
     if tune != "none":
-        rows = data.loader("train", BANKED, subset=shown(asked))
-        bank = ekgfx.build_bank(traced, result, rows, place / "bank", knowledge=tune).resident(device)
-    banked = time.monotonic() - start
+        rows, clock = data.loader("train", BANKED, subset=shown(asked)), place / "bank-seconds.json"
+        before = read_json(clock) if clock.exists() else 0.0
+        bank = ekgfx.build_bank(
+            traced,
+            result,
+            rows,
+            place / "bank",
+            knowledge=tune,
+            on_progress=lambda progress: write_json(clock, before + progress.seconds),
+        ).resident(device)
+        banked = read_json(clock)
     epochs = ekgfx.finetune(
         compiled(asked, pruned),
         data,

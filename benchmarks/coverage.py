@@ -16,6 +16,7 @@ others what they are made for.
 """
 
 import argparse
+import contextlib
 import copy
 import gc
 import json
@@ -23,7 +24,7 @@ import multiprocessing
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,13 @@ def measure(name: str) -> dict[str, Any]:
         shell = timm.create_model(name).eval().double()
     large = sum(p.numel() for p in shell.parameters()) > LARGEST
     model = shell if large else timm.create_model(name).eval().double()
-    x, program, seconds = export(model)
+    x, program, exporting = export(model)
     row: dict[str, Any] = {"model": name, "params": sum(p.numel() for p in model.parameters())}
-    row |= {"pixels": x.shape[-1], "export_seconds": round(seconds, 2)}
-    gc.collect()
-    gc.disable()  # a full collection takes 0.25 s once torch and timm are loaded, whatever it interrupts
-    start = time.process_time()
-    traced = ekgfx.TracedModel(model, program, ((x,), {}))
-    groups = traced.groups
-    row |= {"group_ms": round(1e3 * (time.process_time() - start), 1), "groups": len(groups)}
-    gc.enable()
+    row |= {"pixels": x.shape[-1], "export_seconds": round(exporting, 2)}
+    with timing() as seconds:
+        traced = ekgfx.TracedModel(model, program, ((x,), {}))
+        groups = traced.groups
+    row |= {"group_ms": round(1e3 * seconds[0], 1), "groups": len(groups)}
     row |= {"operators": len(traced.operations), "share": round(groups.prunable_share, 4)}
     row |= {"unknown": traced.unknown_ops, "uncut": uncut(model, groups)}
     values = torch.utils._pytree.tree_leaves([operation.node.meta["val"] for operation in traced.operations])
@@ -67,9 +65,9 @@ def measure(name: str) -> dict[str, Any]:
         return row | {"status": "analysed"}
 
     perturb(model)
-    start = time.process_time()
-    copy.deepcopy(model)
-    row["deepcopy_seconds"] = round(time.process_time() - start, 3)
+    with timing() as seconds:
+        copy.deepcopy(model)
+    row["deepcopy_seconds"] = round(seconds[0], 3)
     rng = random.Random(0)
     half = {n: sorted(rng.sample(range(g.size), max(1, g.size // 2))) for n, g in groups.items()}
     plans = {"half": ekgfx.Plan({n: tuple(k) for n, k in half.items()}), "flops55": even_plan(traced, 0.55)}
@@ -78,9 +76,9 @@ def measure(name: str) -> dict[str, Any]:
         check: dict[str, Any] = {"macs": round(traced.cost(plan).macs / max(traced.cost().macs, 1), 4)}
         row["checks"][label] = check
         check["masked"] = check_masked(traced, plan, (x,))
-        start = time.process_time()
-        ekgfx.prune(model, plan, traced, verify=False)
-        check["cut_seconds"] = round(time.process_time() - start, 3)
+        with timing() as seconds:
+            ekgfx.prune(model, plan, traced, verify=False)
+        check["cut_seconds"] = round(seconds[0], 3)
         start = time.process_time()
         try:
             pruned = ekgfx.prune(model, plan, traced)
@@ -97,6 +95,19 @@ def measure(name: str) -> dict[str, Any]:
         del pruned
     row["status"] = status(row)
     return row
+
+
+@contextlib.contextmanager
+def timing() -> Iterator[list[float]]:
+    """CPU seconds of what is done inside, in the list at its end. Without garbage collection: a full one takes 0.25 s
+    once torch and timm are loaded, whatever it interrupts."""
+    seconds: list[float] = []
+    gc.collect()
+    gc.disable()
+    start = time.process_time()
+    yield seconds
+    seconds.append(time.process_time() - start)
+    gc.enable()
 
 
 def export(model: Any) -> tuple[Any, Any, float]:

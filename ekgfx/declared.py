@@ -11,25 +11,37 @@ from typing import Any
 from torch import fx, nn
 
 from ekgfx.attributes import STANDARD
-from ekgfx.axes import Axis, Expr, count
+from ekgfx.axes import Axis, Expr, count, fixed
 from ekgfx.graph import AxisGraph, listed
 from ekgfx.nodes import callers
 
 INCOMING = ("in_features", "in_channels", "in_chs")
-OUTGOING = ("num_features", "head_hidden_size", "embed_dim", "hidden_size", "out_features", "out_channels", "out_chs")
+FEATURES = "num_features"  # of what goes into the head, where that begins with the pooling
+OUTGOING = (FEATURES, "head_hidden_size", "embed_dim", "hidden_size", "out_features", "out_channels", "out_chs")
 
 
-def declare(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int]) -> None:
-    """Set the declared widths of a cut model in place. Those that differ from the original's are settled already."""
+Attributes = Mapping[str, Mapping[str, Any]]
+
+
+def attributes_of(model: nn.Module) -> Attributes:
+    """Module → its attributes as they are now."""
+    return {name: dict(vars(module)) for name, module in model.named_modules()}
+
+
+def declare(root: nn.Module, before: Attributes, graph: AxisGraph, counts: Mapping[Axis, int]) -> None:
+    """Set the declared widths of a cut model in place. Those that are not what they were `before` the cut are settled."""
     frames = _frames(graph)
 
-    def now(old: int, nodes: Iterable[fx.Node]) -> int:
-        return next((count(dim, counts) for node in nodes for dim in _dims(graph, node) if dim.size == old), old)
+    def now(old: int, nodes: Iterable[fx.Node], attribute: str = "") -> int:
+        dims = [dim for node in nodes for dim in _dims(graph, node) if dim.size == old]
+        if attribute == FEATURES:  # a pooling with weights may bring them back to a width that the output keeps
+            dims.sort(key=fixed)
+        return count(dims[0], counts) if dims else old
 
     for name, module in root.named_modules():
         if isinstance(module, STANDARD) or name not in frames:
             continue
-        original, inside = vars(graph.model.get_submodule(name)), frames[name]
+        original, inside = before[name], frames[name]
         taken = [n for node in inside for n in node.all_input_nodes if n.name not in graph.weights]
         for attributes, nodes in ((INCOMING, taken), (OUTGOING, [*reversed(inside), *taken])):
             for attribute in attributes:
@@ -37,7 +49,7 @@ def declare(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int]) -> No
                 if vars(module).get(attribute) != old:
                     continue
                 if type(old) is int:
-                    setattr(module, attribute, now(old, nodes))
+                    setattr(module, attribute, now(old, nodes, attribute))
                 elif type(old) in (tuple, list) and all(type(width) is int for width in old):  # of every stage
                     setattr(module, attribute, type(old)(now(width, nodes) for width in old))
         for entry in _feature_info(module):

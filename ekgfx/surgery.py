@@ -13,7 +13,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ekgfx.attributes import Choice, correct
 from ekgfx.axes import Axis
-from ekgfx.declared import declare
+from ekgfx.declared import attributes_of, declare
 from ekgfx.errors import EkgfxError, PruneError
 from ekgfx.graphed import replace_modules
 from ekgfx.leaf import evaluation_mode
@@ -61,6 +61,7 @@ def prune(
     source = traced if traced.model is model else traced.rebound(model)
     kept = source.groups.kept(plan)
     parts = parts_of(source, [name for name, _ in model.named_modules()]) if inplace and verify else None
+    before = attributes_of(model)
     with torch.no_grad():
         if inplace:
             pruned, weights = model, _cut_in_place(source, kept, plan.rescale)
@@ -70,7 +71,7 @@ def prune(
         _recompute(pruned)
     counts = {axis: len(index) for axis, index in kept.items()}
     choices = correct(pruned, source, counts)
-    declare(pruned, source, counts)
+    declare(pruned, before, source, counts)
     return _settle(pruned, choices, _Prediction(source, plan, kept, weights, parts)) if verify else pruned
 
 

@@ -111,7 +111,7 @@ def table(path: Path, ours: Path) -> str:
         own = good if status == "right" else len(both) - good if status == "error" else 0
         lines.append(f"| {text} | {statuses.count(status)} | {own} |")
     timed = [theirs[name] for name in both if "ekgfx_seconds" in theirs[name]]
-    for field, whose in (("seconds", "Torch-Pruning"), ("ekgfx_seconds", "ekgfx")):
+    for field, whose in (("seconds", "Torch-Pruning"), ("ekgfx_seconds", "ekgfx")) if timed else ():
         seconds = sorted(row[field] for row in timed)
         lines.append(
             f"\n{whose}: {seconds[len(seconds) // 2]:.2f} s until the coupled layers are known in the median of the "

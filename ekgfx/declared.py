@@ -29,7 +29,7 @@ def attributes_of(model: nn.Module) -> Attributes:
 
 
 def declare(root: nn.Module, before: Attributes, graph: AxisGraph, counts: Mapping[Axis, int]) -> None:
-    """Set the declared widths of a cut model in place. Those that are not what they were `before` the cut are settled."""
+    """Set the declared widths of a cut model in place; those that are no longer as `before` the cut are settled."""
     frames = _frames(graph)
 
     def now(old: int, nodes: Iterable[fx.Node], attribute: str = "") -> int:

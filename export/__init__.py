@@ -6,7 +6,7 @@ from ekgfx.export import to_onnx, check_parity, measure_latency
 from .exporter import to_fp16, to_onnx
 from .latency import LatencyTable, Speedup, Timing, measure_latency
 from .noise import Ratio, compare
-from .parity import Difference, Parity, check_parity
+from .parity import Difference, Parity, amplification, check_parity
 from .providers import PROVIDERS, Presence, Provider, providers
 from .report import ExportReport, export_report
 from .tables import latency_table, parity_text
@@ -22,6 +22,7 @@ __all__ = [
     "Ratio",
     "Speedup",
     "Timing",
+    "amplification",
     "check_parity",
     "compare",
     "export_report",

@@ -16,17 +16,20 @@ from torch import Tensor, nn
 from ekgfx.errors import ExportError
 
 from .capture import capture
-from .half import PROTOBUF_LIMIT, nbytes, to_half
-from .io import as_inputs, input_names
+from .half import PROTOBUF_LIMIT, hide_scalars, nbytes, to_half
+from .io import PRECISION, as_inputs, input_names
 from .names import name_interface, name_nodes
 from .quiet import headline, quiet
+from .ranges import overflowing, saved
+from .session import open_session
 
 # The exporter's own operator library starts here; older opsets are reached by a conversion that may fail unnoticed.
 OLDEST_OPSET = 18
 # From here on ONNX has an Attention operator of its own.
 _ATTENTION_OPSET = 23
 
-PRECISION = "ekgfx.precision"
+WIDE = "ekgfx.fp32_nodes"
+"""Metadata of an fp16 file: the nodes that compute in fp32 because their values would not fit."""
 
 
 def to_onnx(
@@ -43,9 +46,12 @@ def to_onnx(
 
     Args:
         model: any module that `torch.export` can follow. It is left as it was: weights, modes and device.
-        example_inputs: one tensor or a tuple of tensors with the batch in dim 0; only shapes and types matter.
+        example_inputs: one tensor or a tuple of tensors with the batch in dim 0. Only shapes and types matter, but with
+            fp16 their values do, too: give real ones.
         path: the file to write, by way of a temporary one beside it, so that it is never half-written.
-        fp16: weights and arithmetic in half precision; inputs and outputs stay fp32 (see `half.to_half`).
+        fp16: weights and arithmetic in half precision; inputs and outputs stay fp32 (see `half.to_half`), and so do
+            operators whose values are too large for fp16 on these inputs (`ranges.overflowing`); the metadata
+            "ekgfx.fp32_nodes" names them.
         opset: ONNX operator set, 18 or newer; without it the exporter's default (20 with torch 2.15).
         metadata: what to record in the file's metadata_props, such as the plan's digest and MACs; values are written
             as text under "ekgfx.KEY". The precision, the model's class and the packages' versions are always there.
@@ -76,15 +82,20 @@ def to_onnx(
         )
     name_nodes(written.graph)
     name_interface(written.graph, names, outputs)
-    if fp16:
-        written = to_half(written)
     written.metadata_props.update(_record(model, "fp16" if fp16 else _precision_of(model), metadata or {}))
+    if fp16:
+        written = _halved(written, inputs)
     _write(written, path)
     return path
 
 
-def to_fp16(file: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
+def to_fp16(
+    file: str | os.PathLike[str], path: str | os.PathLike[str], inputs: Tensor | Sequence[Tensor] | None = None
+) -> Path:
     """Write an fp32 file of `to_onnx` again in half precision, as `to_onnx(fp16=True)` would have, without the model.
+
+    inputs: real ones, to find the operators whose values are too large for fp16; without them nothing is kept in fp32
+    on that account.
 
     Returns the path. Raises ExportError when there is no such file, when it is no fp32 file, or when the result cannot
     be written.
@@ -99,10 +110,26 @@ def to_fp16(file: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
     precision = single.metadata_props.get(PRECISION, "fp32")
     if precision != "fp32":
         raise ExportError(f"{file} is an {precision} file; half precision is made from an fp32 one")
-    half = to_half(single)
-    half.metadata_props.update({**single.metadata_props, PRECISION: "fp16"})
+    half = _halved(single, None if inputs is None else as_inputs(inputs))
+    half.metadata_props[PRECISION] = "fp16"
     _write(half, path)
     return path
+
+
+def _halved(model: ir.Model, inputs: Sequence[Tensor] | None) -> ir.Model:
+    keep = frozenset() if inputs is None else overflowing(model, inputs)
+    try:
+        half = to_half(model, keep)
+    except Exception as error:  # onnx_ir's and onnx's exceptions have no common base
+        raise ExportError(f"the graph could not be converted to fp16: {headline(error)}; export it in fp32") from error
+    if keep:
+        half.metadata_props[WIDE] = ", ".join(node.name for node in half.graph if node.name in keep and node.name)
+    with saved(half) as path:
+        try:
+            open_session(path)
+        except ExportError:  # what is wrong then is for whoever opens the file to say
+            hide_scalars(half)
+    return half
 
 
 def _translate(

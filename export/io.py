@@ -9,6 +9,9 @@ from torch.utils import _pytree as pytree
 
 from ekgfx.errors import ExportError
 
+PRECISION = "ekgfx.precision"
+"""Metadata of a file: what it computes in."""
+
 
 def as_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The positional inputs of a model as a tuple of tensors that share the size of dim 0, the batch.

@@ -20,6 +20,8 @@ from .session import feeds, open_session, precision_of
 
 # Largest relative difference that is rounding and no error, by the precision the file computes in.
 TOLERANCE = {"fp32": 1e-4, "fp64": 1e-4, "fp16": 1e-2, "bf16": 1e-1}
+# Half of the distance between neighbouring numbers, relative to them.
+ROUNDING = {"fp32": 2**-24, "fp64": 2**-53, "fp16": 2**-11, "bf16": 2**-8}
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,45 @@ def check_parity(
     if not worst.relative <= tolerance:
         raise ExportError(
             f"{path} differs from the model: output {worst.output!r} at batch {worst.batch} by {worst.relative:.2e} "
-            f"relative ({worst.absolute:.2e} absolute), more than {tolerance:.0e}; do not use the file: export again "
-            "from the same weights, or without fp16"
+            f"relative ({worst.absolute:.2e} absolute), more than {tolerance:.0e}; "
+            + _advice(model, values, precision, worst.relative, tolerance)
         )
     return Parity(precision, tolerance, tuple(differences))
+
+
+def amplification(model: nn.Module, inputs: Tensor | Sequence[Tensor], relative: float) -> float:
+    """How far the model's outputs move, relative to the largest of them, when every element of its floating-point
+    inputs moves by that share of itself, up or down at random.
+
+    A network in which rounding errors grow from layer to layer moves far, and no file of it computes the same.
+    """
+    values = as_inputs(inputs)
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(value: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1
+        return value * (1 + relative * signs)
+
+    before = _run(model, values)
+    after = _run(model, [moved(value) if value.is_floating_point() else value for value in values])
+    return max(_difference(Path(), name, 0, after[name], before[name]).relative for name in before)
+
+
+def _advice(model: nn.Module, values: Sequence[Tensor], precision: str, relative: float, tolerance: float) -> str:
+    rounding = ROUNDING[precision]
+    if not math.isfinite(relative) and precision == "fp16":
+        return (
+            "values overflow fp16: write the file with to_onnx(fp16=True) or to_fp16(inputs=…) from inputs like these, "
+            "so that the operators that overflow stay in fp32"
+        )
+    moves = amplification(model, values, rounding)
+    if moves > tolerance / 10:
+        return (
+            f"the model itself amplifies rounding: inputs that move by {rounding:.0e} move its output by {moves:.0e}, "
+            f"so {precision} cannot be told from an error; check trained weights"
+            + (", or leave out fp16" if precision == "fp16" else "")
+        )
+    return "do not use the file: export again from the same weights, or without fp16"
 
 
 def _run(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:

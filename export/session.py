@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ekgfx.errors import ExportError
 
-from .exporter import PRECISION
+from .io import PRECISION
 from .providers import PROVIDERS, Provider
 from .quiet import headline
 
@@ -46,7 +46,7 @@ def open_session(
     if not path.is_file():
         raise ExportError(f"no ONNX file at {path}; write one with to_onnx or `ekgfx export`")
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is raised
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Worker threads that go on spinning after a run would steal the CPU from whatever is timed next.

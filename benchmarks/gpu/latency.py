@@ -1,12 +1,16 @@
-"""What do cut MACs save on this machine? Dense networks against pruned ones against pruned ones with aligned widths.
+"""What do cut MACs save on this machine? Dense networks against pruned ones, pruned ones with aligned widths, and ones
+that were pruned to a budget of milliseconds.
 
-    python benchmarks/gpu/latency.py --output docs/latency.jsonl                   # on a machine with a GPU
-    python benchmarks/gpu/latency.py --output out.jsonl --providers cpu --batches 1,4 --precisions fp32 test_resnet
-    python benchmarks/gpu/latency.py --table docs/latency.jsonl > docs/latency.md
+    python benchmarks/gpu/latency.py --output docs/latency_gpu.jsonl               # on a machine with a GPU
+    python benchmarks/gpu/latency.py --output docs/latency_cpu.jsonl --providers cpu --batches 1 --precisions fp32 \
+        --threads 1 --align 8,16 mobilenetv2_100 resnet50
+    python benchmarks/gpu/latency.py --table docs/latency_gpu.jsonl                # as Markdown
 
 Widths come from the uniform search by magnitude, which needs no data: latency depends on widths, not on weights. Every
 model and precision is measured in a process of its own and gives one JSON line: MACs of each network, all timings, the
-speed-ups with their intervals, and the environment. A model and precision that the output holds already is skipped.
+speed-ups with their intervals, the environment, and how well the tables of layer timings predict whole networks (each
+measured network by a price that does not know it). A model and precision that the output holds already is skipped; the
+tables of layer timings lie in the folder OUTPUT-tables, where an interrupted measurement goes on.
 """
 
 import argparse
@@ -14,10 +18,13 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 MODELS = ("resnet50", "mobilenetv2_100", "convnext_tiny", "vit_small_patch16_224")
+TIMED = ("cuda", "cpu")
+"""Providers whose layers can be timed one by one, the first of them that is measured prices the layers."""
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
@@ -32,31 +39,82 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     model = timm.create_model(job["model"]).eval()
     inputs = torch.randn(2, *model.pretrained_cfg["input_size"])
     traced = ekgfx.trace(model, inputs)
-    networks, macs = {"dense": model}, {"dense": traced.cost().macs}
-    for align in (1, job["align"]):
-        plan = ekgfx.search(traced, flops=job["flops"], strategy="uniform", importance="magnitude", align=align).plan
-        name = f"{job['flops']:.0%}" if align == 1 else f"{job['flops']:.0%} aligned to {align}"
-        networks[name], macs[name] = ekgfx.prune(model, plan, traced), traced.cost(plan).macs
     names = job["providers"] or [name for name in providers().present if name != "cpu"]
-    fp16 = job["precision"] == "fp16"
+    plans, uniform = {"dense": ekgfx.Plan()}, {"strategy": "uniform", "importance": "magnitude"}
+    for align in (1, *job["align"]):
+        name = f"{job['flops']:.0%}" if align == 1 else f"{job['flops']:.0%} aligned to {align}"
+        plans[name] = ekgfx.search(traced, flops=job["flops"], align=align, **uniform).plan
+    everywhere, predicted = list(plans), {}
+    for batch in job["batches"]:
+        name = f"{job['latency']:.0%} of the latency at batch {batch}"
+        target = target_of(names, job["precision"], batch, job["threads"])
+        table, predicted[batch] = layer_table(traced, target, Path(job["tables"]) / f"{job['model']}-{target}.json")
+        found = ekgfx.search(traced, latency=job["latency"], table=table, align=table.tile, **uniform)
+        plans[name] = found.plan
+        predicted[batch]["kept"] = found.steps[-1].kept_fraction
+    networks = {name: ekgfx.prune(model, plan, traced) if plan.kept else model for name, plan in plans.items()}
     with tempfile.TemporaryDirectory() as folder:
         files, parity = {}, {}
         for number, (name, network) in enumerate(networks.items()):
-            files[name] = to_onnx(network, inputs, Path(folder) / f"{number}.onnx", fp16=fp16)
+            files[name] = to_onnx(network, inputs, Path(folder) / f"{number}.onnx", fp16=job["precision"] == "fp16")
             parity[name] = check_parity(network, files[name], inputs).relative
         if any(name.startswith("torch") for name in names):
             networks = {name: network.to("cuda") for name, network in networks.items()}
-        table = measure_latency(
-            files,
-            inputs,
-            job["batches"],
-            names,
-            job["precision"],
-            seconds=job["seconds"],
-            modules=networks,
-            on_setting=lambda provider, batch: print(f"  {provider}, batch {batch}", file=sys.stderr, flush=True),
-        )
-    return {"macs": macs, "parity": parity, "latency": table.to_json()}
+        whole = None
+        for batch, own in zip(job["batches"], [name for name in plans if name not in everywhere], strict=True):
+            timed = measure_latency(
+                {name: files[name] for name in (*everywhere, own)},
+                inputs,
+                [batch],
+                names,
+                job["precision"],
+                seconds=job["seconds"],
+                threads=job["threads"] or None,
+                modules={name: networks[name] for name in (*everywhere, own)},
+                on_setting=lambda provider, batch: print(f"  {provider}, batch {batch}", file=sys.stderr, flush=True),
+            )
+            whole = timed if whole is None else joined(whole, timed)
+    assert whole is not None
+    macs = {name: traced.cost(plan).macs for name, plan in plans.items()}
+    return {"macs": macs, "parity": parity, "predicted": predicted, "latency": whole.to_json()}
+
+
+def target_of(names: list[str], precision: str, batch: int, threads: int) -> Any:
+    """Where the layers are timed, for a latency budget."""
+    from ekgfx.target import Target
+
+    return Target(next(name for name in TIMED if name in names), precision, batch, threads)
+
+
+def layer_table(traced: Any, target: Any, file: Path) -> tuple[Any, dict[str, Any]]:
+    """The table of layer timings, measured or read again, and how far off its predictions are."""
+    import numpy as np
+    from ekgfx.export.layers import NETWORKS, measure_layers
+
+    from ekgfx.search.latency import LayerTable, Price
+    from ekgfx.search.problem import width_rules
+
+    def keep(table: Any) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(table.to_json()))
+        print(f"  {target}: network {len(table.samples)} of {NETWORKS}", file=sys.stderr, flush=True)
+
+    begun = LayerTable.load(file) if file.exists() else None
+    rules = width_rules(traced, frozenset(), target.staircase.tile, 0.0)
+    table = measure_layers(traced, target, rules, begun=begun, on_network=keep)
+    errors = Price(traced, table).errors
+    return table, {"errors": errors, "median": float(np.median(np.abs(errors))), "worst": float(np.abs(errors).max())}
+
+
+def joined(first: Any, second: Any) -> Any:
+    """Two tables of latencies as one."""
+    note = "; ".join(dict.fromkeys(filter(None, (first.note, second.note))))
+    return replace(
+        first,
+        timings=(*first.timings, *second.timings),
+        speedups=(*first.speedups, *second.speedups),
+        note=note,
+    )
 
 
 def run(jobs: list[dict[str, Any]], output: Path) -> None:
@@ -99,6 +157,14 @@ def table(rows: list[dict[str, Any]]) -> str:
                 ]
             cells = [row["model"], f"{t.provider} {t.precision}", str(t.batch), t.network, f"{kept:.1%}"]
             lines.append("| " + " | ".join([*cells, f"{t.median_ms:.3f}", f"{t.p95_ms:.3f}", *saving]) + " |")
+    lines.append("")
+    for row in rows:
+        for batch, found in row["predicted"].items():
+            lines.append(
+                f"- {row['model']} {row['precision']}, batch {batch}: the price of a network from the layers of others "
+                f"is off by {found['median']:.1%} in the median, {found['worst']:.1%} at most ({len(found['errors'])} "
+                f"networks); {found['kept']:.1%} of the latency predicted for the plan"
+            )
     notes = {f"Measured on: {_machine(row['latency'])}." for row in rows} | {row["latency"]["note"] for row in rows}
     return "\n".join([*lines, "", *sorted(notes - {""}), ""])
 
@@ -115,7 +181,9 @@ def main() -> None:
     parser.add_argument("--batches", default="1,64")
     parser.add_argument("--precisions", default="fp32,fp16")
     parser.add_argument("--flops", type=float, default=0.55)
-    parser.add_argument("--align", type=int, default=32)
+    parser.add_argument("--align", default="32", help="comma-separated")
+    parser.add_argument("--latency", type=float, default=0.55, help="budget of milliseconds")
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU (default: all)")
     parser.add_argument("--seconds", type=float, default=10.0, help="bound on each provider and batch size")
     parser.add_argument("--table", type=Path, help="print the table of a finished file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -127,7 +195,10 @@ def main() -> None:
     else:
         shared = {
             "flops": args.flops,
-            "align": args.align,
+            "align": [int(align) for align in args.align.split(",")],
+            "latency": args.latency,
+            "threads": args.threads,
+            "tables": str(args.output.with_suffix("")) + "-tables",
             "batches": [int(batch) for batch in args.batches.split(",")],
             "providers": [name for name in args.providers.split(",") if name],
             "seconds": args.seconds,

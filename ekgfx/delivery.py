@@ -1,19 +1,26 @@
 """What a run delivers: its network as ONNX, checked against PyTorch and timed next to the original."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from ekgfx import checkpoint
-from ekgfx.export import ExportReport, export_report, parity_text
+from ekgfx.errors import EkgfxError
+from ekgfx.export import Breakdown, ExportReport, break_down, export_report, parity_text
 from ekgfx.job import Report, open_data
 from ekgfx.recipe import Export, parse
 from ekgfx.run import Run
 from ekgfx.source import Built
+from ekgfx.target import PRECISIONS, Target
+from ekgfx.trace import trace
 
 RESULT = "export.json"
 FILES = (RESULT, "model.onnx", "dense.onnx")
 IMAGES = 8
 """Real images that the parity is checked on."""
+PROFILED = 10
+"""Runs in which layers are timed."""
 
 
 def export_run(run: Run, built: Built, asked: Export, report: Report) -> ExportReport:
@@ -36,12 +43,35 @@ def export_run(run: Run, built: Built, asked: Export, report: Report) -> ExportR
         providers=asked.providers or None,
         on_setting=lambda provider, batch: report.note(f"timing on {provider}, batch {batch}"),
     )
+    if made.latency is not None:
+        made = replace(made, layers=layers_of(run, built, asked, made, report))
     for parity in made.parity.values():
         report.note(parity_text(parity))
     for name in made.files.values():
         run.adopt(name)
     run.write_json(RESULT, made.to_json())
     return made
+
+
+def layers_of(run: Run, built: Built, asked: Export, made: ExportReport, report: Report) -> Breakdown | None:
+    """Both networks layer by layer, on the first provider that can be profiled and at the first batch size; None where
+    the original is not recorded, no such provider was timed, or the layers cannot be told apart (a note says why)."""
+    dense = original(run)
+    assert made.latency is not None
+    here = next((t.provider for t in made.latency.timings if t.provider in PRECISIONS), None)
+    if dense is None or here is None or "dense" not in made.files:
+        return None
+    target = Target(here, "fp16" if asked.fp16 else "fp32", asked.batches[0])
+    report.note(f"timing the layers on {target}")
+    inputs, plan = real_inputs(run, built), checkpoint.read_plan(run.path)
+    files = {network: run.path / name for network, name in made.files.items()}
+    try:
+        found = break_down(trace(dense, inputs, leaf=plan.leaf), plan, files, inputs, target, runs=PROFILED)
+    except EkgfxError as error:  # the export itself is done
+        report.note(f"layers not timed: {error}")
+        return None
+    report.note(found.summary)
+    return found
 
 
 def original(run: Run) -> nn.Module | None:

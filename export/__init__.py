@@ -3,6 +3,7 @@
 from ekgfx.export import to_onnx, check_parity, measure_latency
 """
 
+from .breakdown import Breakdown, LayerTime, break_down
 from .exporter import to_fp16, to_onnx
 from .latency import LatencyTable, Speedup, Timing, measure_latency
 from .noise import Ratio, compare
@@ -13,9 +14,11 @@ from .tables import latency_table, parity_text
 
 __all__ = [
     "PROVIDERS",
+    "Breakdown",
     "Difference",
     "ExportReport",
     "LatencyTable",
+    "LayerTime",
     "Parity",
     "Presence",
     "Provider",
@@ -23,6 +26,7 @@ __all__ = [
     "Speedup",
     "Timing",
     "amplification",
+    "break_down",
     "check_parity",
     "compare",
     "export_report",

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .breakdown import Breakdown
 from .exporter import to_onnx
 from .latency import TORCH, LatencyTable, measure_latency
 from .parity import Parity, check_parity
@@ -19,17 +20,20 @@ FILES = {"dense": "dense.onnx", "pruned": "model.onnx"}
 
 @dataclass(frozen=True)
 class ExportReport:
-    """files: network → file name in the directory;  parity: network → its passed check;  latency: None if not asked."""
+    """files: network → file name in the directory;  parity: network → its passed check;  latency, layers: None if not
+    asked."""
 
     files: Mapping[str, str]
     parity: Mapping[str, Parity]
     latency: LatencyTable | None
+    layers: Breakdown | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "files": dict(self.files),
             "parity": {network: parity.to_json() for network, parity in self.parity.items()},
             "latency": None if self.latency is None else self.latency.to_json(),
+            "layers": None if self.layers is None else self.layers.to_json(),
         }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ekgfx.export import Breakdown, LayerTime
 
 from ekgfx import report
 from ekgfx.bank.rows import RowFormat
@@ -159,6 +160,32 @@ def test_nothing_a_run_says_becomes_markup(run):
     shown = [text for text in page.texts if "alert(1)" in text]
     assert len(shown) >= 6  # as text, and all of it
     assert all("<script>alert(1)</script>" in text for text in shown)
+
+
+def test_layers_say_where_the_time_went(run):
+    layers = (
+        LayerTime("conv", 800, 400, 4.0, 2.5, 1.5, "compute"),
+        LayerTime(HOSTILE.replace("\ud800", ""), 200, 100, 1.0, 1.0, 1.0, "launch"),
+        LayerTime("", 0, 0, 1.0, 0.5, 0.5, "memory"),
+    )
+    with Run.reopen(run) as opened:
+        opened.write_json("export.json", {"latency": None, "layers": Breakdown("cpu:fp32", 8, layers).to_json()})
+    page = Page(report.write(run).read_text(encoding="utf-8"))
+    assert "Where the time went" in page.texts
+    (said,) = [text for text in page.texts if text.startswith("Layers on cpu:fp32")]
+    assert "50% of the MACs and 33% of the time saved" in said
+    assert "widths rounded up to 8 would take 0.75 of it" in said
+    assert "conv: 4.00 k → 2.50 k µs (62.5% kept)" in page.texts
+    # The largest saving of time comes first.
+    assert [text for text in page.texts if text in ("compute", "launch", "memory")] == ["compute", "memory", "launch"]
+    assert [text for text in page.texts if text in ("75.0%", "25.0%", "0.0%")] == ["75.0%", "25.0%", "0.0%"]
+    assert "aligned to 8" in page.texts
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    assert any("<script>alert(1)</script>" in text for text in page.texts)
+
+    with Run.reopen(run) as opened:
+        opened.write_json("export.json", {"latency": None})  # of an export before layers were timed
+    assert "Where the time went" not in Page(report.write(run).read_text(encoding="utf-8")).texts
 
 
 def test_the_page_loads_nothing_and_runs_nothing(run):

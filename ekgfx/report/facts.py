@@ -14,7 +14,7 @@ from ekgfx import checkpoint, delivery, pipeline
 from ekgfx.bank import Bank
 from ekgfx.bank.store import read_manifest as read_bank_manifest
 from ekgfx.errors import RunError
-from ekgfx.export import LatencyTable
+from ekgfx.export import Breakdown, LatencyTable
 from ekgfx.files import read_json, read_lines
 from ekgfx.finetune import Epoch
 from ekgfx.job import Score
@@ -62,6 +62,7 @@ class Facts:
     epochs: Sequence[Epoch]
     knowledge: Knowledge | None
     latency: LatencyTable | None
+    breakdown: Breakdown | None = None
 
     @classmethod
     def of(cls, path: Path) -> "Facts":
@@ -88,7 +89,16 @@ class Facts:
             read(Epoch, line, str(path / pipeline.EPOCHS), RunError) for line in read_lines(path / pipeline.EPOCHS)
         )
         return cls(
-            path, manifest, settings, results, steps, search, layers, epochs, _knowledge(path), _latency(path, manifest)
+            path,
+            manifest,
+            settings,
+            results,
+            steps,
+            search,
+            layers,
+            epochs,
+            _knowledge(path),
+            *_exported(path, manifest),
         )
 
     @property
@@ -130,13 +140,17 @@ def _agreement(bank: Bank) -> tuple[list[list[float]], int]:
     return [[float((one == other).float().mean()) for other in said] for one in said], len(index)
 
 
-def _latency(path: Path, manifest: Mapping[str, Any]) -> LatencyTable | None:
+def _exported(path: Path, manifest: Mapping[str, Any]) -> tuple[LatencyTable | None, Breakdown | None]:
+    """What the export measured: whole networks, and their layers."""
     if delivery.RESULT not in manifest["files"]:
-        return None
+        return None, None
     told = read_json(verify(path, delivery.RESULT))
     if not isinstance(told, dict) or "latency" not in told:
         raise RunError(f"{path / delivery.RESULT} is damaged: it says nothing of latency; export the run again")
     table: LatencyTable | None = read(
         LatencyTable | None, told["latency"], str(path / delivery.RESULT), RunError, "latency"
     )
-    return table
+    layers: Breakdown | None = read(
+        Breakdown | None, told.get("layers"), str(path / delivery.RESULT), RunError, "layers"
+    )
+    return table, layers

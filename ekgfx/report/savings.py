@@ -76,3 +76,44 @@ def latency(facts: Facts) -> Element | None:
     card.set("class", "card lone")
     note = element("p", f"{measured.note}.", class_="note") if measured.note else None
     return section("Latency", element("p", said), note, card, listed)
+
+
+def times(facts: Facts) -> Element | None:
+    """Milliseconds of each layer before and after, what bounds it, and what aligned widths would give."""
+    found = facts.breakdown
+    if found is None or not found.layers:
+        return None
+    shown = [
+        (layer.name or "(before the first layer)", round(1e3 * layer.ms_before), round(1e3 * layer.ms_after))
+        for layer in found.layers
+    ]
+    total = sum(layer.ms_before - layer.ms_after for layer in found.layers)
+    aligned = any(layer.ms_aligned is not None for layer in found.layers)
+    rows = []
+    for layer in sorted(found.layers, key=lambda layer: layer.ms_after - layer.ms_before):
+        saved = layer.ms_before - layer.ms_after
+        row = [
+            layer.name or "(before the first layer)",
+            layer.bound,
+            share(layer.macs_after, layer.macs_before),
+            f"{layer.ms_before:.3g} ms",
+            f"{layer.ms_after:.3g} ms",
+            share(layer.ms_after, layer.ms_before),
+            f"{100 * saved / total:.1f}%" if total > 0 else "–",
+        ]
+        rows.append(row + ([f"{layer.ms_aligned:.3g} ms"] if layer.ms_aligned is not None else ["–"] * aligned))
+    header = ["layer", "bound by", "MACs kept", "before", "after", "time kept", "of all time saved"]
+    listed = table(header + [f"aligned to {found.tile}"] * aligned, rows, texts=2)
+    summary = element("summary", f"All {len(rows)} layers, the largest saving of time first")
+    said = (
+        f"{found.summary[0].upper()}{found.summary[1:]}. A layer is compute-, memory- or launch-bound by the best "
+        "rates that any layer of these two networks reaches here: launch-bound ones keep their time whatever is cut, "
+        "memory-bound ones lose it with the activations and weights that they move, not with their MACs."
+    )
+    chart = charts.columns("time of each layer, before and after", shown, "µs", human)
+    return section(
+        "Where the time went",
+        element("p", said),
+        element("div", chart, class_="card wide"),
+        element("details", summary, listed),
+    )

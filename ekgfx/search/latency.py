@@ -210,6 +210,19 @@ def _positions(traced: TracedModel, channels: int) -> dict[Axis, int]:
     }
 
 
+def whole_tiles(traced: TracedModel, plan: Plan, tile: int) -> Plan:
+    """The plan with its widths rounded up to whole tiles, as far as the groups have channels."""
+    positions = _positions(traced, tile)
+    for name, kept in plan.kept.items():
+        group = traced.groups[name]
+        step = positions[group.axis]
+        more = min(group.size, -(-len(kept) // step) * step) - len(kept)
+        if more > 0:
+            cut = sorted(set(range(group.size)) - set(kept))
+            plan = plan.with_kept(name, (*kept, *cut[:more]))
+    return plan
+
+
 def plans_to_measure(traced: TracedModel, rules: Mapping[str, WidthRule], count: int, tile: int) -> list[Plan]:
     """The dense network and `count` − 1 others, whose groups have widths spread evenly over what their rules allow, in
     random order each (a Latin hypercube), so that no two widths move together. Every other one has its widths on whole

@@ -163,7 +163,11 @@ def test_what_a_run_is_good_for(finished, ekgfx, tmp_path):
     assert exported.code == 0, exported.err
     assert "parity with PyTorch" in exported.out
     assert (tmp_path / "net.onnx").read_bytes() == (finished / "model.onnx").read_bytes()
-    timings = json.loads((finished / "export.json").read_text())["latency"]["timings"]
+    written = json.loads((finished / "export.json").read_text())
+    layers = written["layers"]["layers"]
+    assert sum(layer["macs_after"] for layer in layers) < sum(layer["macs_before"] for layer in layers)
+    assert all(layer["ms_before"] >= 0 and layer["bound"] in ("compute", "memory", "launch") for layer in layers)
+    timings = written["latency"]["timings"]
     assert {timing["network"] for timing in timings} == {"dense", "pruned"}
 
     shown = ekgfx("report", finished)
@@ -177,6 +181,7 @@ def test_what_a_run_is_good_for(finished, ekgfx, tmp_path):
         "Fine-tuning",
         "Knowledge",
         "Latency",
+        "Where the time went",
         "Get the same",
     ]
     assert re.findall("<h2>(.*?)</h2>", page) == sections

@@ -55,6 +55,24 @@ class Announces(nn.Module):
         return self.head(self.b(self.a(x).relu()).mean((2, 3)))
 
 
+class Reads(nn.Module):
+    """Uses the width that it declares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head, self.num_features = nn.Linear(3, 6), nn.Linear(6, 8), nn.Linear(8, 5), 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x).relu()).reshape(-1, self.num_features))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_width_that_the_forward_reads_is_not_taken_for_another_afterwards(inplace: bool) -> None:
+    traced = ekgfx.trace(Reads(), torch.zeros(2, 4, 3))
+    plan = ekgfx.Plan({"a": (0, 1), "b": (0, 1, 2, 3, 4, 5)})  # 8 become as many as a had, 6, which become 2
+    assert ekgfx.prune(traced.model, plan, traced, inplace=inplace).num_features == 6
+
+
 class Widens(nn.Module):
     """As in SigLIP: a pooling with weights brings the features back to a width that the output keeps."""
 

@@ -40,8 +40,9 @@ from ekgfx.models import resnet56_cifar
 from ekgfx.plan import Plan
 from ekgfx.prepare import prepare
 from ekgfx.run import read_lines, write_json
-from ekgfx.search import SearchResult, Step
+from ekgfx.search import Step
 from ekgfx.search.problem import Budget, Problem, width_rules
+from ekgfx.search.result import apply_step, as_steps
 from ekgfx.search.reward import Objective, label_free, validation_batches
 from ekgfx.trace import TracedModel
 from ekgfx.weights import load_weights
@@ -109,12 +110,15 @@ def resnet56(asked: argparse.Namespace, folder: Path, device: torch.device) -> C
     problem = problem_of(traced, batches)
     if not asked.whole:
         return Case(problem, evenly_cut(problem))
-    result = whole(traced, batches, folder / f"search-all-{device.type}.jsonl")
+    steps = whole(traced, batches, folder / f"search-all-{device.type}.jsonl")
     if asked.check:
         plain = {"early_stop": False, "cache": 0, "channels_last": False}
         whole(traced, batches, folder / f"search-plain-{device.type}.jsonl", **plain)
-    places = np.linspace(0, len(result.plans) - 2, asked.states).round().astype(int)
-    return Case(problem, {str(place): result.plans[place] for place in places})
+    plans, sizes = [problem.full()], {name: group.size for name, group in traced.groups.items()}
+    for step in steps:
+        plans.append(apply_step(plans[-1], step, sizes))
+    places = np.linspace(0, len(steps) - 1, asked.states).round().astype(int)
+    return Case(problem, {str(place): plans[place] for place in places})
 
 
 def evenly_cut(problem: Problem) -> dict[str, Plan]:
@@ -126,9 +130,11 @@ def evenly_cut(problem: Problem) -> dict[str, Plan]:
     return states
 
 
-def whole(traced: TracedModel, batches: Any, history: Path, **options: Any) -> SearchResult:
-    """A whole search, resumed from its history; the CPU seconds of every step are noted beside."""
-    steps = read_lines(history)
+def whole(traced: TracedModel, batches: Any, history: Path, **options: Any) -> tuple[Step, ...]:
+    """The steps of a whole search, resumed from its history; the CPU seconds of each are noted beside."""
+    steps = as_steps(read_lines(history))
+    if steps and steps[-1].kept_fraction <= KEEP:
+        return tuple(steps)
     last = [clock(traced)]
 
     def note(step: Step) -> None:
@@ -139,7 +145,7 @@ def whole(traced: TracedModel, batches: Any, history: Path, **options: Any) -> S
             file.write(json.dumps(line) + "\n")
         print(f"{history.stem} step {step.number}: {step.kept_fraction:.3f}, {line['seconds']:.1f} s", flush=True)
 
-    return ekgfx.search(traced, batches, flops=KEEP, on_step=note, resume_from=steps, **options)
+    return ekgfx.search(traced, batches, flops=KEEP, on_step=note, resume_from=steps, **options).steps
 
 
 def on_photos(name: str, images: int, device: torch.device) -> Case:

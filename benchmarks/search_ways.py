@@ -29,15 +29,15 @@ from ekgfx.verify import MaskedNetwork, mask_tensor
 WAYS = ("masked", "sliced", "prefixes", "contiguous", "all")
 
 
-def timed(problem: Problem, plan: Plan, way: str) -> dict[str, Any]:
+def timed(problem: Problem, plan: Plan, way: str, early_stop: bool = True) -> dict[str, Any]:
     """Seconds of a step from `plan` by its parts, with the candidates' −ℛ by group.
 
     importance: scores of all channels. candidate: mean over those evaluated. accepted: the best network, evaluated
     again. Masked and sliced candidates are a sample, every third and every fourth.
     """
     computing = {
-        "contiguous": Computing(early_stop=True),
-        "all": Computing(early_stop=True, channels_last=True),
+        "contiguous": Computing(early_stop=early_stop),
+        "all": Computing(early_stop=early_stop, channels_last=True),
     }.get(way, Computing(cache=0))
     problem = replace(problem, computing=computing, batches=tuple(map(computing.prepared, problem.batches)))
     network = problem.network(plan)

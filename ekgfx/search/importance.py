@@ -47,22 +47,21 @@ def taylor(problem: Problem, plan: Plan, knowledge: Knowledge | None, keeper: Ke
         if keeper is not None:
             keeper.take(number, values)
         sources = {node: values[node] for node in sorted(gates)} | {name: network.weights[name] for name in bare}
-        gradients = torch.autograd.grad(negative, list(sources.values()), allow_unused=True)
+        derivatives = torch.autograd.grad(negative, list(sources.values()), allow_unused=True)
+        gradients = dict(zip(sources, derivatives, strict=True))
         share = problem.objective.share(batch, problem.batches)
-        change = {
-            name: gradient * value.detach() * share
-            for (name, value), gradient in zip(sources.items(), gradients, strict=True)
-            if gradient is not None
-        }
+
         for group in groups:
             for gate in group.gates:
-                if gate.node in change:
+                if gradients[gate.node] is not None:
                     index = gate.index[positions(problem.traced.dims[gate.node][gate.dim], kept)]  # type: ignore[arg-type]
-                    scores[group.name] += per_channel(change[gate.node], gate.dim, index, group.size).abs()
+                    change = gradients[gate.node] * sources[gate.node].detach()  # all at once would take as much memory
+                    scores[group.name] += share * per_channel(change, gate.dim, index, group.size).abs()
             for name, dim in carriers(group).items() if not group.gates else ():
-                if name in change:
+                if gradients[name] is not None:
                     index = channel_index(problem, name, dim, group.axis, kept)
-                    scores[group.name] += per_channel(change[name].abs(), dim, index, group.size)
+                    change = gradients[name] * sources[name].detach()
+                    scores[group.name] += share * per_channel(change.abs(), dim, index, group.size)
     whole = sum(team().gathered(torch.stack(found)))  # batch after batch, whoever computed them
     assert isinstance(whole, Tensor)
     return dict(zip((g.name for g in groups), whole.split([g.size for g in groups]), strict=True))

@@ -74,7 +74,7 @@ def main() -> None:
     done = {(line["state"], line["way"], line["turn"]) for line in read_lines(record)}
     for turn in range(asked.turns):
         for name, plan in case.states.items():
-            for way in WAYS:
+            for way in asked.ways:
                 if (name, way, turn) not in done:
                     found = apart(lambda way=way, plan=plan: timed(case.problem, plan, way), device)
                     line = {"network": asked.network, "state": name, "way": way, "turn": turn, **found}
@@ -187,6 +187,8 @@ def problem_of(traced: TracedModel, batches: Any) -> Problem:
 def summarized(network: str, lines: list[dict[str, Any]], folder: Path, device: torch.device) -> dict[str, Any]:
     """Medians over the turns, ratios to masked, agreement of the candidates' values, and totals of the whole search."""
     states = list(dict.fromkeys(line["state"] for line in lines))
+    pairs = {(line["state"], line["way"]) for line in lines}
+    taken = {state: [way for way in WAYS if (state, way) in pairs] for state in states}
 
     def median(state: str, way: str, key: str) -> float:
         return statistics.median(line[key] for line in lines if (line["state"], line["way"]) == (state, way))
@@ -207,13 +209,13 @@ def summarized(network: str, lines: list[dict[str, Any]], folder: Path, device: 
                     "times faster": round(median(state, "masked", "step") / median(state, way, "step"), 2),
                     "differs": differs(lines, state, way),
                 }
-                for way in WAYS
+                for way in taken[state]
             }
             for state in states
         },
     }
     if network == "resnet56" and (folder / f"search-all-{device.type}.jsonl").exists():
-        summary["search"] = dict(totals(folder, device, states, median))
+        summary["search"] = dict(totals(folder, device, taken, median))
     return summary
 
 
@@ -221,20 +223,25 @@ def differs(lines: list[dict[str, Any]], state: str, way: str) -> dict[str, Any]
     """Largest difference of −ℛ from that of `prefixes`, which evaluates all, and whether the best of the candidates
     that both evaluated is the same."""
     found = {line["way"]: line["negatives"] for line in lines if line["state"] == state}
-    known = {group: value for group, value in found[way].items() if value is not None and group in found["prefixes"]}
-    exact = {group: found["prefixes"][group] for group in known}
+    whole = found.get("prefixes", found["masked"])
+    known = {group: value for group, value in found[way].items() if value is not None and group in whole}
+    exact = {group: whole[group] for group in known}
     largest = max(abs(value - exact[group]) for group, value in known.items())
     return {"largest": largest, "best": min(known, key=known.__getitem__) == min(exact, key=exact.__getitem__)}
 
 
 def totals(
-    folder: Path, device: torch.device, states: list[str], median: Callable[[str, str, str], float]
+    folder: Path,
+    device: torch.device,
+    taken: Mapping[str, list[str]],
+    median: Callable[[str, str, str], float],
 ) -> Iterator[tuple[str, Any]]:
     """Seconds of the whole search in every way: measured where it was run, else estimated from the states."""
     run = read_lines(folder / f"search-all-{device.type}.jsonl")
+    states = list(taken)
     places = [int(state) for state in states]
     measured = {}
-    for way in WAYS:
+    for way in (way for way in WAYS if all(way in taken[state] for state in states)):
         history = folder / f"search-{way.replace(' ', '-')}-{device.type}.jsonl"
         parts = {key: [median(state, way, key) for state in states] for key in PARTS[:3]}
         each = {key: np.interp(range(len(run)), places, values) for key, values in parts.items()}
@@ -263,6 +270,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=64, help="of resnet50 and vit_tiny, in two batches")
     parser.add_argument("--whole", action="store_true", help="run the whole search of resnet56, and take its states")
     parser.add_argument("--states", type=int, default=4)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--check", action="store_true", help="run the search without cache and early stops too")
     parser.add_argument("--device", default="cpu")

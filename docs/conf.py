@@ -10,6 +10,7 @@ import ekgfx  # noqa: E402
 
 project = "ekgfx"
 author = "the ekgfx developers"
+project_copyright = f"2026, {author}"
 release = version = ekgfx.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]

@@ -3,11 +3,13 @@
 `cuda:fp16:batch=64`, `cpu:fp32:batch=8:threads=1`
 """
 
+import re
 from dataclasses import dataclass
 
 import torch
 
 from ekgfx.errors import RecipeError
+from ekgfx.typed import show
 
 PRECISIONS = {"cpu": ("fp32", "fp16"), "cuda": ("fp32", "tf32", "fp16")}
 """What each provider whose layers can be timed one by one computes in."""
@@ -38,18 +40,18 @@ def parse(text: str) -> Target:
     provider, *rest = text.split(":")
     if provider not in PRECISIONS:
         raise RecipeError(
-            f"unknown target {text!r}: layers can be timed on {' and '.join(PRECISIONS)}; write cuda:fp16:batch=64"
+            f"unknown target {show(text)}: layers can be timed on {' and '.join(PRECISIONS)}; write cuda:fp16:batch=64"
         )
     precision, numbers = "fp32", {"batch": 1, "threads": 0}
     for part in rest:
         key, equals, value = part.partition("=")
         if not equals and part in PRECISIONS[provider]:
             precision = part
-        elif key in numbers and value.isdecimal() and int(value) > 0:
+        elif key in numbers and re.fullmatch("[1-9][0-9]{0,8}", value):
             numbers[key] = int(value)
         else:
             raise RecipeError(
-                f"cannot read {part!r} in target {text!r}: after {provider} come a precision "
+                f"cannot read {show(part)} in target {show(text)}: after {provider} come a precision "
                 f"({', '.join(PRECISIONS[provider])}), batch=N and threads=N"
             )
     return Target(provider, precision, **numbers)

@@ -40,8 +40,8 @@ def percent(fraction: float | None) -> str:
 
 def bytes_of(size: str | int) -> int:
     """A number of bytes: 2147483648, "2GiB", "500 MB", "0". RecipeError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", str(size))
     units = {unit.lower(): factor for unit, factor in UNITS.items()}
     if match is None or match[2].lower() not in units:
-        raise RecipeError(f"{size!r} is no size of memory; write it as 2GiB, 500MiB or 0")
+        raise RecipeError(f"{str(size)[:80]!r} is no size of memory; write it as 2GiB, 500MiB or 0")
     return int(float(match[1]) * units[match[2].lower()])

@@ -80,6 +80,13 @@ def test_sizes_of_memory(text, size):
     assert bytes_of(text) == size
 
 
+@pytest.mark.parametrize("text", ["much", "2 parsecs", "-1", 5000 * "a", 5000 * "9", 400 * "9" + "GiB"])
+def test_no_sizes_of_memory(text):
+    with pytest.raises(RecipeError, match="is no size of memory") as error:
+        bytes_of(text)
+    assert len(str(error.value)) < 200
+
+
 def test_a_file_that_names_itself_a_billion_times_is_refused_at_once(tmp_path):
     lines = ["x0: &x0 [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]"]
     lines += [f"x{n}: &x{n} [{', '.join([f'*x{n - 1}'] * 10)}]" for n in range(1, 40)]

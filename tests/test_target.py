@@ -30,11 +30,13 @@ def test_is_read_back_from_its_text(text: str, target: Target) -> None:
         ("cuda:batch=many", "cannot read 'batch=many'"),
         ("cuda:fp32:64", "cannot read '64'"),
         ("", "unknown target ''"),
+        ("cpu:batch=" + 5000 * "9", "cannot read 'batch=999"),
     ],
 )
 def test_anything_else_is_refused(text: str, says: str) -> None:
-    with pytest.raises(RecipeError, match=says):
+    with pytest.raises(RecipeError, match=says) as error:
         parse(text)
+    assert len(str(error.value)) < 500
 
 
 def test_staircases(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,8 +100,9 @@ def training(facts: Facts) -> Element | None:
     )
     shown.append(figure("Training loss", chart))
     asked = facts.settings.finetune
+    number = "1 epoch" if len(epochs) == 1 else f"{len(epochs)} epochs"
     said = (
-        f"{len(epochs)} epochs of {asked.optimizer}, batches of {asked.batch_size}, learning rate {asked.lr:g} "
+        f"{number} of {asked.optimizer}, batches of {asked.batch_size}, learning rate {asked.lr:g} "
         f"({asked.schedule}), {duration(sum(epoch.seconds for epoch in epochs))} of training."
     )
     return section("Fine-tuning", element("p", said), element("div", *shown, class_="grid2"))

@@ -143,6 +143,20 @@ def test_other_precision_and_memory_format_train_alike() -> None:
         assert next(model.parameters()).dtype == torch.float32
 
 
+@pytest.mark.sweep
+def test_a_compiled_network_trains_and_resumes_alike(tmp_path: Path) -> None:
+    """As the benchmark on a GPU has it, with CUDA graphs there; the module that was compiled holds the weights."""
+    shown, bank, options = batches(views=2), Fixed(), {"epochs": 3, "lr": 0.05, "channels_last": True}
+    plain, compiled = (nn.Sequential(*list(small())[:3], *list(small())[4:]) for _ in range(2))
+    finetune(plain, shown, bank=bank, **options)
+    for _ in range(2):  # the second finds the checkpoint of the first, and has nothing to do
+        fast = torch.compile(compiled, mode="reduce-overhead")
+        history = finetune(fast, shown, bank=bank, checkpoint=tmp_path / "checkpoint", **options)
+        assert len(history) == 3
+    for a, b in zip(plain.state_dict().values(), compiled.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_errors() -> None:
     with pytest.raises(TrainingError, match="not finite in epoch 1, by batch 3"):
         finetune(small(), [(x * float("inf"), y, i) for x, y, i in batches()], epochs=1)

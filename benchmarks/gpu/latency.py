@@ -8,9 +8,11 @@ that were pruned to a budget of milliseconds.
 
 Widths come from the uniform search by magnitude, which needs no data: latency depends on widths, not on weights. Every
 model and precision is measured in a process of its own and gives one JSON line: MACs of each network, all timings, the
-speed-ups with their intervals, the environment, and how well the tables of layer timings predict whole networks (each
-measured network by a price that does not know it). A model and precision that the output holds already is skipped; the
-tables of layer timings lie in the folder OUTPUT-tables, where an interrupted measurement goes on.
+speed-ups with their intervals, the environment, how well the tables of layer timings predict whole networks (each
+measured network by a price that does not know it), and the shortest of 30 further runs of each network, which on one
+CPU thread is that thread's own time and so hardly sees other work on the machine. A model and precision that the output
+holds already is skipped; the tables of layer timings lie in the folder OUTPUT-tables, where an interrupted measurement
+goes on.
 """
 
 import argparse
@@ -32,6 +34,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     import timm
     import torch
     from ekgfx.export import check_parity, measure_latency, providers, to_onnx
+    from ekgfx.export.profile import whole_runs
 
     import ekgfx
 
@@ -46,10 +49,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         plans[name] = ekgfx.search(traced, flops=job["flops"], align=align, **uniform).plan
     everywhere, predicted = list(plans), {}
     for batch in job["batches"]:
-        name = f"{job['latency']:.0%} of the latency at batch {batch}"
+        name = f"{job['budget']:.0%} of the latency at batch {batch}"
         target = target_of(names, job["precision"], batch, job["threads"])
         table, predicted[batch] = layer_table(traced, target, Path(job["tables"]) / f"{job['model']}-{target}.json")
-        found = ekgfx.search(traced, latency=job["latency"], table=table, align=table.tile, **uniform)
+        found = ekgfx.search(traced, latency=job["budget"], table=table, align=table.tile, **uniform)
         plans[name] = found.plan
         predicted[batch]["kept"] = found.steps[-1].kept_fraction
     networks = {name: ekgfx.prune(model, plan, traced) if plan.kept else model for name, plan in plans.items()}
@@ -60,7 +63,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             parity[name] = check_parity(network, files[name], inputs).relative
         if any(name.startswith("torch") for name in names):
             networks = {name: network.to("cuda") for name, network in networks.items()}
-        whole = None
+        whole, shortest = None, {}
         for batch, own in zip(job["batches"], [name for name in plans if name not in everywhere], strict=True):
             timed = measure_latency(
                 {name: files[name] for name in (*everywhere, own)},
@@ -74,9 +77,17 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
                 on_setting=lambda provider, batch: print(f"  {provider}, batch {batch}", file=sys.stderr, flush=True),
             )
             whole = timed if whole is None else joined(whole, timed)
+            here = target_of(names, job["precision"], batch, job["threads"])
+            shortest[batch] = whole_runs({name: files[name] for name in (*everywhere, own)}, inputs, here)
     assert whole is not None
     macs = {name: traced.cost(plan).macs for name, plan in plans.items()}
-    return {"macs": macs, "parity": parity, "predicted": predicted, "latency": whole.to_json()}
+    return {
+        "macs": macs,
+        "parity": parity,
+        "predicted": predicted,
+        "shortest_ms": shortest,
+        "latency": whole.to_json(),
+    }
 
 
 def target_of(names: list[str], precision: str, batch: int, threads: int) -> Any:
@@ -130,7 +141,8 @@ def run(jobs: list[dict[str, Any]], output: Path) -> None:
             print("  failed, see above", flush=True)
             continue
         with output.open("a") as file:
-            file.write(json.dumps(job | json.loads(result.stdout.splitlines()[-1])) + "\n")
+            told = {key: value for key, value in job.items() if key != "tables"}
+            file.write(json.dumps(told | json.loads(result.stdout.splitlines()[-1])) + "\n")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -165,12 +177,18 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"is off by {found['median']:.1%} in the median, {found['worst']:.1%} at most ({len(found['errors'])} "
                 f"networks); {found['kept']:.1%} of the latency predicted for the plan"
             )
+            if "shortest_ms" not in row:  # of an older version
+                continue
+            times = row["shortest_ms"][batch]
+            shown = ", ".join(f"{name} {ms:.2f} ms ({ms / times['dense']:.2f})" for name, ms in times.items())
+            lines.append(f"- {row['model']} {row['precision']}, batch {batch}, shortest of 30 runs in turn: {shown}")
     notes = {f"Measured on: {_machine(row['latency'])}." for row in rows} | {row["latency"]["note"] for row in rows}
     return "\n".join([*lines, "", *sorted(notes - {""}), ""])
 
 
 def _machine(latency: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in latency["environment"].items() if key != "load")
+    facts = latency["environment"].items()
+    return ", ".join(f"{key} {value}" for key, value in facts if key not in ("load", "platform"))
 
 
 def main() -> None:
@@ -196,7 +214,7 @@ def main() -> None:
         shared = {
             "flops": args.flops,
             "align": [int(align) for align in args.align.split(",")],
-            "latency": args.latency,
+            "budget": args.latency,
             "threads": args.threads,
             "tables": str(args.output.with_suffix("")) + "-tables",
             "batches": [int(batch) for batch in args.batches.split(",")],

@@ -11,13 +11,12 @@ from typing import Any
 from torch import fx, nn
 
 from ekgfx.attributes import STANDARD
-from ekgfx.axes import Axis, Expr, count, fixed
+from ekgfx.axes import Axis, Expr, count
 from ekgfx.graph import AxisGraph, listed
 from ekgfx.nodes import callers
 
 INCOMING = ("in_features", "in_channels", "in_chs")
-FEATURES = "num_features"  # of what goes into the head, where that begins with the pooling
-OUTGOING = (FEATURES, "head_hidden_size", "embed_dim", "hidden_size", "out_features", "out_channels", "out_chs")
+OUTGOING = ("num_features", "head_hidden_size", "embed_dim", "hidden_size", "out_features", "out_channels", "out_chs")
 
 
 Attributes = Mapping[str, Mapping[str, Any]]
@@ -32,11 +31,8 @@ def declare(root: nn.Module, before: Attributes, graph: AxisGraph, counts: Mappi
     """Set the declared widths of a cut model in place; those that are no longer as `before` the cut are settled."""
     frames = _frames(graph)
 
-    def now(old: int, nodes: Iterable[fx.Node], attribute: str = "") -> int:
-        dims = [dim for node in nodes for dim in _dims(graph, node) if dim.size == old]
-        if attribute == FEATURES:  # a pooling with weights may bring them back to a width that the output keeps
-            dims.sort(key=fixed)
-        return count(dims[0], counts) if dims else old
+    def now(old: int, nodes: Iterable[fx.Node]) -> int:
+        return next((count(dim, counts) for node in nodes for dim in _dims(graph, node) if dim.size == old), old)
 
     for name, module in root.named_modules():
         if isinstance(module, STANDARD) or name not in frames:
@@ -49,7 +45,7 @@ def declare(root: nn.Module, before: Attributes, graph: AxisGraph, counts: Mappi
                 if vars(module).get(attribute) != old:
                     continue
                 if type(old) is int:
-                    setattr(module, attribute, now(old, nodes, attribute))
+                    setattr(module, attribute, now(old, nodes))
                 elif type(old) in (tuple, list) and all(type(width) is int for width in old):  # of every stage
                     setattr(module, attribute, type(old)(now(width, nodes) for width in old))
         for entry in _feature_info(module):

@@ -73,24 +73,6 @@ def test_a_width_that_the_forward_reads_is_not_taken_for_another_afterwards(inpl
     assert ekgfx.prune(traced.model, plan, traced, verify=False, inplace=inplace).num_features == 6
 
 
-class Widens(nn.Module):
-    """As in SigLIP: a pooling with weights brings the features back to a width that the output keeps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.pool = nn.Conv2d(3, 8, 1), nn.Linear(8, 8)
-        self.num_features = self.head_hidden_size = 8
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pool(self.a(x).relu().mean((2, 3)))
-
-
-def test_features_may_be_narrower_than_what_they_are_pooled_to() -> None:
-    traced = ekgfx.trace(Widens(), torch.zeros(2, 3, 4, 4))
-    pruned = ekgfx.prune(traced.model, ekgfx.Plan({"a": (0, 2, 4)}), traced)
-    assert (pruned.num_features, pruned.head_hidden_size) == (3, 8)
-
-
 @pytest.mark.parametrize("inplace", [False, True])
 def test_only_declared_widths_are_touched(inplace: bool) -> None:
     traced = ekgfx.trace(Announces(), torch.zeros(2, 3, 4, 4))

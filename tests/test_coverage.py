@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.coverage import listed, measure, table
 
-# `num_features` is the old value of several widths there (SigLIP's pooling brings its own back), and another one is taken.
+# `num_features` is the old value of several widths there (SigLIP's pooling brings its own back), and another is taken.
 WIDTHS_NOT_FOUND = {
     "tnt_s_legacy_patch16_224",
     "resnet50_clip",

@@ -13,8 +13,8 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from ekgfx.batches import of_view, own_share, side_by_side, unpacked
 from ekgfx.data import Data
 from ekgfx.distributed import ALONE, Team, team
 from ekgfx.errors import DataError, RecipeError, RunError, TrainingError
@@ -196,17 +196,17 @@ class _Trainer:
         return self._check(total, number, count) / count
 
     def _update(self, batch: Any, check: bool) -> Tensor:
-        images, labels, index = _parts(batch)
+        images, labels, index = unpacked(batch)
         if self.views == 1:
             shown, samples = to_device(images, self.device), None
         else:
-            shown, samples = _side_by_side(images, self.device)
+            shown, samples = side_by_side(images, self.device)
         if self.training.channels_last and isinstance(shown, Tensor) and shown.dim() == 4:
             shown = shown.contiguous(memory_format=torch.channels_last)
         labels = to_device(labels, self.device)
         with self._precision():
             output = self.model(*shown) if isinstance(shown, tuple) else self.model(shown)
-        outputs = [output] if samples is None else [_part(output, samples, view) for view in range(self.views)]
+        outputs = [output] if samples is None else [of_view(output, samples, view) for view in range(self.views)]
         if check:
             check_classes(self.logits(outputs[0]), labels)
         loss = self.objective(outputs, labels, index) * self._share(outputs[0])
@@ -265,7 +265,7 @@ def _batches(data: Data | Iterable[Any], trainer: _Trainer, subset: Any) -> Call
     mates = trainer.mates
     if not isinstance(data, Data):
         if mates.size > 1:
-            return lambda epoch: (_own(batch, trainer.views, mates) for batch in data)
+            return lambda epoch: (own_share(batch, trainer.views, mates) for batch in data)
         return lambda epoch: data
     training = trainer.training
     size = data.size("train") if subset is None else len(subset)
@@ -294,19 +294,6 @@ def _batches(data: Data | Iterable[Any], trainer: _Trainer, subset: Any) -> Call
     return of_epoch
 
 
-def _own(batch: Any, views: int, mates: Team) -> tuple[Any, Any, Tensor]:
-    """This process's part of a batch."""
-    images, labels, index = _parts(batch)
-
-    def part(value: Any, dim: int = 0) -> Any:
-        def cut(whole: Tensor) -> Tensor:
-            return whole.movedim(dim, 0)[mates.part(whole.shape[dim])].movedim(0, dim)
-
-        return pytree.tree_map_only(Tensor, cut, value)
-
-    return part(images, 1 if views > 1 and isinstance(images, Tensor) else 0), part(labels), part(index)
-
-
 def _schedule(optimizer: torch.optim.Optimizer, training: Training) -> Scheduler | None:
     """timm's scheduler, stepped at the start of every epoch (counted from 0)."""
     if training.schedule == "constant":
@@ -323,23 +310,6 @@ def _schedule(optimizer: torch.optim.Optimizer, training: Training) -> Scheduler
     # timm decays one step before a milestone.
     milestones = [round(part * training.epochs) + 1 for part in MILESTONES]
     return MultiStepLRScheduler(optimizer, milestones, DECAY, **warmup)
-
-
-def _parts(batch: Any) -> tuple[Any, Any, Tensor]:
-    """Images, labels and sample indices of a batch; a batch without indices has none to look up."""
-    index = batch[2] if len(batch) > 2 else torch.empty(0, dtype=torch.long)
-    return batch[0], batch[1], index
-
-
-def _side_by_side(images: Any, device: torch.device) -> tuple[Tensor, int]:
-    """V views as one batch of V·B, so that BatchNorm sees all of them; and B."""
-    views = [to_device(view, device) for view in images]
-    return torch.cat(views), len(views[0])
-
-
-def _part(output: Any, samples: int, view: int) -> Any:
-    """One view's part of every tensor in an output."""
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor[view * samples : (view + 1) * samples], output)
 
 
 @contextmanager

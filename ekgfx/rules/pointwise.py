@@ -44,6 +44,8 @@ def broadcast(call: Call, *tensors: Dims) -> Dims:
     "aten.rrelu.default",
     "aten.hardswish.default",
     "aten.leaky_relu.default",  # tagged from torch 2.12 on
+    "aten.floor_divide.default",
+    "aten.floor_divide.Scalar",
     "aten.zeros_like.default",
     "aten.zero.default",
     "aten.fill.Tensor",

@@ -12,9 +12,7 @@ frozen with the reason: that prunes less, never wrongly.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from math import prod
-from operator import mul
 
 import torch
 from torch import Tensor
@@ -120,7 +118,7 @@ def fixed(expr: Expr) -> bool:
     """Whether every position stays, whatever is pruned and whatever batch comes in."""
     match resolve(expr):
         case Axis() as axis:
-            return axis.frozen is not None and not axis.batch
+            return bool(axis.frozen) and not axis.batch
         case Sum(parts) | Prod(parts):
             return all(map(fixed, parts))
 
@@ -266,7 +264,7 @@ def count(expr: Expr, counts: Mapping[Axis, int]) -> int:
         case Sum(terms):
             return sum(count(term, counts) for term in terms)
         case Prod(factors):
-            return reduce(mul, (count(factor, counts) for factor in factors), 1)
+            return prod(count(factor, counts) for factor in factors)
 
 
 def counted(exprs: Expr | Sequence[Expr], counts: Mapping[Axis, int]) -> int | list[int]:

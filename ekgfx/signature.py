@@ -44,7 +44,11 @@ def parts_of(graph: AxisGraph, paths: Sequence[str]) -> dict[str, Part | PruneEr
     """Path → what the module does, from one run of the model and one of the graph on the example's inputs; or why that
     cannot be said: it is (in) a leaf, is called more than once or never, or takes or returns no values of the graph."""
     calls = _calls(graph, paths)
-    nodes = {path: [n for n in graph.graph.nodes if n.op == "call_function" and path in callers(n)] for path in paths}
+    nodes: dict[str, list[fx.Node]] = {path: [] for path in paths}
+    for node in graph.graph.nodes:
+        if node.op == "call_function":
+            for path in nodes.keys() & callers(node):
+                nodes[path].append(node)
     edges = {n.name for inside in nodes.values() for n in (*_outside(inside), *_results(inside))}
     args, kwargs = graph.example
     with torch.no_grad():
@@ -101,12 +105,8 @@ def _part(graph: AxisGraph, path: str, nodes: list[fx.Node], called: Call | None
 
     def find(value: Any, among: Sequence[fx.Node]) -> fx.Node | None:
         for node in among:
-            known = values[node.name]
-            if (
-                isinstance(known, Tensor)
-                and known.shape == value.shape
-                and torch.allclose(known, value, equal_nan=True)
-            ):
+            own = values[node.name]
+            if isinstance(own, Tensor) and own.shape == value.shape and torch.allclose(own, value, equal_nan=True):
                 return node
         return None
 
@@ -115,7 +115,8 @@ def _part(graph: AxisGraph, path: str, nodes: list[fx.Node], called: Call | None
     given = [*zip(names, args, strict=False), *kwargs.items()]
     arguments = [(name, find(value, inputs) if isinstance(value, Tensor) else None) for name, value in given]
     missing = {n.name for n in inputs} - {node.name for _, node in arguments if node}
-    output = pytree.tree_map_only(Tensor, lambda t: find(t, [*reversed(_results(nodes)), *inputs]), returned)
+    known = [*reversed(_results(nodes)), *inputs]
+    output = pytree.tree_map_only(Tensor, lambda t: find(t, known), returned)
     if missing or any(leaf is None for leaf in pytree.tree_leaves(output)):
         raise PruneError(f"the inputs and outputs of {path or 'the model'} are not all values of the graph")
     return Part(path, nodes, weights, inputs, [n for n in outside if n.name in graph.constants], arguments, output)

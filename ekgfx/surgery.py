@@ -69,10 +69,10 @@ def prune(
             weights = slice_weights(source, kept, rescale=plan.rescale)
             pruned = _cut(model, weights, source)
         _recompute(pruned)
-    counts = {axis: len(index) for axis, index in kept.items()}
-    choices = correct(pruned, source, counts)
-    declare(pruned, before, source, counts)
-    return _settle(pruned, choices, _Prediction(source, plan, kept, weights, parts)) if verify else pruned
+    predicted = _Prediction(source, plan, kept, weights, parts)
+    choices = correct(pruned, source, predicted.counts)
+    declare(pruned, before, source, predicted.counts)
+    return _settle(pruned, choices, predicted) if verify else pruned
 
 
 def _cut(model: nn.Module, weights: Mapping[str, Tensor], source: TracedModel) -> nn.Module:
@@ -128,10 +128,12 @@ class _Prediction:
     def parts_of(self, paths: list[str]) -> list[Part]:
         """What the modules at these paths do. Raises PruneError: that cannot be said of one of them."""
         known = self.parts if self.parts is not None else parts_of(self.source, paths)
+        found = []
         for path in paths:
-            if isinstance(problem := known[path], PruneError):
-                raise problem
-        return [part for path in paths if isinstance(part := known[path], Part)]
+            if isinstance(part := known[path], PruneError):
+                raise part
+            found.append(part)
+        return found
 
 
 def _settle(pruned: nn.Module, choices: list[Choice], predicted: _Prediction) -> nn.Module:

@@ -148,7 +148,10 @@ class Searched:
         if not asked.weights:
             training = {key: getattr(asked, key) for key in ("model", "pretrain", "amp", "samples")}
             pretrained(asked, model, self.data, folder(work, {**training, "seed": seed}))
-        dense, facts = self.folder / "dense.safetensors", self.folder / "facts.json"
+        step0 = folder(
+            work, {key: identity[key] for key in ("model", "weights", "seed", "amp", "samples", "test_images")}
+        )
+        dense, facts = step0 / "prepared.safetensors", step0 / "facts.json"
         if not facts.exists():
             before, start = evaluate(model.eval(), self.test).accuracy, time.monotonic()
             prepare(model, self.data, batch_size=BANKED, seed=seed)

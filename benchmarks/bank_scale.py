@@ -41,6 +41,7 @@ from ekgfx.bank import Bank, build_bank
 from ekgfx.bank.rows import RowFormat, infidelity
 from ekgfx.bank.store import map_rows, rows_file
 from ekgfx.data.base import Batch, Loader, Split, Views
+from ekgfx.files import read_json, write_json
 from ekgfx.models import digits_cnn
 
 IMAGENET, CLASSES, TEACHERS, TEMPERATURE = 1_281_167, 1000, 5, 10.0
@@ -196,15 +197,14 @@ def main() -> None:
         print(json.dumps(build(Path(asked.output), asked.build_one)))
         return
     output = Path(asked.output)
-    found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+    found: dict[str, Any] = read_json(output) if output.exists() else {}
     found.setdefault("hardware", f"{platform.machine()}, {os.cpu_count()} cores, one thread")
     found.setdefault("versions", {"torch": torch.__version__, "numpy": np.__version__})
     found.setdefault("builds", [])
 
     def keep(**parts: Any) -> None:
         found.update(parts, date=time.strftime("%Y-%m-%d"))
-        output.with_suffix(".part").write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(output.with_suffix(".part"), output)
+        write_json(output, found)
         print(json.dumps(parts), flush=True)
 
     for samples in asked.samples:

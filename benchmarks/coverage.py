@@ -29,6 +29,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from ekgfx.files import append_line, read_lines
+
 TIMEOUT = 3600
 PIXELS = (128, 126, 144)  # the first that a model takes: some need whole groups of 3×3 patches
 LARGEST = 600_000_000  # parameters; cutting takes about 25 bytes for each
@@ -219,8 +221,7 @@ def sweep(measure: Callable[[str], dict[str, Any]], names: list[str], output: Pa
 
     fork = multiprocessing.get_context("fork")
     for i, name in enumerate(names):
-        done = {json.loads(line)["model"] for line in output.read_text().splitlines()} if output.exists() else set()
-        if name in done:
+        if name in {row["model"] for row in read_lines(output)}:
             continue
         receiver, sender = fork.Pipe(duplex=False)
         process = fork.Process(target=_measure_and_send, args=(measure, name, sender))
@@ -233,8 +234,7 @@ def sweep(measure: Callable[[str], dict[str, Any]], names: list[str], output: Pa
             row = failure(name, f"the process ended with code {process.exitcode}")
         process.kill()
         process.join()
-        with output.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(output, row)
         print(f"[{i + 1}/{len(names)}] {name}: {row['status']} {row.get('message', '')}", flush=True)
 
 

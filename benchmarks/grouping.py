@@ -11,7 +11,6 @@ and timm are loaded, whatever it interrupts. The best of three is taken.
 
 import argparse
 import gc
-import json
 import resource
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from coverage import listed
 from torch import nn
 
 import ekgfx
+from ekgfx.files import append_line, read_lines
 from ekgfx.functional import functionalize
 
 
@@ -85,13 +85,10 @@ def main() -> None:
         row = analyse(model, x)
         print(params, row, f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     else:
-        done = args.output.read_text().splitlines() if args.output.exists() else []
-        known = {json.loads(line)["model"] for line in done}
+        known = {row["model"] for row in read_lines(args.output)}
         for name in listed():
             if name not in known:
-                row = {"model": name, **analyse(*timm_model(name))}
-                with args.output.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_line(args.output, {"model": name, **analyse(*timm_model(name))})
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import torch
 
 import ekgfx
 from ekgfx import job, recipe, source
+from ekgfx.files import read_json, write_json
 from ekgfx.recipe import Recipe, Training
 from ekgfx.search.effort import search_macs
 
@@ -128,7 +129,7 @@ def main() -> None:
     if asked.threads:
         torch.set_num_threads(asked.threads)
     output = Path(asked.output)
-    lines: list[dict[str, Any]] = json.loads(output.read_text()) if output.exists() else []
+    lines: list[dict[str, Any]] = read_json(output) if output.exists() else []
     for name in asked.recipe:
         settings = recipe.load(name)
         rates, search_images = throughput(asked, settings, device)
@@ -148,8 +149,7 @@ def main() -> None:
             "date": time.strftime("%Y-%m-%d"),
         }
         lines = [old for old in lines if (old["recipe"], old["hardware"]) != (name, line["hardware"])] + [line]
-        output.with_suffix(".part").write_text(json.dumps(lines, indent=1) + "\n")
-        os.replace(output.with_suffix(".part"), output)
+        write_json(output, lines)
         print(json.dumps(line), flush=True)
 
 

@@ -14,7 +14,6 @@ the output is not measured again, and a search that was interrupted goes on afte
 """
 
 import argparse
-import json
 import os
 import platform
 import time
@@ -31,6 +30,7 @@ import ekgfx
 from ekgfx import job, source
 from ekgfx.data import Data
 from ekgfx.evaluation import reestimate_batch_norm
+from ekgfx.files import append_line, read_json, read_lines, write_json
 from ekgfx.search import SearchResult, Step
 from ekgfx.trace import TracedModel
 from ekgfx.weights import load_weights
@@ -79,16 +79,13 @@ class Setting:
         """The method's plan; EKG's steps are kept in `history`."""
         options: dict[str, Any] = dict(METHODS[method])
         if options["strategy"] == "ekg":
-            done = [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
-            options |= {"resume_from": done, "accept": self.asked.accept, "on_step": appending(history)}
+            options |= {"resume_from": read_lines(history), "accept": self.asked.accept, "on_step": appending(history)}
             options["batches"] = list(self.batches(self.seen[: self.asked.search_images]))
         return ekgfx.search(self.traced, flops=self.asked.keep, **options)
 
     def measure(self, method: str, history: Path) -> dict[str, Any]:
         """One entry of the output."""
-        start = time.monotonic()
         result = self.search(method, history)
-        searched = time.monotonic() - start
         pruned = ekgfx.prune(self.traced.model, result.plan, self.traced)
         reestimate_batch_norm(pruned, self.batches(self.seen))
         cost, full = self.traced.cost(result.plan), self.traced.cost()
@@ -96,15 +93,14 @@ class Setting:
             "macs_kept": cost.macs / full.macs,
             "params_kept": cost.params / full.params,
             "steps": len(result.steps),
-            "search_seconds": round(searched, 1),
+            "search_seconds": round(sum(step.seconds for step in result.steps), 1),
             **self.score(pruned.eval()),
         }
 
 
 def appending(path: Path) -> Callable[[Step], None]:
     def on_step(step: Step) -> None:
-        with path.open("a") as file:
-            file.write(json.dumps(step.to_json()) + "\n")
+        append_line(path, step.to_json())
         print(
             f"step {step.number}: {step.kept_fraction:.3f} kept, loss {step.measure.loss:.4f}, {step.seconds:.0f} s",
             flush=True,
@@ -118,7 +114,7 @@ def main() -> None:
     torch.set_num_threads(asked.threads)
     output = Path(asked.output)
     history = output.with_suffix(".history.jsonl")
-    found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {"methods": {}}
+    found: dict[str, Any] = read_json(output) if output.exists() else {"methods": {}}
     settings = {key: getattr(asked, key) for key in ("keep", "search_images", "accept", "batch", "test_images", "seed")}
     if found.setdefault("settings", settings) != settings:
         raise SystemExit(f"{output} was made with other settings; choose another --output")
@@ -142,8 +138,7 @@ def replacing(output: Path, found: dict[str, Any]) -> Iterator[Callable[..., Non
         found["hardware"] = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread"
         found["versions"] = {"ekgfx": ekgfx.__version__, "torch": torch.__version__}
         found["date"] = time.strftime("%Y-%m-%d")
-        output.with_suffix(".part").write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(output.with_suffix(".part"), output)
+        write_json(output, found)
         for name, entry in found["methods"].items():
             print(name, {key: value for key, value in entry.items() if key != "right"}, flush=True)
 

@@ -6,7 +6,7 @@
 
 Draws sub-networks of equal cost: widths at random, scaled until `--keep` of the MACs are left, the channels of least L1
 norm gone. Each is a line of the output, independent of the others and the same for the same seed; a line that is there
-is not measured again. Of each, before any training:
+is not measured again, and the search for the knowledge goes on after its last step. Of each, before any training:
 
     validation    CE on validation images, batch statistics: what a search without knowledge minimizes
     reward        CE + CE to the ensemble knowledge (eq. 4) of an EKG search to the same budget: what EKG minimizes
@@ -36,6 +36,7 @@ import ekgfx
 from ekgfx import job, landscape, source
 from ekgfx.data import Data
 from ekgfx.evaluation import evaluate, reestimate_batch_norm
+from ekgfx.files import append_line, read_lines
 from ekgfx.plan import Plan
 from ekgfx.search.candidates import important_first
 from ekgfx.search.importance_peers import magnitude
@@ -129,31 +130,20 @@ def main() -> None:
         key: value for key, value in vars(asked).items() if key not in ("output", "figure", "subnetworks", "threads")
     }
     facts["weights"], facts["data"] = Path(asked.weights).name, asked.data.partition(":")[0]
-    head, lines = read(output)
+    head, *lines = read_lines(output) or [None]
     if head is not None and head["settings"] != facts:
         raise SystemExit(f"{output} was made with other settings; choose another --output")
     missing = [n for n in range(asked.subnetworks) if n not in {line["number"] for line in lines}]
     if missing and not asked.figure:
         if head is None:
-            output.write_text(json.dumps({"settings": facts, "date": time.strftime("%Y-%m-%d")}) + "\n")
+            append_line(output, {"settings": facts, "date": time.strftime("%Y-%m-%d")})
         study = prepare(asked)
         for number in missing:
             lines.append(study.measure(number))
-            with output.open("a") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
+            append_line(output, lines[-1])
             print(json.dumps(lines[-1]), flush=True)
     print(json.dumps(summary(lines), indent=1))
     draw(lines, Path(asked.figure or output.with_suffix(".png")), asked)
-
-
-def read(output: Path) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
-    """Settings and lines of an earlier run; a line that a kill cut short is taken out of the file."""
-    if not output.exists():
-        return None, []
-    whole = [line for line in output.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    output.write_text("".join(whole))
-    head, *lines = map(json.loads, whole)
-    return head, lines
 
 
 def prepare(asked: argparse.Namespace) -> Study:
@@ -174,7 +164,17 @@ def prepare(asked: argparse.Namespace) -> Study:
         ensemble=False,
         rescale=True,
     )
-    result = ekgfx.search(traced, batches, flops=asked.keep, accept=asked.accept, rescale=True, seed=asked.seed)
+    history = Path(asked.output).with_suffix(".search.jsonl")
+    result = ekgfx.search(
+        traced,
+        batches,
+        flops=asked.keep,
+        accept=asked.accept,
+        rescale=True,
+        seed=asked.seed,
+        resume_from=read_lines(history),
+        on_step=lambda step: append_line(history, step.to_json()),
+    )
     logits = [judge(problem.network(plan), problem.batches, problem.objective, None)[1] for plan in result.plans]
     knowledge = tuple(torch.stack(parts).mean(0) for parts in zip(*logits, strict=True))  # eq. 8
     return Study(asked, traced, data, problem, train, knowledge)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -72,10 +72,12 @@ def checksum(path: Path) -> dict[str, Any]:
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds one line to a JSON-lines file, on disk when this returns."""
+    """Adds one line to a JSON-lines file, on disk when this returns; a torn last line gives way to it."""
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+        with path.open("ab+") as file:
+            file.truncate(_whole_lines(file))
+            file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -95,13 +97,17 @@ def read_lines(path: Path) -> list[Any]:
         raise RunError(f"{path} is damaged: {error}; restore it, or start a new run") from error
 
 
-def drop_torn_line(path: Path) -> None:
-    """Ends a line file with its last whole line."""
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    if end < len(content):
-        with path.open("r+b") as file:
-            file.truncate(end)
+def _whole_lines(file: BinaryIO) -> int:
+    """How many bytes of a file its whole lines take, looked up from its end."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(end - 4096, 0)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
 
 
 def _flush_folder(path: Path) -> None:

@@ -1,7 +1,7 @@
 """The run directory: everything one job knows, in files that survive a kill at any moment.
 
-How the files are written: `ekgfx.files`; a line that was torn by a kill is dropped when the run goes on. One process at
-a time may write to a run: it holds the lock file, which the operating system releases when that process dies.
+How the files are written: `ekgfx.files`. One process at a time may write to a run: it holds the lock file, which the
+operating system releases when that process dies.
 """
 
 import platform
@@ -23,7 +23,6 @@ from ekgfx.files import (
     advice,
     append_line,
     checksum,
-    drop_torn_line,
     json_text,
     read_json,
     read_lines,
@@ -168,8 +167,6 @@ class Run:
         lock = _acquire(path)
         for partial in path.rglob(f".*{PARTIAL}"):
             partial.unlink()
-        for lines in path.glob("*.jsonl"):
-            drop_torn_line(lines)
         return cls(path, read_manifest(path), lock)
 
     def update(self, **facts: Any) -> None:

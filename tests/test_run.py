@@ -13,7 +13,7 @@ import pytest
 
 from ekgfx import run as runs
 from ekgfx.errors import RunError
-from ekgfx.files import read_json, read_lines
+from ekgfx.files import append_line, read_json, read_lines
 from ekgfx.run import Run
 
 
@@ -77,15 +77,24 @@ def test_other_files_are_never_overwritten(tmp_path):
         Run.create(tmp_path / "other")
 
 
-def test_torn_line_is_dropped_when_the_run_goes_on(tmp_path):
+@pytest.mark.parametrize("torn", ['{"step": 2, "lo', "x" * 10_000, "é"], ids=["short", "long", "not ASCII"])
+def test_torn_line_gives_way_to_the_next(tmp_path, torn):
+    lines = tmp_path / "run" / "history.jsonl"
     with Run.create(tmp_path / "run") as run:
         run.append("history.jsonl", {"step": 1})
-    with (tmp_path / "run" / "history.jsonl").open("a") as file:
-        file.write('{"step": 2, "lo')
-    assert read_lines(tmp_path / "run" / "history.jsonl") == [{"step": 1}]
+    with lines.open("ab") as file:
+        file.write(torn.encode()[:-1])
+    assert read_lines(lines) == [{"step": 1}]
     with Run.reopen(tmp_path / "run") as run:
         run.append("history.jsonl", {"step": 2})
-        assert run.lines("history.jsonl") == [{"step": 1}, {"step": 2}]
+        run.append("history.jsonl", {"step": 3})
+    assert lines.read_bytes() == b'{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
+def test_torn_first_line_gives_way(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"y" * 5000)
+    append_line(tmp_path / "a.jsonl", {"step": 1})
+    assert (tmp_path / "a.jsonl").read_bytes() == b'{"step": 1}\n'
 
 
 def test_newest(tmp_path):

@@ -32,7 +32,7 @@ from ekgfx import data as datasets
 from ekgfx import recipe
 from ekgfx.checkpoint import load_tensors, save_tensors
 from ekgfx.evaluation import evaluate, reestimate_batch_norm
-from ekgfx.files import read_json, write_json
+from ekgfx.files import append_line, read_json, read_lines, write_json
 from ekgfx.models import mobilenetv2_cifar, resnet56_cifar, resnet56_cifar_projection
 from ekgfx.prepare import prepare
 from ekgfx.search import Step
@@ -50,7 +50,7 @@ def main() -> None:
     if asked.threads:
         torch.set_num_threads(asked.threads)
     output = Path(asked.output)
-    done = [line["experiment"] for line in whole_lines(output)]
+    done = [line["experiment"] for line in read_lines(output)]
     for seed in asked.seeds:
         for guide in dict.fromkeys(pair.split("/")[0] for pair in asked.knowledge):
             tunings = [pair.split("/")[1] for pair in asked.knowledge if pair.split("/")[0] == guide]
@@ -60,8 +60,7 @@ def main() -> None:
             search = Searched(asked, seed, guide, device)
             for tune in wanted:
                 row = {"experiment": experiment(asked, seed, guide, tune), **tuned(asked, search, tune)}
-                with output.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_line(output, row)
                 print(json.dumps({key: row[key] for key in ("experiment", "accuracy", "minutes")}), flush=True)
 
 
@@ -76,14 +75,6 @@ def experiment(asked: argparse.Namespace, seed: int, guide: str, tune: str) -> d
         "seed": seed,
         **{key: getattr(asked, key) for key in kept},
     }
-
-
-def whole_lines(path: Path) -> list[Any]:
-    """The JSON lines of a file; one that a kill cut short is taken out of it."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):
-        path.write_text("".join(lines[:-1]))
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def folder(work: Path, identity: dict[str, Any]) -> Path:
@@ -170,7 +161,7 @@ class Searched:
             knowledge=guide,
             accept=asked.accept,
             seed=seed,
-            resume_from=whole_lines(history),
+            resume_from=read_lines(history),
             on_step=lambda step: self.note(history, step),
         )
         searched = sum(step.seconds for step in self.result.steps)
@@ -178,8 +169,7 @@ class Searched:
 
     def note(self, history: Path, step: Step) -> None:
         """Keep a step of the search."""
-        with history.open("a") as file:
-            file.write(json.dumps(step.to_json()) + "\n")
+        append_line(history, step.to_json())
         print(
             f"step {step.number}: {step.kept_fraction:.3f} of the MACs, loss {step.measure.loss:.5f}, "
             f"{len(step.candidates)} candidates, {step.seconds:.1f} s",

@@ -1,6 +1,8 @@
 """The examples are run, small."""
 
+import csv
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +16,6 @@ from timm.loss import LabelSmoothingCrossEntropy
 
 import ekgfx
 from ekgfx import source
-from ekgfx.bank import Bank
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -32,63 +33,62 @@ def test_lightning():
     assert example("lightning_ekg").main(epochs=2) > 0.9
 
 
-SCRIPT = """
-# The places where timm's train.py touches what the example replaces.
-import sys
-import torch
-from timm import create_model
-from timm.data import create_dataset, create_loader
-
-model_name, folder = sys.argv[sys.argv.index("--model") + 1], sys.argv[sys.argv.index("--data-dir") + 1]
-model = create_model(model_name, pretrained="--pretrained" in sys.argv)
-dataset = create_dataset("", root=folder, split="train", is_training=True)
-loader = create_loader(dataset, (3, 32, 32), 4, is_training=True, use_prefetcher=False, num_workers=0, device="cpu",
-                       persistent_workers=False)
-LOSS
-targets, losses = [], []
-for images, target in loader:
-    targets += target.tolist()
-    losses.append(loss(model(images), target))
-    losses[-1].backward()
-open(sys.argv[-1], "w").write(repr((sorted(targets), len(create_dataset("", root=folder, split="train")))))
-"""
-
-# How the script makes its loss, by timm's version.
-NAMED = "from timm.loss import LabelSmoothingCrossEntropy; loss = LabelSmoothingCrossEntropy(smoothing=0.1)"
-TASK = """
-from timm.task import ClassificationTask
-loss = ClassificationTask(model, criterion_kwargs={"smoothing": 0.1}).criterion
-"""
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """train/ with 4 images of each of 3 classes, validation/ with one."""
+    folder, draw = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 4), ("validation", 1)):
+        for label in (0, 1, 2):
+            (folder / split / f"class{label}").mkdir(parents=True)
+            for number in range(count):
+                pixels = draw.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / f"class{label}" / f"{number}.png")
+    return folder
 
 
-@pytest.mark.parametrize("loss", [NAMED, TASK], ids=["named", "task"])
-def test_timms_training_script(tmp_path, monkeypatch, loss):
-    """Labels and indices arrive at the bank's loss through a loader of timm."""
-    if loss == TASK and not hasattr(timm.loss, "create_classification_loss"):
-        pytest.skip(f"timm {timm.__version__} has its script name the loss")
-    draw = np.random.default_rng(0)
-    for label in (0, 1, 2):
-        (tmp_path / "images" / "train" / f"class{label}").mkdir(parents=True)
-        for number in range(4):
-            pixels = draw.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "images" / "train" / f"class{label}" / f"{number}.png")
+@pytest.fixture(scope="module")
+def timm_run(tmp_path_factory) -> Path:
+    """A run of a timm model with its memory bank of 12 images."""
+    run = tmp_path_factory.mktemp("timm") / "run"
     asked = source.parse("timm:test_resnet", weights="none", input="1x3x32x32", classes=3)
     built = asked.build()
     traced = ekgfx.trace(built.model, built.example_inputs)
     batches = [(torch.randn(12, 3, 32, 32), torch.arange(12) % 3)]
     result = ekgfx.search(traced, batches, flops=0.9)
-    ekgfx.save(ekgfx.prune(built.model, result.plan, traced), tmp_path / "run", plan=result.plan, source=asked)
-    ekgfx.build_bank(traced, result, batches, tmp_path / "run" / "bank", teachers=2)
+    ekgfx.save(ekgfx.prune(built.model, result.plan, traced), run, plan=result.plan, source=asked)
+    ekgfx.build_bank(traced, result, batches, run / "bank", teachers=2)
+    return run
 
-    asked_for: list[int] = []
-    logits = Bank.logits
-    monkeypatch.setattr(Bank, "logits", lambda bank, index: asked_for.extend(index.tolist()) or logits(bank, index))
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", [[], ["--no-prefetcher", "--model-ema"]], ids=["usual", "average"])
+def test_timms_training_script(tmp_path, monkeypatch, images, timm_run, options):
+    """Labels and indices arrive at the bank's loss, the pruned network is trained, and its checkpoint makes it again.
+
+    EKGFX_TIMM_SCRIPT=FILE takes timm's own train.py instead of the script here.
+    """
+    script = os.environ.get("EKGFX_TIMM_SCRIPT", Path(__file__).with_name("timm_script.py"))
+    seen: list[int] = []
+    forward = ekgfx.EKGLoss.forward
+
+    def noted(loss: ekgfx.EKGLoss, outputs: list, labels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(labels, index // 4)
+        seen.extend(index.tolist())
+        return forward(loss, outputs, labels, index)
+
+    monkeypatch.setattr(ekgfx.EKGLoss, "forward", noted)
     monkeypatch.setattr(sys, "argv", [])
     module = example("timm_train_ekg")
     monkeypatch.setattr(module.timm.data, "create_dataset", module.timm.data.create_dataset)
     monkeypatch.setattr(LabelSmoothingCrossEntropy, "forward", LabelSmoothingCrossEntropy.forward)
-    (tmp_path / "train.py").write_text(SCRIPT.replace("LOSS", loss))
-    out = tmp_path / "out"
-    module.main(tmp_path / "run", tmp_path / "train.py", ["--data-dir", str(tmp_path / "images"), str(out)])
-    assert sorted(asked_for) == list(range(12))
-    assert eval(out.read_text()) == ([index // 4 + 3 * index for index in range(12)], 12)
+    told = f"--data-dir {images} --epochs 2 --batch-size 4 --lr 0.01 --warmup-epochs 0 --workers 0 --device cpu"
+    module.main(timm_run, script, [*told.split(), "--output", str(tmp_path), "--experiment", "trained", *options])
+    assert len(seen) >= 24 and sorted(seen) == sorted([*range(12)] * (len(seen) // 12))  # timm may add epochs
+
+    with (tmp_path / "trained" / "summary.csv").open() as lines:
+        assert [int(line["epoch"]) for line in csv.DictReader(lines)][:2] == [0, 1]
+    last = tmp_path / "trained" / "last.pth.tar"
+    again = timm.create_model(f"local-dir:{timm_run / 'timm'}", checkpoint_path=str(last))
+    weights = ekgfx.load(timm_run).state_dict()
+    changed = [name for name, value in again.state_dict().items() if not torch.equal(value, weights[name])]
+    assert changed and again.state_dict().keys() == weights.keys()

@@ -1,0 +1,105 @@
+"""Folders of images: labels by folders or names, views, and errors that name the file."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ekgfx import data
+from ekgfx.data.images import seeded
+from ekgfx.errors import DataError
+
+
+def test_numbered_files_are_labelled_by_their_names(data_dir: Path) -> None:
+    sample = data.load(f"folder:{data_dir / 'imagenet-sample'}", classes=1000, image_size=64)
+    assert (sample.size("train"), sample.size("test"), sample.classes) == (400, 100, 1000)
+    labels = torch.cat([sample.labels("train"), sample.labels("test")])
+    assert labels.sort().values.tolist() == list(range(0, 1000, 2))
+    (batch,) = sample.loader("test", 4, subset=[7, 0, 1, 2])
+    assert batch.images.shape == (4, 3, 64, 64) and batch.index.tolist() == [7, 0, 1, 2]
+    assert torch.equal(batch.labels, sample.labels("test")[batch.index])
+    assert data.load(f"folder:{data_dir / 'imagenet-sample'}").classes == 999  # one more than the highest
+
+
+def test_class_folders_and_sets(photos_of) -> None:
+    places = [f"{split}/{name}/{i}.jpg" for split in ("train", "val") for name in ("b", "a10", "a2") for i in range(2)]
+    folder = data.load(f"folder:{photos_of(*places)}", classes=3, image_size=32)
+    assert (folder.size("train"), folder.size("test"), folder.classes) == (6, 6, 3)
+    assert folder.labels("train").tolist() == [0, 0, 1, 1, 2, 2]  # a2, a10, b: in natural order
+
+
+def test_folders_of_imagenet_ids_get_imagenets_numbers(photos_of) -> None:
+    root = photos_of(*(f"{name}/{i}.jpg" for name in ("n03445777", "n01440764") for i in range(3)))
+    assert sorted(set(data.load(f"folder:{root}", classes=1000).labels("train").tolist())) == [
+        0,
+        574,
+    ]  # tench, golf ball
+    assert sorted(set(data.load(f"folder:{root}").labels("train").tolist())) == [0, 1]
+
+
+def test_files_without_numbers_have_no_labels(photos_of) -> None:
+    folder = data.load(f"folder:{photos_of(*(f'{name}.jpg' for name in 'abcdefgh'))}", image_size=32, classes=1000)
+    (batch,) = folder.loader("train", 8)
+    assert folder.classes is None and folder.labels("train") is None and batch.labels is None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_is_cut_short_is_named(photos_of, workers: int) -> None:
+    root = photos_of(*(f"{i}_x.jpg" for i in range(10)))
+    path = root / "3_x.jpg"
+    path.write_bytes(path.read_bytes()[:5000])
+    folder = data.load(f"folder:{root}", image_size=32)
+    split = "train" if 3 in folder.labels("train") else "test"
+    with pytest.raises(DataError, match=r"cannot read the image .*3_x\.jpg: .*truncated") as caught:
+        list(folder.loader(split, 4, workers=workers))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_image_is_named(photos_of) -> None:
+    root = photos_of(*(f"{i}_x.jpg" for i in range(8)))
+    for path in root.glob("*.jpg"):
+        path.write_text("not an image")
+    with pytest.raises(DataError, match=r"cannot read the image .*_x\.jpg: cannot identify image file"):
+        list(data.load(f"folder:{root}", image_size=32).loader("train", 4))
+
+
+def test_augmented_views_of_files_belong_to_the_sample_not_to_the_batch(photos_of) -> None:
+    folder = data.load(f"folder:{photos_of(*(f'{i}_x.jpg' for i in range(8)))}", image_size=32)
+    options = {"augment": True, "views": 2, "seed": 7}
+    before = torch.get_rng_state()
+    (whole,) = folder.loader("train", 8, **options)
+    parts = list(folder.loader("train", 2, workers=2, **options))
+    assert torch.equal(whole.images, torch.cat([part.images for part in parts], dim=1))
+    assert not torch.equal(whole.images[0], whole.images[1])
+    assert torch.equal(torch.get_rng_state(), before)  # the user's random numbers are not touched
+    other = folder.loader("train", 8, **options)
+    other.set_epoch(1)
+    assert not torch.equal(whole.images, next(iter(other)).images)
+
+
+def test_seeding_puts_the_generators_back() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    first = torch.rand(1)
+    with seeded(5):
+        torch.rand(3)
+    assert torch.equal(torch.cat([first, torch.rand(1)]), expected)
+
+
+@pytest.mark.parametrize(
+    ("places", "classes", "message"),
+    [
+        ([], None, "no images in .*; use .jpg"),
+        (["a/1.jpg", "b/1.jpg", "loose.jpg"], None, r"images of its own beside class folders, such as .*loose\.jpg"),
+        (["1_a.jpg", "2_b.jpg", "c.jpg"], None, r"c\.jpg has no label"),
+        ([f"{name}/{i}.jpg" for name in "ab" for i in range(5)], 10, "has 2 classes, but the model has 10 outputs"),
+        ([f"{i}_x.jpg" for i in range(12)], 10, "has 12 classes, but the model has 10 outputs"),
+        (["train/a/1.jpg", "val/b/1.jpg"], None, "class folder 'b' of .*val is none of the training set's"),
+        (["train/a/1.jpg", "val/1.jpg"], None, "only one has labels"),
+    ],
+)
+def test_unusable_folders_are_explained(photos_of, tmp_path: Path, places: list[str], classes, message: str) -> None:
+    photos_of(*places)
+    with pytest.raises(DataError, match=message):
+        data.load(f"folder:{tmp_path}", classes=classes)

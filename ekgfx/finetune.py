@@ -4,14 +4,11 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from ekgfx.batches import of_view, own_share, side_by_side, unpacked
@@ -21,50 +18,12 @@ from ekgfx.errors import DataError, RecipeError, RunError, TrainingError
 from ekgfx.evaluation import device_of, evaluate, to_device
 from ekgfx.loss import EKGLoss, KnowledgeSource, LabelLoss, check_classes, cross_entropy, logits_themselves
 from ekgfx.parallel import SharedNorms, add_gradients
+from ekgfx.training import Training
 from ekgfx.training_state import load_state, save_state
 from ekgfx.typed import read
 
 CHECK_EVERY = 50
 """Batches between two looks at the loss: every look waits for the device."""
-MILESTONES, DECAY = (0.3, 0.6, 0.8), 0.2
-"""The paper's schedule: ×0.2 after these parts of the epochs."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """How to train. The defaults are the paper's for CIFAR.
-
-    epochs; batch_size; lr; momentum; weight_decay (on all parameters). optimizer: any name that timm knows ("sgd" is
-    with Nesterov momentum). schedule: "multistep" (×0.2 after 30, 60 and 80% of the epochs), "cosine" (to 0) or
-    "constant". warmup: epochs of linear warm-up. augment: flips, crops and, with two views, colours. views: augmented
-    views per image; None takes 2 with a bank and 1 without. amp: None, or the half precision to compute in.
-    channels_last: memory format of images and weights. workers: processes that decode images. seed: of shuffle,
-    augmentation and dropout.
-    """
-
-    epochs: int = 100
-    batch_size: int = 128
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    optimizer: str = "sgd"
-    schedule: Literal["multistep", "cosine", "constant"] = "multistep"
-    warmup: int = 0
-    augment: bool = True
-    views: int | None = None
-    amp: Literal["bf16", "fp16"] | None = None
-    channels_last: bool = False
-    workers: int = 0
-    seed: int = 0
-
-    @classmethod
-    def of(cls, settings: dict[str, Any]) -> "Training":
-        """Raises RecipeError for a setting that does not exist."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(settings) - set(known))
-        if unknown:
-            raise RecipeError(f"fine-tuning has no setting {unknown[0]!r}; it has {', '.join(known)}")
-        return cls(**settings)
 
 
 @dataclass(frozen=True)
@@ -113,7 +72,7 @@ def finetune(
         parallel: all processes of torchrun call this together and train as one: each takes its part of every batch, and
             a step is what one process would compute on the whole batch, up to rounding (see `ekgfx.parallel`). Only
             the first writes the checkpoint and evaluates.
-        settings: the fields of `Training`.
+        settings: the fields of `ekgfx.training.Training`.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -166,16 +125,9 @@ class _Trainer:
         self.device = device_of(model)
         if training.channels_last:
             model.to(memory_format=torch.channels_last)
-        self.optimizer = create_optimizer_v2(
-            model,
-            training.optimizer,
-            lr=training.lr,
-            weight_decay=training.weight_decay,
-            momentum=training.momentum,
-            filter_bias_and_bn=False,
-        )
+        self.optimizer = training.optimizer_of(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "fp16")
-        self.schedule = _schedule(self.optimizer, training)
+        self.schedule = training.schedule_of(self.optimizer)
 
     def epoch(self, number: int, batches: Iterable[Any], on_batch: Callable[[int], None]) -> float:
         """Train on every batch once; returns the mean loss."""
@@ -292,24 +244,6 @@ def _batches(data: Data | Iterable[Any], trainer: _Trainer, subset: Any) -> Call
         return loader
 
     return of_epoch
-
-
-def _schedule(optimizer: torch.optim.Optimizer, training: Training) -> Scheduler | None:
-    """timm's scheduler, stepped at the start of every epoch (counted from 0)."""
-    if training.schedule == "constant":
-        return None
-    warmup: dict[str, Any] = {
-        "warmup_t": training.warmup,
-        "warmup_lr_init": training.lr / (training.warmup + 1),
-        "warmup_prefix": False,
-    }
-    if training.schedule == "cosine":
-        return CosineLRScheduler(optimizer, t_initial=training.epochs, **warmup)
-    if training.schedule != "multistep":
-        raise RecipeError(f"unknown schedule {training.schedule!r}; use multistep, cosine or constant")
-    # timm decays one step before a milestone.
-    milestones = [round(part * training.epochs) + 1 for part in MILESTONES]
-    return MultiStepLRScheduler(optimizer, milestones, DECAY, **warmup)
 
 
 @contextmanager

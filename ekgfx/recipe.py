@@ -22,7 +22,7 @@ from ekgfx.units import bytes_of
 
 @dataclass(frozen=True)
 class Training:
-    """How a network is trained; the fields of `ekgfx.finetune.Training`, which says what they mean."""
+    """How a network is trained; the fields of `ekgfx.training.Training`, which says what they mean."""
 
     epochs: int = 0
     batch_size: int = 128

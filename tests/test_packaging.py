@@ -38,7 +38,7 @@ groups sliced obstacle segments
 trace
 loss verify signature graphed declared attributes
 evaluation surgery
-search training_state batches
+search training training_state batches
 finetune bank
 prepare checkpoint export landscape
 hub

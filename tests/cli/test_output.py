@@ -122,10 +122,10 @@ def test_data_means_the_same_when_a_run_goes_on_elsewhere(spec, meant, tmp_path,
 
 
 def test_every_training_setting_is_a_recipe_key():
-    """The recipe's training sections repeat `ekgfx.finetune.Training`, which the command line must not import."""
+    """The recipe's training sections repeat `ekgfx.training.Training`, which the command line must not import."""
     from dataclasses import fields
 
-    from ekgfx.finetune import Training
+    from ekgfx.training import Training
 
     ours = {f.name: f.type for f in fields(recipe.Training)}
     theirs = {f.name: f.type for f in fields(Training) if f.name != "seed"}  # the recipe has one seed for everything

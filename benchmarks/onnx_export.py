@@ -1,4 +1,5 @@
-"""Which models export to ONNX, dense and pruned, and do the files compute the same? One process a model; resumable.
+"""Which models export to ONNX, dense and pruned, and do the files compute the same? One process a model, forked from
+one that has imported everything; resumable.
 
     python benchmarks/onnx_export.py --output docs/onnx.jsonl                  # benchmarks/models.txt
     python benchmarks/onnx_export.py --output out.jsonl nest_tiny twins_svt_small
@@ -6,20 +7,25 @@
 
 Every model is exported as it is and pruned to half of its MACs (one share for all groups, by magnitude), in fp32 and
 in fp16. Parameters are perturbed first, since zero-initialised scales and near-uniform attention would hide errors;
-less so where the network would then amplify mere rounding until nothing can be compared. Parity is checked in
-onnxruntime on the CPU at two batch sizes, to 1e-4 relative in fp32 and 1e-2 in fp16.
+less so, or with new statistics of batch norms, where rounding weights and inputs to fp16 would move the PyTorch model's
+own output by more than 1e-2: nothing can be compared then. Parity is checked in onnxruntime on the CPU at two batch
+sizes, to 1e-4 relative in fp32 and 1e-2 in fp16.
 
 One JSON line for each network and precision: status "ok", "unpruned" (ekgfx cannot cut the model so far, so there is
-nothing to export), "failed" (with the message, which names the operator), "timeout" or "error" (the process died);
-relative and absolute difference; seconds; nodes and bytes of the file; nodes of an fp16 file that stay in fp32 because
-their values are too large; strength of the perturbation. A model whose lines the output holds already is skipped.
+nothing to export), "failed" (with the message, which names the operator), "amplifies" (the file differs by more, but so
+does the PyTorch model from itself when its weights and inputs move by the rounding of that precision, and no state was
+found in which it does not), "timeout" or "error" (the process died); relative and absolute difference; seconds; nodes
+and bytes of the file; nodes of an fp16 file that stay in fp32 because their values or weights are too large; strength
+of the perturbation, whether batch norms were estimated anew, and how far rounding moves the output. A model whose lines
+the output holds already is skipped.
 """
 
 import argparse
+import copy
 import json
+import math
+import multiprocessing
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,7 +34,9 @@ from typing import Any
 
 TIMEOUT = 900
 FLOPS = 0.5
-ROUNDING = 2**-11
+STRENGTHS = (1.0, 0.3, 0.1, 0.03)
+"""Of the perturbation, one after the other until the network bears it."""
+ROUNDING, TOLERANCE = 2**-11, 1e-2
 """Of fp16, relative."""
 CASES = [(network, precision) for network in ("dense", "pruned") for precision in ("fp32", "fp16")]
 
@@ -42,58 +50,66 @@ def measure(name: str) -> Iterator[Row]:
     """The rows of one model, as they are known."""
     import timm
     import torch
+    from ekgfx.export import amplification
 
     import ekgfx
     from ekgfx.errors import EkgfxError
+    from ekgfx.evaluation import reestimate_batch_norm
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     inputs = torch.randn(2, *model.pretrained_cfg["input_size"])
-    traced, reason = None, ""
+    pruned, reason, facts, most = None, "", {}, math.inf
     try:
         traced = ekgfx.trace(model, inputs)
     except EkgfxError as error:
-        reason = str(error)
-    pruned = None
-    for drawn in perturbations(model):
-        strength = drawn
+        traced, reason = None, str(error)
+    kept = model
+    for state in states(model, inputs):
+        moves = amplification(model, inputs, ROUNDING)
+        if moves >= most:
+            continue
+        cut = None
         if traced is not None:
             try:
                 plan = ekgfx.search(traced, flops=FLOPS, strategy="uniform", importance="magnitude").plan
-                pruned = ekgfx.prune(model, plan, traced)
+                cut = ekgfx.prune(model, plan, traced)
             except EkgfxError as error:
                 traced, reason = None, str(error)
-        if calm(model, inputs) and (pruned is None or calm(pruned, inputs)):
+        if cut is not None:
+            if state["reestimated"]:
+                reestimate_batch_norm(cut, [inputs])
+            moves = max(moves, amplification(cut, inputs, ROUNDING))
+        if moves < most:
+            most, pruned, facts = moves, cut, state | {"moves": moves}
+            kept = model if moves <= TOLERANCE else copy.deepcopy(model)
+        if moves <= TOLERANCE:
             break
-    yield from (row | {"perturbation": strength} for row in export("dense", model, inputs))
+    yield from (row | facts for row in export("dense", kept, inputs))
     if pruned is None:
         yield from (blank("pruned", p, "unpruned", reason) for p in ("fp32", "fp16"))
     else:
-        yield from (row | {"perturbation": strength} for row in export("pruned", pruned, inputs))
+        yield from (row | facts for row in export("pruned", pruned, inputs))
 
 
-def perturbations(model: Any) -> Iterator[float]:
-    """Perturb the model's weights in place, ever less strongly: fully (`ekgfx.verify.perturb`), by a third, a tenth."""
-    import copy
-
+def states(model: Any, inputs: Any) -> Iterator[Row]:
+    """Give the model other weights in place: perturbed fully (`ekgfx.verify.perturb`), by a third, a tenth, …; then the
+    same again with the statistics of its batch norms estimated anew, if it has any."""
+    from ekgfx.evaluation import reestimate_batch_norm
     from ekgfx.verify import perturb
 
     initial = copy.deepcopy(model.state_dict())
     perturb(model)
     full = copy.deepcopy(model.state_dict())
-    for strength in (1.0, 0.3, 0.1, 0.03):
-        model.load_state_dict(
-            {key: w.lerp(full[key], strength) if w.is_floating_point() else w for key, w in initial.items()}
-        )
-        yield strength
-
-
-def calm(model: Any, inputs: Any) -> bool:
-    """Whether the network leaves rounding errors about as small as they are."""
-    from ekgfx.export import amplification
-
-    return amplification(model, inputs[:1], ROUNDING) <= 2 * ROUNDING
+    for reestimated in (False, True) if any("running_var" in key for key in initial) else (False,):
+        for strength in STRENGTHS:
+            model.load_state_dict(
+                {key: w.lerp(full[key], strength) if w.is_floating_point() else w for key, w in initial.items()}
+            )
+            if reestimated:
+                reestimate_batch_norm(model, [inputs])
+            yield {"perturbation": strength, "reestimated": reestimated}
 
 
 def export(network: str, model: Any, inputs: Any) -> Iterator[Row]:
@@ -124,14 +140,18 @@ def export(network: str, model: Any, inputs: Any) -> Iterator[Row]:
 def checked(network: str, precision: str, model: Any, path: Path, inputs: Any, params: int, seconds: float) -> Row:
     """A file's parity and its size."""
     import onnx
-    from ekgfx.export import check_parity
+    from ekgfx.export import amplification, check_parity
+    from ekgfx.export.parity import ROUNDING as ROUNDING_OF
+    from ekgfx.export.parity import TOLERANCE as TOLERANCE_OF
 
     from ekgfx.errors import ExportError
 
     try:
         parity = check_parity(model, path, inputs)
     except ExportError as error:
-        return blank(network, precision, "failed", str(error))
+        moved = amplification(model, inputs, ROUNDING_OF[precision])
+        status = "amplifies" if moved > TOLERANCE_OF[precision] else "failed"
+        return blank(network, precision, status, str(error)) | {"rounding_moves": moved}
     file = onnx.load(path, load_external_data=False)
     recorded = {entry.key: entry.value for entry in file.metadata_props}
     wide = recorded.get("ekgfx.fp32_nodes")
@@ -157,6 +177,7 @@ def run(names: list[str], output: Path, budget: float) -> None:
     """Measure every model that `output` does not hold yet, each in its own process, for about `budget` seconds."""
     done = {row["model"] for row in read(output)} if output.exists() else set()
     end = time.monotonic() + budget
+    warm_up()
     for i, name in enumerate(names):
         if name in done:
             continue
@@ -170,18 +191,54 @@ def run(names: list[str], output: Path, budget: float) -> None:
 
 
 def in_a_process(name: str) -> list[Row]:
-    """A row for every case: what the process printed, and what it came to where it printed nothing."""
-    command = [sys.executable, __file__, "--one", name]
+    """A row for every case: what the process sent, and what it came to where it sent nothing."""
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=send_rows, args=(name, there))
+    process.start()
+    there.close()
+    rows, ended, message = [], "error", ""
+    end = time.monotonic() + TIMEOUT
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-        printed, ended = result.stdout, "error"
-        message = "".join(result.stderr.strip().splitlines()[-1:]) or f"exit code {result.returncode}"
-    except subprocess.TimeoutExpired as error:
-        printed = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        while here.poll(max(0.0, end - time.monotonic())):
+            sent = here.recv()
+            if isinstance(sent, str):
+                message = sent
+            else:
+                rows.append(sent)
         ended, message = "timeout", f"no result after {TIMEOUT} s"
-    rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+        process.kill()
+    except EOFError:  # it has sent all it had
+        pass
+    process.join()
     known = {(row["network"], row["precision"]) for row in rows}
+    message = message or f"exit code {process.exitcode}"
     return rows + [blank(*case, ended, message) for case in CASES if case not in known]
+
+
+def send_rows(name: str, pipe: Any) -> None:
+    """The rows of a model; the message of the exception that ended it."""
+    try:
+        for row in measure(name):
+            pipe.send(row)
+    except Exception as error:  # noqa: BLE001 - whatever ends a model, the others go on
+        pipe.send(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}")
+
+
+def warm_up() -> None:
+    """Import everything and fill the exporter's tables once, for all processes to come. No session of onnxruntime is
+    opened, whose threads a forked process would lack."""
+    import timm  # noqa: F401
+    import torch
+    from ekgfx.export import to_onnx
+
+    import ekgfx
+
+    torch.set_num_threads(1)
+    model, inputs = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU()).eval(), torch.randn(2, 3, 4, 4)
+    ekgfx.trace(model, inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        to_onnx(model, inputs, Path(folder) / "net.onnx")
 
 
 def brief(row: Row) -> str:
@@ -249,12 +306,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("onnx.jsonl"))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further model after this time")
     parser.add_argument("--table", type=Path, help="print the table of a finished file")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        for row in measure(args.one):
-            print(json.dumps(row), flush=True)
-    elif args.table:
+    if args.table:
         print(table(read(args.table)), end="")
     else:
         run(args.models or (Path(__file__).parent / "models.txt").read_text().split(), args.output, args.seconds)

@@ -28,9 +28,6 @@ OLDEST_OPSET = 18
 # From here on ONNX has an Attention operator of its own.
 _ATTENTION_OPSET = 23
 
-WIDE = "ekgfx.fp32_nodes"
-"""Metadata of an fp16 file: the nodes that compute in fp32 because their values would not fit."""
-
 
 def to_onnx(
     model: nn.Module,
@@ -50,7 +47,7 @@ def to_onnx(
             fp16 their values do, too: give real ones.
         path: the file to write, by way of a temporary one beside it, so that it is never half-written.
         fp16: weights and arithmetic in half precision; inputs and outputs stay fp32 (see `half.to_half`), and so do
-            operators whose values are too large for fp16 on these inputs (`ranges.overflowing`); the metadata
+            operators whose weights, or whose values on these inputs, are too large for fp16; the metadata
             "ekgfx.fp32_nodes" names them.
         opset: ONNX operator set, 18 or newer; without it the exporter's default (20 with torch 2.15).
         metadata: what to record in the file's metadata_props, such as the plan's digest and MACs; values are written
@@ -122,8 +119,6 @@ def _halved(model: ir.Model, inputs: Sequence[Tensor] | None) -> ir.Model:
         half = to_half(model, keep)
     except Exception as error:  # onnx_ir's and onnx's exceptions have no common base
         raise ExportError(f"the graph could not be converted to fp16: {headline(error)}; export it in fp32") from error
-    if keep:
-        half.metadata_props[WIDE] = ", ".join(node.name for node in half.graph if node.name in keep and node.name)
     with saved(half) as path:
         try:
             open_session(path)

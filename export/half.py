@@ -16,6 +16,9 @@ PROTOBUF_LIMIT = 2**31 - 1
 LARGEST = float(np.finfo(np.float16).max)
 _SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
 
+WIDE = "ekgfx.fp32_nodes"
+"""Metadata of an fp16 file: the nodes that compute in fp32 because their values or weights would not fit."""
+
 _SINGLE, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 # Operators that stay in fp32: those of onnxruntime's own list, and those whose type is an attribute.
@@ -33,20 +36,24 @@ _WIDE = frozenset(DEFAULT_OP_BLOCK_LIST) | {
 def to_half(model: ir.Model, keep: Collection[str] = ()) -> ir.Model:
     """The fp32 model, changed in place so that it computes in fp16.
 
-    keep: names of nodes that go on in fp32, such as those whose values don't fit (`ranges.overflowing`). So do
-    operators that have no fp16 form in ONNX or in onnxruntime, or whose values need the range: Range, CumSum, TopK,
-    Min, Max, NonMaxSuppression, RoiAlign and the others of `onnxruntime.transformers.float16.DEFAULT_OP_BLOCK_LIST`,
-    and operators with graphs inside. A value is cast once for all its readers.
+    keep: names of nodes that go on in fp32, such as those whose values don't fit (`ranges.overflowing`); so do those
+    that read a finite weight beyond ±65504, and the metadata `WIDE` names both. So do, unnamed there, operators that
+    have no fp16 form in ONNX or in onnxruntime, or whose values need the range: Range, CumSum, TopK, Min, Max,
+    NonMaxSuppression, RoiAlign and the others of `onnxruntime.transformers.float16.DEFAULT_OP_BLOCK_LIST`, and
+    operators with graphs inside. A value is cast once for all its readers.
 
     Folding batch norms before it, which the exporter's optimizer does, matters: folded in fp32 a ResNet-50 with real
     weights differs by 1.0e-3 from PyTorch, folded in fp16 by 2.3e-3. Inputs and outputs stay fp32, so that the file can
-    take the place of the fp32 one. Weights beyond ±65504 are clipped to it, and those nearer to zero than 6e-8 are
-    moved out to it, so that no divisor becomes zero.
+    take the place of the fp32 one. Weights nearer to zero than 6e-8 are moved out to it, so that no divisor becomes
+    zero.
     """
     with quiet():
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         ShapeInferencePass()(model)  # the types of all values are needed
     graph, casts = model.graph, _Casts(model.graph)
+    keep = {node.name for node in graph if node.name in keep or any(_too_large(value) for value in node.inputs)}
+    if keep:
+        model.metadata_props[WIDE] = ", ".join(node.name for node in graph if node.name in keep and node.name)
     for node in list(graph):
         wide = node.op_type in _WIDE or node.name in keep or not _plain(node)
         reads, writes = _allowed(node, model.opset_imports)
@@ -124,6 +131,14 @@ def narrowed(values: np.ndarray) -> np.ndarray:
     finite = np.clip(values, -LARGEST, LARGEST, where=np.isfinite(values), out=values.astype(np.float32))
     tiny = (finite != 0) & (np.abs(finite) < _SMALLEST)
     return np.where(tiny, np.copysign(np.float32(_SMALLEST), finite), finite).astype(np.float16)
+
+
+def _too_large(value: ir.Value | None) -> bool:
+    """Whether a value is a weight with finite elements that fp16 cannot hold."""
+    if value is None or not value.is_initializer() or value.dtype != _SINGLE or value.const_value is None:
+        return False
+    size = np.abs(value.const_value.numpy())
+    return bool((size[np.isfinite(size)] > LARGEST).any())
 
 
 def _plain(node: ir.Node) -> bool:

@@ -2,13 +2,14 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ekgfx.errors import ExportError
 from ekgfx.leaf import evaluation_mode
@@ -113,20 +114,25 @@ def check_parity(
 
 
 def amplification(model: nn.Module, inputs: Tensor | Sequence[Tensor], relative: float) -> float:
-    """How far the model's outputs move, relative to the largest of them, when every element of its floating-point
-    inputs moves by that share of itself, up or down at random.
+    """How far the model's outputs move, relative to the largest of them, when every element of its weights and of its
+    floating-point inputs moves by that share of itself, up or down at random.
 
-    A network in which rounding errors grow from layer to layer moves far, and no file of it computes the same.
+    This is what rounding does to a file's weights. A network in which such errors grow from layer to layer moves far,
+    and no file of it in that precision computes the same. Inputs alone would not tell: their errors differ from pixel
+    to pixel and so average out in pools and gates, while that of a weight is the same everywhere.
     """
     values = as_inputs(inputs)
     generator = torch.Generator().manual_seed(0)
 
     def moved(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
         signs = torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1
         return value * (1 + relative * signs)
 
     before = _run(model, values)
-    after = _run(model, [moved(value) if value.is_floating_point() else value for value in values])
+    weights = {name: moved(parameter.detach()) for name, parameter in model.named_parameters()}
+    after = _run(model, [moved(value) for value in values], weights)
     return max(_difference(Path(), name, 0, after[name], before[name]).relative for name in before)
 
 
@@ -138,20 +144,21 @@ def _advice(model: nn.Module, values: Sequence[Tensor], precision: str, relative
             "so that the operators that overflow stay in fp32"
         )
     moves = amplification(model, values, rounding)
-    if moves * 10 > relative:  # rounding inside adds up to a few times what rounding the inputs does
+    if moves * 3 > relative:  # values in between are rounded as well
         return (
-            f"the model itself amplifies rounding: inputs that move by {rounding:.0e} move its output by {moves:.0e}, "
-            f"so {precision} cannot be told from an error; check trained weights"
+            f"the model itself amplifies rounding: weights and inputs that move by {rounding:.0e} move its output by "
+            f"{moves:.0e}, so {precision} cannot be told from an error; check trained weights"
             + (", or leave out fp16" if precision == "fp16" else "")
         )
     return "do not use the file: export again from the same weights, or without fp16"
 
 
-def _run(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The model's outputs by name; without TF32, which is good for three digits only."""
+def _run(model: nn.Module, inputs: Sequence[Tensor], weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The model's outputs by name, with other weights where they are given; without TF32, which is good for three
+    digits only."""
     device = device_of(model)
     with evaluation_mode(model), torch.no_grad(), tensor_float32(False):
-        output = model(*(value.to(device) for value in inputs))
+        output = functional_call(model, dict(weights or {}), tuple(value.to(device) for value in inputs))
     return {name: tensor.cpu() for name, tensor in named_tensors(output).items()}
 
 

@@ -24,7 +24,7 @@ def overflowing(model: ir.Model, inputs: Sequence[Tensor]) -> frozenset[str]:
     fp16 holds.
 
     The fp32 model runs once, in onnxruntime on the CPU, with the largest finite magnitude of every value for outputs.
-    Weights don't count: too large ones are clipped. Raises ExportError when the model cannot be run.
+    Weights don't count here: `half.to_half` sees them itself. Raises ExportError when the model cannot be run.
     """
     probe = model.clone()
     probe.graph.outputs.clear()

@@ -123,6 +123,36 @@ def test_overflow_without_inputs_is_explained(tmp_path):
         check_parity(model, half, inputs)
 
 
+class Steep(nn.Module):
+    """A weight too large for fp16 times values so small that the product fits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.steep, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+        with torch.no_grad():
+            self.narrow.weight.mul_(1e-4)
+            self.narrow.bias.mul_(1e-4)
+            self.steep.weight[3, 5] = -2e5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.steep(self.narrow(x)) / 10)
+
+
+@pytest.mark.parametrize("measured", [True, False], ids=["with inputs", "without"])
+def test_a_weight_that_does_not_fit_stays_in_fp32(measured, tmp_path):
+    torch.manual_seed(0)
+    model, inputs = Steep(), torch.randn(4, 8)
+    single = to_onnx(model, inputs, tmp_path / "single.onnx")
+    half = to_fp16(single, tmp_path / "half.onnx", inputs if measured else None)
+    written = onnx.load(half)
+    recorded = {entry.key: entry.value for entry in written.metadata_props}
+    assert recorded["ekgfx.fp32_nodes"] == "steep/Gemm"
+    weights = {value.name: value.data_type for value in written.graph.initializer}
+    assert (weights["narrow.weight"], weights["steep.weight"], weights["head.weight"]) == (HALF, FLOAT, HALF)
+    # Clipped to 65504 the weight would take its row's output to a third of what it is.
+    assert check_parity(model, half, inputs).relative < 2e-3
+
+
 def test_infinite_masks_are_no_overflow(tmp_path):
     class Masked(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -178,11 +208,34 @@ class Chaotic(nn.Module):
         return x
 
 
+def test_rounded_weights_amplify_what_rounded_pixels_do_not():
+    """Errors of pixels average out in a pool, those of weights do not: fp16 files of such gates were called wrong."""
+    torch.manual_seed(0)
+
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.plus, self.minus = torch.full((64,), 200.0), torch.full((64,), 200.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            pooled = (x + 2).mean((2, 3))
+            return pooled * ((pooled * self.plus - pooled * self.minus).mean(1, keepdim=True)).sigmoid()
+
+    class Trained(Fixed):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.plus, self.minus = nn.Parameter(torch.full((64,), 200.0)), nn.Parameter(torch.full((64,), 200.0))
+
+    inputs = torch.randn(2, 64, 16, 16) / 10
+    assert amplification(Fixed(), inputs, 2**-11) < 2**-11
+    assert amplification(Trained(), inputs, 2**-11) > 10 * 2**-11
+
+
 def test_amplified_rounding_is_told_from_an_error(tmp_path):
     torch.manual_seed(0)
     inputs = torch.randn(4, 8)
     assert amplification(nn.Linear(8, 8), inputs, 2**-11) < 2**-9
     assert amplification(Chaotic(), inputs, 2**-24) > 0.1
     path = to_onnx(Chaotic(), inputs, tmp_path / "net.onnx", fp16=True)
-    with pytest.raises(ExportError, match=r"amplifies rounding: inputs that move by 5e-04"):
+    with pytest.raises(ExportError, match=r"amplifies rounding: weights and inputs that move by 5e-04"):
         check_parity(Chaotic(), path, inputs)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from ekgfx.errors import RunError
 
+NO_SPACE = "free some space, then start again or go on with --resume"
 PARTIAL = ".part"
 """How the name of a file ends that is still being written."""
 
@@ -42,7 +43,7 @@ def replacing(path: Path, before_rename: Callable[[Path], None] = lambda _: None
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}; {advice(error)}") from error
     except SafetensorError as error:  # how that library reports what the disk refuses
-        raise RunError(f"cannot write {path}: {error}; free some space and go on with --resume") from error
+        raise RunError(f"cannot write {path}: {error}; {NO_SPACE}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -128,7 +129,7 @@ def json_text(value: Any) -> str:
 def advice(error: OSError) -> str:
     """What to do about what the operating system refused."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space and go on with --resume"
+        return NO_SPACE
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "make it writable, or choose another folder"
     return "check the folder, or choose another"

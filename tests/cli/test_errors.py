@@ -134,7 +134,7 @@ def test_no_space_left(refused, tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full_after_history_begins)
     line = refused("prune", "--recipe", tiny, "-o", "run")
-    assert "history.jsonl: No space left on device; free some space and go on with --resume" in line
+    assert "history.jsonl: No space left on device; free some space, then start again or go on with --resume" in line
 
 
 def test_unreachable_hub_is_one_line(ekgfx, tmp_path):

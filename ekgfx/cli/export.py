@@ -35,8 +35,9 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     "--provider",
     "providers",
     multiple=True,
-    type=click.Choice(["cpu", "cuda", "cuda-graph", "tensorrt"]),
-    help="Where to time; repeatable  [default: all that are present]",
+    type=click.Choice(["cpu", "cuda", "cuda-graph", "tensorrt", "torch", "torch-compile"]),
+    help="Where to time; repeatable  [default: all of onnxruntime's that are present]; torch and torch-compile time "
+    "PyTorch itself, on the CPU.",
 )
 @click.option("--no-latency", is_flag=True, help="Export and check only.")
 @click.option("--opset", type=int, help="ONNX operator set  [default: the exporter's]")

@@ -159,7 +159,9 @@ def test_what_a_run_is_good_for(finished, ekgfx, tmp_path):
 
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "only").symlink_to(finished)  # the newest run is the default
-    exported = ekgfx("export", "--onnx", tmp_path / "net.onnx", "--batch", 2)
+    exported = ekgfx(
+        "export", "--onnx", tmp_path / "net.onnx", "--batch", 2, "--provider", "cpu", "--provider", "torch"
+    )
     assert exported.code == 0, exported.err
     assert "parity with PyTorch" in exported.out
     assert (tmp_path / "net.onnx").read_bytes() == (finished / "model.onnx").read_bytes()
@@ -168,7 +170,9 @@ def test_what_a_run_is_good_for(finished, ekgfx, tmp_path):
     assert sum(layer["macs_after"] for layer in layers) < sum(layer["macs_before"] for layer in layers)
     assert all(layer["ms_before"] >= 0 and layer["bound"] in ("compute", "memory", "launch") for layer in layers)
     timings = written["latency"]["timings"]
-    assert {timing["network"] for timing in timings} == {"dense", "pruned"}
+    assert [(timing["provider"], timing["network"]) for timing in timings] == [
+        (provider, network) for provider in ("cpu", "torch") for network in ("dense", "pruned")
+    ]
 
     shown = ekgfx("report", finished)
     assert shown.code == 0, shown.err

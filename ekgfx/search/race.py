@@ -130,8 +130,10 @@ def evaluate_candidates(
     network that are known.
 
     Without early stops every candidate sees every batch. With them, all see the first batch, the `accept` best there
-    see all, and the others go on until what they have, and the least that any network can add to it, is more than the
-    worst of those: then they cannot be among the best. Equal rewards are told apart as ever, by order.
+    see all, and the others go on, batch by batch, until what they have, and the least that any network can add to it,
+    is more than that of the `accept` best that have seen all: then they cannot be among the best. Before each batch the
+    one that has least so far goes ahead to its end, which may make the others' case hopeless. Equal rewards are told
+    apart as ever, by order.
     """
     current, groups = problem.network(plan), problem.traced.groups
     branches = [
@@ -159,20 +161,27 @@ def eliminate(race: Race, least: Sequence[float], accept: int) -> dict[int, floa
 
     least: the least −ℛ that any network can have on each batch.
     """
-    batches, everyone = range(len(least)), range(len(race.branches))
-    race.run((number, 0) for number in everyone)
-    best = sorted(everyone, key=lambda number: race.so_far(number, 1))[:accept]
-    race.run((number, batch) for number in best for batch in batches[1:])
-    worst = max(race.so_far(number, len(batches)) for number in best)
-    running = [number for number in everyone if number not in best]
+    batches, running = range(len(least)), list(range(len(race.branches)))
+    race.run((number, 0) for number in running)
+    done: list[float] = []
     bounds: dict[int, float] = {}
-    for batch in batches[1:]:
-        for number in running:
+
+    def leave(batch: int) -> None:
+        """Lets those go that cannot win after what they have shown before `batch`."""
+        for number in running.copy():
             bound = race.so_far(number, batch) + sum(least[batch:])
-            if worst < bound < math.inf:
+            if len(done) >= accept and sorted(done)[accept - 1] < bound < math.inf:
                 bounds[number] = bound
                 race.forget(number)
-        running = [number for number in running if number not in bounds]
+                running.remove(number)
+
+    for batch in batches[1:]:
+        leave(batch)
+        leaders = sorted(running, key=lambda number: race.so_far(number, batch))[: 1 if done else accept]
+        race.run((number, b) for number in leaders for b in batches[batch:])
+        done += [race.so_far(number, len(batches)) for number in leaders]
+        running = [number for number in running if number not in leaders]
+        leave(batch)
         if any((number, batch) not in race.terms for number in running):
             ahead = -(-team().size // len(running))  # where there are more processes, further batches at once
             race.run((number, b) for number in running for b in batches[batch : batch + ahead])

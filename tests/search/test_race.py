@@ -1,8 +1,9 @@
 """A search that saves work finds what one finds that evaluates every candidate alone and to its end."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import ekgfx
 from ekgfx.search import AUTHORS, SearchResult, Step, ekg, search
 from ekgfx.search.forks import Branch, Forks
 from ekgfx.search.problem import Computing, Problem
-from ekgfx.search.race import Outcome, evaluate_candidates
+from ekgfx.search.race import Outcome, Race, Unit, eliminate, evaluate_candidates
 from ekgfx.search.reward import evaluate, least_terms, validation_batches
 from ekgfx.trace import TracedModel
 from tests.search import nets
@@ -120,6 +121,39 @@ def test_nothing_is_left_early_where_the_record_is_wanted_or_losses_may_be_negat
     assert left(early_stop=False) == 0
     assert left(details=AUTHORS) == 0
     assert left(loss=lambda output, target: F.cross_entropy(output, target)) == 0
+
+
+class Written(Race):
+    """A race whose terms are written down: −ℛ by candidate and batch."""
+
+    def __init__(self, table: list[list[float]]) -> None:
+        problem: Any = SimpleNamespace(batches=table[0])
+        super().__init__(problem, None, None, table, None, {}, False)  # type: ignore[arg-type]
+        self.table, self.ran = table, list[Unit]()
+
+    def run(self, units: Iterable[Unit]) -> None:
+        for number, batch in set(units) - self.terms.keys():
+            self.ran.append((number, batch))
+            self.terms[number, batch] = (0.0, self.table[number][batch], 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("accept", "table", "bounds", "units"),
+    [
+        # 0 looks best, ends at 19 and rules nobody out. Then 1 goes ahead to 4, and 2 is left at 3 + 2.
+        (1, [[1, 9, 9], [2, 1, 1], [3, 2, 2]], {2: 5.0}, 8),
+        # Of two that are wanted both must have seen all: 2 is not left at 5 (4 and 19 are those of the best), 3 is.
+        (2, [[1, 9, 9], [2, 1, 1], [3, 2, 2], [20, 0, 0]], {3: 20.0}, 10),
+        # 1 is left after the first batch, 3 after the second; 2 ties, which is no reason to leave.
+        (1, [[1, 1, 1], [4, 0, 0], [3, 0, 0], [2, 2, 2]], {1: 4.0, 3: 4.0}, 9),
+        (1, [[1], [2]], {}, 2),
+    ],
+)
+def test_who_is_left_and_when(accept: int, table: list[list[float]], bounds: dict[int, float], units: int) -> None:
+    """By hand, where a batch may add nothing."""
+    race = Written(table)
+    assert eliminate(race, [0.0] * len(table[0]), accept) == bounds
+    assert len(race.ran) == len(set(race.ran)) == units
 
 
 def test_early_stops_save_work(monkeypatch) -> None:

@@ -1,6 +1,7 @@
 """How good a network is on data, and BatchNorm's running statistics for networks that were cut."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -75,6 +76,22 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], limit: int |
             model(*images) if isinstance(images, tuple | list) else model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, but BatchNorm normalizes by the statistics of the batch; its running averages are left alone."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    tracking = [norm.track_running_stats for norm in norms]
+    with evaluation_mode(model):
+        try:
+            for norm in norms:
+                norm.train()
+                norm.track_running_stats = False
+            yield
+        finally:
+            for norm, tracked in zip(norms, tracking, strict=True):
+                norm.track_running_stats = tracked
 
 
 def device_of(model: nn.Module) -> torch.device:

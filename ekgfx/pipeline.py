@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ekgfx import bank, checkpoint, delivery, timing
 from ekgfx import prepare as step_zero
+from ekgfx.data import Loader
 from ekgfx.distributed import team
 from ekgfx.errors import DataError, RecipeError, RunError
 from ekgfx.evaluation import reestimate_batch_norm
@@ -33,6 +35,7 @@ from ekgfx.surgery import prune
 from ekgfx.trace import TracedModel
 
 HISTORY = "history.jsonl"
+VALIDATION = "validation.json"
 EPOCHS = "finetune.jsonl"
 PRETRAINING, TUNING = "pretrain.safetensors", "finetune.safetensors"
 """Checkpoints of trainings that are under way."""
@@ -153,8 +156,8 @@ def find_plan(job: Job) -> SearchResult:
     if job.run.has(checkpoint.PLAN):
         return read_result(job.run)
     traced, history = job.traced, job.run.lines(HISTORY)
-    batches = validation_batches(job)
     team().same(job.built.model)  # each process trained it; GPUs may differ in the last bit
+    batches = validation_batches(job)
     job.report.stage("search")
 
     def on_step(step: Step) -> None:
@@ -314,4 +317,16 @@ def validation_batches(job: Job) -> list[Any]:
     asked = job.recipe.search
     per_class = (asked.train_per_class, asked.val_per_class) if job.labelled else (0, asked.images)
     _, chosen = job.data.search_subset(*per_class, seed=job.recipe.seed)
-    return list(job.data.loader("train", job.batch_size, subset=chosen))
+    size = asked.val_batch_size or min(step_zero.VAL_BATCH, job.batch_size)
+    if asked.hardest_first and asked.strategy == "ekg" and job.labelled:
+        chosen = hardest_first(job, job.data.loader("train", size, subset=chosen), chosen)
+    return list(job.data.loader("train", size, subset=chosen))
+
+
+def hardest_first(job: Job, batches: Loader, chosen: Tensor) -> Tensor:
+    """The samples `chosen`, which are those of `batches`, in the order that the search takes them. It is kept: rounding
+    differs between machines, and a search that goes on must see the same batches."""
+    if not job.run.has(VALIDATION):
+        order = team().told(step_zero.hardness_order(job.built.model, batches))
+        job.run.write_json(VALIDATION, {"samples": chosen[order].tolist()})
+    return torch.tensor(job.run.read(VALIDATION)["samples"])

@@ -1,22 +1,29 @@
 """Step 0 of the paper: data that the network has seen alike, and one epoch on it, before the search begins."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ekgfx.data import Data
 from ekgfx.errors import DataError
-from ekgfx.evaluation import device_of
+from ekgfx.evaluation import batch_statistics, device_of
 from ekgfx.finetune import finetune
+from ekgfx.loss import at_least_single, check_classes, logits_themselves
 
 LR = 1e-3
 """Constant learning rate of the one epoch; no augmentation."""
+VAL_BATCH = 64
+"""Samples in a validation batch: enough for BatchNorm's statistics; a candidate can only be left between batches."""
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What the search works on. batches: (images, labels or None) on the model's device; train and val: the indices in
-    the training split of what was trained on and of what is evaluated on."""
+    the training split of what was trained on and of what is evaluated on, in the order of the batches."""
 
     batches: tuple[tuple[Tensor, Tensor | None], ...]
     train: Tensor
@@ -30,13 +37,17 @@ def prepare(
     train_per_class: int = 256,
     val_per_class: int = 32,
     batch_size: int = 256,
+    val_batch_size: int = VAL_BATCH,
+    hardest_first: bool = True,
     seed: int = 0,
 ) -> Prepared:
     """Draw a sub-training and a disjoint validation set per class from the training set, and train `model`, in place,
     for one epoch on the former: lr 1e-3, no augmentation.
 
     train_per_class: 0 leaves the model as it is, as data without labels does (they count as one class).
-    batch_size: of the epoch, and of the validation batches, whose statistics BatchNorm takes.
+    batch_size: of the epoch. val_batch_size: of the validation batches, whose statistics BatchNorm takes.
+    hardest_first: order the validation images as `hardness_order` does, rather than at random.
+    The paper's batches are those of `val_batch_size=256, hardest_first=False`.
     """
     train, val = data.search_subset(train_per_class if data.classes else 0, val_per_class, seed)
     device = device_of(model)
@@ -53,7 +64,28 @@ def prepare(
             seed=seed,
         )
     model.eval()
-    batches = tuple((batch.images, batch.labels) for batch in data.to(device).loader("train", batch_size, subset=val))
+    data = data.to(device)
+    if hardest_first and data.classes and len(val):
+        val = val[hardness_order(model, data.loader("train", val_batch_size, subset=val))]
+    batches = tuple((batch.images, batch.labels) for batch in data.loader("train", val_batch_size, subset=val))
     if not batches:
         raise DataError(f"{data.name} gave no validation images; ask for at least one per class")
     return Prepared(batches, train, val)
+
+
+def hardness_order(model: nn.Module, batches: Iterable[Any]) -> Tensor:
+    """Positions of the samples in `batches` by their loss, the largest first, with BatchNorm on the batch's statistics
+    as in the search.
+
+    What candidates differ in is how they fare on the few images that the network is unsure of. With those in the first
+    batch, the search finds out early which candidates cannot win (`ekgfx.search.race`).
+
+    batches: (images, classes, …). Returns indices on the CPU; equal losses keep their order.
+    """
+    losses = []
+    with batch_statistics(model), torch.no_grad():
+        for images, labels, *_ in batches:
+            output = at_least_single(logits_themselves(model(images)))
+            check_classes(output, labels)
+            losses.append(functional.cross_entropy(output, labels, reduction="none"))
+    return torch.cat(losses).cpu().argsort(descending=True, stable=True)

@@ -216,18 +216,42 @@ def test_step_0_draws_disjoint_sets_and_trains_an_epoch(digits: datasets.Data) -
     torch.manual_seed(0)
     model = digits_cnn()
     before = [value.clone() for value in model.parameters()]
-    prepared = prepare(model, digits, train_per_class=20, val_per_class=5, batch_size=32)
+    prepared = prepare(model, digits, train_per_class=20, val_per_class=5, batch_size=32, val_batch_size=40)
     labels = digits.labels("train")
     assert labels is not None
     assert labels[prepared.val].bincount().tolist() == [5] * 10
     assert labels[prepared.train].bincount().tolist() == [20] * 10
     assert not set(prepared.val.tolist()) & set(prepared.train.tolist())
-    assert [len(images) for images, _ in prepared.batches] == [32, 18]
+    assert [len(images) for images, _ in prepared.batches] == [40, 10]
     assert torch.equal(torch.cat([found for _, found in prepared.batches if found is not None]), labels[prepared.val])
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     before = [value.clone() for value in model.parameters()]
     prepare(model, digits, train_per_class=0, val_per_class=5)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_validation_images_come_hardest_first(digits: datasets.Data) -> None:
+    """In batches of the paper's order, the losses by the batches' own statistics; then by falling loss."""
+    torch.manual_seed(0)
+    model = digits_cnn()
+    finetune(model, digits, epochs=1, lr=0.05, batch_size=64)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    asked = {"train_per_class": 0, "val_per_class": 5, "val_batch_size": 20}
+    drawn = prepare(model, digits, **asked, hardest_first=False)
+    assert torch.equal(drawn.val, digits.search_subset(0, 5, 0)[1])
+    twin = digits_cnn().train()
+    twin.load_state_dict(state)
+    with torch.no_grad():
+        losses = [-twin(x).log_softmax(1)[range(len(y)), y] for x, y in drawn.batches if y is not None]
+    expected = drawn.val[torch.cat(losses).argsort(descending=True)]
+    prepared = prepare(model, digits, **asked)
+    assert torch.equal(prepared.val, expected)
+    assert not torch.equal(prepared.val, drawn.val)
+    labels = digits.labels("train")
+    assert labels is not None
+    assert torch.equal(torch.cat([found for _, found in prepared.batches if found is not None]), labels[expected])
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(module.training for module in model.modules())
 
 
 def test_the_whole_method_on_real_digits(digits: datasets.Data) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import ekgfx as library
+from ekgfx import data as datasets
 from ekgfx.files import read_lines
 from ekgfx.run import read_manifest
 from tests.cli.conftest import TINY, command, environment
@@ -47,11 +48,14 @@ def test_a_run_holds_what_it_says(finished):
     assert {path.name for path in finished.iterdir() if path.suffix} == {
         "run.json",
         "plan.json",
+        "validation.json",
         "history.jsonl",
         "dense.safetensors",
         "model.safetensors",
         "finetune.jsonl",
     }
+    validation = json.loads((finished / "validation.json").read_text())["samples"]
+    assert sorted(validation) == sorted(datasets.load("digits").search_subset(4, 4, 0)[1].tolist())
     loaded = library.load(finished)
     assert sum(parameter.numel() for parameter in loaded.parameters()) == after["params"]
 

@@ -3,7 +3,7 @@
     python benchmarks/search_scale.py --output docs/search_scale.json [--large]
 
 One step (importance, candidates, accepted network; nothing cut yet) of residual networks of plain blocks on random
-images of 32×32 pixels in batches of 64, one thread, CPU seconds, each case in a fork of its own, whose growth is its
+images of 32×32 pixels in batches of 64, one thread, CPU seconds, each case in a process of its own, whose growth is its
 memory. One thing is varied at a time, from 8 blocks of 32 channels, all groups and 128 images. `--large` measures a
 step of ViT-Base and ConvNeXt-Base on 8 images of 224×224 pixels in two batches too. What the file holds already is not
 measured again. The times are those of candidates that all are evaluated to their end.
@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from search_speed import problem_of
-from search_ways import apart, timed
+from search_cases import problem_of
+from search_ways import apart, timed, with_memory
 from torch import Tensor, nn
 
 import ekgfx
-from ekgfx.run import read_json, write_json
+from ekgfx.files import read_json, write_json
+from ekgfx.search.ekg import State
 from ekgfx.search.problem import Problem
+from ekgfx.search.reward import evaluate
 
 BASE = {"blocks": 8, "width": 32, "groups": 9, "images": 128}
 VARIED = {"blocks": (4, 8, 16, 32), "width": (16, 32, 64), "groups": (2, 4, 9), "images": (64, 128, 256)}
@@ -76,7 +78,9 @@ def large(name: str) -> Problem:
 
 def measured(posed: Problem) -> dict[str, Any]:
     """The step's parts and its memory."""
-    found = apart(lambda: timed(posed, posed.full(), "all", early_stop=False), CPU)
+    _, knowledge = evaluate(posed.network(posed.full()), posed.batches, posed.objective, None)
+    state = State(posed.full(), dict.fromkeys(posed.rules, 1.0), knowledge)
+    found = with_memory(CPU, lambda: timed(posed, state, "all", early_stop=False))
     figures = {key: round(found[key], 3) for key in ("importance", "candidate", "step")}
     case = {"candidates": found["candidates"], "macs": posed.traced.cost().macs, "groups": len(posed.rules)}
     return {**figures, **case, "MiB": found["memory"]}
@@ -84,7 +88,8 @@ def measured(posed: Problem) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--one", metavar="CASE", help="measure this one, and print it")
     parser.add_argument("--large", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(1)
@@ -94,11 +99,16 @@ def main() -> None:
             options = {**BASE, varied: value}
             options |= {"groups": options["blocks"] + 1} if varied == "blocks" else {}
             cases[f"{varied}={value}"] = lambda options=options: problem(**options)
-    cases |= {name: lambda name=name: large(name) for name in LARGE if asked.large}
+    cases |= {name: lambda name=name: large(name) for name in LARGE if asked.large or asked.one}
+    if asked.one:
+        print(json.dumps(measured(cases[asked.one]())))
+        return
+    if asked.output is None:
+        parser.error("give a file with --output")
     known = read_json(asked.output) if asked.output.exists() else {}
-    for name, pose in cases.items():
+    for name in cases:
         if name not in known:
-            known[name] = measured(pose())
+            known[name] = apart("--one", name)
             print(name, json.dumps(known[name]), flush=True)
             write_json(asked.output, known)
 

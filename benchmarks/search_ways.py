@@ -1,9 +1,10 @@
 """One step of the search in each of the ways that `search_speed.py` compares, with time and memory."""
 
 import ctypes
-import gc
-import multiprocessing
+import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ekgfx.evaluation import batch_statistics
 from ekgfx.plan import Plan
 from ekgfx.search.candidates import worth_evaluating
 from ekgfx.search.details import PAPER
@@ -29,22 +31,23 @@ from ekgfx.verify import MaskedNetwork, mask_tensor
 WAYS = ("masked", "sliced", "prefixes", "contiguous", "all")
 
 
-def timed(problem: Problem, plan: Plan, way: str, early_stop: bool = True) -> dict[str, Any]:
-    """Seconds of a step from `plan` by its parts, with the candidates' −ℛ by group.
-
-    importance: scores of all channels. candidate: mean over those evaluated. accepted: the best network, evaluated
-    again. Masked and sliced candidates are a sample, every third and every fourth.
-    """
+def in_the_way(way: str, problem: Problem, early_stop: bool = True) -> Problem:
+    """The problem as it is computed in one of the ways."""
     computing = {
         "contiguous": Computing(early_stop=early_stop),
         "all": Computing(early_stop=early_stop, channels_last=True),
     }.get(way, Computing(cache=0))
-    problem = replace(problem, computing=computing, batches=tuple(map(computing.prepared, problem.batches)))
-    network = problem.network(plan)
-    _, knowledge = evaluate(problem.network(problem.full()), problem.batches, problem.objective, None)
-    widths = {name: len(problem.kept(plan, name)) / rule.size for name, rule in problem.rules.items()}
-    state = State(plan, widths, knowledge)
-    forks = Forks(problem.traced)
+    return replace(problem, computing=computing, batches=tuple(map(computing.prepared, problem.batches)))
+
+
+def timed(problem: Problem, state: State, way: str, early_stop: bool = True, every: int = 1) -> dict[str, Any]:
+    """Seconds of the step from `state` by its parts, with the candidates' −ℛ by group.
+
+    importance: scores of all channels. candidate: mean over those evaluated. accepted: the best network, evaluated
+    again. every: of masked and sliced candidates, only each n-th is evaluated.
+    """
+    problem, plan, knowledge = in_the_way(way, problem, early_stop), state.plan, state.knowledge
+    network, forks = problem.network(plan), Forks(problem.traced)
     keeper = keeper_of(problem, forks, state)
     start = clock(problem.traced)
     scores = taylor(problem, problem.full() if way == "masked" else plan, knowledge, keeper)
@@ -54,7 +57,7 @@ def timed(problem: Problem, plan: Plan, way: str, early_stop: bool = True) -> di
     found = [propose(problem, state, group, scores[group], Pace(), PAPER) for group in problem.rules]
     proposals = [proposal for proposal in found if proposal is not None]
     chosen, _ = worth_evaluating(proposals, {proposal.group: proposal.lost for proposal in proposals})
-    sample = chosen if way in ("prefixes", "contiguous", "all") else chosen[:: 3 if way == "masked" else 4]
+    sample = chosen if way in ("prefixes", "contiguous", "all") else chosen[::every]
     pairs = [(proposal.group, proposal.plan) for proposal in sample]
     start = clock(problem.traced)
     if way == "masked":
@@ -92,8 +95,7 @@ def masked(problem: Problem, plan: Plan, knowledge: Any) -> Any:
     kept = traced.groups.kept(plan)
     if not problem.rescale:  # no BatchNorm; layer norms over masked channels need the graph
         return evaluate(MaskedNetwork(traced, kept), problem.batches, problem.objective, knowledge)[0]
-    kernels, weights = kernel_names(traced), dict(traced.model.named_buffers())
-    weights = {name: value.clone() for name, value in weights.items()}  # the norms write to them
+    kernels, weights = kernel_names(traced), {}
     for name, dims in traced.weight_dims().items():
         full = traced.tensor(name)
         cut = mask_tensor(full, dims, kept)
@@ -103,23 +105,8 @@ def masked(problem: Problem, plan: Plan, knowledge: Any) -> Any:
     def network(*inputs: Tensor) -> Any:
         return torch.func.functional_call(traced.model, weights, inputs)
 
-    with training_norms(traced.model):
+    with batch_statistics(traced.model):
         return evaluate(network, problem.batches, problem.objective, knowledge)[0]
-
-
-class training_norms:
-    """BatchNorms normalize by the batch."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-
-    def __enter__(self) -> None:
-        for norm in self.norms:
-            norm.train()
-
-    def __exit__(self, *_: object) -> None:
-        for norm in self.norms:
-            norm.eval()
 
 
 def clock(traced: TracedModel) -> float:
@@ -131,27 +118,28 @@ def clock(traced: TracedModel) -> float:
     return time.perf_counter()
 
 
-def apart(work: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """What `work` returns, done in a fork, with the MiB by which that grew at most (GPU: peak memory in all). Memory
-    that this process has freed goes back to the system first, or the fork would grow into it."""
+def with_memory(device: torch.device, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` returns, and the MiB by which the process grew at most (GPU: peak memory in all)."""
     if device.type != "cpu":
         torch.cuda.reset_peak_memory_stats(device)
         return {**work(), "memory": torch.cuda.max_memory_allocated(device) >> 20}
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    ours, theirs = multiprocessing.get_context("fork").Pipe()
-    if (child := os.fork()) == 0:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        before = resident("VmRSS")
-        theirs.send({**work(), "memory": (resident("VmHWM") - before) >> 10})
-        os._exit(0)
-    theirs.close()
-    found: dict[str, Any] = ours.recv()
-    os.waitpid(child, 0)
-    return found
+    ctypes.CDLL(None).malloc_trim(0)  # or it would grow into what was freed before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = resident("VmRSS")
+    return {**work(), "memory": (resident("VmHWM") - before) >> 10}
 
 
 def resident(kind: str) -> int:
     """KiB of this process in memory: now (VmRSS), or at most so far (VmHWM)."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return int(line.split()[1])
+
+
+def apart(*arguments: str) -> dict[str, Any]:
+    """What this program prints last, as JSON, when it is run by itself with other arguments: nothing that a process did
+    before counts."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, sys.argv[0], *arguments]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found

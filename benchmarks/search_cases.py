@@ -26,6 +26,8 @@ from ekgfx.weights import load_weights
 KEEP = 0.45
 IMAGES = {"resnet50": "resnet50", "vit_tiny": "vit_tiny_patch16_224"}
 """timm's names of the networks that are measured on photographs, with random weights and without labels."""
+PHOTOS = 16
+"""Photographs in a batch."""
 Batches = Sequence[tuple[Tensor, Tensor | None]]
 
 
@@ -53,7 +55,7 @@ class Case:
             normal = model.pretrained_cfg
             batches: Batches = prepare(model, datasets.load(data, mean=normal["mean"], std=normal["std"])).batches
         else:
-            pictures = datasets.load("photos", image_size=224).loader("train", images // 2, subset=range(images))
+            pictures = datasets.load("photos", image_size=224).loader("train", PHOTOS, subset=range(images))
             batches = [(batch.images, None) for batch in pictures]
         with replacing(self.file) as partial:
             torch.save({"weights": model.state_dict(), "batches": list(batches)}, partial)

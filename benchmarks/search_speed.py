@@ -166,7 +166,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", default="cifar10:data/cifar10")
     parser.add_argument("--weights", default="data/weights/resnet56-cifar10.safetensors")
     parser.add_argument("--output", required=True)
-    parser.add_argument("--images", type=int, default=64, help="of resnet50 and vit_tiny, in two batches")
+    parser.add_argument("--images", type=int, default=64, help="of resnet50 and vit_tiny, in batches of 16")
     parser.add_argument("--whole", action="store_true", help="run the whole search of resnet56, and take its states")
     parser.add_argument("--states", type=int, default=4)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)

@@ -53,7 +53,8 @@ class Case:
         if self.name == "resnet56":
             load_weights(model, Path(weights))
             normal = model.pretrained_cfg
-            batches: Batches = prepare(model, datasets.load(data, mean=normal["mean"], std=normal["std"])).batches
+            images_of = datasets.load(data, mean=normal["mean"], std=normal["std"])
+            batches: Batches = prepare(model, images_of, val_batch_size=64, hardest_first=True).batches
         else:
             pictures = datasets.load("photos", image_size=224).loader("train", PHOTOS, subset=range(images))
             batches = [(batch.images, None) for batch in pictures]

@@ -317,7 +317,7 @@ def validation_batches(job: Job) -> list[Any]:
     asked = job.recipe.search
     per_class = (asked.train_per_class, asked.val_per_class) if job.labelled else (0, asked.images)
     _, chosen = job.data.search_subset(*per_class, seed=job.recipe.seed)
-    size = asked.val_batch_size or min(step_zero.VAL_BATCH, job.batch_size)
+    size = asked.val_batch_size or job.batch_size
     if asked.hardest_first and asked.strategy == "ekg" and job.labelled:
         chosen = hardest_first(job, job.data.loader("train", size, subset=chosen), chosen)
     return list(job.data.loader("train", size, subset=chosen))

@@ -63,9 +63,10 @@ class Search:
 
     Before a guided search the model is trained for an epoch on `train_per_class` images of each class (step 0 of the
     paper; 0 leaves it out). Candidates are judged on `val_per_class` images of each class, or on `images` images where
-    the data has no labels, in batches of `val_batch_size` (None: 64, or `batch_size` where that is less), the images
-    that the model finds hardest first (`hardest_first`; the paper: 256, and in random order). `batch_size`: of step 0
-    and of everything that is only evaluated (None: 256, or fewer where the activations of 256 would take over 8 GiB).
+    the data has no labels, in batches of `val_batch_size` (None: `batch_size`), as drawn, as in the paper, or those
+    first that the model finds hardest (`hardest_first`): with that and batches of 64 a search takes less time and
+    chooses less well (`docs/performance.md`). `batch_size`: of step 0 and of everything that is only evaluated (None:
+    256, or fewer where the activations of 256 would take over 8 GiB).
     `accept`: candidates that a step takes together; None takes one, as the paper does, but on data without
     labels as many as keep the search of a large network within minutes.
     `cache`: memory for values that candidates share; `early_stop`: leave candidates that cannot win any more. `amp` and
@@ -91,7 +92,7 @@ class Search:
     images: int = 16
     batch_size: int | None = None
     val_batch_size: int | None = None
-    hardest_first: bool = True
+    hardest_first: bool = False
     cache: str = "2GiB"
     early_stop: bool = True
     amp: Literal["bf16", "fp16"] | None = None

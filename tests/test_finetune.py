@@ -237,14 +237,14 @@ def test_validation_images_come_hardest_first(digits: datasets.Data) -> None:
     finetune(model, digits, epochs=1, lr=0.05, batch_size=64)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     asked = {"train_per_class": 0, "val_per_class": 5, "val_batch_size": 20}
-    drawn = prepare(model, digits, **asked, hardest_first=False)
+    drawn = prepare(model, digits, **asked)
     assert torch.equal(drawn.val, digits.search_subset(0, 5, 0)[1])
     twin = digits_cnn().train()
     twin.load_state_dict(state)
     with torch.no_grad():
         losses = [-twin(x).log_softmax(1)[range(len(y)), y] for x, y in drawn.batches if y is not None]
     expected = drawn.val[torch.cat(losses).argsort(descending=True)]
-    prepared = prepare(model, digits, **asked)
+    prepared = prepare(model, digits, **asked, hardest_first=True)
     assert torch.equal(prepared.val, expected)
     assert not torch.equal(prepared.val, drawn.val)
     labels = digits.labels("train")

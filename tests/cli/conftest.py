@@ -16,7 +16,7 @@ TINY = """
 model: ekgfx.models:digits_cnn
 data: digits
 pretrain: {epochs: 1, batch_size: 128}
-search: {flops: 0.7, align: 4, train_per_class: 4, val_per_class: 4}
+search: {flops: 0.7, align: 4, train_per_class: 4, val_per_class: 4, val_batch_size: 16, hardest_first: true}
 finetune: {epochs: 1, batch_size: 256, teachers: 2}
 """
 

@@ -4,9 +4,9 @@
     python benchmarks/search_speed.py --network resnet50 --output FOLDER        # or vit_tiny
 
 Everything is timed in one run on one thread, the ways of evaluating taken in turn at each of several states along the
-search, as CPU seconds of the process (what a busy machine disturbs least; on a GPU, wall seconds). Each measurement is
-a process of its own; its memory is what that grew by over the network and its images. What is in FOLDER already is not
-measured again.
+search, as CPU seconds of the process (what a busy machine disturbs least; on a GPU, wall seconds). ResNet-56 is judged
+on batches of 64 images with the hardest first, in all ways. Each measurement is a process of its own; its memory is
+what that grew by over the network and its images. What is in FOLDER already is not measured again.
 
 - masked: the network at full size, its cut weights zero, whole for every candidate.
 - sliced: really smaller tensors, whole for every candidate.

@@ -55,6 +55,14 @@ from ekgfx.run import Run, fresh_path
     metavar="N",
     help="Best candidates that a step of the search takes together; the paper takes one.",
 )
+@setting(
+    "search.val_batch_size", "--val-batch-size", metavar="N", help="Batch size of the images to judge candidates on."
+)
+@setting(
+    "search.hardest_first",
+    "--hardest-first/--no-hardest-first",
+    help="Judge candidates on the hardest images first; with small batches a quicker search, whose plan may be worse.",
+)
 @setting("search.cache", "--cache", metavar="SIZE", help="Memory for values that the search's candidates share.")
 @setting("search.amp", "--search-amp", help="Half precision to evaluate candidates in; can change a close choice.")
 @setting(

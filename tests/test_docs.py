@@ -172,6 +172,9 @@ def test_the_tour(folder, capsys):
         cli.main(arguments, standalone_mode=False)
     assert {file.name for file in folder.iterdir()} == {"groups.svg", "small.yaml", "small.onnx", "runs"}
     assert (folder / "runs" / "small" / "report.html").is_file()
+    told = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
+    held = [file for file in (folder / "runs" / "small").iterdir() if not file.name.startswith(".")]
+    assert not [file.name for file in held if f"`{file.name}{'/' * file.is_dir()}" not in told]
 
 
 @pytest.mark.parametrize("page", having("yaml"))

@@ -81,7 +81,7 @@ def test_timms_training_script(tmp_path, monkeypatch, images, timm_run, options)
     module = example("timm_train_ekg")
     monkeypatch.setattr(module.timm.data, "create_dataset", module.timm.data.create_dataset)
     monkeypatch.setattr(LabelSmoothingCrossEntropy, "forward", LabelSmoothingCrossEntropy.forward)
-    told = f"--data-dir {images} --epochs 2 --batch-size 4 --lr 0.01 --warmup-epochs 0 --workers 0 --device cpu"
+    told = f"--data-dir {images} --epochs 2 --batch-size 4 --lr 0.01 --warmup-epochs 0 --workers 1 --device cpu"
     module.main(timm_run, script, [*told.split(), "--output", str(tmp_path), "--experiment", "trained", *options])
     assert len(seen) >= 24 and sorted(seen) == sorted([*range(12)] * (len(seen) // 12))  # timm may add epochs
 

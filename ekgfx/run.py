@@ -167,7 +167,9 @@ class Run:
         lock = _acquire(path)
         for partial in path.rglob(f".*{PARTIAL}"):
             partial.unlink()
-        return cls(path, read_manifest(path), lock)
+        run = cls(path, read_manifest(path), lock)
+        run._settle()
+        return run
 
     def update(self, **facts: Any) -> None:
         """Changes entries of run.json."""
@@ -206,6 +208,16 @@ class Run:
     def _record(self, name: str, file: Path) -> None:
         before = self.manifest["files"].get(name, {}).get("now")
         self.update(files={**self.manifest["files"], name: {"now": checksum(file), "before": before}})
+
+    def _settle(self) -> None:
+        """Records the file that is there where a kill left the one before: the next one's `before` must name it."""
+        files = dict(self.manifest["files"])
+        for name, entry in files.items():
+            file = self.path / name
+            if entry.get("before") is not None and file.is_file() and checksum(file) == entry["before"]:
+                files[name] = {"now": entry["before"], "before": None}
+        if files != self.manifest["files"]:
+            self.update(files=files)
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Adds one line to a JSON-lines file, on disk when this returns."""

@@ -14,7 +14,7 @@ import pytest
 from ekgfx import run as runs
 from ekgfx.errors import RunError
 from ekgfx.files import append_line, read_json, read_lines
-from ekgfx.run import Run
+from ekgfx.run import Run, read_manifest
 
 
 def test_create_then_read(tmp_path):
@@ -157,6 +157,27 @@ def test_killed_at_any_moment_leaves_whole_files(tmp_path):
             assert len(read_json(tmp_path / "run" / "plan.json")["filling"]) == 200
             assert all(set(line) == {"step"} for line in run.lines("history.jsonl"))
             assert not list((tmp_path / "run").glob(".*.part"))
+
+
+def test_killed_twice_just_before_the_rename(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def replace(source, target):
+        if Path(target).name == "plan.json":
+            raise Killed
+        rename(source, target)
+
+    with Run.create(tmp_path / "run") as run:
+        run.write_json("plan.json", {"number": 0})
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", replace)
+    for number in (1, 2, 3):
+        with pytest.raises(Killed), Run.reopen(tmp_path / "run") as run:
+            run.write_json("plan.json", {"number": number})
+        assert read_manifest(tmp_path / "run")["files"]["plan.json"]["before"] is not None
+    with Run.reopen(tmp_path / "run") as run:
+        assert run.read("plan.json") == {"number": 0}
 
 
 def test_full_disk_is_one_line_and_keeps_the_old_file(tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ def to_onnx(
         fp16: weights and arithmetic in half precision; inputs and outputs stay fp32 (see `half.to_half`), and so do
             operators whose weights, or whose values on these inputs, are too large for fp16; the metadata
             "ekgfx.fp32_nodes" names them.
-        opset: ONNX operator set, 18 or newer; without it the exporter's default (20 with torch 2.15).
+        opset: ONNX operator set, 18 or newer; without it the exporter's default (20 with torch 2.14).
         metadata: what to record in the file's metadata_props, such as the plan's digest and MACs; values are written
             as text under "ekgfx.KEY". The precision, the model's class and the packages' versions are always there.
         translations: operator → onnxscript function, for operators that the exporter does not know

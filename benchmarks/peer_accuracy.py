@@ -1,0 +1,243 @@
+"""ResNet-56 cut to the same MACs by Torch-Pruning and by ekgfx: accuracy, then the same short training, and latency.
+
+    python benchmarks/peer_accuracy.py --data cifar10:DIR --weights weights_pretrained.npz --output peer_accuracy.jsonl
+    python benchmarks/peer_accuracy.py --table peer_accuracy.jsonl
+
+Every method starts from the same weights and may look at the same 320 training images. Torch-Pruning is used as its
+own ResNet example does, the classifier ignored, its ratio the least (by bisection) that is within the budget. MACs are
+counted in one way for all, on the cut networks. Then, for each: BatchNorm's running statistics are estimated again on
+the same 5,120 images; `--epochs` of the same training on labels alone. ekgfx's last row is its own way of training, by
+the search's memory bank, on the same images for as many epochs (it sees two views of each). At the end the latency of
+all networks in onnxruntime on the CPU, in turn. A line that is there is not measured again.
+"""
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_pruning
+from ekgfx.export import measure_latency, to_onnx
+from torch import nn
+
+import ekgfx
+from ekgfx import data as datasets
+from ekgfx.data import Data
+from ekgfx.evaluation import evaluate, reestimate_batch_norm
+from ekgfx.files import append_line, read_lines
+from ekgfx.models import resnet56_cifar, resnet56_cifar_projection
+from ekgfx.weights import read_weights
+
+BATCH = 256
+NOTED = 20
+"""Batches that BatchNorm's statistics are estimated on."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the methods share. seen: the batches that they may look at."""
+
+    asked: argparse.Namespace
+    model: nn.Module
+    data: Data
+    seen: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def example(self) -> torch.Tensor:
+        return self.seen[0][0][:2]
+
+    def macs(self, model: nn.Module) -> int:
+        """Multiply-accumulates for one image, of a model with classifier."""
+        return ekgfx.trace(model, self.example).cost().macs
+
+    def test(self, model: nn.Module) -> float:
+        """Accuracy on the test set."""
+        images = range(self.asked.test_images) if self.asked.test_images else None
+        return float(evaluate(model, self.data.loader("test", 1000, subset=images)).accuracy)
+
+
+Cut = tuple[nn.Module, Callable[..., Any] | None]
+"""A cut network, and what makes its memory bank."""
+
+
+def torch_pruning_of(importance: Any, *, overall: bool) -> Callable[[Setting], Cut]:
+    """Torch-Pruning with one ratio for all layers, or with one threshold for all channels."""
+
+    def cut(setting: Setting) -> Cut:
+        budget = setting.asked.keep * setting.macs(setting.model)
+
+        def at(ratio: float) -> nn.Module:
+            model = copy.deepcopy(setting.model)
+            pruner = torch_pruning.pruner.MetaPruner(
+                model,
+                setting.example,
+                importance,
+                global_pruning=overall,
+                pruning_ratio=ratio,
+                ignored_layers=[layer for layer in model.modules() if isinstance(layer, nn.Linear)],
+            )
+            if isinstance(importance, torch_pruning.importance.GroupTaylorImportance):
+                for images, labels in setting.seen:
+                    nn.functional.cross_entropy(model(images), labels, reduction="sum").backward()
+            pruner.step()
+            model.zero_grad()
+            return model
+
+        low, high = 0.0, 1.0
+        for _ in range(8):
+            middle = (low + high) / 2
+            low, high = (low, middle) if setting.macs(at(middle)) <= budget else (middle, high)
+        return at(high), None
+
+    return cut
+
+
+def ekgfx_by(**options: Any) -> Callable[[Setting], Cut]:
+    """A search of ekgfx."""
+
+    def cut(setting: Setting) -> Cut:
+        traced = ekgfx.trace(setting.model, setting.example)
+        result = ekgfx.search(traced, setting.seen, flops=setting.asked.keep, **options)
+        pruned = ekgfx.prune(setting.model, result.plan, traced)
+        return pruned, lambda rows, place: ekgfx.build_bank(traced, result, rows, place)
+
+    return cut
+
+
+METHODS = {
+    "Torch-Pruning, L2 magnitude, uniform": torch_pruning_of(
+        torch_pruning.importance.GroupMagnitudeImportance(), overall=False
+    ),
+    "Torch-Pruning, Taylor, uniform": torch_pruning_of(torch_pruning.importance.GroupTaylorImportance(), overall=False),
+    "Torch-Pruning, Taylor, global": torch_pruning_of(torch_pruning.importance.GroupTaylorImportance(), overall=True),
+    "ekgfx, L1 magnitude, uniform": ekgfx_by(strategy="uniform", importance="magnitude"),
+    "ekgfx, EKG": ekgfx_by(accept=4),
+}
+TAUGHT = "ekgfx, EKG, taught by its bank"
+
+
+def main() -> None:
+    asked = arguments()
+    if asked.table:
+        table(read_lines(Path(asked.table)))
+        return
+    torch.set_num_threads(1)
+    output = Path(asked.output)
+    work = output.with_suffix("")
+    work.mkdir(exist_ok=True)
+    setting = prepare(asked)
+    for seed in asked.seeds:
+        for method, cut in METHODS.items():
+            known = {(line["method"], line.get("seed")) for line in read_lines(output)}
+            names = [method, TAUGHT] if method == "ekgfx, EKG" else [method]
+            if all((name, seed) in known for name in names):
+                continue
+            start = time.process_time()
+            pruned, bank_of = cut(setting)
+            spent = time.process_time() - start
+            reestimate_batch_norm(pruned, setting.data.loader("train", BATCH, shuffle=True, seed=0), limit=NOTED)
+            torch.save(pruned, work / f"{method}.pt")
+            found = {"macs": setting.macs(pruned), "params": count(pruned), "cut": setting.test(pruned)}
+            for name in names:
+                if (name, seed) not in known:
+                    bank = taught(setting, bank_of, work) if name == TAUGHT and bank_of else None
+                    trained = train(setting, copy.deepcopy(pruned), seed, bank)
+                    line = {"method": name, "seed": seed, **found, "trained": trained, "cut_seconds": round(spent, 1)}
+                    append_line(output, line)
+                    print(json.dumps(line), flush=True)
+    if not any("faster" in line for line in read_lines(output)):
+        append_line(output, latency(setting, work))
+    table(read_lines(output))
+
+
+def prepare(asked: argparse.Namespace) -> Setting:
+    """The network with its weights, and the images."""
+    model = (resnet56_cifar_projection if Path(asked.weights).suffix == ".npz" else resnet56_cifar)()
+    model.load_state_dict(read_weights(Path(asked.weights)), strict=False)
+    normal: Any = model.pretrained_cfg
+    data = datasets.load(asked.data, mean=normal["mean"], std=normal["std"], seed=0)
+    _, seen = data.search_subset(seed=0)
+    batches = [(batch.images, batch.labels) for batch in data.loader("train", BATCH, subset=seen)]
+    return Setting(asked, model.eval(), data, batches)
+
+
+def count(model: nn.Module) -> int:
+    """Parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def taught(setting: Setting, bank_of: Callable[..., Any], work: Path) -> Any:
+    """The memory bank over the images to train on."""
+    with tempfile.TemporaryDirectory(dir=work) as place:
+        rows = setting.data.loader("train", BATCH, subset=range(setting.asked.samples))
+        return bank_of(rows, Path(place) / "bank").resident(torch.device("cpu"))
+
+
+def train(setting: Setting, model: nn.Module, seed: int, bank: Any) -> float:
+    """Accuracy on the test set after a short training."""
+    asked = setting.asked
+    ekgfx.finetune(
+        model,
+        setting.data,
+        bank=bank,
+        subset=range(asked.samples),
+        epochs=asked.epochs,
+        lr=0.01,
+        channels_last=True,
+        seed=seed,
+    )
+    return setting.test(model)
+
+
+def latency(setting: Setting, work: Path) -> dict[str, Any]:
+    """Medians over all networks in turn, in onnxruntime on one CPU thread."""
+    networks = {"dense": setting.model}
+    for method in METHODS:
+        networks[method] = torch.load(work / f"{method}.pt", weights_only=False)
+    files = {name: to_onnx(network, setting.example, work / f"{name}.onnx") for name, network in networks.items()}
+    measured = measure_latency(files, setting.example, batches=(64,), threads=1, seconds=60.0)
+    faster = {row.network: asdict(row.ratio) for row in measured.speedups}
+    return {"faster": faster, "macs": setting.macs(setting.model), "before": setting.test(setting.model)}
+
+
+def table(lines: list[dict[str, Any]]) -> None:
+    """Means over the seeds as Markdown."""
+    head = next(line for line in lines if "faster" in line)
+    print("| | MACs | parameters | after the cut | after training | faster, batch 64 |\n|---|---|---|---|---|---|")
+    for name in dict.fromkeys(line["method"] for line in lines if "method" in line):
+        rows = [line for line in lines if line.get("method") == name]
+        ends = [100 * row["trained"] for row in rows]
+        spread = f" ({min(ends):.1f} … {max(ends):.1f})" if len(ends) > 1 else ""
+        first, ratio = rows[0], head["faster"].get(name)
+        faster = f"{ratio['value']:.2f}× ({ratio['low']:.2f} … {ratio['high']:.2f})" if ratio else ""
+        print(
+            f"| {name} | {first['macs'] / head['macs']:.1%} | {first['params'] / 1e3:.0f} k | {first['cut']:.1%} | "
+            f"{sum(ends) / len(ends):.1f}%{spread} | {faster} |"
+        )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--data", help="cifar10:DIR")
+    parser.add_argument("--weights", help="of ResNet-56")
+    parser.add_argument("--output", help="JSON lines")
+    parser.add_argument("--table", help="print what is in this file, and measure nothing")
+    parser.add_argument("--keep", type=float, default=0.45)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=10_000, help="training images")
+    parser.add_argument("--test-images", type=int, help="all by default")
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1])
+    asked = parser.parse_args()
+    if not asked.table and not (asked.data and asked.weights and asked.output):
+        parser.error("give --data, --weights and --output, or --table")
+    return asked
+
+
+if __name__ == "__main__":
+    main()

@@ -28,6 +28,8 @@ IMAGES = {"resnet50": "resnet50", "vit_tiny": "vit_tiny_patch16_224"}
 """timm's names of the networks that are measured on photographs, with random weights and without labels."""
 PHOTOS = 16
 """Photographs in a batch."""
+PLAIN = {"early_stop": False, "cache": 0, "channels_last": False}
+"""Every candidate evaluated to its end, nothing kept, in PyTorch's own memory format."""
 Batches = Sequence[tuple[Tensor, Tensor | None]]
 
 
@@ -81,13 +83,14 @@ class Case:
 
     # -- states along the search -----------------------------------------------------------------------------------
 
-    def history(self) -> Path:
+    def history(self, plain: bool = False) -> Path:
         """The steps of the whole search."""
-        return self.folder / f"{self.name}-{self.device.type}-search.jsonl"
+        return self.folder / f"{self.name}-{self.device.type}-search{'-plain' if plain else ''}.jsonl"
 
-    def search(self) -> None:
-        """The whole search with its defaults, resumed from its history; the seconds of each step are noted beside."""
-        steps = as_steps(read_lines(self.history()))
+    def search(self, plain: bool = False) -> None:
+        """The whole search with its defaults, or evaluating plainly, resumed from its history; the seconds of each step
+        are noted beside."""
+        steps = as_steps(read_lines(self.history(plain)))
         if steps and steps[-1].kept_fraction <= KEEP:
             return
         traced, batches = self.opened()
@@ -95,11 +98,12 @@ class Case:
 
         def note(step: Step) -> None:
             now = clock(traced)
-            append_line(self.history(), {**step.to_json(), "seconds": now - last[0]})
+            append_line(self.history(plain), {**step.to_json(), "seconds": now - last[0]})
             last[0] = now
             print(f"step {step.number}: {step.kept_fraction:.3f}", flush=True)
 
-        ekgfx.search(traced, batches, flops=KEEP, on_step=note, resume_from=steps)
+        options: Any = PLAIN if plain else {}
+        ekgfx.search(traced, batches, flops=KEEP, on_step=note, resume_from=steps, **options)
 
     def states(self, count: int) -> list[str]:
         """Makes and names the states to measure at: those before `count` steps of the search, or, where it was not run,

@@ -19,7 +19,8 @@ States are the network evenly cut to 100, 75 and 50% of its MACs (`--states 1`: 
 whole ResNet-56 search is run with `all`, and the states are those before `--states` of its steps, evenly spread: masked
 and sliced then evaluate every candidate (else each third), and whether they choose as the search did is compared. The
 other ways' totals are estimates: importance, accepted network and candidate at the states, interpolated over the steps,
-times the candidates of each.
+times the candidates of each. With `--check` the search is also run plainly, without early stops, kept values and
+channels last, and all steps are compared.
 """
 
 import argparse
@@ -55,6 +56,8 @@ def main() -> None:
     case.make(asked.data, asked.weights, asked.images)
     if asked.whole and asked.network == "resnet56":
         case.search()
+        if asked.check:
+            case.search(plain=True)
     states = case.states(asked.states)
     record = folder / f"{asked.network}-{asked.device}.jsonl"
     done = {(line["state"], line["way"], line["turn"]) for line in read_lines(record)}
@@ -115,6 +118,8 @@ def summarized(case: Case, lines: list[dict[str, Any]]) -> dict[str, Any]:
     }
     if case.history().exists():
         summary["search"] = dict(totals(read_lines(case.history()), lines, taken, median))
+        if plain := read_lines(case.history(plain=True)):
+            summary["search"]["plain"] = compared(read_lines(case.history()), plain)
     return summary
 
 
@@ -155,6 +160,13 @@ def totals(
     yield "stopped", sum(c["at_least"] is not None for step in run for c in step["candidates"])
 
 
+def compared(run: list[dict[str, Any]], plain: list[dict[str, Any]]) -> dict[str, Any]:
+    """The plain search beside `run`: how many steps of the longer one are the same in both, and its seconds."""
+    same = sum(a["removed"] == b["removed"] for a, b in zip(run, plain, strict=False))
+    seconds = round(sum(step["seconds"] for step in plain), 1)
+    return {"same steps": f"{same} of {max(len(run), len(plain))}", "measured": seconds}
+
+
 def known(line: Mapping[str, Any]) -> dict[str, float]:
     """−ℛ of the candidates that were evaluated to their end."""
     return {group: value for group, value in line["negatives"].items() if value is not None}
@@ -168,6 +180,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True)
     parser.add_argument("--images", type=int, default=64, help="of resnet50 and vit_tiny, in batches of 16")
     parser.add_argument("--whole", action="store_true", help="run the whole search of resnet56, and take its states")
+    parser.add_argument("--check", action="store_true", help="with --whole: run it plainly too, and compare every step")
     parser.add_argument("--states", type=int, default=4)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--turns", type=int, default=2)

@@ -130,7 +130,11 @@ def _traced(model: nn.Module, example: Example, names: list[str], decompose: boo
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """What PyTorch logs and prints about an export that fails is in the exception as well: it goes no further."""
-    printed, handlers = io.StringIO(), logging.getLogger("torch").handlers
+    printed, known = io.StringIO(), logging.root.manager.loggerDict.values()
+    loggers = [
+        logger for logger in known if isinstance(logger, logging.Logger) and f"{logger.name}.".startswith("torch.")
+    ]
+    handlers = {handler for logger in loggers for handler in logger.handlers}  # PyTorch gives most of them their own
 
     def passes(record: logging.LogRecord) -> bool:
         return record.levelno < logging.WARNING

@@ -28,21 +28,23 @@ def overflowing(model: ir.Model, inputs: Sequence[Tensor]) -> frozenset[str]:
     """
     probe = model.clone()
     probe.graph.outputs.clear()
+    nodes = list(probe.graph)
     slots = [value for value in probe.graph.inputs if value.dtype == ir.DataType.FLOAT]
-    values = [*slots, *(value for node in probe.graph for value in node.outputs if value.dtype == ir.DataType.FLOAT)]
+    values = [*slots, *(value for node in nodes for value in node.outputs if value.dtype == ir.DataType.FLOAT)]
     values = [value for value in values if isinstance(value.type, ir.TensorType)]
     _append_magnitudes(probe.graph, values)
     most = _run(probe, inputs)
     large = {id(value) for value, found in zip(values, most, strict=True) if found * HEADROOM > LARGEST}
     return frozenset(
         node.name
-        for node in probe.graph
+        for node in nodes
         if node.name is not None and any(id(value) in large for value in (*node.inputs, *node.outputs))
     )
 
 
 def _append_magnitudes(graph: ir.Graph, values: Sequence[ir.Value]) -> None:
-    """An output for each value: its largest magnitude, where infinite elements (of masks) count as zero."""
+    """An output for each value: its largest magnitude, where infinite elements (of masks) count as zero. It is computed
+    next to the value, which can then be let go of: all values of a network at once may be many gigabytes."""
     zero = ir.Value(
         name="zero of magnitudes",
         shape=ir.Shape([]),
@@ -55,9 +57,14 @@ def _append_magnitudes(graph: ir.Graph, values: Sequence[ir.Value]) -> None:
         infinite = ir.node("IsInf", [size.outputs[0]])
         finite = ir.node("Where", [infinite.outputs[0], zero, size.outputs[0]])
         most = ir.node("ReduceMax", [finite.outputs[0]], {"keepdims": 0})
-        for node in (size, infinite, finite, most):
+        nodes = size, infinite, finite, most
+        for node in nodes:
             node.name = node.outputs[0].name = f"magnitude {number} {node.op_type}"
-            graph.append(node)
+        producer = value.producer()
+        if producer is None:
+            graph.insert_before(graph[0], nodes)
+        else:
+            graph.insert_after(producer, nodes)
         most.outputs[0].type, most.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
         graph.outputs.append(most.outputs[0])
 
@@ -66,7 +73,7 @@ def _run(model: ir.Model, inputs: Sequence[Tensor]) -> list[float]:
     if not model.graph.outputs:
         return []
     with saved(model) as path:
-        session = open_session(path)
+        session = open_session(path, as_written=True)  # so that no value waits for its magnitude
         try:
             return [float(found) for found in session.run(None, feeds(session, inputs))]
         except Exception as error:  # onnxruntime's exceptions have no common base

@@ -33,13 +33,15 @@ def open_session(
     threads: int = 0,
     cpu_fallback: bool = False,
     profile: Path | None = None,
+    as_written: bool = False,
 ) -> ort.InferenceSession:
     """A session on the provider alone.
 
     batch: fix the free batch size, so that the shape arithmetic of the graph is folded away, as a deployment with one
     batch size would have it (a CUDA graph needs it). threads: inside operators; 0 leaves it to onnxruntime.
     cpu_fallback: let operators that the provider lacks run on the CPU instead of refusing the model.
-    profile: beginning of the name of the file that `session.end_profiling()` writes.
+    profile: beginning of the name of the file that `session.end_profiling()` writes. as_written: run the nodes in the
+    order of the file, not in the one that onnxruntime finds from the outputs back.
 
     Raises ExportError when the file is missing, cannot be read, or has operators that the provider lacks.
     """
@@ -51,6 +53,8 @@ def open_session(
     options.inter_op_num_threads = 1
     # Worker threads that go on spinning after a run would steal the CPU from whatever is timed next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if as_written:
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # all have one priority: then by their position
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

@@ -2,11 +2,12 @@
 
 Runtimes fuse a convolution with the norm, the activation and the addition behind it, and time what they fused as one.
 So the operators of a graph are divided into segments: one begins with each operator that costs MACs, and takes in all
-that follows it up to the next ones. The time of a segment depends on the sizes of what it reads and writes and on its
-MACs, which are expressions of the axes.
+that follows it up to the next ones. Where several come together, as in a residual sum, what follows belongs to the one
+that began last: only then can it be computed. The time of a segment depends on the sizes of what it reads and writes
+and on its MACs, which are expressions of the axes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -60,12 +61,18 @@ def find_segments(graph: AxisGraph) -> dict[str, Segment]:
         if node.op != "call_function":
             continue
         operation = graph.operation(node)
-        before = next((place[source] for source in node.all_input_nodes if source in place), START)
+        before = latest((place[source] for source in node.all_input_nodes if source in place), list(members))
         starts = operation is not None and mac_products(graph, operation)
         place[node] = _name(graph, operation) if starts and operation is not None else before
         if operation is not None:
             members.setdefault(place[node], []).append(operation)
     return {name: _segment(graph, name, operations, place) for name, operations in members.items()}
+
+
+def latest(segments: Iterable[str], begun: Sequence[str]) -> str:
+    """The one of `segments` that began last, START where there is none. begun: all so far, in the order in which they
+    began."""
+    return max(segments, key=begun.index, default=START)
 
 
 def _name(graph: AxisGraph, operation: Operation) -> str:

@@ -147,7 +147,7 @@ def keep_promise(job: Job, plan: Plan, pruned: nn.Module) -> None:
         return
     table = LayerTable.from_json(job.run.read(FILE))
     price = Price(job.traced, table)
-    predicted = price(plan) / price(Plan())
+    predicted = price(plan) / price.dense
     measured = None
     if here(table):
         job.report.stage(f"time the network on {table.target}")

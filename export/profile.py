@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ekgfx.errors import ExportError
-from ekgfx.segments import START
+from ekgfx.segments import START, latest
 from ekgfx.target import Target
 
 from .environment import available_cpus
@@ -29,8 +29,8 @@ from .runners import bound, onnx_runner
 from .session import open_session
 
 _WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "Attention"}
-# What onnxruntime appends to the name of a node or value that it replaces.
-_DECORATION = re.compile(r"(_nchwc|_token_\d+|_kernel_time)$")
+# What onnxruntime appends to the name of a node or value that it replaces, or that it makes part of another one.
+_DECORATION = re.compile(r"(_nchwc|_token_\d+|_kernel_time|/\w*Fusion/?)$")
 _EVENT = "_kernel_time"
 
 
@@ -145,9 +145,13 @@ def node_segments(path: Path) -> dict[str, str]:
     """The segment of every node and value of a file, by name."""
     graph = onnx.load(path, load_external_data=False).graph
     segments: dict[str, str] = {}
+    begun = [START]
     for node in graph.node:
-        before = next((segments[name] for name in node.input if name in segments), START)
-        segment = node.name.rpartition("/")[0] if node.op_type in _WEIGHTED else before
+        segment = latest((segments[name] for name in node.input if name in segments), begun)
+        if node.op_type in _WEIGHTED:
+            segment = node.name.rpartition("/")[0]
+        if segment not in begun:
+            begun.append(segment)
         segments[node.name] = segment
         segments.update({name: segment for name in node.output if name})
     return segments

@@ -234,7 +234,8 @@ def find_budget(
             "kept"
         )
     if latency is not None and table is not None:
-        return Budget.of(Price(traced, table), latency, "latency", weighed=True)
+        price = Price(traced, table)
+        return Budget.of(price, latency, "latency", full=price.dense, weighed=True)
     if flops is not None:
         return Budget.of(lambda plan: traced.cost(plan).macs, flops, "MACs")
     if params is not None:

@@ -32,12 +32,14 @@ class Budget:
     weighed: bool = False
 
     @classmethod
-    def of(cls, cost: Callable[[Plan], float], keep: float, unit: str, *, weighed: bool = False) -> "Budget":
-        """Raises BudgetError for a target that is no fraction."""
+    def of(
+        cls, cost: Callable[[Plan], float], keep: float, unit: str, *, full: float | None = None, weighed: bool = False
+    ) -> "Budget":
+        """full: None asks `cost`. Raises BudgetError for a target that is no fraction."""
         if not 0 < keep <= 1:
             hint = f"; did you mean {keep / 100:g}?" if 1 < keep <= 100 else ""
             raise BudgetError(f"the budget is the fraction of {unit} that is kept, in (0, 1], not {keep:g}{hint}")
-        return cls(cost, cost(Plan()), keep, unit, weighed)
+        return cls(cost, cost(Plan()) if full is None else full, keep, unit, weighed)
 
     def fraction(self, plan: Plan) -> float:
         """Cost of a plan over that of the unpruned model."""

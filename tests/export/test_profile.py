@@ -6,6 +6,8 @@ from ekgfx.export import layers, to_onnx
 from ekgfx.export.io import with_batch
 from ekgfx.export.layers import measure_layers, to_known
 from ekgfx.export.profile import by_segment, in_child, node_segments, profile, whole_runs
+from torch import nn
+from torch.nn import functional as F
 
 import ekgfx
 from ekgfx.errors import ExportError
@@ -24,18 +26,27 @@ def event(name: str, microseconds: int, cat: str = "Node") -> dict[str, object]:
 
 
 def test_shortest_times_of_nodes_add_up_by_segment():
-    segments = {"stem/Conv": "stem", "stem/Conv_out": "stem", "Relu_out": "stem", "head/Gemm": "head"}
+    segments = {
+        "stem/Conv": "stem",
+        "stem/Conv_out": "stem",
+        "Relu_out": "stem",
+        "head/Gemm": "head",
+        "qkv/MatMul": "qkv",
+        "a/MatMul_2": "a",
+    }
     run = [
         event("Cast", 1000),  # before the first layer
         event("Relu_out_nchwc", 5000),  # a convolution, fused and named after the end of what it holds
         event("ReorderOutput_token_12", 300),  # inserted: belongs to the node before it
         event("head/Gemm", 200),
+        event("qkv/MatMul/MatMulAddFusion", 70),  # fused, and named after the first of what it holds
+        event("a/MatMul_2/MatMulScaleFusion/", 30),
     ]
     slow = [{**e, "dur": int(str(e["dur"])) * 10} for e in run]
     others = [event("stem/Conv", 9, cat="Session"), {"cat": "Node", "name": "stem/Conv_fence_before", "dur": 9}]
     lucky = [{**e, "dur": 1} for e in run]
     found = by_segment([*lucky, *others, *slow, *run, *slow], segments, skip=1)
-    assert found == pytest.approx({"": 1.0, "stem": 5.3, "head": 0.2})
+    assert found == pytest.approx({"": 1.0, "stem": 5.3, "head": 0.2, "qkv": 0.07, "a": 0.03})
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +64,38 @@ def test_nodes_belong_to_the_layer_that_they_follow(classifier):
         "ReduceMean": "stem",
         "head/Gemm": "head",
     }
+
+
+class Residual(nn.Module):
+    """Tokens to which the answer of two layers is added three times, as in a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.wide, self.back = nn.Conv2d(3, 64, 4, 4), nn.Linear(64, 256), nn.Linear(256, 64)
+        self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        for _ in range(3):
+            x = x + self.back(F.gelu(self.wide(self.norm(x))))
+        return self.head(x.mean(1))
+
+
+def test_sums_and_fused_products_belong_to_the_layer_that_they_follow(tmp_path):
+    """In the file, in the graph, and in what onnxruntime makes of it: a product and its bias become one, renamed."""
+    model, images = Residual().eval(), torch.randn(2, 3, 32, 32)
+    file = to_onnx(model, images, tmp_path / "net.onnx")
+    norms = {segment for name, segment in node_segments(file).items() if name.startswith("norm/LayerNormalization")}
+    assert norms == {"patches", "back"}
+    traced = ekgfx.trace(model, images)
+    one, tokens = {traced.batch: 1}, 64
+    segments = find_segments(traced)
+    # The patches are read from pixels; what comes back is read by the sum, with the tokens from before.
+    assert segments["patches"].sizes(one)[1] == 3 * 32 * 32
+    assert segments["back"].sizes(one)[1] == 3 * 256 * tokens + 64 * tokens
+    found = profile(file, images, HERE)
+    assert min(found["wide"], found["back"]) > found["head"]  # 12,000 times its MACs
+    assert found.get("", 0.0) < 0.1 * sum(found.values())
 
 
 def test_a_real_profile_accounts_for_the_run(classifier):

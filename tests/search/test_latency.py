@@ -16,7 +16,7 @@ import ekgfx
 from ekgfx.axes import Axis
 from ekgfx.errors import BudgetError, RecipeError
 from ekgfx.plan import Plan
-from ekgfx.search import ekg, search
+from ekgfx.search import ekg, find_budget, search
 from ekgfx.search.latency import LayerTable, Price, Sample, input_shapes, plans_to_measure
 from ekgfx.search.problem import channels_per_position, width_rules
 from ekgfx.search.race import Outcome
@@ -53,12 +53,12 @@ def test_segments_by_hand(traced: TracedModel) -> None:
     assert list(segments) == ["", "stem", "wide", "side", "head"]
     # The stem writes its convolution, norm (with two empty statistics) and activation.
     assert segments["stem"].sizes(one) == (27 * 32 * pixels, 3 * pixels, 3 * 32 * pixels)
-    # The sum and the mean over pixels belong to the layer that the sum reads first, and read the other one.
-    assert segments["wide"].sizes(one) == (32 * 64 * pixels, (32 + 64) * pixels, 2 * 64 * pixels + 64)
-    assert segments["side"].sizes(one) == (32 * 64 * pixels, 32 * pixels, 64 * pixels)
+    # The sum and the mean over pixels belong to the layer that ends last, and read the other one.
+    assert segments["wide"].sizes(one) == (32 * 64 * pixels, 32 * pixels, 64 * pixels)
+    assert segments["side"].sizes(one) == (32 * 64 * pixels, (32 + 64) * pixels, 2 * 64 * pixels + 64)
     assert segments["head"].sizes(one) == (640, 64, 10)
     half = {traced.groups["stem"].axis: 16, traced.groups["wide"].axis: 64, traced.batch: 5}
-    assert segments["side"].sizes(half) == tuple(5 * n for n in (16 * 64 * pixels, 16 * pixels, 64 * pixels))
+    assert segments["wide"].sizes(half) == tuple(5 * n for n in (16 * 64 * pixels, 16 * pixels, 64 * pixels))
 
 
 @pytest.mark.parametrize("make", [nets.cnn, nets.vit])
@@ -139,7 +139,7 @@ def test_table_survives_json(traced: TracedModel, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"version": 99}, "has version 99, this ekgfx reads version 1"),
+        ({"version": 99}, "has version 99, this ekgfx reads version 2"),
         ({"structure": "0123"}, "measured for another model"),
         ({"inputs": [[3, 9, 9]]}, r"measured with inputs \[\[3, 9, 9\]\]"),
         ({"tile": None, "samples": [{"x": 1}]}, "is damaged"),
@@ -170,11 +170,11 @@ def test_search_to_a_fraction_of_the_time() -> None:
     table = table_of(made, tile=4, grain=2)
     result = search(made, nets.batches(), latency=0.7, table=table, align=2)
     price = Price(made, table)
-    assert price(result.plan) <= 0.7 * price(Plan())
+    assert price(result.plan) <= 0.7 * price.dense
     assert result.settings["budget"] == {"unit": "latency", "keep": 0.7}
     times = [price(plan) for plan in result.plans]
     assert all(after < before for before, after in itertools.pairwise(times))  # no step saves nothing
-    assert result.steps[-1].kept_fraction == price(result.plan) / price(Plan())
+    assert result.steps[-1].kept_fraction == price(result.plan) / price.dense
 
 
 def test_a_step_goes_on_to_the_next_stair() -> None:
@@ -223,6 +223,18 @@ def test_reward_per_millisecond(
     weighed.budget.weighed = False
     by_reward = sorted(range(len(saved)), key=lambda i: -rewards[i])
     assert ekg.best_first(weighed, state, plans, outcomes) == by_reward  # type: ignore[arg-type]
+
+
+def test_the_unpruned_network_costs_what_was_measured(traced: TracedModel) -> None:
+    """Four times slower than its layers say: then half of the time is twice what they say."""
+    table = table_of(traced, count=16)
+    law = Price(traced, table)
+    slow = replace(table.samples[0], network=4 * table.samples[0].network)
+    price = Price(traced, replace(table, samples=(slow, *table.samples[1:])))
+    assert price.dense == slow.network
+    budget = find_budget(traced, latency=0.5, table=price.table)
+    assert budget.full == slow.network
+    assert Price(traced, replace(table, samples=table.samples[1:])).dense == pytest.approx(law.dense, rel=0.05)
 
 
 def test_errors_do_not_know_what_they_judge(traced: TracedModel) -> None:

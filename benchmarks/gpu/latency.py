@@ -5,6 +5,7 @@ that were pruned to a budget of milliseconds.
     python benchmarks/gpu/latency.py --output docs/latency_cpu.jsonl --providers cpu --batches 1 --precisions fp32 \
         --threads 1 --align 8,16 mobilenetv2_100 resnet50
     python benchmarks/gpu/latency.py --table docs/latency_gpu.jsonl                # as Markdown
+    python benchmarks/gpu/latency.py --plot docs/latency_gpu.png docs/latency_gpu.jsonl
 
 Widths come from the uniform search by magnitude, which needs no data: latency depends on widths, not on weights. Every
 model and precision is measured in a process of its own and gives one JSON line: MACs of each network, all timings, the
@@ -17,12 +18,15 @@ goes on.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from ekgfx.files import append_line, read_lines
 
 MODELS = ("resnet50", "mobilenetv2_100", "convnext_tiny", "vit_small_patch16_224")
 TIMED = ("cuda", "cpu")
@@ -130,7 +134,7 @@ def joined(first: Any, second: Any) -> Any:
 
 def run(jobs: list[dict[str, Any]], output: Path) -> None:
     """Measure every model and precision that `output` does not hold yet."""
-    rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    rows = read_lines(output)
     done = {(row["model"], row["precision"]) for row in rows}
     for job in jobs:
         if (job["model"], job["precision"]) in done:
@@ -140,9 +144,8 @@ def run(jobs: list[dict[str, Any]], output: Path) -> None:
         if result.returncode:
             print("  failed, see above", flush=True)
             continue
-        with output.open("a") as file:
-            told = {key: value for key, value in job.items() if key != "tables"}
-            file.write(json.dumps(told | json.loads(result.stdout.splitlines()[-1])) + "\n")
+        told = {key: value for key, value in job.items() if key != "tables"}
+        append_line(output, told | json.loads(result.stdout.splitlines()[-1]))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -186,6 +189,38 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", *sorted(notes - {""}), ""])
 
 
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Bars of the latency kept by every pruned network, with its range; a line across each is its share of the MACs,
+    which it would take if cut MACs were saved milliseconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from ekgfx.export import LatencyTable
+    from matplotlib import pyplot
+
+    bars: dict[str, list[tuple[str, float, float, float, float]]] = {}
+    for row in rows:
+        for s in LatencyTable.from_json(row["latency"]).speedups:
+            place = f"{row['model']}\n{s.provider} {row['precision']}, batch {s.batch}"
+            of_macs = row["macs"][s.network] / row["macs"]["dense"]
+            ratio = s.ratio
+            name = re.sub(r" at batch \d+$", "", s.network)
+            bars.setdefault(name, []).append((place, 1 / ratio.value, 1 / ratio.high, 1 / ratio.low, of_macs))
+    places = list(dict.fromkeys(bar[0] for found in bars.values() for bar in found))
+    width = 0.8 / len(bars)
+    figure, axes = pyplot.subplots(figsize=(2 + 1.7 * len(places), 4), layout="constrained")
+    for number, (name, found) in enumerate(bars.items()):
+        at = [places.index(place) + width * (number - (len(bars) - 1) / 2) for place, *_ in found]
+        kept = [value for _, value, *_ in found]
+        spread = [[value - low for _, value, low, *_ in found], [high - value for _, value, _, high, _ in found]]
+        axes.bar(at, kept, width * 0.9, yerr=spread, label=name)
+        axes.hlines([bar[-1] for bar in found], [x - width / 2 for x in at], [x + width / 2 for x in at], "black")
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set(ylabel="latency kept (line: MACs kept)", xticks=range(len(places)), xticklabels=places)
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=110)
+
+
 def _machine(latency: dict[str, Any]) -> str:
     facts = latency["environment"].items()
     return ", ".join(f"{key} {value}" for key, value in facts if key not in ("load", "platform"))
@@ -204,12 +239,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="of the CPU (default: all)")
     parser.add_argument("--seconds", type=float, default=10.0, help="bound on each provider and batch size")
     parser.add_argument("--table", type=Path, help="print the table of a finished file")
+    parser.add_argument("--plot", type=Path, nargs=2, metavar=("PNG", "FILE"), help="draw a finished file")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(json.loads(args.one))))
     elif args.table:
-        print(table([json.loads(line) for line in args.table.read_text().splitlines()]))
+        print(table(read_lines(args.table)))
+    elif args.plot:
+        plot(read_lines(args.plot[1]), args.plot[0])
     else:
         shared = {
             "flops": args.flops,

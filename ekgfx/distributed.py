@@ -139,11 +139,19 @@ def _watching() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise TeamError(DIED) from error
+        raise _lost() from error
 
 
 DIED = "another process of this job died; see its own message, and go on with the same command and --resume RUN"
 
 
 def _ended(*_: Any) -> None:
-    raise TeamError(DIED)
+    raise _lost()
+
+
+def _lost() -> TeamError:
+    """From here on this process only records that it stops: torchrun's signal, which often comes a moment after the
+    connection broke, must not break into that. (What hangs nevertheless it kills 30 seconds later.)"""
+    if signal.getsignal(signal.SIGTERM) is _ended:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return TeamError(DIED)

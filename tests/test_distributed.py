@@ -15,9 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ekgfx import distributed
+from ekgfx.cli.work import work
 from ekgfx.distributed import ALONE, Team, team
+from ekgfx.errors import TeamError
 from ekgfx.files import read_lines
-from ekgfx.run import read_manifest
+from ekgfx.run import Run, read_manifest
 from ekgfx.search import search
 from tests.cli.conftest import TINY, command, environment
 from tests.processes import ready, together
@@ -132,6 +135,28 @@ def killed_and_resumed(folder: Path, now: Callable[[Path], bool]) -> None:
 
 
 PROC = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the process to kill in /proc")
+
+
+def test_a_job_that_lost_a_process_says_so_though_it_is_told_to_end_meanwhile(tmp_path: Path, monkeypatch) -> None:
+    """The connection breaks, and torchrun's signal comes while run.json is written."""
+    update = Run.update
+
+    def told_to_end(run: Run, **facts: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        update(run, **facts)
+
+    def broken(_: Any) -> None:
+        monkeypatch.setattr(Run, "update", told_to_end)
+        with distributed._watching():
+            raise RuntimeError("Connection closed by peer")
+
+    before = signal.signal(signal.SIGTERM, distributed._ended)
+    try:
+        with Run.create(tmp_path / "run", status="running") as run, pytest.raises(TeamError):
+            work(run, broken)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert read_manifest(tmp_path / "run")["status"] == "interrupted"
 
 
 @PROC

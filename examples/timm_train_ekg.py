@@ -23,22 +23,35 @@ import timm.data
 import torch
 from timm.loss import LabelSmoothingCrossEntropy
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import ekgfx
 import ekgfx.hub  # teaches timm the architecture of pruned models
 from ekgfx.bank import Bank
 
 
-def indexed(dataset: Any, classes: int) -> Any:
-    """The same data set with targets label + classes · index."""
+class Indexed(Dataset):
+    """A data set with targets label + classes · index. A class of this module, not made in a function, since worker
+    processes that are spawned, as on macOS and Windows, get it pickled."""
 
-    class Indexed(type(dataset)):  # type: ignore[misc]
-        def __getitem__(self, index: int) -> tuple[Any, int]:
-            image, label = super().__getitem__(index)
-            return image, label + classes * index
+    def __init__(self, dataset: Any, classes: int) -> None:
+        self.dataset, self.classes = dataset, classes
 
-    dataset.__class__ = Indexed
-    return dataset
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = self.dataset[index]
+        return image, label + self.classes * index
+
+    @property
+    def transform(self) -> Any:
+        """timm's loader sets it."""
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
 
 
 def guided(bank: Bank, classes: int) -> Callable[[LabelSmoothingCrossEntropy, Tensor, Tensor], Tensor]:
@@ -59,7 +72,7 @@ def main(run: Path, script: Path, arguments: list[str]) -> None:
 
     def create_dataset(*positional: Any, is_training: bool = False, **named: Any) -> Any:
         dataset = create(*positional, is_training=is_training, **named)
-        return indexed(dataset, classes) if is_training else dataset
+        return Indexed(dataset, classes) if is_training else dataset
 
     timm.data.create_dataset = create_dataset
     LabelSmoothingCrossEntropy.forward = guided(bank, classes)
@@ -68,4 +81,6 @@ def main(run: Path, script: Path, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    import timm_train_ekg  # under its own name, by which workers find Indexed: `__main__` is soon timm's script
+
+    timm_train_ekg.main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

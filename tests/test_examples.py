@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,8 @@ import ekgfx
 from ekgfx import source
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SCRIPT = Path(os.environ.get("EKGFX_TIMM_SCRIPT", Path(__file__).with_name("timm_script.py")))
+"""EKGFX_TIMM_SCRIPT=FILE takes timm's own train.py instead of the script here."""
 
 
 def example(name: str) -> ModuleType:
@@ -63,11 +66,7 @@ def timm_run(tmp_path_factory) -> Path:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("options", [[], ["--no-prefetcher", "--model-ema"]], ids=["usual", "average"])
 def test_timms_training_script(tmp_path, monkeypatch, images, timm_run, options):
-    """Labels and indices arrive at the bank's loss, the pruned network is trained, and its checkpoint makes it again.
-
-    EKGFX_TIMM_SCRIPT=FILE takes timm's own train.py instead of the script here.
-    """
-    script = os.environ.get("EKGFX_TIMM_SCRIPT", Path(__file__).with_name("timm_script.py"))
+    """Labels and indices arrive at the bank's loss, the pruned network is trained, its checkpoint makes it again."""
     seen: list[int] = []
     forward = ekgfx.EKGLoss.forward
 
@@ -82,7 +81,7 @@ def test_timms_training_script(tmp_path, monkeypatch, images, timm_run, options)
     monkeypatch.setattr(module.timm.data, "create_dataset", module.timm.data.create_dataset)
     monkeypatch.setattr(LabelSmoothingCrossEntropy, "forward", LabelSmoothingCrossEntropy.forward)
     told = f"--data-dir {images} --epochs 2 --batch-size 4 --lr 0.01 --warmup-epochs 0 --workers 1 --device cpu"
-    module.main(timm_run, script, [*told.split(), "--output", str(tmp_path), "--experiment", "trained", *options])
+    module.main(timm_run, SCRIPT, [*told.split(), "--output", str(tmp_path), "--experiment", "trained", *options])
     assert len(seen) >= 24 and sorted(seen) == sorted([*range(12)] * (len(seen) // 12))  # timm may add epochs
 
     with (tmp_path / "trained" / "summary.csv").open() as lines:
@@ -92,3 +91,26 @@ def test_timms_training_script(tmp_path, monkeypatch, images, timm_run, options)
     weights = ekgfx.load(timm_run).state_dict()
     changed = [name for name, value in again.state_dict().items() if not torch.equal(value, weights[name])]
     assert changed and again.state_dict().keys() == weights.keys()
+
+
+SPAWNING = """
+import multiprocessing, runpy, sys
+multiprocessing.set_start_method("spawn")
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv.pop(0))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_timms_training_script_with_spawned_workers(tmp_path, images, timm_run):
+    """From the command line, with worker processes started as on macOS and Windows: they get the data set pickled."""
+    told = f"--data-dir {images} --epochs 1 --batch-size 12 --lr 0.01 --warmup-epochs 0 --workers 1 --device cpu"
+    told += f" --output {tmp_path} --experiment e"
+    example = [EXAMPLES, EXAMPLES / "timm_train_ekg.py", timm_run, SCRIPT]
+    subprocess.run(
+        [sys.executable, "-c", SPAWNING, *map(str, example), *told.split()],
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"},
+    )
+    assert [line["epoch"] for line in csv.DictReader((tmp_path / "e" / "summary.csv").open())] == ["0"]

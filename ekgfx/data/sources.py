@@ -16,6 +16,7 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_dataset
 from timm.data.dataset import ImageDataset, IterableImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder, find_images_and_targets
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -198,4 +199,7 @@ def open_timm(name: str, root: str | None, split: str) -> ImageSource:
     if isinstance(dataset.reader, ReaderImageFolder):
         files, targets = zip(*dataset.reader.samples, strict=True)
         return FileImages(files, targets)
+    if isinstance(dataset.reader, ReaderImageInTar):
+        # An archive that stays open has one place to read at, which forked processes share, and cannot be pickled
+        dataset.reader.cache_tarfiles = False
     return ReaderImages(dataset)

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -15,6 +16,7 @@ import yaml
 import ekgfx
 from ekgfx import recipe
 from ekgfx.cli import cli
+from ekgfx.data.spec import OPENERS
 from ekgfx.models import digits_cnn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,12 +142,14 @@ def test_contributing_teaches_a_rule_that_frees_the_channels():
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The arguments of every `ekgfx …` in a page's shell blocks; of a choice `a|b` the first is taken."""
+    """The arguments of every `ekgfx …` in a page's shell blocks, also under torchrun; of `a|b` the first is taken."""
     found = []
     for text in blocks(page, "sh"):
         for line in text.replace("\\\n", " ").splitlines():
             for part in line.split("&&"):
                 words = shlex.split(part, comments=True)
+                if words[:1] == ["torchrun"]:
+                    words = words[words.index("-m") + 1 :]
                 if words[:1] == ["ekgfx"]:
                     found.append([word.split("|")[0] for word in words[1:] if word != "…"])
     return found
@@ -161,6 +165,8 @@ def test_commands_are_understood(page, folder):
                 command.make_context(named, rest, parent=context)
             except click.UsageError as error:
                 pytest.fail(f"{page}: ekgfx {shlex.join(arguments)}: {error.format_message()}")
+        for option, value in pairwise(arguments):
+            assert option != "--data" or value.partition(":")[0] in OPENERS, f"{page}: there are no data '{value}'"
 
 
 def test_the_tour(folder, capsys):
@@ -181,6 +187,14 @@ def test_the_tour(folder, capsys):
 def test_recipes(page):
     for text in blocks(ROOT / page, "yaml"):
         recipe.parse(yaml.safe_load(text), page)
+
+
+@pytest.mark.parametrize("page", [name(page) for page in PAGES])
+def test_programs_and_tests_that_a_page_names_are_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for file, test in re.findall(r"\b((?:benchmarks|examples|tests)/[\w/.-]+\.(?:py|txt))(?:::(\w+))?", text):
+        assert (ROOT / file).is_file(), f"{page} names {file}"
+        assert f"def {test}(" in (ROOT / file).read_text(encoding="utf-8") or not test, f"{page} names {file}::{test}"
 
 
 @pytest.mark.parametrize("page", [name(page) for page in PAGES])

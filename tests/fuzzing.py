@@ -1,4 +1,5 @@
-"""Malformed files: valid ones, changed at random in their bytes or in what they say.
+"""Malformed files: valid ones, changed at random in their bytes or in what they say; and the bounds within which they
+must be taken or refused.
 
 The changes are drawn from a seed, so that a failing input can be made again: `mutants(valid, seed)`.
 """
@@ -6,9 +7,21 @@ The changes are drawn from a seed, so that a failing input can be made again: `m
 import copy
 import json
 import random
+import resource
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from ekgfx.errors import EkgfxError
+
+SECONDS = 20
+"""Longest that one input may take: a hang, not a slow machine."""
+MEMORY = 3 * 2**30
+"""Most address space that one input may add."""
+LONGEST = 1000
+"""Most characters of an error."""
 ODD: list[Any] = [
     None,
     True,
@@ -117,3 +130,36 @@ def mutants(valid: bytes, count: int, seed: int, change: Callable[[bytes, random
     """`count` changed forms of a valid file."""
     for number in range(count):
         yield change(valid, random.Random(seed * 1_000_003 + number))
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Stops what takes too long, and what asks for too much memory."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"still at it after {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, limits[1]))
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def refused(use: Callable[[], object]) -> bool:
+    """Whether it was refused; anything but an EkgfxError in one line passes through, and fails the test."""
+    try:
+        use()
+    except EkgfxError as error:
+        said = str(error)
+    else:
+        return False
+    assert said.strip(), "the error says nothing"
+    assert len(said) < LONGEST, f"an error nobody can read: {said}"
+    return True

@@ -44,6 +44,7 @@ prepare checkpoint export landscape
 hub
 job recipes
 delivery timing
+planning
 pipeline
 report
 cli

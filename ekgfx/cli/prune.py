@@ -179,7 +179,7 @@ def _preview(asked: Recipe) -> None:
     import ekgfx
     from ekgfx import source, timing
     from ekgfx.cli.render import change, human, out, table
-    from ekgfx.pipeline import smallest
+    from ekgfx.planning import smallest
 
     built = source.parse(asked.model or "", "none", asked.input, asked.classes).build()
     traced = ekgfx.trace(built.model, built.example_inputs, leaf=(*built.leaf, *asked.leaf))

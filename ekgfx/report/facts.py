@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ekgfx import checkpoint, delivery, pipeline
+from ekgfx import checkpoint, delivery, pipeline, planning
 from ekgfx.bank import Bank
 from ekgfx.bank.store import read_manifest as read_bank_manifest
 from ekgfx.errors import RunError
@@ -75,7 +75,7 @@ class Facts:
             if stage in told
         }
         settings = parse(manifest.get("settings", {}), f"{path}/run.json")
-        lines = read_lines(path / pipeline.HISTORY)
+        lines = read_lines(path / planning.HISTORY)
         search, layers = None, ()
         steps = tuple(map(Step.from_json, lines))
         if checkpoint.PLAN in manifest["files"]:

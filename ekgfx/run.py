@@ -63,6 +63,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     for key, hint in _ENTRIES.items():
         if key in manifest:
             read(hint, manifest[key], str(path / MANIFEST), RunError, key)
+    for name in manifest.get("files", ()):
+        if Path(name).is_absolute() or ".." in Path(name).parts:  # as in a run that comes from somebody else
+            raise RunError(f"{path / MANIFEST} is damaged: its file {name[:100]!r} lies outside the run")
     return {"files": {}, **manifest}
 
 

@@ -213,6 +213,15 @@ def test_a_run_writes_nowhere_else(tmp_path, name):
     assert outside.read_text() == "precious, without an end of line"
 
 
+@pytest.mark.parametrize("name", ["../outside", "bank/../../outside", "/etc/passwd"])
+def test_a_run_names_nothing_elsewhere(tmp_path, name):
+    """Whoever writes a run.json could have any file read whole, or one that never ends."""
+    with Run.create(tmp_path / "run") as run:
+        run.update(files={name: {"now": {}, "before": {}}})
+    with pytest.raises(RunError, match=r"run\.json is damaged: its file '.*' lies outside the run"):
+        Run.reopen(tmp_path / "run")
+
+
 @pytest.mark.parametrize("call", ["replace", "fsync"])
 def test_a_permission_that_goes_away_keeps_the_old_file(tmp_path, monkeypatch, call):
     def denied(*_):

@@ -29,6 +29,9 @@ import ekgfx
 import ekgfx.hub  # teaches timm the architecture of pruned models
 from ekgfx.bank import Bank
 
+UNFIT = {"--mixup", "--cutmix", "--cutmix-minmax", "--aug-splits", "--jsd-loss", "--bce-loss", "--loss"}
+"""Options of the script that mix images or take another loss."""
+
 
 class Indexed(Dataset):
     """A data set with targets label + classes · index. A class of this module, not made in a function, since worker
@@ -66,6 +69,9 @@ def guided(bank: Bank, classes: int) -> Callable[[LabelSmoothingCrossEntropy, Te
 
 def main(run: Path, script: Path, arguments: list[str]) -> None:
     """Run the training script with the run's pruned model and bank."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    if unfit := sorted(given & UNFIT):
+        sys.exit(f"{', '.join(unfit)}: not with a memory bank, which knows images one by one, through the usual loss")
     ekgfx.hub.save(run, run / "timm")
     bank, classes = Bank.open(run / "bank"), ekgfx.load(run).num_classes
     create = timm.data.create_dataset

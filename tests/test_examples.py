@@ -93,6 +93,12 @@ def test_timms_training_script(tmp_path, monkeypatch, images, timm_run, options)
     assert changed and again.state_dict().keys() == weights.keys()
 
 
+@pytest.mark.parametrize("option", ["--mixup", "--loss=bce"])
+def test_what_a_bank_cannot_teach_is_refused(timm_run, option):
+    with pytest.raises(SystemExit, match=r"not with a memory bank"):
+        example("timm_train_ekg").main(timm_run, SCRIPT, ["--epochs", "1", option, "0.2"])
+
+
 SPAWNING = """
 import multiprocessing, runpy, sys
 multiprocessing.set_start_method("spawn")

@@ -13,6 +13,8 @@ from torch import Tensor
 
 WIDTH = 512
 """Numbers that are read at once: enough for the vector units, few enough that the statistics stay in the cache."""
+PART = 1 << 16
+"""Numbers that are worked on at once where several passes go over them, so that they stay in the cache."""
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -63,13 +65,22 @@ class BatchNorm(torch.autograd.Function):
         g, rows = wide(gradient), wide(x)
         assert g is not None and rows is not None
         count = x.numel() // channels
-        shift = sums(g, channels)
-        scale = (sums(g * rows, channels) - mean * shift) * inverse  # Σ g·x̂
+        parts = max(1, PART // rows.shape[1])
+        product = torch.empty_like(rows[:parts])
+        shift, along = torch.zeros_like(rows[0]), torch.zeros_like(rows[0])
+        for towards, values in zip(g.split(parts), rows.split(parts), strict=True):
+            shift += towards.sum(0)
+            along += torch.mul(towards, values, out=product[: len(values)]).sum(0)
+        shift, along = shift.view(-1, channels).sum(0), along.view(-1, channels).sum(0)
+        scale = (along - mean * shift) * inverse  # Σ g·x̂
         factor = inverse if weight is None else inverse * weight
         # dx = γ/σ·(g − Σg/m − x̂·Σ(g·x̂)/m), as a·g + b·x + c
         on_x = -factor * inverse * scale / count
         rest = -factor * shift / count - on_x * mean
-        found = torch.addcmul(spread(rest, rows), rows, spread(on_x, rows)).addcmul_(g, spread(factor, rows))
+        on_g, on_x, rest = spread(factor, rows), spread(on_x, rows), spread(rest, rows)
+        found = torch.empty_like(rows)
+        for towards, values, out in zip(g.split(parts), rows.split(parts), found.split(parts), strict=True):
+            torch.addcmul(rest, values, on_x, out=out).addcmul_(towards, on_g)
         needed = ctx.needs_input_grad
         return (
             as_image(found, x) if needed[0] else None,
@@ -112,11 +123,6 @@ def scaled(
 def spread(values: Tensor, rows: Tensor) -> Tensor:
     """A value per channel as a row."""
     return values.repeat(rows.shape[1] // len(values))
-
-
-def sums(rows: Tensor, channels: int) -> Tensor:
-    """The sum of every channel."""
-    return rows.sum(0).view(-1, channels).sum(0)
 
 
 def as_image(rows: Tensor, like: Tensor) -> Tensor:

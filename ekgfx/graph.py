@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from ekgfx.axes import Axis, Dims, axes, freeze
 from ekgfx.errors import TraceError
 from ekgfx.functional import functionalize
-from ekgfx.in_place import overwritable
+from ekgfx.in_place import overwritable, overwritable_with_gradients
 from ekgfx.leaf import Leaves
 from ekgfx.nodes import bind, first_names, op_name, owner, rename_modules
 from ekgfx.rules import Call, Effect, Rule, lookup, unknown
@@ -246,6 +246,11 @@ class AxisGraph:
     def overwritable(self) -> dict[str, str]:
         """Operator → its first argument, where that may be overwritten when it is not wanted any more."""
         return overwritable(self.graph)
+
+    @cached_property
+    def overwritable_with_gradients(self) -> set[str]:
+        """Those that may overwrite it where gradients are taken of the result."""
+        return overwritable_with_gradients(self.graph)
 
     @cached_property
     def last_uses(self) -> dict[str, list[str]]:

@@ -25,6 +25,12 @@ FRESH = frozenset(
 )
 """Operators whose result is a tensor of its own, never a view of another or that tensor itself."""
 
+UNREAD = frozenset({aten.relu.default, aten.add.Tensor})
+"""Those of IN_PLACE whose derivative does not read what they read."""
+
+FORGOTTEN = FRESH - IN_PLACE.keys() | {aten.add.Tensor}
+"""Those of FRESH whose derivative does not read their result."""
+
 
 def overwritable(graph: fx.Graph) -> dict[str, str]:
     """Operator → its first argument, where nobody else reads that, and it owns its memory."""
@@ -35,3 +41,9 @@ def overwritable(graph: fx.Graph) -> dict[str, str]:
             if isinstance(source, fx.Node) and source.target in FRESH and len(source.users) == 1:
                 found[node.name] = source.name
     return found
+
+
+def overwritable_with_gradients(graph: fx.Graph) -> set[str]:
+    """The operators of `overwritable` that may do so where gradients are taken too."""
+    found = overwritable(graph)
+    return {n.name for n in graph.nodes if n.name in found and n.target in UNREAD and n.args[0].target in FORGOTTEN}

@@ -27,7 +27,12 @@ KERNELS = ("aten.conv", "aten.linear")  # operators whose weights the rescaling 
 
 
 class GraphRunner:
-    """Runs an axis graph operator by operator; subclasses say on which weights, and what an operator computes."""
+    """Runs an axis graph operator by operator; subclasses say on which weights, and what an operator computes.
+
+    sources: nodes whose values gradients are taken of, whether or not anything that they come from asks for one.
+    """
+
+    sources: Collection[str] = ()
 
     def __init__(self, graph: AxisGraph, weights: Mapping[str, Tensor]) -> None:
         self.graph = graph
@@ -84,9 +89,18 @@ class GraphRunner:
             elif (operation := graph.operation(node)) is not None:
                 loaded = {name: _load(value, values) for name, value in operation.args.items()}
                 first = graph.overwritable.get(node.name)
-                spare = first in ours and first in dead and not torch.is_grad_enabled()
+                spare = (
+                    first in ours
+                    and first in dead
+                    and (
+                        not (torch.is_grad_enabled() and values[first].requires_grad)
+                        or node.name in graph.overwritable_with_gradients
+                    )
+                )
                 values[node.name] = self.compute(operation, loaded, counts, spare)
                 ours.add(node.name)
+            if node.name in self.sources and torch.is_grad_enabled() and not values[node.name].requires_grad:
+                values[node.name].requires_grad_(values[node.name].is_floating_point())
             for name in dead:
                 values.pop(name, None)
         return values

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ekgfx import channels_last
 from ekgfx.channels_last import WIDTH, batch_norm, wide
 
 SHAPES = [(3, 5, 7, 2), (4, 16, 8, 8), (2, 3, 1, 1), (1, WIDTH + 1, 2, 3), (2, 1, 4, 4)]
@@ -18,9 +19,11 @@ def image(shape: tuple[int, ...], seed: int = 0) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("part", [1, 1500, channels_last.PART])
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_is_pytorchs_batch_norm(shape: tuple[int, ...], affine: bool) -> None:
+def test_is_pytorchs_batch_norm(shape: tuple[int, ...], affine: bool, part: int, monkeypatch) -> None:
+    monkeypatch.setattr(channels_last, "PART", part)  # a row, a few of them with a rest, all
     torch.manual_seed(0)
     x, towards = image(shape), image(shape, 1)
     weight, bias = torch.randn(2, shape[1], dtype=torch.float64) if affine else (None, None)

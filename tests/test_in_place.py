@@ -29,6 +29,8 @@ def test_only_what_is_read_once_can_be_overwritten() -> None:
     names = {node.name: str(node.target).split(".")[1] for node in traced.graph.nodes if node.op == "call_function"}
     found = [(names[node], names[source]) for node, source in traced.overwritable.items()]
     assert found == [("batch_norm", "conv2d"), ("relu", "batch_norm"), ("add", "relu"), ("add", "add"), ("add", "silu")]
+    found = [(names[n], names[traced.overwritable[n]]) for n in names if n in traced.overwritable_with_gradients]
+    assert found == [("relu", "batch_norm"), ("add", "add")]
 
 
 def test_values_stay_those_of_the_model() -> None:
@@ -48,3 +50,17 @@ def test_values_stay_those_of_the_model() -> None:
                 again, kept = network.run((inputs,), capture=capture)
             torch.testing.assert_close(again, output, rtol=0, atol=0)
             assert all(torch.equal(values[name], kept[name]) for name in capture)
+
+
+def test_gradients_stay_those_of_the_model() -> None:
+    """Though the norm and the sums are overwritten here too, the derivatives find all that they read."""
+    torch.manual_seed(0)
+    model = Net().double()
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    for inputs in (x, x.contiguous(memory_format=torch.channels_last)):
+        trained = copy.deepcopy(model).train()
+        expected = torch.autograd.grad(trained(inputs).square().sum(), [*trained.parameters()])
+        network = ekgfx.trace(model.eval(), x).subnetwork(batch_stats=True)
+        weights = [network.weights[name] for name, _ in model.named_parameters()]
+        found = torch.autograd.grad(network(inputs).square().sum(), weights)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)

@@ -1,6 +1,7 @@
 """Importance of every channel: how much the reward would change without it (eq. 9)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from ekgfx.sliced import SubNetwork
 Scores = dict[str, Tensor]
 """Importance per group: float64, one value for every channel of the uncut group, 0 where it is already removed."""
 
+PRODUCTS = 1 << 17
+"""Values that are multiplied at once on the CPU."""
+
 Criterion = Callable[[Problem, Plan, Knowledge | None], Scores]
 """Scores the channels of the current sub-network, given its plan and the knowledge T."""
 
@@ -27,13 +31,15 @@ def taylor(problem: Problem, plan: Plan, knowledge: Knowledge | None, keeper: Ke
     A group that no activation carries takes Σ |∂ℛ/∂θ·θ| over its parameters instead, summed per channel.
     keeper: takes values of the forward passes, which are those of the sub-network's evaluation.
     """
-    network = differentiable(problem.network(plan))
+    network = problem.network(plan)
     if problem.computing.amp == "fp16":
         network.amp, keeper = None, None  # gradients of a mean over many pixels are below what fp16 can hold
     kept = problem.traced.groups.kept(plan)
     groups = [problem.traced.groups[name] for name in problem.rules]
-    gates = {gate.node for group in groups for gate in group.gates}
+    places = dict.fromkeys((gate.node, gate.dim) for group in groups for gate in group.gates)
+    gates = {node for node, _ in places}
     bare = sorted({name for group in groups if not group.gates for name in carriers(group)})
+    differentiable(network, bare).sources = gates
     owners = team().owners([batch.samples for batch in problem.batches])
     found = [torch.zeros(sum(group.size for group in groups), dtype=torch.float64) for _ in owners]
     for number, batch in enumerate(problem.batches):
@@ -46,41 +52,90 @@ def taylor(problem: Problem, plan: Plan, knowledge: Knowledge | None, keeper: Ke
             negative = problem.objective.terms(output, batch.target, target)[1]
         if keeper is not None:
             keeper.take(number, values)
-        sources = {node: values[node] for node in sorted(gates)} | {name: network.weights[name] for name in bare}
-        derivatives = torch.autograd.grad(negative, list(sources.values()), allow_unused=True)
-        gradients = dict(zip(sources, derivatives, strict=True))
+        changes, gradients = changes_at(negative, {p: values[p[0]] for p in places}, [network.weights[n] for n in bare])
         share = problem.objective.share(batch, problem.batches)
 
         for group in groups:
             for gate in group.gates:
-                if gradients[gate.node] is not None:
+                if (gate.node, gate.dim) in changes:
                     index = gate.index[positions(problem.traced.dims[gate.node][gate.dim], kept)]  # type: ignore[arg-type]
-                    change = gradients[gate.node] * sources[gate.node].detach()  # all at once would take as much memory
-                    scores[group.name] += share * per_channel(change, gate.dim, index, group.size).abs()
+                    sums = changes[gate.node, gate.dim]
+                    scores[group.name] += share * by_channel(sums, index, group.size).abs()
             for name, dim in carriers(group).items() if not group.gates else ():
-                if gradients[name] is not None:
+                gradient = gradients[bare.index(name)]
+                if gradient is not None:
                     index = channel_index(problem, name, dim, group.axis, kept)
-                    change = gradients[name] * sources[name].detach()
-                    scores[group.name] += share * per_channel(change.abs(), dim, index, group.size)
+                    change = (gradient * network.weights[name].detach()).abs()
+                    sums = over_samples(by_sample(change, dim), dim).cpu()
+                    scores[group.name] += share * by_channel(sums, index, group.size)
     whole = sum(team().gathered(torch.stack(found)))  # batch after batch, whoever computed them
     assert isinstance(whole, Tensor)
     return dict(zip((g.name for g in groups), whole.split([g.size for g in groups]), strict=True))
 
 
-def differentiable(network: SubNetwork) -> SubNetwork:
-    """The same network on copies of its weights that gradients are taken of, whatever the model's own ask for."""
-    network.weights = {
-        name: weight.detach().requires_grad_(weight.is_floating_point()) for name, weight in network.weights.items()
-    }
+Place = tuple[str, int]
+"""An activation and one of its dimensions."""
+
+
+def changes_at(
+    negative: Tensor, places: Mapping[Place, Tensor], others: Sequence[Tensor]
+) -> tuple[dict[Place, Tensor], Sequence[Tensor | None]]:
+    """Σ (∂ℛ/∂y)·y for every position along a dimension of an activation y, for all places that ℛ depends on: float64,
+    on the CPU; and the gradients of `others`.
+
+    The gradient of an activation is looked at when it comes by, while it is in the cache, and is not kept: all of them
+    together would take as much memory as the activations do.
+    """
+    sums: dict[Place, Tensor] = {}
+    values = {id(value): value for value in places.values() if value.requires_grad}  # two nodes may have one value
+
+    def look(value: Tensor, gradient: Tensor) -> None:
+        for place, other in places.items():
+            if other is value:
+                sums[place] = products_along(gradient, value.detach(), place[1])
+
+    ends = [value for value in values.values() if value.is_leaf]
+    hooks = [value.register_hook(partial(look, value)) for value in values.values() if not value.is_leaf]
+    gradients = torch.autograd.grad(negative, [*ends, *others], allow_unused=True)
+    for hook in hooks:
+        hook.remove()  # it holds the value that holds it
+    for value, gradient in zip(ends, gradients, strict=False):
+        if gradient is not None:
+            look(value, gradient)
+    lengths = [len(each) for each in sums.values()]
+    found = torch.cat([negative.new_zeros(0, dtype=torch.float64), *sums.values()]).cpu()  # the device is asked once
+    return dict(zip(sums, found.split(lengths), strict=True)), gradients[len(ends) :]
+
+
+def differentiable(network: SubNetwork, names: Iterable[str]) -> SubNetwork:
+    """The same network on copies of its weights that gradients are taken of, of those in `names` alone, whatever the
+    model's own ask for."""
+    asked = set(names)
+    network.weights = {name: weight.detach().requires_grad_(name in asked) for name, weight in network.weights.items()}
     return network
 
 
-def per_channel(values: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
-    """Sums of `values` over everything but the channel. index: channel of each position along `dim`, −1 for none.
-    Returns float64 on the CPU, one sum per channel."""
+def products_along(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    """Σ a·b for every position along `dim`, in float64. On the CPU part by part, whose products stay in its cache."""
+    rows = max(1, PRODUCTS * len(a) // max(a.numel(), 1)) if a.device.type == "cpu" else max(1, len(a))
+    parts = [by_sample(x * y, dim) for x, y in zip(a.split(rows), b.split(rows), strict=True)]
+    return over_samples(parts[0] if len(parts) == 1 else torch.cat(parts), dim)
+
+
+def by_sample(values: Tensor, dim: int) -> Tensor:
+    """Sums over everything but samples and `dim`, in the values' own precision, which is quick."""
     rest = [d for d in range(1, values.dim()) if d != dim]
-    part = values.sum(rest) if rest else values  # by sample in its own precision, which is quick, and then in float64
-    sums = (part if dim == 0 else part.movedim(-1, 0)).reshape(values.shape[dim], -1).sum(1, dtype=torch.float64).cpu()
+    return values.sum(rest) if rest else values
+
+
+def over_samples(part: Tensor, dim: int) -> Tensor:
+    """The sums of `by_sample` added up, in float64, for every position along `dim`."""
+    positions = part if dim == 0 else part.movedim(-1, 0)
+    return positions.reshape(len(positions), -1).sum(1, dtype=torch.float64)
+
+
+def by_channel(sums: Tensor, index: Tensor, size: int) -> Tensor:
+    """The sums of positions as those of channels. index: channel of each position, −1 for none."""
     own = index >= 0
     return torch.zeros(size, dtype=torch.float64).index_add_(0, index[own], sums[own])
 

@@ -69,9 +69,9 @@ def hessian(problem: Problem, plan: Plan, knowledge: Knowledge | None) -> Scores
 
     One backward pass per validation sample: the dearest of the criteria.
     """
-    network = differentiable(problem.network(plan))
     groups = [problem.traced.groups[name] for name in problem.rules]
     names = sorted({place.parameter for group in groups for place in group.places})
+    network = differentiable(problem.network(plan), names)
     weights = [network.weights[name] for name in names]
     squares = [torch.zeros_like(weight) for weight in weights]
     samples = sum(batch.samples for batch in problem.batches)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import ekgfx
 from ekgfx.plan import Plan
-from ekgfx.search import IMPORTANCE, find_budget
-from ekgfx.search.importance import taylor
+from ekgfx.search import IMPORTANCE, find_budget, importance
+from ekgfx.search.importance import differentiable, products_along, taylor
 from ekgfx.search.importance_peers import hessian
 from ekgfx.search.problem import Problem, width_rules
 from ekgfx.search.reward import Objective, validation_batches
@@ -86,6 +86,31 @@ def test_heads_of_attention() -> None:
     (heads,) = by_gates(batches, loss_at, [3])
     scores = taylor(problem_of(ekgfx.trace(model, example(PackedAttention)), batches), Plan(), None)
     torch.testing.assert_close(scores["qkv"], heads, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (5, 7, 8), (4, 6), (9,)])
+def test_products_are_summed_in_parts(shape: tuple[int, ...], monkeypatch) -> None:
+    monkeypatch.setattr(importance, "PRODUCTS", 50)  # a sample or two
+    a, b = torch.randn(2, *shape, dtype=torch.float64)
+    for dim in range(len(shape)):
+        expected = (a * b).movedim(dim, 0).reshape(shape[dim], -1).sum(1)
+        torch.testing.assert_close(products_along(a, b, dim), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_taken_from_the_first_activation_on() -> None:
+    """Nothing is recorded before, and weights ask for none but those that are scored themselves."""
+    traced = ekgfx.trace(Residual().double(), example(Residual))
+    gates = [gate.node for group in traced.groups.values() for gate in group.gates]
+    network = differentiable(problem_of(traced, two_batches(Residual, 5)).network(Plan()), ["head.weight"])
+    network.sources = gates
+    names = [node.name for node in traced.graph.nodes if node.op == "call_function"]
+    _, values = network.run(example(Residual), capture=names)
+    first = min(names.index(gate) for gate in gates)
+    assert values[names[first]].is_leaf
+    assert [values[name].requires_grad for name in names] == [at >= first for at in range(len(names))]
+    assert [name for name, weight in network.weights.items() if weight.requires_grad] == ["head.weight"]
+    with torch.no_grad():
+        assert not any(value.requires_grad for value in network.run(example(Residual), capture=names)[1].values())
 
 
 def test_removed_channels_score_zero_and_the_others_are_scored_in_the_sub_network() -> None:

@@ -15,7 +15,7 @@ from ekgfx.trace import TracedModel
 from tests.search import nets
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.processes", "ekgfx.search", "ekgfx.finetune", "ekgfx.bank"])
+_CONTEXT.set_forkserver_preload(["tests.processes", "tests.traced", "ekgfx.search", "ekgfx.finetune", "ekgfx.bank"])
 _READY: dict[str, TracedModel] = {}
 
 

@@ -1,10 +1,12 @@
-"""What validation batches do to a search's result and time: the paper's, smaller ones, and the hardest images first.
+"""What validation batches and half precision do to a search's result and time: the paper's batches, smaller ones, the
+hardest images first; and the paper's in bf16.
 
     python benchmarks/search_batches.py --data cifar10:DIR --weights resnet56-cifar10.safetensors --output FOLDER
 
-CIFAR's ResNet-56 after step 0 (of seed 0) is searched to `--keep` of its MACs with each kind of batches, on the images
-that each of `--seeds` draws. Then: test accuracy with BatchNorm estimated anew, and after one epoch on `--images`
-training images. One thread, CPU seconds. Searches go on from FOLDER, and what is in its results is not done again.
+CIFAR's ResNet-56 after step 0 (of seed 0) is searched to `--keep` of its MACs in each of the `--kinds`, on the images
+that each of `--seeds` draws. Then: test accuracy with BatchNorm estimated anew, and after `--epochs` of `--images`
+training images (none: left out); and where the search first departs from that of the same seed's "256". One thread, CPU
+seconds. Searches go on from FOLDER, and what is in its results is not done again.
 """
 
 import argparse
@@ -26,8 +28,15 @@ from ekgfx.search import SearchResult, Step
 from ekgfx.trace import TracedModel
 from ekgfx.weights import load_weights
 
-KINDS = {"256": (256, False), "64": (64, False), "64 hardest first": (64, True)}
-"""Samples in a batch, and whether the hardest come first."""
+KINDS = {
+    "256": (256, False, None),
+    "64": (64, False, None),
+    "64 hardest first": (64, True, None),
+    "256 bf16": (256, False, "bf16"),
+}
+"""Samples in a batch, whether the hardest come first, and the half precision that is computed in."""
+PLAIN = "256"
+"""What the others are compared with."""
 
 
 def main() -> None:
@@ -43,18 +52,21 @@ def main() -> None:
             if any((line["seed"], line["kind"]) == (seed, kind) for line in read_lines(results)):
                 continue
             model = after_step_0(data, asked.weights, folder)
-            history = folder / f"search-{kind.replace(' ', '-')}-{seed}.jsonl"
-            traced, found = searched(model, batches(model, data, kind, seed), asked.keep, history)
+            history = history_of(folder, kind, seed)
+            traced, found = searched(model, batches(model, data, kind, seed), asked.keep, history, KINDS[kind][2])
             pruned = ekgfx.prune(model, found.plan, traced)
             reestimate_batch_norm(pruned, data.loader("train", 256, shuffle=True, seed=0), 16)
             test = data.loader("test", 256)
             line: dict[str, Any] = {"seed": seed, "kind": kind, "keep": asked.keep, "steps": len(found.steps)}
             line |= {"seconds": sum(step["cpu"] for step in read_lines(history.with_suffix(".seconds")))}
+            if kind != PLAIN and (steps := read_lines(history_of(folder, PLAIN, seed))):
+                line |= {"as 256": compared(steps, read_lines(history))}
             line |= {"params": traced.cost(found.plan).params / traced.cost().params}
             line |= {"before": evaluate(pruned, test).accuracy}
-            subset = torch.randperm(data.size("train"), generator=torch.Generator().manual_seed(0))[: asked.images]
-            finetune(pruned, data, subset=subset, epochs=1, lr=0.01, batch_size=128, schedule="constant")
-            line |= {"after": evaluate(pruned, test).accuracy}
+            if asked.epochs:
+                subset = torch.randperm(data.size("train"), generator=torch.Generator().manual_seed(0))[: asked.images]
+                finetune(pruned, data, subset=subset, epochs=asked.epochs, lr=0.01, batch_size=128, schedule="cosine")
+                line |= {"after": evaluate(pruned, test).accuracy, "epochs": asked.epochs, "images": asked.images}
             append_line(results, line)
             print(line, flush=True)
 
@@ -73,14 +85,27 @@ def after_step_0(data: datasets.Data, weights: str, folder: Path) -> nn.Module:
 
 def batches(model: nn.Module, data: datasets.Data, kind: str, seed: int) -> list[tuple[Tensor, Tensor]]:
     """The validation batches of a kind, of the images that `seed` draws."""
-    size, hardest_first = KINDS[kind]
+    size, hardest_first, _ = KINDS[kind]
     _, val = data.search_subset(256, 32, seed)
     if hardest_first:
         val = val[hardness_order(model, data.loader("train", size, subset=val))]
     return [(batch.images, batch.labels) for batch in data.loader("train", size, subset=val)]
 
 
-def searched(model: nn.Module, batches: Any, keep: float, history: Path) -> tuple[TracedModel, SearchResult]:
+def history_of(folder: Path, kind: str, seed: int) -> Path:
+    """The steps of a search."""
+    return folder / f"search-{kind.replace(' ', '-')}-{seed}.jsonl"
+
+
+def compared(plain: list[dict[str, Any]], ours: list[dict[str, Any]]) -> dict[str, Any]:
+    """How far two searches go together: steps of the longer, steps before the first that differs, and how many steps
+    cut the same at the same place."""
+    same = [a["removed"] == b["removed"] for a, b in zip(plain, ours, strict=False)]
+    first = same.index(False) if False in same else len(same)
+    return {"steps": max(len(plain), len(ours)), "before the first other": first, "same": sum(same)}
+
+
+def searched(model: nn.Module, batches: Any, keep: float, history: Path, amp: Any) -> tuple[TracedModel, SearchResult]:
     """The search, resumed from its history; the CPU seconds of each step are noted beside."""
     traced, last = ekgfx.trace(model, batches[0][0][:2]), [time.process_time()]
 
@@ -90,7 +115,7 @@ def searched(model: nn.Module, batches: Any, keep: float, history: Path) -> tupl
         append_line(history.with_suffix(".seconds"), {"step": step.number, "cpu": now - last[0]})
         last[0] = now
 
-    return traced, ekgfx.search(traced, batches, flops=keep, on_step=note, resume_from=read_lines(history))
+    return traced, ekgfx.search(traced, batches, flops=keep, amp=amp, on_step=note, resume_from=read_lines(history))
 
 
 def arguments() -> argparse.Namespace:
@@ -102,6 +127,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--images", type=int, default=12_800)
+    parser.add_argument("--epochs", type=int, default=1)
     return parser.parse_args()
 
 

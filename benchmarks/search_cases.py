@@ -35,11 +35,16 @@ Batches = Sequence[tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Case:
-    """A network with its validation images, in a file of `folder`."""
+    """A network with its validation images, in a file of `folder`.
+
+    val_batch_size, hardest_first: of resnet56's images; the defaults are those of `ekgfx prune`, the paper's.
+    """
 
     name: str
     folder: Path
     device: torch.device
+    val_batch_size: int = 256
+    hardest_first: bool = False
 
     @property
     def file(self) -> Path:
@@ -56,7 +61,8 @@ class Case:
             load_weights(model, Path(weights))
             normal = model.pretrained_cfg
             images_of = datasets.load(data, mean=normal["mean"], std=normal["std"])
-            batches: Batches = prepare(model, images_of, val_batch_size=64, hardest_first=True).batches
+            asked: Any = {"val_batch_size": self.val_batch_size, "hardest_first": self.hardest_first}
+            batches: Batches = prepare(model, images_of, **asked).batches
         else:
             pictures = datasets.load("photos", image_size=224).loader("train", PHOTOS, subset=range(images))
             batches = [(batch.images, None) for batch in pictures]

@@ -5,8 +5,9 @@
 
 Everything is timed in one run on one thread, the ways of evaluating taken in turn at each of several states along the
 search, as CPU seconds of the process (what a busy machine disturbs least; on a GPU, wall seconds). ResNet-56 is judged
-on batches of 64 images with the hardest first, in all ways. Each measurement is a process of its own; its memory is
-what that grew by over the network and its images. What is in FOLDER already is not measured again.
+on the paper's batches of 256 and 64 images, or as `--val-batch-size 64 --hardest-first` say, in all ways. Each
+measurement is a process of its own; its memory is what that grew by over the network and its images. What is in FOLDER
+already is not measured again, so every kind of batches needs a folder of its own.
 
 - masked: the network at full size, its cut weights zero, whole for every candidate.
 - sliced: really smaller tensors, whole for every candidate.
@@ -49,7 +50,7 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = Path(asked.output)
     folder.mkdir(parents=True, exist_ok=True)
-    case = Case(asked.network, folder, torch.device(asked.device))
+    case = Case(asked.network, folder, torch.device(asked.device), asked.val_batch_size, asked.hardest_first)
     if asked.one:
         print(json.dumps(one(case, *asked.one)))
         return
@@ -179,6 +180,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--weights", default="data/weights/resnet56-cifar10.safetensors")
     parser.add_argument("--output", required=True)
     parser.add_argument("--images", type=int, default=64, help="of resnet50 and vit_tiny, in batches of 16")
+    parser.add_argument("--val-batch-size", type=int, default=256, help="images in a batch of resnet56")
+    parser.add_argument("--hardest-first", action="store_true", help="resnet56's hardest images in the first batches")
     parser.add_argument("--whole", action="store_true", help="run the whole search of resnet56, and take its states")
     parser.add_argument("--check", action="store_true", help="with --whole: run it plainly too, and compare every step")
     parser.add_argument("--states", type=int, default=4)

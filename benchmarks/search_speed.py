@@ -14,7 +14,7 @@ already is not measured again, so every kind of batches needs a folder of its ow
 - prefixes: a candidate computes only what its cut changes; the rest is computed once per batch.
 - contiguous: and values kept from the importance's forward pass, the accepted candidate not evaluated again, early
   stops.
-- all: and channels last in memory, with norms made for it. The default.
+- all: and channels last in memory, with norms made for it on the CPU, where this is the default (on a GPU: contiguous).
 
 States are the network evenly cut to 100, 75 and 50% of its MACs (`--states 1`: the first alone). With `--whole`, the
 whole ResNet-56 search is run with `all`, and the states are those before `--states` of its steps, evenly spread: masked

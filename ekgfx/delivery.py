@@ -71,6 +71,8 @@ def layers_of(run: Run, built: Built, asked: Export, made: ExportReport, report:
         report.note(f"layers not timed: {error}")
         return None
     report.note(found.summary)
+    if doubt := found.doubt(made.latency.timings):
+        report.note(doubt)
     return found
 
 

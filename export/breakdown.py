@@ -20,6 +20,7 @@ from ekgfx.target import Target
 from ekgfx.trace import TracedModel
 
 from .exporter import to_onnx
+from .latency import Timing
 from .layers import fp16, to_known
 from .profile import profile
 
@@ -56,10 +57,13 @@ class Breakdown:
         """One line: what was saved, and what stands in the way of more."""
         macs = [sum(getattr(layer, f"macs_{when}") for layer in self.layers) for when in ("before", "after")]
         times = [sum(getattr(layer, f"ms_{when}") for layer in self.layers) for when in ("before", "after")]
-        said = (
-            f"layers on {self.target}: {1 - macs[1] / (macs[0] or 1):.0%} of the MACs and "
-            f"{1 - times[1] / (times[0] or 1):.0%} of the time saved"
+        kept = times[1] / (times[0] or 1)
+        time = (
+            f"and {1 - kept:.0%} of the time saved"
+            if kept <= 1
+            else f"saved, but the time grew to {kept:.2f} of what it was"
         )
+        said = f"layers on {self.target}: {1 - macs[1] / (macs[0] or 1):.0%} of the MACs {time}"
         for bound in ("launch", "memory"):
             share = sum(layer.ms_after for layer in self.layers if layer.bound == bound) / (times[1] or 1)
             said += f"; {share:.0%} of what is left is {bound}-bound"
@@ -67,6 +71,22 @@ class Breakdown:
         if aligned:
             said += f"; widths rounded up to {self.tile} would take {sum(aligned) / (times[1] or 1):.2f} of it"
         return said
+
+    def doubt(self, timings: Sequence[Timing]) -> str:
+        """A warning where the unpruned network, timed whole, takes less than half of what its layers add up to: most of
+        that is the profiler's own time then. Empty where it is not, or the network was not timed there."""
+        total = sum(layer.ms_before for layer in self.layers)
+        whole = [
+            timing.median_ms
+            for timing in timings
+            if timing.network == "dense" and f"{timing.provider}:{timing.precision}:batch={timing.batch}" == self.target
+        ]
+        if not whole or total <= 2 * whole[0]:
+            return ""
+        return (
+            f"the layers add up to {total:.3g} ms, but the network takes {whole[0]:.3g} ms: most of it is the "
+            "profiler's own time, which tells little about the layers"
+        )
 
 
 def break_down(

@@ -111,9 +111,11 @@ def times(facts: Facts) -> Element | None:
         "memory-bound ones lose it with the activations and weights that they move, not with their MACs."
     )
     chart = charts.columns("time of each layer, before and after", shown, "µs", human)
+    doubt = found.doubt(facts.latency.timings if facts.latency is not None else ())
     return section(
         "Where the time went",
         element("p", said),
+        element("p", f"{doubt[:1].upper()}{doubt[1:]}.", class_="note") if doubt else None,
         element("div", chart, class_="card wide"),
         element("details", summary, listed),
     )

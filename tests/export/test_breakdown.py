@@ -1,8 +1,10 @@
 """Which layer took what: sizes by hand, bounds by hand, and real profiles on the CPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from ekgfx.export import Breakdown, LayerTime, break_down, breakdown, to_onnx
+from ekgfx.export import Breakdown, LayerTime, Timing, break_down, breakdown, to_onnx
 from torch import Tensor, nn
 
 import ekgfx
@@ -78,6 +80,18 @@ def test_bounds_are_those_of_the_best_rates():
     assert rates.bound(work(2000, 100)) == "compute"
     assert rates.bound(work(2000, 300)) == "memory"
     assert rates.bound(work(400, 40)) == "launch"
+
+
+def test_a_network_that_is_quicker_than_the_profiler_is_called_so():
+    found = Breakdown("cpu:fp32:batch=1", 8, (LayerTime("a", 100, 50, 0.04, 0.05, None, "launch"),))
+    assert found.summary.startswith(
+        "layers on cpu:fp32:batch=1: 50% of the MACs saved, but the time grew to 1.25 of what it was; "
+    )
+    times = {("dense", 1): 0.03, ("pruned", 1): 0.01, ("dense", 64): 0.01}
+    timings = [Timing("cpu", "fp32", batch, network, ms, ms, 200) for (network, batch), ms in times.items()]
+    assert found.doubt(timings) == found.doubt([]) == ""  # it is the dense one at this batch size that counts
+    quick = [replace(timing, median_ms=0.019) for timing in timings]
+    assert found.doubt(quick).startswith("the layers add up to 0.04 ms, but the network takes 0.019 ms")
 
 
 def test_summary():

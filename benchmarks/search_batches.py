@@ -65,7 +65,8 @@ def main() -> None:
             line |= {"before": evaluate(pruned, test).accuracy}
             if asked.epochs:
                 subset = torch.randperm(data.size("train"), generator=torch.Generator().manual_seed(0))[: asked.images]
-                finetune(pruned, data, subset=subset, epochs=asked.epochs, lr=0.01, batch_size=128, schedule="cosine")
+                schedule = "cosine" if asked.epochs > 1 else "constant"
+                finetune(pruned, data, subset=subset, epochs=asked.epochs, lr=0.01, batch_size=128, schedule=schedule)
                 line |= {"after": evaluate(pruned, test).accuracy, "epochs": asked.epochs, "images": asked.images}
             append_line(results, line)
             print(line, flush=True)

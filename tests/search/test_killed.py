@@ -43,13 +43,14 @@ def test_killed_at_random(name: str, kills: int, tmp_path: Path) -> None:
     """Every kill comes when a search has found none, one or two steps more, and a random part of a step's time later. A
     search that is done before its kill is begun anew, so that every kill that counts hits one at work."""
     Run.create(tmp_path / "undisturbed").close()
-    start_of_it = time.monotonic()
+    start(time.sleep, 0).join()  # the server of processes is there now
+    begin = time.monotonic()
     process = start(searching, name, tmp_path / "undisturbed")
     process.join()
     assert process.exitcode == 0
     expected = history(tmp_path / "undisturbed")
     assert len(expected) > 4
-    a_step = (time.monotonic() - start_of_it) / len(expected)
+    a_step = (time.monotonic() - begin) / len(expected)
     draw = random.Random(kills)
     hit, lengths, number = 0, list[int](), 0
     Run.create(tmp_path / "0").close()

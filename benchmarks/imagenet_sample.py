@@ -140,7 +140,7 @@ def replacing(output: Path, found: dict[str, Any]) -> Iterator[Callable[..., Non
         found["date"] = time.strftime("%Y-%m-%d")
         write_json(output, found)
         for name, entry in found["methods"].items():
-            print(name, {key: value for key, value in entry.items() if key != "right"}, flush=True)
+            print(name, {key: value for key, value in entry.items() if key not in ("right", "widths")}, flush=True)
 
     yield keep
 
@@ -167,16 +167,16 @@ def whole(data: Data) -> Data:
     return replace(data, _opened={"train": both, "test": test})
 
 
-def differences(methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy of EKG minus that of the others, with intervals."""
-    if "EKG" not in methods:
+def differences(methods: dict[str, dict[str, Any]], one: str = "EKG") -> dict[str, Any]:
+    """Accuracy of one method minus that of the others, with intervals."""
+    if one not in methods:
         return {}
     draw = np.random.default_rng(0)
-    ours = hits(methods["EKG"]["right"])
+    ours = hits(methods[one]["right"])
     picks = draw.integers(0, len(ours), (RESAMPLES, len(ours)))
     found = {}
     for name, entry in methods.items():
-        if name != "EKG":
+        if name != one:
             gaps = ours - hits(entry["right"])
             low, high = np.percentile(gaps[picks].mean(1), [2.5, 97.5])
             found[name] = {"difference": float(gaps.mean()), "interval_95": [float(low), float(high)]}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import ekgfx
 from ekgfx.plan import Plan
 from ekgfx.search.latency import whole_tiles
+from ekgfx.segments import find_segments
 from ekgfx.target import Target
 
 HERE = Target("cpu", "fp32", 2, 1)
@@ -68,6 +69,16 @@ def test_real_networks_layer_by_layer(chain, tmp_path, monkeypatch):
     assert all(layer.ms_aligned is not None for layer in layers.values())
     whole = whole_tiles(traced, plan, found.tile)
     assert break_down(traced, whole, files, inputs, HERE, runs=2).layers[0].ms_aligned is None
+
+
+def test_bytes_are_those_of_values_and_weights_in_the_precision(chain):
+    """The second convolution reads and writes 16 channels of 8 × 8 pixels of two samples, activation included."""
+    model, _, traced = chain
+    segment, counts = find_segments(traced)["second"], breakdown._counts(traced, Plan(), 2)
+    values = 2 * (16 * 64 + 2 * 16 * 64 + 16) + 9 * 16 * 16 + 16
+    for precision, size in (("fp32", 4), ("fp16", 2)):
+        work = breakdown._work(segment, counts, model, Target("cuda", precision, 2))
+        assert work == breakdown._Work(2 * 64 * 9 * 16 * 16, size * values)
 
 
 def test_bounds_are_those_of_the_best_rates():

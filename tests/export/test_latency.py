@@ -8,7 +8,7 @@ import pytest
 import torch
 from ekgfx.export import LatencyTable, Ratio, Speedup, Timing, latency_table, measure_latency, to_onnx
 from ekgfx.export.environment import busy
-from ekgfx.export.latency import interleave
+from ekgfx.export.latency import _timing, interleave
 from ekgfx.export.tables import speedup_text
 from rich.console import Console
 from torch import nn
@@ -32,6 +32,11 @@ class Clock:
             self.calls.append(name)
 
         return run
+
+
+def test_median_and_95th_percentile_are_milliseconds() -> None:
+    seconds = [count / 1000 for count in range(101)]
+    assert _timing("cpu", "fp32", 1, "dense", seconds) == Timing("cpu", "fp32", 1, "dense", 50.0, 95.0, 101)
 
 
 def test_networks_take_turns_and_alternate_who_is_first():

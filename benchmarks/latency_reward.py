@@ -1,0 +1,148 @@
+"""At the same latency, does a search that is paid by the millisecond keep more than one that is paid by the MAC?
+
+    python benchmarks/latency_reward.py --images folder:imagenet-sample \
+        --weights resnet50-imagenet-keras-fp16.safetensors --target cpu:fp32:batch=1:threads=1 \
+        --output docs/latency_reward.json
+
+Both searches stop at the first plan whose predicted latency is within the budget, on the same images, with the same
+table of layer timings and the same steps (widths on whole tiles of the hardware). "MACs" takes in every step the
+candidate of the highest reward (eq. 3), as a search for a budget of MACs does: its path is the same, only where it ends
+is told by the clock. "latency" takes the one that loses the least reward per millisecond saved.
+
+What they keep is judged by the reward against the knowledge of the unpruned network, which is the same for both, on the
+images of the search and on others; and by the accuracy and loss on those others, BatchNorm's statistics estimated anew,
+without any fine-tuning. What the networks really take is the shortest of 30 runs in turn. A search that was interrupted
+goes on after its last step.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from ekgfx.export import to_onnx
+from ekgfx.export.layers import fp16, network_of
+from ekgfx.export.profile import whole_runs
+from gpu.latency import layer_table
+from imagenet_sample import Setting, appending, differences, prepare, replacing
+
+import ekgfx
+from ekgfx import target
+from ekgfx.evaluation import reestimate_batch_norm
+from ekgfx.files import read_json, read_lines
+from ekgfx.plan import Plan
+from ekgfx.search.latency import LayerTable, Price
+from ekgfx.search.reward import Objective, evaluate, validation_batches
+from ekgfx.sliced import SubNetwork
+
+WAYS = ("MACs", "latency")
+
+
+def search(way: str, setting: Setting, table: LayerTable, output: Path) -> dict[str, Any]:
+    """One search, and what its network is worth. Its steps and its plan are in files beside the output."""
+    history = output.with_suffix(f".{way}.jsonl")
+    asked, traced = setting.asked, setting.traced
+    price = Price(traced, table)
+    budget: dict[str, Any] = {"latency": asked.keep, "table": table}
+    if way == "MACs":
+        budget = {"cost": price, "budget": asked.keep * price.dense / price(Plan())}
+    found = ekgfx.search(
+        traced,
+        list(setting.batches(setting.seen[: asked.search_images])),
+        **budget,
+        align=table.tile,
+        accept=asked.accept,
+        seed=asked.seed,
+        on_step=appending(history),
+        resume_from=read_lines(history),
+    )
+    plan = found.plan
+    plan_file(output, way).write_text(plan.to_json())
+    network = ekgfx.prune(traced.model, plan, traced)
+    reestimate_batch_norm(network, setting.batches(setting.seen))
+    return {
+        "widths": traced.groups.widths(plan),
+        "predicted": price(plan) / price.dense,
+        "macs_kept": traced.cost(plan).macs / traced.cost().macs,
+        "params_kept": traced.cost(plan).params / traced.cost().params,
+        "steps": len(found.steps),
+        "search_seconds": round(sum(step.seconds for step in found.steps), 1),
+        "reward": {
+            "search images": reward(setting, plan, setting.seen[: asked.search_images]),
+            "others": reward(setting, plan, setting.unseen),
+        },
+        **setting.score(network.eval()),
+    }
+
+
+def plan_file(output: Path, way: str) -> Path:
+    return output.with_suffix(f".{way}.plan.json")
+
+
+def reward(setting: Setting, plan: Plan, images: torch.Tensor) -> float:
+    """ℛ of a plan's network against the knowledge of the unpruned one, with batch statistics as in the search."""
+    batches = validation_batches(setting.batches(images))
+    unpruned = Plan(structure=plan.structure, rescale=plan.rescale)
+    _, knowledge = evaluate(subnetwork(setting, unpruned), batches, Objective(), None)
+    return evaluate(subnetwork(setting, plan), batches, Objective(), knowledge)[0].reward
+
+
+def subnetwork(setting: Setting, plan: Plan) -> SubNetwork:
+    kept = setting.traced.groups.kept(plan)
+    return SubNetwork(setting.traced, kept, batch_stats=True, rescale=plan.rescale)
+
+
+def clocked(setting: Setting, plans: dict[str, Plan], place: target.Target) -> dict[str, float]:
+    """Milliseconds of each plan's network, and of the unpruned one."""
+    inputs = tuple(setting.traced.example[0])
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for name, plan in {"dense": Plan(), **plans}.items():
+            network = network_of(setting.traced, plan).eval()
+            files[name] = to_onnx(network, inputs, Path(folder) / f"{name}.onnx", fp16=fp16(place))
+        return whole_runs(files, inputs, place, seconds=60)
+
+
+def main() -> None:
+    asked = arguments()
+    torch.set_num_threads(asked.threads)
+    output, place = Path(asked.output), target.parse(asked.target)
+    found: dict[str, Any] = read_json(output) if output.exists() else {"methods": {}}
+    told = ("target", "keep", "search_images", "accept", "batch", "test_images", "seed")
+    settings = {key: getattr(asked, key) for key in told}
+    if found.setdefault("settings", settings) != settings:
+        raise SystemExit(f"{output} was made with other settings; choose another --output")
+    with replacing(output, found) as keep:
+        setting = prepare(asked)
+        table, judged = layer_table(setting.traced, place, output.with_suffix(".table.json"))
+        keep(price={key: judged[key] for key in ("median", "worst")}, machine=dict(table.environment))
+        if "before" not in found:
+            keep(before=setting.score(setting.traced.model))
+        for way in WAYS:
+            if way not in found["methods"]:
+                keep(methods={**found["methods"], way: search(way, setting, table, output)})
+        plans = {way: Plan.from_json(plan_file(output, way).read_text()) for way in WAYS}
+        times = clocked(setting, plans, place)
+        keep(shortest_ms=times, kept={way: times[way] / times["dense"] for way in WAYS})
+        keep(differences=differences(found["methods"], "latency"))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--images", required=True, help="data SPEC")
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--output", required=True, help="JSON")
+    parser.add_argument("--target", default="cpu:fp32:batch=1:threads=1")
+    parser.add_argument("--keep", type=float, default=0.6, help="of the milliseconds")
+    parser.add_argument("--search-images", type=int, default=48)
+    parser.add_argument("--accept", type=int, default=4)
+    parser.add_argument("--test-images", type=int, default=250)
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -3,16 +3,18 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ekgfx.errors import ExportError
 from ekgfx.leaf import evaluation_mode
 
 from .attention import attention
+from .convolution import conv2d
 from .io import device_of, named_tensors, with_batch
 from .quiet import headline
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
+_CONV2D = torch.ops.aten.conv2d.default
 
 
 class _Named(nn.Module):
@@ -32,7 +34,8 @@ def capture(
     """The model in evaluation mode as an exported program, and the names of its outputs.
 
     native_attention: keep 4-D attention as one operator (an ONNX operator from opset 23 on); all other attention is
-    written out. Parameter names carry the prefix "model.". The model is left as it was.
+    written out, and so are convolutions whose number of groups follows the batch size. Parameter names carry the prefix
+    "model.". The model is left as it was.
 
     Everything that runs on the captured graph must run under `torch.no_grad()` as this does: PyTorch picks another
     attention kernel, with another memory layout, where a gradient may be wanted (a learned attention bias), and a
@@ -51,13 +54,27 @@ def capture(
             raise
         except Exception as error:  # torch.export raises many types, all of them about the user's model
             raise ExportError(_explain(model, error)) from error
+        written_out: dict[Any, Any] = {}
         if any(node.target is _SDPA for node in program.graph.nodes):
-            program = program.run_decompositions({_SDPA: _attention_but_4d if native_attention else attention})
+            written_out[_SDPA] = _attention_but_4d if native_attention else attention
+        if any(node.target is _CONV2D and _groups_follow(node) for node in program.graph.nodes):
+            written_out[_CONV2D] = _convolution_but_fixed
+        if written_out:
+            program = program.run_decompositions(written_out)
         return program, list(program.call_spec.out_spec.context)
 
 
 def _attention_but_4d(query: Tensor, *args: Any, **options: Any) -> Tensor:
     return NotImplemented if query.ndim == 4 else attention(query, *args, **options)
+
+
+def _groups_follow(node: fx.Node) -> bool:
+    """Whether a convolution's last argument, its number of groups, is computed from the batch size."""
+    return any(isinstance(groups, fx.Node) for groups in node.args[6:])
+
+
+def _convolution_but_fixed(*args: Any) -> Tensor:
+    return NotImplemented if all(isinstance(groups, int) for groups in args[6:]) else conv2d(*args)
 
 
 def _explain(model: nn.Module, error: Exception) -> str:

@@ -1,15 +1,15 @@
 """Does the ONNX file compute what the model computes?"""
 
+import copy
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ekgfx.errors import ExportError
 from ekgfx.leaf import evaluation_mode
@@ -131,8 +131,11 @@ def amplification(model: nn.Module, inputs: Tensor | Sequence[Tensor], relative:
         return value * (1 + relative * signs)
 
     before = _run(model, values)
-    weights = {name: moved(parameter.detach()) for name, parameter in model.named_parameters()}
-    after = _run(model, [moved(value) for value in values], weights)
+    other = copy.deepcopy(model)  # what is called or held in several places moves in all of them
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(moved(parameter))
+    after = _run(other, [moved(value) for value in values])
     return max(_difference(Path(), name, 0, after[name], before[name]).relative for name in before)
 
 
@@ -153,12 +156,11 @@ def _advice(model: nn.Module, values: Sequence[Tensor], precision: str, relative
     return "do not use the file: export again from the same weights, or without fp16"
 
 
-def _run(model: nn.Module, inputs: Sequence[Tensor], weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The model's outputs by name, with other weights where they are given; without TF32, which is good for three
-    digits only."""
+def _run(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The model's outputs by name, without TF32, which is good for three digits only."""
     device = device_of(model)
     with evaluation_mode(model), torch.no_grad(), tensor_float32(False):
-        output = functional_call(model, dict(weights or {}), tuple(value.to(device) for value in inputs))
+        output = model(*(value.to(device) for value in inputs))
     return {name: tensor.cpu() for name, tensor in named_tensors(output).items()}
 
 

@@ -231,6 +231,17 @@ def test_rounded_weights_amplify_what_rounded_pixels_do_not():
     assert amplification(Trained(), inputs, 2**-11) > 10 * 2**-11
 
 
+def test_a_model_is_left_as_it_was_whose_module_is_used_in_several_places():
+    torch.manual_seed(0)
+    once = nn.Linear(8, 8)
+    model = nn.Sequential(once, nn.ReLU(), nn.Sequential(once, nn.Linear(8, 4)))
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    moves = amplification(model, torch.randn(3, 8), 2**-11)
+    assert 2**-13 < moves < 2**-8
+    assert len(list(model.parameters())) == 4
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
 def test_amplified_rounding_is_told_from_an_error(tmp_path):
     torch.manual_seed(0)
     inputs = torch.randn(4, 8)

@@ -17,12 +17,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.nn import functional as F
 
 import ekgfx
 from ekgfx import source
 from ekgfx.data import load
-from ekgfx.evaluation import reestimate_batch_norm
+from ekgfx.evaluation import evaluate, reestimate_batch_norm
 from ekgfx.files import append_line, read_lines
 from ekgfx.search.problem import Budget
 from ekgfx.weights import load_weights
@@ -40,32 +39,21 @@ def measure(rule: str, seed: int, accept: int, data: Any, weights: Path) -> dict
     order = torch.randperm(data.size("train"), generator=torch.Generator().manual_seed(seed))
     seen = [(batch.images, batch.labels) for batch in data.loader("train", SEEN, subset=order[:SEEN])]
     budget = Budget.of(lambda plan: traced.cost(plan).macs, KEEP, "MACs", weighed=RULES[rule])
-    with patch("ekgfx.search.find_budget", lambda *_, **__: budget):
+    with patch("ekgfx.search.find_budget", lambda *_, **__: budget):  # MACs have but one rule outside of here
         found = ekgfx.search(traced, seen, flops=KEEP, accept=accept)
     network = ekgfx.prune(model, found.plan, traced)
-    again = order[SEEN : SEEN + AGAIN]
-    reestimate_batch_norm(network, [batch.images for batch in data.loader("train", 250, subset=again)])
-    accuracy, loss = score(network.eval(), data)
+    reestimate_batch_norm(network, data.loader("train", 250, subset=order[SEEN : SEEN + AGAIN]))
+    test = evaluate(network, data.loader("test", 500, subset=torch.arange(TEST)))
     return {
         "rule": rule,
         "seed": seed,
         "accept": accept,
-        "accuracy": accuracy,
-        "loss": loss,
+        "accuracy": test.accuracy,
+        "loss": test.loss,
         "steps": len(found.steps),
         "macs_kept": budget.fraction(found.plan),
         "params_kept": traced.cost(found.plan).params / traced.cost().params,
     }
-
-
-def score(network: torch.nn.Module, data: Any) -> tuple[float, float]:
-    right, loss = 0, 0.0
-    with torch.no_grad():
-        for batch in data.loader("test", 500, subset=torch.arange(TEST)):
-            logits = network(batch.images)
-            right += int((logits.argmax(1) == batch.labels).sum())
-            loss += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
-    return right / TEST, loss / TEST
 
 
 def main() -> None:

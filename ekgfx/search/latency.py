@@ -140,9 +140,9 @@ class Price:
     def dense(self) -> float:
         """Milliseconds of the unpruned network: measured, since that is the one network that is known beforehand. It
         fills the caches most, and may take a tenth longer than the laws of its layers say."""
-        sizes = {name: group.size for name, group in self.traced.groups.items()}
-        measured = [sample.network for sample in self.table.samples if sample.widths == sizes]
-        return float(measured[0]) if measured else self.of_widths(sizes)
+        widths = self.traced.groups.widths(Plan())
+        measured = (float(sample.network) for sample in self.table.samples if sample.widths == widths)
+        return next(measured, self.of_widths(widths))
 
     @cached_property
     def errors(self) -> tuple[float, ...]:

@@ -147,8 +147,7 @@ def search(
     history = as_steps(resume_from or ())
     _check_option("amp", amp or "bf16", ("bf16", "fp16"))
     asked = find_budget(traced, flops=flops, params=params, latency=latency, table=table, cost=cost, budget=budget)
-    # Under a weighed budget the highest reward need not win, so that no candidate can be left for its reward alone.
-    early_stop = not asked.weighed and (details == PAPER if early_stop is None else early_stop)
+    early_stop = details == PAPER if early_stop is None else early_stop
     channels_last = quicker_channels_last(traced) if channels_last is None else channels_last
     computing = Computing(bytes_of(cache), early_stop, amp, channels_last)
     problem = Problem(

@@ -12,7 +12,7 @@ from ekgfx.search.details import Details
 from ekgfx.search.forks import Forks, Keeper
 from ekgfx.search.importance import Criterion, Scores, taylor
 from ekgfx.search.problem import Problem
-from ekgfx.search.race import Outcome, evaluate_candidates, room_for_logits
+from ekgfx.search.race import Outcome, Standing, by_reward, evaluate_candidates, room_for_logits
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.result import Candidate, Step, apply_step
 from ekgfx.search.reward import Evaluation, Knowledge, ensemble_knowledge, evaluate
@@ -78,6 +78,7 @@ def run(
             )
         stake = {p.group: details.stake(scores[p.group], p, state.widths[p.group]) for p in proposals}
         chosen, threshold = worth_evaluating(proposals, stake)
+        standing = standing_of(problem, state)
         outcomes = evaluate_candidates(
             problem,
             forks,
@@ -86,8 +87,9 @@ def run(
             state.knowledge,
             accept=pace.accept,
             kept=keeper.kept,
+            standing=standing,
         )
-        ranked = best_first(problem, state, [p.plan for p in chosen], outcomes)
+        ranked = sorted(range(len(chosen)), key=lambda i: outcomes[i].standing(chosen[i].plan, standing))
         taken = combine(problem, state, [chosen[i] for i in ranked[: pace.accept]], scores, pace, details)
         state, evaluation = accept(problem, state, taken, outcomes[ranked[0]])
         recorder.accept(
@@ -128,8 +130,8 @@ def propose(
     return Proposal(group, width, cut(count), removed, float(scores[list(removed)].sum()))
 
 
-def best_first(problem: Problem, state: State, plans: Sequence[Plan], outcomes: Sequence[Outcome]) -> list[int]:
-    """Positions of the candidates, the one to accept first.
+def standing_of(problem: Problem, state: State) -> Standing:
+    """What the candidates of a step are ranked by, the one to accept first.
 
     Under a budget of MACs or parameters it is the one of highest reward (eq. 3), as in the paper, whose candidates are
     made to be about equally large steps. In time they are not: a step may save a tenth of the run, or nothing where
@@ -139,15 +141,15 @@ def best_first(problem: Problem, state: State, plans: Sequence[Plan], outcomes: 
     whose reward rises loses less than nothing: there more gain and more saving are both better, and they multiply.
     """
     if not problem.budget.weighed:
-        return sorted(range(len(plans)), key=lambda i: outcomes[i].negative)
+        return by_reward
     now, _ = evaluate(problem.network(state.plan), problem.batches, problem.objective, state.knowledge)
     before = problem.budget.cost(state.plan)
 
-    def price(i: int) -> float:
-        lost, saved = now.reward + outcomes[i].negative, before - problem.budget.cost(plans[i])
+    def by_loss_per_saving(plan: Plan, negative: float) -> float:
+        lost, saved = now.reward + negative, before - problem.budget.cost(plan)
         return lost / saved if lost > 0 else lost * saved
 
-    return sorted(range(len(plans)), key=price)
+    return by_loss_per_saving
 
 
 def combine(

@@ -1,7 +1,7 @@
 """Evaluating a step's candidates: the first batch with all of them, the others only while a candidate can still win."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -23,6 +23,14 @@ Unit = tuple[int, int]
 Kept = Mapping[int, Mapping[str, Any]]
 """Values of the current network that were kept, by the number of the batch and by node."""
 
+Standing = Callable[[Plan, float], float]
+"""What a candidate is ranked by, the least first: of its plan and −ℛ, with which it never falls."""
+
+
+def by_reward(plan: Plan, negative: float) -> float:
+    """The highest reward first (eq. 3)."""
+    return negative
+
 
 class Outcome(NamedTuple):
     """What became of a candidate. evaluation: None for one that was left early, when its −ℛ was found to be `at_least`
@@ -32,27 +40,28 @@ class Outcome(NamedTuple):
     at_least: float | None = None
     logits: tuple[Tensor, ...] | None = None
 
-    @property
-    def negative(self) -> float:
-        """−ℛ, to rank by; a candidate that was left early comes after all others."""
-        return math.inf if self.evaluation is None else -self.evaluation.reward
+    def standing(self, plan: Plan, standing: Standing) -> float:
+        """What the candidate is ranked by; one that was left early comes after all others."""
+        return math.inf if self.evaluation is None else standing(plan, -self.evaluation.reward)
 
 
 @dataclass
 class Race:
     """The candidates of one step under way.
 
-    current: the network that they differ from; branches: the candidates. kept: values of the current network. holding:
-    whether the candidates' logits are held.
+    current: the network that they differ from; branches: the candidates, and plans, theirs. kept: values of the current
+    network. holding: whether the candidates' logits are held. standing: what they are ranked by.
     """
 
     problem: Problem
     forks: Forks
     current: SubNetwork
     branches: Sequence[Branch]
+    plans: Sequence[Plan]
     knowledge: Knowledge | None
     kept: Kept
     holding: bool
+    standing: Standing
     terms: dict[Unit, Terms] = field(default_factory=dict)
     logits: dict[Unit, Tensor] = field(default_factory=dict)
     owners: dict[Unit, int] = field(default_factory=dict)
@@ -104,9 +113,10 @@ class Race:
             for batch, logits in enumerate(self.knowledge)
         )
 
-    def so_far(self, number: int, batches: int) -> float:
-        """−ℛ of a candidate on its first batches."""
-        return sum(self.terms[number, batch][1] for batch in range(batches))
+    def bound(self, number: int, batches: int, least: Sequence[float]) -> float:
+        """The least −ℛ that a candidate can have after what it has on its first batches. least: of any network, on each
+        batch."""
+        return sum(self.terms[number, batch][1] for batch in range(batches)) + sum(least[batches:])
 
     def forget(self, number: int) -> None:
         """Lets go of the logits of a candidate."""
@@ -123,17 +133,18 @@ def evaluate_candidates(
     *,
     accept: int = 1,
     kept: Kept | None = None,
+    standing: Standing = by_reward,
 ) -> list[Outcome]:
     """The reward (eq. 4) of sub-networks that differ from the current one, `plan`, in one group each.
 
     candidates: (group, plan of the sub-network). accept: how many of the best are wanted. kept: values of the current
-    network that are known.
+    network that are known. standing: what makes them the best.
 
     Without early stops every candidate sees every batch. With them, all see the first batch, the `accept` best there
-    see all, and the others go on, batch by batch, until what they have, and the least that any network can add to it,
-    is more than that of the `accept` best that have seen all: then they cannot be among the best. Before each batch the
-    one that has least so far goes ahead to its end, which may make the others' case hopeless. Equal rewards are told
-    apart as ever, by order.
+    see all, and the others go on, batch by batch, until they stand behind the `accept` best that have seen all even
+    with the least −ℛ that any network can have on the other batches: then they cannot be among the best. Before each
+    batch the one that stands best so far goes ahead to its end, which may make the others' case hopeless. Equals are
+    told apart as ever, by order.
     """
     current, groups = problem.network(plan), problem.traced.groups
     branches = [
@@ -141,7 +152,8 @@ def evaluate_candidates(
         for group, candidate in candidates
     ]
     holding = room_for_logits(problem, knowledge, len(candidates)) > 0
-    race = Race(problem, forks, current, branches, knowledge, kept or {}, holding)
+    plans = [candidate for _, candidate in candidates]
+    race = Race(problem, forks, current, branches, plans, knowledge, kept or {}, holding, standing)
     least = least_terms(problem.objective, problem.batches, knowledge) if problem.computing.early_stop else None
     bounds = {} if least is None else eliminate(race, least, accept)
     batches = range(len(problem.batches))
@@ -151,7 +163,7 @@ def evaluate_candidates(
         for number in range(len(candidates))
     ]
     if holding:
-        best = min(range(len(candidates)), key=lambda number: outcomes[number].negative)
+        best = min(range(len(candidates)), key=lambda number: outcomes[number].standing(plans[number], standing))
         outcomes[best] = outcomes[best]._replace(logits=race.answers(best))
     return outcomes
 
@@ -166,20 +178,23 @@ def eliminate(race: Race, least: Sequence[float], accept: int) -> dict[int, floa
     done: list[float] = []
     bounds: dict[int, float] = {}
 
+    def at_best(number: int, batch: int) -> float:
+        """How a candidate stands if nothing after what it has shown before `batch` could be better."""
+        return race.standing(race.plans[number], race.bound(number, batch, least))
+
     def leave(batch: int) -> None:
         """Lets those go that cannot win after what they have shown before `batch`."""
         for number in running.copy():
-            bound = race.so_far(number, batch) + sum(least[batch:])
-            if len(done) >= accept and sorted(done)[accept - 1] < bound < math.inf:
-                bounds[number] = bound
+            if len(done) >= accept and sorted(done)[accept - 1] < at_best(number, batch) < math.inf:
+                bounds[number] = race.bound(number, batch, least)
                 race.forget(number)
                 running.remove(number)
 
     for batch in batches[1:]:
         leave(batch)
-        leaders = sorted(running, key=lambda number: race.so_far(number, batch))[: 1 if done else accept]
+        leaders = sorted(running, key=lambda number: at_best(number, batch))[: 1 if done else accept]
         race.run((number, b) for number in leaders for b in batches[batch:])
-        done += [race.so_far(number, len(batches)) for number in leaders]
+        done += [at_best(number, len(batches)) for number in leaders]
         running = [number for number in running if number not in leaders]
         leave(batch)
         if any((number, batch) not in race.terms for number in running):

@@ -19,7 +19,6 @@ from ekgfx.plan import Plan
 from ekgfx.search import ekg, find_budget, search
 from ekgfx.search.latency import LayerTable, Price, Sample, input_shapes, plans_to_measure
 from ekgfx.search.problem import channels_per_position, width_rules
-from ekgfx.search.race import Outcome
 from ekgfx.segments import Segment, find_segments
 from ekgfx.trace import TracedModel
 from tests.search import nets
@@ -218,11 +217,14 @@ def test_reward_per_millisecond(
     )
     plans: list[Any] = [f"candidate {i}" for i in range(len(saved))]
     state: Any = SimpleNamespace(plan="now", knowledge=None)
-    outcomes: Any = [Outcome(SimpleNamespace(reward=reward)) for reward in rewards]  # type: ignore[arg-type]
-    assert ekg.best_first(weighed, state, plans, outcomes) == order  # type: ignore[arg-type]
+
+    def best_first() -> list[int]:
+        standing = ekg.standing_of(weighed, state)  # type: ignore[arg-type]
+        return sorted(range(len(saved)), key=lambda i: standing(plans[i], -rewards[i]))
+
+    assert best_first() == order
     weighed.budget.weighed = False
-    by_reward = sorted(range(len(saved)), key=lambda i: -rewards[i])
-    assert ekg.best_first(weighed, state, plans, outcomes) == by_reward  # type: ignore[arg-type]
+    assert best_first() == sorted(range(len(saved)), key=lambda i: -rewards[i])
 
 
 def test_the_unpruned_network_costs_what_was_measured(traced: TracedModel) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from torch.nn import functional as F
 import ekgfx
 from ekgfx.search import AUTHORS, SearchResult, Step, ekg, search
 from ekgfx.search.forks import Branch, Forks
-from ekgfx.search.problem import Computing, Problem
-from ekgfx.search.race import Outcome, Race, Unit, eliminate, evaluate_candidates
+from ekgfx.search.problem import Budget, Computing, Problem
+from ekgfx.search.race import Outcome, Race, Unit, by_reward, eliminate, evaluate_candidates
 from ekgfx.search.reward import evaluate, least_terms, validation_batches
 from ekgfx.trace import TracedModel
 from tests.search import nets
@@ -126,9 +127,10 @@ def test_nothing_is_left_early_where_the_record_is_wanted_or_losses_may_be_negat
 class Written(Race):
     """A race whose terms are written down: −ℛ by candidate and batch."""
 
-    def __init__(self, table: list[list[float]]) -> None:
+    def __init__(self, table: list[list[float]], standing: Any = by_reward) -> None:
         problem: Any = SimpleNamespace(batches=table[0])
-        super().__init__(problem, None, None, table, None, {}, False)  # type: ignore[arg-type]
+        plans: Any = range(len(table))
+        super().__init__(problem, None, None, table, plans, None, {}, False, standing)  # type: ignore[arg-type]
         self.table, self.ran = table, list[Unit]()
 
     def run(self, units: Iterable[Unit]) -> None:
@@ -154,6 +156,32 @@ def test_who_is_left_and_when(accept: int, table: list[list[float]], bounds: dic
     race = Written(table)
     assert eliminate(race, [0.0] * len(table[0]), accept) == bounds
     assert len(race.ran) == len(set(race.ran)) == units
+
+
+def test_who_is_left_where_savings_count() -> None:
+    """By hand: what loses most saves so much that it stands at 6/10, and the others at 1/1 and 2/2 at best."""
+    saved = [1.0, 2.0, 10.0]
+    race = Written([[1, 3], [2, 3], [6, 0]], standing=lambda number, negative: negative / saved[number])
+    assert eliminate(race, [0.0, 0.0], 1) == {0: 1.0, 1: 2.0}
+    assert len(race.ran) == 4
+
+
+@pytest.mark.parametrize("accept", [1, 2])
+@pytest.mark.parametrize("make", NETS)
+def test_early_stops_where_savings_count(make: Callable[[], TracedModel], accept: int, plain) -> None:
+    """Under a weighed budget, too, the steps are those of the plain search."""
+    traced = sure(make)
+    data, budget = batches(traced), Budget.of(lambda plan: traced.cost(plan).macs, 0.6, "MACs", weighed=True)
+    with patch("ekgfx.search.find_budget", lambda *_, **__: budget):
+        expected, found = (way(traced, data, flops=0.6, accept=accept) for way in (plain, search))
+    assert found.plan == expected.plan
+    left = 0
+    for step, whole in zip(untimed(found), untimed(expected), strict=True):
+        assert replace(step, candidates=()) == replace(whole, candidates=())
+        for ours, theirs in zip(step.candidates, whole.candidates, strict=True):
+            left += ours.at_least is not None
+            assert ours == theirs or -(theirs.measure.reward or 0.0) >= (ours.at_least or math.inf)
+    assert left or make is nets.vit or accept > 1
 
 
 def test_early_stops_save_work(monkeypatch) -> None:

@@ -2,12 +2,13 @@
 
     python benchmarks/latency_reward.py --images folder:imagenet-sample \
         --weights resnet50-imagenet-keras-fp16.safetensors --target cpu:fp32:batch=1:threads=1 \
-        --output docs/latency_reward.json
+        --search-images 96 --output docs/latency_reward.json
 
-Both searches stop at the first plan whose predicted latency is within the budget, on the same images, with the same
-table of layer timings and the same steps (widths on whole tiles of the hardware). "MACs" takes in every step the
-candidate of the highest reward (eq. 3), as a search for a budget of MACs does: its path is the same, only where it ends
-is told by the clock. "latency" takes the one that loses the least reward per millisecond saved.
+All searches stop at the first plan whose predicted latency is within the budget, on the same images, with the same
+table of layer timings. "MACs" and "MACs aligned" take in every step the candidate of the highest reward (eq. 3), as a
+search for a budget of MACs does (`--flops`, `--flops --align`): its path is the same, only where it ends is told by the
+clock. "latency" takes the one that loses the least reward per millisecond saved (`--latency`). The last two have widths
+on whole tiles of the hardware.
 
 What they keep is judged by the reward against the knowledge of the unpruned network, which is the same for both, on the
 images of the search and on others; and by the accuracy and loss on those others, BatchNorm's statistics estimated anew,
@@ -36,22 +37,23 @@ from ekgfx.search.latency import LayerTable, Price
 from ekgfx.search.reward import Objective, evaluate, validation_batches
 from ekgfx.sliced import SubNetwork
 
-WAYS = ("MACs", "latency")
+WAYS = ("MACs", "MACs aligned", "latency")
 
 
 def search(way: str, setting: Setting, table: LayerTable, output: Path) -> dict[str, Any]:
     """One search, and what its network is worth. Its steps and its plan are in files beside the output."""
-    history = output.with_suffix(f".{way}.jsonl")
+    history = output.with_suffix(f".{way.replace(' ', '-')}.jsonl")
     asked, traced = setting.asked, setting.traced
     price = Price(traced, table)
-    budget: dict[str, Any] = {"latency": asked.keep, "table": table}
-    if way == "MACs":
-        budget = {"cost": price, "budget": asked.keep * price.dense / price(Plan())}
+    options: dict[str, Any] = {"cost": price, "budget": asked.keep * price.dense / price(Plan())}
+    if way == "latency":
+        options = {"latency": asked.keep, "table": table}
+    if way != "MACs":
+        options["align"] = table.tile
     found = ekgfx.search(
         traced,
         list(setting.batches(setting.seen[: asked.search_images])),
-        **budget,
-        align=table.tile,
+        **options,
         accept=asked.accept,
         seed=asked.seed,
         on_step=appending(history),
@@ -77,7 +79,7 @@ def search(way: str, setting: Setting, table: LayerTable, output: Path) -> dict[
 
 
 def plan_file(output: Path, way: str) -> Path:
-    return output.with_suffix(f".{way}.plan.json")
+    return output.with_suffix(f".{way.replace(' ', '-')}.plan.json")
 
 
 def reward(setting: Setting, plan: Plan, images: torch.Tensor) -> float:

@@ -23,6 +23,7 @@ from ekgfx.search.forks import Forks
 from ekgfx.search.importance import taylor
 from ekgfx.search.problem import Computing, Problem
 from ekgfx.search.race import Outcome, evaluate_candidates
+from ekgfx.search.ranking import ranking_of
 from ekgfx.search.reward import evaluate
 from ekgfx.sliced import kernel_names
 from ekgfx.trace import TracedModel
@@ -68,7 +69,8 @@ def timed(problem: Problem, state: State, way: str, early_stop: bool = True, eve
             for _, candidate in pairs
         ]
     else:
-        outcomes = evaluate_candidates(problem, forks, plan, pairs, knowledge, kept=keeper.kept)
+        ranking = ranking_of(problem, plan, knowledge)
+        outcomes = evaluate_candidates(problem, forks, plan, pairs, knowledge, ranking=ranking, kept=keeper.kept)
     candidate = (clock(problem.traced) - start) / len(pairs)
     start = clock(problem.traced)
     if way in ("sliced", "prefixes"):

@@ -6,8 +6,8 @@ that loses the least reward per unit saved?
     python benchmarks/step_rule.py --data cifar10:cifar10 --weights resnet56-cifar10.safetensors \
         --network resnet56 --keep 0.45 --accept 1 --output docs/step_rule_resnet56.jsonl
 
-The second is what a search within a latency budget does (`ekgfx.search.ekg.standing_of`), the first what one within a
-budget of MACs does. Latency takes a table of one machine; here MACs stand for it, which everybody counts alike:
+The second is what a search within a latency budget does (`ekgfx.search.ranking`), the first what one within a budget of
+MACs does. Latency takes a table of one machine; here MACs stand for it, which everybody counts alike:
 ResNet-20 or ResNet-56 to `--keep` of its MACs by both rules, with one and with four groups a step, on 256 training
 images drawn with each seed. Accuracy and loss are of 4000 test images, BatchNorm's statistics estimated anew on 1000
 other training images, without fine-tuning. One JSON line a search; one that the output holds is not repeated.

@@ -28,6 +28,7 @@ from ekgfx.search.forks import Forks
 from ekgfx.search.importance import Scores, taylor
 from ekgfx.search.problem import Budget, Problem, width_rules
 from ekgfx.search.race import evaluate_candidates
+from ekgfx.search.ranking import ranking_of
 from ekgfx.search.reward import Evaluation, Objective, ensemble_knowledge, evaluate, validation_batches
 from ekgfx.trace import TracedModel
 from tests.reference import VAL_BATCH, Reference, gate_names, resnet56_cost
@@ -65,7 +66,10 @@ class Recorded:
         """Candidates of a step, from its recorded state."""
         current = self.plan(self.reference.widths(step), self.orders(step))
         candidates = [(gate_names()[gate], self.candidate(step, gate)) for gate in gates]
-        found = evaluate_candidates(self.problem, self.forks, current, candidates, self.knowledge[step])
+        ranking = ranking_of(self.problem, current, self.knowledge[step], strict=True)
+        found = evaluate_candidates(
+            self.problem, self.forks, current, candidates, self.knowledge[step], ranking=ranking
+        )
         return {gate: outcome.evaluation for gate, outcome in zip(gates, found, strict=True)}
 
     def orders(self, step: int) -> list[np.ndarray]:

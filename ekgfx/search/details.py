@@ -34,6 +34,7 @@ class Details:
     whole_group_filter: bool = False
     batch_size: int | None = None
     rounded_last_width: bool = False
+    strict_best: bool = False
 
     def stake(self, scores: Tensor, proposal: Proposal, width: float) -> float:
         """The importance by which the filter judges a candidate: what it loses. width: of its group now."""
@@ -52,7 +53,7 @@ class Details:
 
 
 PAPER = Details()
-AUTHORS = Details(whole_group_filter=True, batch_size=256, rounded_last_width=True)
+AUTHORS = Details(whole_group_filter=True, batch_size=256, rounded_last_width=True, strict_best=True)
 
 
 def authors_cost(traced: TracedModel) -> Callable[[Plan], float]:

@@ -12,7 +12,8 @@ from ekgfx.search.details import Details
 from ekgfx.search.forks import Forks, Keeper
 from ekgfx.search.importance import Criterion, Scores, taylor
 from ekgfx.search.problem import Problem
-from ekgfx.search.race import Outcome, Standing, by_reward, evaluate_candidates, room_for_logits
+from ekgfx.search.race import Outcome, evaluate_candidates, room_for_logits
+from ekgfx.search.ranking import ranking_of
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.result import Candidate, Step, apply_step
 from ekgfx.search.reward import Evaluation, Knowledge, ensemble_knowledge, evaluate
@@ -78,19 +79,19 @@ def run(
             )
         stake = {p.group: details.stake(scores[p.group], p, state.widths[p.group]) for p in proposals}
         chosen, threshold = worth_evaluating(proposals, stake)
-        standing = standing_of(problem, state)
+        ranking = ranking_of(problem, state.plan, state.knowledge, details.strict_best)
         outcomes = evaluate_candidates(
             problem,
             forks,
             state.plan,
             [(p.group, p.plan) for p in chosen],
             state.knowledge,
+            ranking=ranking,
             accept=pace.accept,
             kept=keeper.kept,
-            standing=standing,
         )
-        ranked = sorted(range(len(chosen)), key=lambda i: outcomes[i].standing(chosen[i].plan, standing))
-        taken = combine(problem, state, [chosen[i] for i in ranked[: pace.accept]], scores, pace, details)
+        ranked = ranking.best([p.plan for p in chosen], [outcome.negative for outcome in outcomes], pace.accept)
+        taken = combine(problem, state, [chosen[i] for i in ranked], scores, pace, details)
         state, evaluation = accept(problem, state, taken, outcomes[ranked[0]])
         recorder.accept(
             state.plan,
@@ -128,28 +129,6 @@ def propose(
     count = rule.kept(width)
     removed = tuple(sorted(order[count:]))
     return Proposal(group, width, cut(count), removed, float(scores[list(removed)].sum()))
-
-
-def standing_of(problem: Problem, state: State) -> Standing:
-    """What the candidates of a step are ranked by, the one to accept first.
-
-    Under a budget of MACs or parameters it is the one of highest reward (eq. 3), as in the paper, whose candidates are
-    made to be about equally large steps. In time they are not: a step may save a tenth of the run, or nothing where
-    the last tile of channels stays or a layer waits for memory, and what saves least changes the network least and
-    looks best. Under a weighed budget the greedy step therefore minimises the reward lost per millisecond saved, which
-    is the greedy rule for a knapsack: over the steps that a budget allows, the losses add up to the least. A candidate
-    whose reward rises loses less than nothing: there more gain and more saving are both better, and they multiply.
-    """
-    if not problem.budget.weighed:
-        return by_reward
-    now, _ = evaluate(problem.network(state.plan), problem.batches, problem.objective, state.knowledge)
-    before = problem.budget.cost(state.plan)
-
-    def by_loss_per_saving(plan: Plan, negative: float) -> float:
-        lost, saved = now.reward + negative, before - problem.budget.cost(plan)
-        return lost / saved if lost > 0 else lost * saved
-
-    return by_loss_per_saving
 
 
 def combine(

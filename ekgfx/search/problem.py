@@ -23,7 +23,7 @@ from ekgfx.trace import TracedModel
 class Budget:
     """How much of a cost may stay. cost: of a plan, in any unit; unit: its name; keep: target fraction of `full`, the
     cost of the unpruned model. weighed: whether a step of the search weighs what a candidate loses against the cost
-    that it saves (see `ekgfx.search.ekg.standing_of`)."""
+    that it saves (see `ekgfx.search.ranking.ranking_of`)."""
 
     cost: Callable[[Plan], float]
     full: float

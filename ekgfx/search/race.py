@@ -1,7 +1,7 @@
 """Evaluating a step's candidates: the first batch with all of them, the others only while a candidate can still win."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
@@ -14,6 +14,7 @@ from ekgfx.distributed import team
 from ekgfx.plan import Plan
 from ekgfx.search.forks import Branch, Forks, Walk
 from ekgfx.search.problem import Problem
+from ekgfx.search.ranking import Ranking
 from ekgfx.search.reward import Evaluation, Knowledge, Terms, judge, least_terms, total
 from ekgfx.sliced import SubNetwork
 
@@ -22,14 +23,6 @@ Unit = tuple[int, int]
 
 Kept = Mapping[int, Mapping[str, Any]]
 """Values of the current network that were kept, by the number of the batch and by node."""
-
-Standing = Callable[[Plan, float], float]
-"""What a candidate is ranked by, the least first: of its plan and −ℛ, with which it never falls."""
-
-
-def by_reward(plan: Plan, negative: float) -> float:
-    """The highest reward first (eq. 3)."""
-    return negative
 
 
 class Outcome(NamedTuple):
@@ -40,9 +33,10 @@ class Outcome(NamedTuple):
     at_least: float | None = None
     logits: tuple[Tensor, ...] | None = None
 
-    def standing(self, plan: Plan, standing: Standing) -> float:
-        """What the candidate is ranked by; one that was left early comes after all others."""
-        return math.inf if self.evaluation is None else standing(plan, -self.evaluation.reward)
+    @property
+    def negative(self) -> float:
+        """−ℛ, to rank by; a candidate that was left early comes after all others."""
+        return math.inf if self.evaluation is None else -self.evaluation.reward
 
 
 @dataclass
@@ -50,7 +44,7 @@ class Race:
     """The candidates of one step under way.
 
     current: the network that they differ from; branches: the candidates, and plans, theirs. kept: values of the current
-    network. holding: whether the candidates' logits are held. standing: what they are ranked by.
+    network. holding: whether the candidates' logits are held. ranking: which are best.
     """
 
     problem: Problem
@@ -61,7 +55,7 @@ class Race:
     knowledge: Knowledge | None
     kept: Kept
     holding: bool
-    standing: Standing
+    ranking: Ranking
     terms: dict[Unit, Terms] = field(default_factory=dict)
     logits: dict[Unit, Tensor] = field(default_factory=dict)
     owners: dict[Unit, int] = field(default_factory=dict)
@@ -131,18 +125,18 @@ def evaluate_candidates(
     candidates: Sequence[tuple[str, Plan]],
     knowledge: Knowledge | None,
     *,
+    ranking: Ranking,
     accept: int = 1,
     kept: Kept | None = None,
-    standing: Standing = by_reward,
 ) -> list[Outcome]:
     """The reward (eq. 4) of sub-networks that differ from the current one, `plan`, in one group each.
 
-    candidates: (group, plan of the sub-network). accept: how many of the best are wanted. kept: values of the current
-    network that are known. standing: what makes them the best.
+    candidates: (group, plan of the sub-network). ranking: which are best. accept: how many of these are wanted. kept:
+    values of the current network that are known.
 
     Without early stops every candidate sees every batch. With them, all see the first batch, the `accept` best there
-    see all, and the others go on, batch by batch, until they stand behind the `accept` best that have seen all even
-    with the least −ℛ that any network can have on the other batches: then they cannot be among the best. Before each
+    see all, and the others go on, batch by batch, until they are behind the `accept` best that have seen all even with
+    the least −ℛ that any network can have on the other batches: then they cannot be among the best. Before each
     batch the one that stands best so far goes ahead to its end, which may make the others' case hopeless. Equals are
     told apart as ever, by order.
     """
@@ -153,7 +147,7 @@ def evaluate_candidates(
     ]
     holding = room_for_logits(problem, knowledge, len(candidates)) > 0
     plans = [candidate for _, candidate in candidates]
-    race = Race(problem, forks, current, branches, plans, knowledge, kept or {}, holding, standing)
+    race = Race(problem, forks, current, branches, plans, knowledge, kept or {}, holding, ranking)
     least = least_terms(problem.objective, problem.batches, knowledge) if problem.computing.early_stop else None
     bounds = {} if least is None else eliminate(race, least, accept)
     batches = range(len(problem.batches))
@@ -163,7 +157,7 @@ def evaluate_candidates(
         for number in range(len(candidates))
     ]
     if holding:
-        best = min(range(len(candidates)), key=lambda number: outcomes[number].standing(plans[number], standing))
+        (best,) = ranking.best(plans, [outcome.negative for outcome in outcomes])
         outcomes[best] = outcomes[best]._replace(logits=race.answers(best))
     return outcomes
 
@@ -180,12 +174,13 @@ def eliminate(race: Race, least: Sequence[float], accept: int) -> dict[int, floa
 
     def at_best(number: int, batch: int) -> float:
         """How a candidate stands if nothing after what it has shown before `batch` could be better."""
-        return race.standing(race.plans[number], race.bound(number, batch, least))
+        return race.ranking.standing(race.plans[number], race.bound(number, batch, least))
 
     def leave(batch: int) -> None:
         """Lets those go that cannot win after what they have shown before `batch`."""
         for number in running.copy():
-            if len(done) >= accept and sorted(done)[accept - 1] < at_best(number, batch) < math.inf:
+            last = race.ranking.behind(sorted(done)[accept - 1]) if len(done) >= accept else math.inf
+            if last < at_best(number, batch) < math.inf:
                 bounds[number] = race.bound(number, batch, least)
                 race.forget(number)
                 running.remove(number)

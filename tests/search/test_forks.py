@@ -12,12 +12,14 @@ from ekgfx.search.forks import Forks, Keeper, Walk, storages_of
 from ekgfx.search.importance import taylor
 from ekgfx.search.problem import Problem
 from ekgfx.search.race import evaluate_candidates
+from ekgfx.search.ranking import Ranking, by_reward
 from ekgfx.search.reward import evaluate
 from ekgfx.sliced import SubNetwork
 from ekgfx.trace import TracedModel
 from tests.search import nets
 from tests.search.test_importance import problem_of
 
+BY_REWARD = Ranking(by_reward, lambda _: 0.0)
 NETS = [nets.cnn, nets.vit, nets.downsampling]
 
 
@@ -58,7 +60,7 @@ def test_forks_change_nothing(make: Callable[[], TracedModel], part: float) -> N
     whole = held(keeper_for(problem, forks, current, 1 << 30))
     keeper = keeper_for(problem, forks, current, int(part * whole))
     assert 0.4 * part * whole <= held(keeper) <= part * whole
-    together = evaluate_candidates(problem, forks, current, candidates, None, kept=keeper.kept)
+    together = evaluate_candidates(problem, forks, current, candidates, None, ranking=BY_REWARD, kept=keeper.kept)
     for (_, plan), outcome in zip(candidates, together, strict=True):
         assert outcome.evaluation == evaluate(problem.network(plan), problem.batches, problem.objective, None)[0]
 
@@ -91,10 +93,10 @@ def test_only_what_changes_is_computed(make: Callable[[], TracedModel], computed
         if traced.operation(node) is not None
     ]
     computed.clear()
-    evaluate_candidates(problem, forks, current, candidates, None, kept=keeper.kept)
+    evaluate_candidates(problem, forks, current, candidates, None, ranking=BY_REWARD, kept=keeper.kept)
     assert sorted(computed) == sorted(own)
     computed.clear()
-    evaluate_candidates(problem, forks, current, candidates, None)
+    evaluate_candidates(problem, forks, current, candidates, None, ranking=BY_REWARD)
     shared = computed.copy()
     for name in own:
         shared.remove(name)

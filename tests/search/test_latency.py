@@ -4,7 +4,6 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import ekgfx
 from ekgfx.axes import Axis
 from ekgfx.errors import BudgetError, RecipeError
 from ekgfx.plan import Plan
-from ekgfx.search import ekg, find_budget, search
+from ekgfx.search import find_budget, search
 from ekgfx.search.latency import LayerTable, Price, Sample, input_shapes, plans_to_measure
 from ekgfx.search.problem import channels_per_position, width_rules
 from ekgfx.segments import Segment, find_segments
@@ -195,36 +194,6 @@ def test_latency_needs_its_table(traced: TracedModel) -> None:
     ):
         with pytest.raises(BudgetError, match="give one budget"):
             search(traced, strategy="uniform", importance="magnitude", **budget)
-
-
-@pytest.mark.parametrize(
-    ("rewards", "saved", "order"),
-    [
-        ([-2.0, -4.0], [1.0, 6.0], [1, 0]),  # 1 per ms against 0.5 per ms, though the first loses less
-        ([-2.0, -1.5], [4.0, 1.0], [0, 1]),
-        ([-0.5, -3.0], [0.1, 9.0], [0, 1]),  # a gain comes before any loss
-        ([-0.5, -0.6], [1.0, 5.0], [1, 0]),  # of two gains, 0.5 × 1 and 0.4 × 5, the larger product
-    ],
-)
-def test_reward_per_millisecond(
-    monkeypatch: pytest.MonkeyPatch, rewards: list[float], saved: list[float], order: list[int]
-) -> None:
-    """The network at hand has reward −1 and takes 10 ms."""
-    costs = {"now": 10.0, **{f"candidate {i}": 10.0 - ms for i, ms in enumerate(saved)}}
-    monkeypatch.setattr(ekg, "evaluate", lambda *_: (SimpleNamespace(reward=-1.0), None))
-    weighed = SimpleNamespace(
-        budget=SimpleNamespace(weighed=True, cost=costs.__getitem__), network=lambda _: None, batches=(), objective=None
-    )
-    plans: list[Any] = [f"candidate {i}" for i in range(len(saved))]
-    state: Any = SimpleNamespace(plan="now", knowledge=None)
-
-    def best_first() -> list[int]:
-        standing = ekg.standing_of(weighed, state)  # type: ignore[arg-type]
-        return sorted(range(len(saved)), key=lambda i: standing(plans[i], -rewards[i]))
-
-    assert best_first() == order
-    weighed.budget.weighed = False
-    assert best_first() == sorted(range(len(saved)), key=lambda i: -rewards[i])
 
 
 def test_the_unpruned_network_costs_what_was_measured(traced: TracedModel) -> None:

@@ -16,7 +16,8 @@ import ekgfx
 from ekgfx.search import AUTHORS, SearchResult, Step, ekg, search
 from ekgfx.search.forks import Branch, Forks
 from ekgfx.search.problem import Budget, Computing, Problem
-from ekgfx.search.race import Outcome, Race, Unit, by_reward, eliminate, evaluate_candidates
+from ekgfx.search.race import Outcome, Race, Unit, eliminate, evaluate_candidates
+from ekgfx.search.ranking import Ranking, by_reward, ranking_of
 from ekgfx.search.reward import evaluate, least_terms, validation_batches
 from ekgfx.trace import TracedModel
 from tests.search import nets
@@ -128,9 +129,10 @@ class Written(Race):
     """A race whose terms are written down: −ℛ by candidate and batch."""
 
     def __init__(self, table: list[list[float]], standing: Any = by_reward) -> None:
+        ranking = Ranking(standing, lambda _: 0.0)
         problem: Any = SimpleNamespace(batches=table[0])
         plans: Any = range(len(table))
-        super().__init__(problem, None, None, table, plans, None, {}, False, standing)  # type: ignore[arg-type]
+        super().__init__(problem, None, None, table, plans, None, {}, False, ranking)  # type: ignore[arg-type]
         self.table, self.ran = table, list[Unit]()
 
     def run(self, units: Iterable[Unit]) -> None:
@@ -212,7 +214,9 @@ def test_ties_are_settled_as_ever() -> None:
     names = list(traced.groups)
     kept = range(traced.groups[names[-1]].size - 1)
     same = (names[-1], problem.full().with_kept(names[-1], kept))
-    first, second, *_ = evaluate_candidates(problem, Forks(traced), problem.full(), [same] * 3, None)
+    first, second, *_ = evaluate_candidates(
+        problem, Forks(traced), problem.full(), [same] * 3, None, ranking=ranking_of(problem, problem.full(), None)
+    )
     assert first.evaluation is not None
     assert first == second
 

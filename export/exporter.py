@@ -19,6 +19,7 @@ from .capture import capture
 from .half import PROTOBUF_LIMIT, hide_scalars, nbytes, to_half
 from .io import PRECISION, as_inputs, input_names
 from .names import name_interface, name_nodes
+from .pooling import keep_padding
 from .quiet import headline, quiet
 from .ranges import overflowing, saved
 from .session import open_session
@@ -77,6 +78,7 @@ def to_onnx(
             f"opset {opset} cannot be written by torch {torch.__version__}, which wrote opset "
             f"{written.opset_imports['']} instead; use an opset between {OLDEST_OPSET} and the newest that it knows"
         )
+    keep_padding(written.graph)
     name_nodes(written.graph)
     name_interface(written.graph, names, outputs)
     written.metadata_props.update(_record(model, "fp16" if fp16 else _precision_of(model), metadata or {}))

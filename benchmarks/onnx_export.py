@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TIMEOUT = 900
+TIMEOUT = 3600
 FLOPS = 0.5
 STRENGTHS = (1.0, 0.3, 0.1, 0.03)
 """Of the perturbation, one after the other until the network bears it."""
@@ -60,7 +60,7 @@ def measure(name: str) -> Iterator[Row]:
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     inputs = torch.randn(2, *model.pretrained_cfg["input_size"])
-    pruned, reason, facts, most = None, "", {}, math.inf
+    pruned, reason, facts, most = None, "no state was found whose outputs are finite", {}, math.inf
     try:
         traced = ekgfx.trace(model, inputs)
     except EkgfxError as error:
@@ -104,12 +104,15 @@ def states(model: Any, inputs: Any) -> Iterator[Row]:
     full = copy.deepcopy(model.state_dict())
     for reestimated in (False, True) if any("running_var" in key for key in initial) else (False,):
         for strength in STRENGTHS:
-            model.load_state_dict(
-                {key: w.lerp(full[key], strength) if w.is_floating_point() else w for key, w in initial.items()}
-            )
+            model.load_state_dict({key: w.lerp(full[key], strength) if finite(w) else w for key, w in initial.items()})
             if reestimated:
                 reestimate_batch_norm(model, [inputs])
             yield {"perturbation": strength, "reestimated": reestimated}
+
+
+def finite(value: Any) -> bool:
+    """Whether a tensor can be perturbed; a bound of ±∞ cannot."""
+    return bool(value.is_floating_point() and value.isfinite().all())
 
 
 def export(network: str, model: Any, inputs: Any) -> Iterator[Row]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ekgfx.errors import ExportError
 
 from .capture import capture
+from .constants import adopt_constants
 from .half import PROTOBUF_LIMIT, hide_scalars, nbytes, to_half
 from .io import PRECISION, as_inputs, input_names
 from .names import name_interface, name_nodes
@@ -78,6 +79,7 @@ def to_onnx(
             f"opset {opset} cannot be written by torch {torch.__version__}, which wrote opset "
             f"{written.opset_imports['']} instead; use an opset between {OLDEST_OPSET} and the newest that it knows"
         )
+    adopt_constants(written.graph)
     keep_padding(written.graph)
     name_nodes(written.graph)
     name_interface(written.graph, names, outputs)

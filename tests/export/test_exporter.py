@@ -218,6 +218,30 @@ def test_translation_of_an_unknown_operator(tmp_path):
     assert mystery is not None
 
 
+class Bounded(nn.Module):
+    """One value between several bounds that are tensors of the model, as in Gemma's clippable layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        bounds = {"low": -0.5, "high": 0.5, "lower": -0.2, "higher": 0.3, "least": -torch.inf, "most": torch.inf}
+        for name, bound in bounds.items():
+            self.register_buffer(name, torch.tensor(bound))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        return x.clamp(self.low, self.high) + x.clamp(self.lower, self.higher) * x.clamp(self.least, self.most)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_bounds_that_are_tensors(fp16, tmp_path):
+    """onnxscript makes a Clip of them whose bounds nobody has given to the graph."""
+    torch.manual_seed(0)
+    model, values = Bounded(), torch.randn(3, 4)
+    path = to_onnx(model, values, tmp_path / "net.onnx", fp16=fp16)
+    assert [node.op_type for node in onnx.load(path).graph.node].count("Clip") >= 2
+    check_parity(model, path, values)
+
+
 def test_fixed_batch_size_is_named(tmp_path):
     with pytest.raises(ExportError, match="FixedBatch fixes its batch size"):
         to_onnx(FixedBatch(), torch.randn(2, 4), tmp_path / "net.onnx")

@@ -3,6 +3,7 @@ one that has imported everything; resumable.
 
     python benchmarks/onnx_export.py --output docs/onnx.jsonl                  # benchmarks/models.txt
     python benchmarks/onnx_export.py --output out.jsonl nest_tiny twins_svt_small
+    python benchmarks/onnx_export.py --output out.jsonl --pixels 144 gemma4_vit_167m    # not on the 768×768 of its own
     python benchmarks/onnx_export.py --table docs/onnx.jsonl > docs/onnx.md
 
 Every model is exported as it is and pruned to half of its MACs (one share for all groups, by magnitude), in fp32 and
@@ -46,8 +47,8 @@ PATH = re.compile(r"(?:/[\w.-]+)+/([\w.-]+)")
 Row = dict[str, Any]
 
 
-def measure(name: str) -> Iterator[Row]:
-    """The rows of one model, as they are known."""
+def measure(name: str, pixels: int | None) -> Iterator[Row]:
+    """The rows of one model, as they are known. pixels: side of its images, where they are not of its own size."""
     import timm
     import torch
     from ekgfx.export import amplification
@@ -59,7 +60,8 @@ def measure(name: str) -> Iterator[Row]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
-    inputs = torch.randn(2, *model.pretrained_cfg["input_size"])
+    channels, *size = model.pretrained_cfg["input_size"]
+    inputs = torch.randn(2, channels, *((pixels, pixels) if pixels else size))
     pruned, reason, facts, most = None, "no state was found whose outputs are finite", {}, math.inf
     try:
         traced = ekgfx.trace(model, inputs)
@@ -176,7 +178,7 @@ def blank(network: str, precision: str, status: str, message: str) -> Row:
     return {"network": network, "precision": precision, "status": status, "message": PATH.sub(r"\1", message)[:600]}
 
 
-def run(names: list[str], output: Path, budget: float) -> None:
+def run(names: list[str], output: Path, budget: float, pixels: int | None) -> None:
     """Measure every model that `output` does not hold yet, each in its own process, for about `budget` seconds."""
     done = {row["model"] for row in read(output)} if output.exists() else set()
     end = time.monotonic() + budget
@@ -187,17 +189,19 @@ def run(names: list[str], output: Path, budget: float) -> None:
         if time.monotonic() > end:
             print(f"stopped after {budget:.0f} s, before {name}; run the same again to go on", flush=True)
             return
-        rows = in_a_process(name)
+        rows = in_a_process(name, pixels)
+        if pixels:
+            rows = [row | {"pixels": pixels} for row in rows]
         with output.open("a") as file:  # all rows of a model at once, so that a model is there whole or not at all
             file.write("".join(json.dumps({"model": name, **row}) + "\n" for row in rows))
         print(f"[{i + 1}/{len(names)}] {name}: " + ", ".join(brief(row) for row in rows), flush=True)
 
 
-def in_a_process(name: str) -> list[Row]:
+def in_a_process(name: str, pixels: int | None) -> list[Row]:
     """A row for every case: what the process sent, and what it came to where it sent nothing."""
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=send_rows, args=(name, there))
+    process = context.Process(target=send_rows, args=(name, pixels, there))
     process.start()
     there.close()
     rows, ended, message = [], "error", ""
@@ -219,10 +223,10 @@ def in_a_process(name: str) -> list[Row]:
     return rows + [blank(*case, ended, message) for case in CASES if case not in known]
 
 
-def send_rows(name: str, pipe: Any) -> None:
+def send_rows(name: str, pixels: int | None, pipe: Any) -> None:
     """The rows of a model; the message of the exception that ended it."""
     try:
-        for row in measure(name):
+        for row in measure(name, pixels):
             pipe.send(row)
     except Exception as error:  # noqa: BLE001 - whatever ends a model, the others go on
         pipe.send(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}")
@@ -264,6 +268,7 @@ def table(rows: list[Row]) -> str:
             for case in CASES
         ]
         dense = cases["dense", "fp32"]
+        name += f" ({dense['pixels']} px)" if "pixels" in dense else ""
         lines.append(
             "| " + " | ".join([name, *cells, str(dense.get("nodes", "")), str(dense.get("seconds", ""))]) + " |"
         )
@@ -293,6 +298,7 @@ HEAD = """# ONNX files of timm models
 are perturbed as strongly as the network bears without amplifying rounding. A figure is the largest relative difference
 between PyTorch and onnxruntime on the CPU over two batch sizes; a file counts when it passes onnx's checker with shape
 inference and differs by at most 1e-4 in fp32 and 1e-2 in fp16. Equal to the model, {counts}.
+Images have the model's own size where no other is named.
 The rest of the list is not measured here. Rows without `moves` in the raw file are of an earlier state of the program,
 which judged what the network bears by rounding its inputs alone. 2026-11-25, two cores of an AMD EPYC shared with
 other work, torch 2.14.1, onnxruntime 1.31.1.
@@ -309,12 +315,14 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="timm names (default: benchmarks/models.txt)")
     parser.add_argument("--output", type=Path, default=Path("onnx.jsonl"))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further model after this time")
+    parser.add_argument("--pixels", type=int, help="side of the images (default: the model's own)")
     parser.add_argument("--table", type=Path, help="print the table of a finished file")
     args = parser.parse_args()
     if args.table:
         print(table(read(args.table)), end="")
     else:
-        run(args.models or (Path(__file__).parent / "models.txt").read_text().split(), args.output, args.seconds)
+        names = args.models or (Path(__file__).parent / "models.txt").read_text().split()
+        run(names, args.output, args.seconds, args.pixels)
 
 
 if __name__ == "__main__":

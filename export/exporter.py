@@ -105,7 +105,7 @@ def to_fp16(
     if not file.is_file():
         raise ExportError(f"no ONNX file at {file}; write one with to_onnx or `ekgfx export`")
     try:
-        single = ir.load(file)
+        single = ir.external_data.load_to_model(ir.load(file))  # nothing may be looked for beside the fp32 file later
     except Exception as error:  # protobuf's and onnx_ir's exceptions have no common base
         raise ExportError(f"{file} cannot be read as ONNX: {headline(error)}; export it again") from error
     precision = single.metadata_props.get(PRECISION, "fp32")

@@ -182,6 +182,22 @@ def test_weights_of_a_large_model_lie_beside_the_file(tmp_path, monkeypatch):
     assert check_parity(model, path, inputs).relative < 1e-5
 
 
+def test_half_of_a_large_model_stands_alone(tmp_path, monkeypatch):
+    """One whose fp16 file is small enough for its weights, of which some stay as they were."""
+    with monkeypatch.context() as patch:
+        patch.setattr(exporter, "PROTOBUF_LIMIT", 100)
+        torch.manual_seed(0)
+        model, inputs = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), torch.randn(2, 64)
+        with torch.no_grad():
+            model[1].weight[0, 0] = 1e5  # too large for fp16
+        single = to_onnx(model, inputs, tmp_path / "net.onnx")
+    half = to_fp16(single, tmp_path / "half.onnx", inputs)
+    for file in (single, tmp_path / "net.onnx.data"):
+        file.unlink()
+    assert [file.name for file in tmp_path.iterdir()] == ["half.onnx"]
+    assert check_parity(model, half, inputs).precision == "fp16"
+
+
 def test_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise onnx.checker.ValidationError("node Conv is broken")

@@ -282,8 +282,9 @@ def table(rows: list[Row]) -> str:
         for row in rows
         if row["status"] != "ok"
     ]
+    missing = [name for name in listed() if name not in models]
     return (
-        HEAD.format(models=len(models), counts="; ".join(counts))
+        HEAD.format(models=len(models), counts="; ".join(counts), missing=", ".join(missing) or "nothing")
         + "\n".join(lines)
         + "\n"
         + ("\n## What did not\n\n" + "\n".join(failures) + "\n" if failures else "")
@@ -299,11 +300,16 @@ are perturbed as strongly as the network bears without amplifying rounding. A fi
 between PyTorch and onnxruntime on the CPU over two batch sizes; a file counts when it passes onnx's checker with shape
 inference and differs by at most 1e-4 in fp32 and 1e-2 in fp16. Equal to the model, {counts}.
 Images have the model's own size where no other is named.
-The others of the list, the largest, are not measured. Rows without `moves` in the raw file are of an earlier state of
+Not measured of the list: {missing}. Rows without `moves` in the raw file are of an earlier state of
 the program, which judged what the network bears by rounding its inputs alone. 2026-11-25 and 26, two cores of an AMD
 EPYC shared with other work, torch 2.14.1, onnxruntime 1.31.1.
 
 """
+
+
+def listed() -> list[str]:
+    """The models of the list."""
+    return (Path(__file__).parent / "models.txt").read_text().split()
 
 
 def read(path: Path) -> list[Row]:
@@ -321,8 +327,7 @@ def main() -> None:
     if args.table:
         print(table(read(args.table)), end="")
     else:
-        names = args.models or (Path(__file__).parent / "models.txt").read_text().split()
-        run(names, args.output, args.seconds, args.pixels)
+        run(args.models or listed(), args.output, args.seconds, args.pixels)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ search for a budget of MACs does (`--flops`, `--flops --align`): its path is the
 clock. "latency" takes the one that loses the least reward per millisecond saved (`--latency`). The last two have widths
 on whole tiles of the hardware.
 
-What they keep is judged by the reward against the knowledge of the unpruned network, which is the same for both, on the
+What they keep is judged by the reward against the knowledge of the unpruned network, which is the same for all, on the
 images of the search and on others; and by the accuracy and loss on those others, BatchNorm's statistics estimated anew,
 without any fine-tuning. What the networks really take is the shortest of 30 runs in turn. A search that was interrupted
 goes on after its last step.
@@ -42,7 +42,7 @@ WAYS = ("MACs", "MACs aligned", "latency")
 
 def search(way: str, setting: Setting, table: LayerTable, output: Path) -> dict[str, Any]:
     """One search, and what its network is worth. Its steps and its plan are in files beside the output."""
-    history = output.with_suffix(f".{way.replace(' ', '-')}.jsonl")
+    history = beside(output, way, "jsonl")
     asked, traced = setting.asked, setting.traced
     price = Price(traced, table)
     options: dict[str, Any] = {"cost": price, "budget": asked.keep * price.dense / price(Plan())}
@@ -60,7 +60,7 @@ def search(way: str, setting: Setting, table: LayerTable, output: Path) -> dict[
         resume_from=read_lines(history),
     )
     plan = found.plan
-    plan_file(output, way).write_text(plan.to_json())
+    beside(output, way, "plan.json").write_text(plan.to_json())
     network = ekgfx.prune(traced.model, plan, traced)
     reestimate_batch_norm(network, setting.batches(setting.seen))
     return {
@@ -78,8 +78,9 @@ def search(way: str, setting: Setting, table: LayerTable, output: Path) -> dict[
     }
 
 
-def plan_file(output: Path, way: str) -> Path:
-    return output.with_suffix(f".{way.replace(' ', '-')}.plan.json")
+def beside(output: Path, way: str, ending: str) -> Path:
+    """A file of one search."""
+    return output.with_suffix(f".{way.replace(' ', '-')}.{ending}")
 
 
 def reward(setting: Setting, plan: Plan, images: torch.Tensor) -> float:
@@ -124,7 +125,7 @@ def main() -> None:
         for way in WAYS:
             if way not in found["methods"]:
                 keep(methods={**found["methods"], way: search(way, setting, table, output)})
-        plans = {way: Plan.from_json(plan_file(output, way).read_text()) for way in WAYS}
+        plans = {way: Plan.from_json(beside(output, way, "plan.json").read_text()) for way in WAYS}
         times = clocked(setting, plans, place)
         keep(shortest_ms=times, kept={way: times[way] / times["dense"] for way in WAYS})
         keep(differences=differences(found["methods"], "latency"))

@@ -299,7 +299,7 @@ HEAD = """# ONNX files of timm models
 are perturbed as strongly as the network bears without amplifying rounding. A figure is the largest relative difference
 between PyTorch and onnxruntime on the CPU over two batch sizes; a file counts when it passes onnx's checker with shape
 inference and differs by at most 1e-4 in fp32 and 1e-2 in fp16. Equal to the model, {counts}.
-Images have the model's own size where no other is named.
+Images have the model's own size where no other is named (`--pixels`).
 Not measured of the list: {missing}. Rows without `moves` in the raw file are of an earlier state of
 the program, which judged what the network bears by rounding its inputs alone. 2026-11-25 and 26, two cores of an AMD
 EPYC shared with other work, torch 2.14.1, onnxruntime 1.31.1.

@@ -10,7 +10,7 @@ import onnx_ir as ir
 def keep_padding(graph: ir.Graph) -> None:
     """Write a MaxPool after a Pad, that has no padding of its own, as one that takes whole windows (auto_pad VALID):
     there is no `pads` then that anything could be moved into."""
-    for node in graph:
+    for node in graph.all_nodes():
         before = node.inputs[0].producer() if node.op_type == "MaxPool" and node.inputs[0] is not None else None
         if before is None or before.op_type != "Pad":
             continue

@@ -138,7 +138,7 @@ def evaluate_candidates(
     see all, and the others go on, batch by batch, until they are behind the `accept` best that have seen all even with
     the least −ℛ that any network can have on the other batches: then they cannot be among the best. Before each
     batch the one that stands best so far goes ahead to its end, which may make the others' case hopeless. Equals are
-    told apart as ever, by order.
+    told apart by the ranking, as ever.
     """
     current, groups = problem.network(plan), problem.traced.groups
     branches = [

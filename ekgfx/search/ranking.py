@@ -9,7 +9,7 @@ from ekgfx.search.reward import Knowledge, evaluate
 
 TIE = 1e-5
 """Relative difference of −ℛ that tells nothing: it is what another memory format, number of threads or device changes
-by rounding in float32, at the most measured 1e-6, with room to spare."""
+by rounding in float32: 2e-6 at most over a search of ResNet-56 (docs/performance.md), with room to spare."""
 
 Standing = Callable[[Plan, float], float]
 """What a candidate is ranked by, the least first: of its plan and −ℛ, with which it never falls."""
@@ -20,7 +20,7 @@ class Ranking:
     """The order of the candidates of a step.
 
     standing: what they are ranked by. saved: what a plan saves, which decides between those whose standing is the same
-    but for `tie`, relative to it. So a search does not depend on how its candidates are computed, and of networks that
+    but for `tie`, relative to it. So a search hardly depends on how its candidates are computed, and of networks that
     are equally good, as where channels do nothing, it takes the smallest. Equals in both keep their order.
     """
 
@@ -59,15 +59,16 @@ def ranking_of(problem: Problem, plan: Plan, knowledge: Knowledge | None, strict
 
     strict: rewards that differ by whatever are different, and the first of equals is best, as in the authors' program.
     """
-    before = problem.budget.cost(plan)
+    tie, before = 0.0 if strict else TIE, problem.budget.cost(plan)
 
     def saved(candidate: Plan) -> float:
         return before - problem.budget.cost(candidate)
 
+    among_equals = (lambda _: 0.0) if strict else saved
     if not problem.budget.weighed:
-        return Ranking(by_reward, (lambda _: 0.0) if strict else saved, 0.0 if strict else TIE)
+        return Ranking(by_reward, among_equals, tie)
     now = evaluate(problem.network(plan), problem.batches, problem.objective, knowledge)[0].reward
-    rounding = TIE * abs(now)
+    rounding = tie * abs(now)
 
     def by_loss_per_saving(candidate: Plan, negative: float) -> float:
         lost = now + negative
@@ -75,7 +76,7 @@ def ranking_of(problem: Problem, plan: Plan, knowledge: Knowledge | None, strict
             lost = rounding
         return lost / saved(candidate) if lost > 0 else lost * saved(candidate)
 
-    return Ranking(by_loss_per_saving, saved)
+    return Ranking(by_loss_per_saving, among_equals, tie)
 
 
 def by_reward(plan: Plan, negative: float) -> float:

@@ -1,4 +1,4 @@
-"""One step of the search in each of the ways that `search_speed.py` compares, with time and memory."""
+"""One step of the search in each of the ways that are compared, with time and memory."""
 
 import ctypes
 import json
@@ -18,7 +18,7 @@ from ekgfx.evaluation import batch_statistics
 from ekgfx.plan import Plan
 from ekgfx.search.candidates import worth_evaluating
 from ekgfx.search.details import PAPER
-from ekgfx.search.ekg import Pace, State, keeper_of, propose
+from ekgfx.search.ekg import Pace, State, combine, keeper_of, propose
 from ekgfx.search.forks import Forks
 from ekgfx.search.importance import taylor
 from ekgfx.search.problem import Computing, Problem
@@ -30,6 +30,8 @@ from ekgfx.trace import TracedModel
 from ekgfx.verify import MaskedNetwork, mask_tensor
 
 WAYS = ("masked", "sliced", "prefixes", "contiguous", "all")
+PACE = Pace()
+"""The paper's: one group a step."""
 
 
 def in_the_way(way: str, problem: Problem, early_stop: bool = True) -> Problem:
@@ -41,25 +43,28 @@ def in_the_way(way: str, problem: Problem, early_stop: bool = True) -> Problem:
     return replace(problem, computing=computing, batches=tuple(map(computing.prepared, problem.batches)))
 
 
-def timed(problem: Problem, state: State, way: str, early_stop: bool = True, every: int = 1) -> dict[str, Any]:
-    """Seconds of the step from `state` by its parts, with the candidates' −ℛ by group.
+def timed(
+    problem: Problem, state: State, way: str, pace: Pace = PACE, early_stop: bool = True, every: int = 1
+) -> dict[str, Any]:
+    """Seconds of the step from `state` by its parts, the candidates' −ℛ by group, and what is removed.
 
-    importance: scores of all channels. candidate: mean over those evaluated. accepted: the best network, evaluated
-    again. every: of masked and sliced candidates, only each n-th is evaluated.
+    importance: scores of all channels. candidate: mean over those evaluated. accepted: the network that the step goes
+    to, evaluated again. every: of masked and sliced candidates, only each n-th is evaluated.
     """
     problem, plan, knowledge = in_the_way(way, problem, early_stop), state.plan, state.knowledge
-    network, forks = problem.network(plan), Forks(problem.traced)
+    forks = Forks(problem.traced)
     keeper = keeper_of(problem, forks, state)
     start = clock(problem.traced)
     scores = taylor(problem, problem.full() if way == "masked" else plan, knowledge, keeper)
     importance = clock(problem.traced) - start
     if way == "masked":  # that of the uncut network takes as long; whom to remove is decided as in the others
         scores = taylor(problem, plan, knowledge)
-    found = [propose(problem, state, group, scores[group], Pace(), PAPER) for group in problem.rules]
+    found = [propose(problem, state, group, scores[group], pace, PAPER) for group in problem.rules]
     proposals = [proposal for proposal in found if proposal is not None]
     chosen, _ = worth_evaluating(proposals, {proposal.group: proposal.lost for proposal in proposals})
-    sample = chosen if way in ("prefixes", "contiguous", "all") else chosen[::every]
+    sample = chosen[::every] if way in ("masked", "sliced") else chosen
     pairs = [(proposal.group, proposal.plan) for proposal in sample]
+    ranking = ranking_of(problem, plan, knowledge)
     start = clock(problem.traced)
     if way == "masked":
         outcomes = [Outcome(masked(problem, candidate, knowledge)) for _, candidate in pairs]
@@ -69,13 +74,18 @@ def timed(problem: Problem, state: State, way: str, early_stop: bool = True, eve
             for _, candidate in pairs
         ]
     else:
-        ranking = ranking_of(problem, plan, knowledge)
-        outcomes = evaluate_candidates(problem, forks, plan, pairs, knowledge, ranking=ranking, kept=keeper.kept)
+        outcomes = evaluate_candidates(
+            problem, forks, plan, pairs, knowledge, ranking=ranking, accept=pace.accept, kept=keeper.kept
+        )
     candidate = (clock(problem.traced) - start) / len(pairs)
+    best = ranking.best([proposal.plan for proposal in sample], [o.negative for o in outcomes], pace.accept)
+    taken = combine(problem, state, [sample[i] for i in best], scores, pace, PAPER)
     start = clock(problem.traced)
-    if way in ("sliced", "prefixes"):
-        evaluate(network, problem.batches, problem.objective, knowledge)
-    accepted = candidate if way == "masked" else clock(problem.traced) - start
+    if way == "masked":
+        masked(problem, taken[-1].plan, knowledge)
+    elif way in ("sliced", "prefixes") or len(taken) > 1:  # or what is known of the best is used
+        evaluate(problem.network(taken[-1].plan), problem.batches, problem.objective, knowledge)
+    accepted = clock(problem.traced) - start
     negatives = {
         group: None if outcome.evaluation is None else -outcome.evaluation.reward
         for (group, _), outcome in zip(pairs, outcomes, strict=True)
@@ -88,6 +98,7 @@ def timed(problem: Problem, state: State, way: str, early_stop: bool = True, eve
         "step": importance + candidate * len(chosen) + accepted,
         "stopped": sum(value is None for value in negatives.values()),
         "negatives": negatives,
+        "removed": {proposal.group: list(proposal.removed) for proposal in taken},
     }
 
 

@@ -1,0 +1,169 @@
+"""How long a whole search takes: masked as in the authors' program, sliced, and with everything; do they find the same?
+
+    python benchmarks/search_whole.py --data cifar10:DIR --weights resnet56-cifar10.safetensors --output FOLDER
+    python benchmarks/search_whole.py --network resnet50_keras --data folder:imagenet-sample --keep 0.55 --accept 4 \\
+        --weights resnet50-imagenet-keras-fp16.safetensors --output FOLDER
+
+First `ekgfx.search` with its defaults, to `--keep` of the MACs with `--accept` groups a step. Then every one of its
+steps again in each of the `--ways`, in turn within one process, on one thread, in CPU seconds (on a GPU, wall seconds):
+what else runs on the machine disturbs all of them alike. Each way decides for itself what to remove; the summary tells
+at how many steps it took what the search had taken. So as long as all agree, the sums are those of whole searches,
+with nothing estimated. The ways: see `search_speed.py`. FOLDER/NETWORK-DEVICE.jsonl tells the sums, then the steps.
+
+ResNet-56 is judged on 320 images after step 0, in the paper's batches of 256 and 64, or as `--val-batch-size 64
+--hardest-first` say; the ResNet-50 of `examples/resnet50_keras.py` on `--images` of a folder's, in batches of 16,
+without a step 0. What is in FOLDER already is not done again: the same command goes on after the last step.
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from search_cases import Case, problem_of, unpruned
+from search_ways import WAYS, clock, in_the_way, timed
+
+import ekgfx
+from ekgfx.files import append_line, read_lines, replacing
+from ekgfx.search import Step, ekg
+from ekgfx.search.result import as_steps
+
+Line = dict[str, Any]
+
+
+def main() -> None:
+    asked = arguments()
+    torch.set_num_threads(1)
+    folder = Path(asked.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    case = Case(asked.network, folder, torch.device(asked.device), asked.val_batch_size, asked.hardest_first)
+    case.make(asked.data, asked.weights, asked.images)
+    search, record = (folder / f"{asked.network}-{asked.device}-{what}.jsonl" for what in ("search", "turns"))
+    searched(case, search, asked.keep, asked.accept)
+    in_turn(case, as_steps(read_lines(search)), record, asked)
+    run, lines = read_lines(search), read_lines(record)
+    summary = summarized(asked, run, lines)
+    table = [summary, *map(step_told, run, lines)]
+    with replacing(folder / f"{asked.network}-{asked.device}.jsonl") as partial:
+        partial.write_text("".join(f"{json.dumps(line)}\n" for line in table), encoding="utf-8")
+    print(json.dumps(summary, indent=1))
+
+
+def searched(case: Case, history: Path, keep: float, accept: int) -> None:
+    """The search with its defaults, resumed from its history; the seconds of each step are noted in it."""
+    steps = as_steps(read_lines(history))
+    if steps and steps[-1].kept_fraction <= keep:
+        return
+    traced, batches = case.opened()
+    last = [clock(traced)]
+
+    def note(step: Step) -> None:
+        now = clock(traced)
+        append_line(history, {**step.to_json(), "seconds": now - last[0]})
+        last[0] = now
+        print(f"step {step.number}: {step.kept_fraction:.3f}, {now:.0f} s", flush=True)
+
+    ekgfx.search(traced, batches, flops=keep, accept=accept, on_step=note, resume_from=steps)
+
+
+def in_turn(case: Case, steps: tuple[Step, ...], record: Path, asked: argparse.Namespace) -> None:
+    """Every step in each of the ways; the order of these changes from step to step."""
+    done = {line["step"] for line in read_lines(record)}
+    if len(done) == len(steps):
+        return
+    problem = problem_of(*case.opened(), asked.keep)
+    default = "all" if case.device.type == "cpu" else "contiguous"
+    usual = in_the_way(default, problem)
+    state = unpruned(usual)
+    timed(problem, state, default)  # memory that the process is the first to touch
+    for step in steps:
+        if step.number not in done:
+            shift = step.number % len(asked.ways)
+            ways = [*asked.ways[shift:], *asked.ways[:shift]]
+            found = {way: timed(problem, state, way, ekg.Pace(accept=asked.accept)) for way in ways}
+            append_line(record, {"step": step.number, **found})
+            print(step.number, {way: round(line["step"], 2) for way, line in found.items()}, flush=True)
+        state = ekg.replay(usual, state, step)
+
+
+# -- the table -----------------------------------------------------------------------------------------------------
+
+
+def summarized(asked: argparse.Namespace, run: list[Line], lines: list[Line]) -> Line:
+    """Seconds of each way and of its parts, over all steps, and agreement with the search."""
+    ways = [way for way in WAYS if all(way in line for line in lines)]
+    first = ways[0]
+    return {
+        "network": asked.network,
+        "keep": asked.keep,
+        "accept": asked.accept,
+        "hardware": f"{platform.processor() or platform.machine()}, {asked.device}, one thread",
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "search": {
+            "seconds": round(sum(step["seconds"] for step in run), 1),
+            "steps": len(run),
+            "candidates": sum(len(step["candidates"]) for step in run),
+            "left early": sum(c["at_least"] is not None for step in run for c in step["candidates"]),
+        },
+        "ways": {
+            way: {
+                "seconds": round(sum(line[way]["step"] for line in lines), 1),
+                "importance": round(sum(line[way]["importance"] for line in lines), 1),
+                "candidates": round(sum(line[way]["candidate"] * line[way]["candidates"] for line in lines), 1),
+                "accepted": round(sum(line[way]["accepted"] for line in lines), 1),
+                "times faster": round(sum(ln[first]["step"] for ln in lines) / sum(ln[way]["step"] for ln in lines), 2),
+                "same steps": sum(alike(line[way], step) for line, step in zip(lines, run, strict=False)),
+                "differs at most": max(apart(line[first], line[way]) for line in lines),
+            }
+            for way in ways
+        },
+    }
+
+
+def step_told(step: Line, line: Line) -> Line:
+    """A step: what the search removed, and what each way took."""
+    ways = {way: {key: told(found[key]) for key in TOLD} for way, found in line.items() if way in WAYS}
+    return {"step": step["number"], "kept": told(step["kept_fraction"]), "removed": step["removed"], **ways}
+
+
+TOLD = ("importance", "candidate", "accepted", "candidates", "stopped", "step")
+
+
+def told(value: float) -> float:
+    return round(value, 4)
+
+
+def alike(line: Line, step: Line) -> bool:
+    """Whether a way removed what the search removed."""
+    return line["removed"] == {group: list(removed) for group, removed in step["removed"].items()}
+
+
+def apart(one: Line, other: Line) -> float:
+    """The largest difference of −ℛ, relative to it, between candidates that both evaluated to their end."""
+    ours, theirs = one["negatives"], other["negatives"]
+    both = [group for group, value in ours.items() if value is not None and theirs.get(group) is not None]
+    return max((abs(ours[group] - theirs[group]) / abs(ours[group]) for group in both), default=0.0)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--network", choices=("resnet56", "resnet50_keras"), default="resnet56")
+    parser.add_argument("--data", default="cifar10:data/cifar10")
+    parser.add_argument("--weights", default="data/weights/resnet56-cifar10.safetensors")
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--keep", type=float, default=0.45)
+    parser.add_argument("--accept", type=int, default=1, help="groups that a step cuts")
+    parser.add_argument("--images", type=int, default=64, help="of resnet50_keras, in batches of 16")
+    parser.add_argument("--val-batch-size", type=int, default=256, help="images in a batch of resnet56")
+    parser.add_argument("--hardest-first", action="store_true", help="resnet56's hardest images in the first batches")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["masked", "sliced", "all"])
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -7,8 +7,9 @@
 First `ekgfx.search` with its defaults, to `--keep` of the MACs with `--accept` groups a step. Then every one of its
 steps again in each of the `--ways`, in turn within one process, on one thread, in CPU seconds (on a GPU, wall seconds):
 what else runs on the machine disturbs all of them alike. Each way decides for itself what to remove; the summary tells
-at how many steps it took what the search had taken. So as long as all agree, the sums are those of whole searches,
-with nothing estimated. The ways: see `search_speed.py`. FOLDER/NETWORK-DEVICE.jsonl tells the sums, then the steps.
+at how many steps it took the search's groups in the search's order, and their channels. So as long as all agree, the
+sums are those of whole searches, with nothing estimated. The ways: see `search_speed.py`. FOLDER/NETWORK-DEVICE.jsonl
+tells the sums, then the steps.
 
 ResNet-56 is judged on 320 images after step 0, in the paper's batches of 256 and 64, or as `--val-batch-size 64
 --hardest-first` say; the ResNet-50 of `examples/resnet50_keras.py` on `--images` of a folder's, in batches of 16,
@@ -95,7 +96,7 @@ def in_turn(case: Case, steps: tuple[Step, ...], record: Path, asked: argparse.N
 def summarized(asked: argparse.Namespace, run: list[Line], lines: list[Line]) -> Line:
     """Seconds of each way and of its parts, over all steps, and agreement with the search."""
     ways = [way for way in WAYS if all(way in line for line in lines)]
-    first = ways[0]
+    first, pairs = ways[0], list(zip(lines, run, strict=False))
     return {
         "network": asked.network,
         "keep": asked.keep,
@@ -108,6 +109,7 @@ def summarized(asked: argparse.Namespace, run: list[Line], lines: list[Line]) ->
             "steps": len(run),
             "candidates": sum(len(step["candidates"]) for step in run),
             "left early": sum(c["at_least"] is not None for step in run for c in step["candidates"]),
+            "channels": sum(len(removed) for step in run for removed in step["removed"].values()),
         },
         "ways": {
             way: {
@@ -116,7 +118,9 @@ def summarized(asked: argparse.Namespace, run: list[Line], lines: list[Line]) ->
                 "candidates": round(sum(line[way]["candidate"] * line[way]["candidates"] for line in lines), 1),
                 "accepted": round(sum(line[way]["accepted"] for line in lines), 1),
                 "times faster": round(sum(ln[first]["step"] for ln in lines) / sum(ln[way]["step"] for ln in lines), 2),
-                "same steps": sum(alike(line[way], step) for line, step in zip(lines, run, strict=False)),
+                "same steps": sum(not others(line[way], step) for line, step in pairs),
+                "same groups": sum([*line[way]["removed"]] == [*step["removed"]] for line, step in pairs),
+                "other channels": sum(others(line[way], step) for line, step in pairs),
                 "differs at most": max(apart(line[first], line[way]) for line in lines),
             }
             for way in ways
@@ -137,9 +141,9 @@ def told(value: float) -> float:
     return round(value, 4)
 
 
-def alike(line: Line, step: Line) -> bool:
-    """Whether a way removed what the search removed."""
-    return line["removed"] == {group: list(removed) for group, removed in step["removed"].items()}
+def others(line: Line, step: Line) -> int:
+    """How many of the channels that the search removed in a step a way left, taking others."""
+    return sum(len({*removed} - {*line["removed"].get(group, ())}) for group, removed in step["removed"].items())
 
 
 def apart(one: Line, other: Line) -> float:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from search_cases import UNTRAINED, Case, problem_of
+from search_cases import NETWORKS, Case, problem_of
 from search_ways import timed
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -100,7 +100,7 @@ def largest(events: Iterable[Any]) -> list[dict[str, Any]]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--network", choices=("resnet56", *UNTRAINED), default="resnet50")
+    parser.add_argument("--network", choices=tuple(NETWORKS), default="resnet50")
     parser.add_argument("--data", default="cifar10:data/cifar10", help="of resnet56")
     parser.add_argument("--weights", default="data/weights/resnet56-cifar10.safetensors", help="of resnet56")
     parser.add_argument("--images", type=int, default=64, help="of the others, in batches of 16")

@@ -7,7 +7,7 @@
 First `ekgfx.search` with its defaults, to `--keep` of the MACs with `--accept` groups a step. Then every one of its
 steps again in each of the `--ways`, in turn within one process, on one thread, in CPU seconds (on a GPU, wall seconds):
 what else runs on the machine disturbs all of them alike. Each way decides for itself what to remove; the summary tells
-at how many steps it took the search's groups in the search's order, and their channels. So as long as all agree, the
+at how many steps it took the search's groups, and how many channels are others. So as long as all agree, the
 sums are those of whole searches, with nothing estimated. The ways: see `search_speed.py`. FOLDER/NETWORK-DEVICE.jsonl
 tells the sums, then the steps.
 
@@ -45,9 +45,9 @@ def main() -> None:
     search, record = (folder / f"{asked.network}-{asked.device}-{what}.jsonl" for what in ("search", "turns"))
     searched(case, search, asked.keep, asked.accept)
     in_turn(case, as_steps(read_lines(search)), record, asked)
-    run, lines = read_lines(search), read_lines(record)
-    summary = summarized(asked, run, lines)
-    table = [summary, *map(step_told, run, lines)]
+    run, ways = read_lines(search), by_way(record)
+    summary = summarized(asked, run, ways)
+    table = [summary, *(step_told(step, ways) for step in run)]
     with replacing(folder / f"{asked.network}-{asked.device}.jsonl") as partial:
         partial.write_text("".join(f"{json.dumps(line)}\n" for line in table), encoding="utf-8")
     print(json.dumps(summary, indent=1))
@@ -72,8 +72,8 @@ def searched(case: Case, history: Path, keep: float, accept: int) -> None:
 
 def in_turn(case: Case, steps: tuple[Step, ...], record: Path, asked: argparse.Namespace) -> None:
     """Every step in each of the ways; the order of these changes from step to step."""
-    done = {line["step"] for line in read_lines(record)}
-    if len(done) == len(steps):
+    done = {(line["number"], line["way"]) for line in read_lines(record)}
+    if all((step.number, way) in done for step in steps for way in asked.ways):
         return
     problem = problem_of(*case.opened(), asked.keep)
     default = "all" if case.device.type == "cpu" else "contiguous"
@@ -81,22 +81,22 @@ def in_turn(case: Case, steps: tuple[Step, ...], record: Path, asked: argparse.N
     state = unpruned(usual)
     timed(problem, state, default)  # memory that the process is the first to touch
     for step in steps:
-        if step.number not in done:
-            shift = step.number % len(asked.ways)
-            ways = [*asked.ways[shift:], *asked.ways[:shift]]
-            found = {way: timed(problem, state, way, ekg.Pace(accept=asked.accept)) for way in ways}
-            append_line(record, {"step": step.number, **found})
-            print(step.number, {way: round(line["step"], 2) for way, line in found.items()}, flush=True)
+        shift = step.number % len(asked.ways)
+        for way in [*asked.ways[shift:], *asked.ways[:shift]]:
+            if (step.number, way) not in done:
+                found = timed(problem, state, way, ekg.Pace(accept=asked.accept))
+                append_line(record, {"number": step.number, "way": way, **found})
+                print(step.number, way, round(found["step"], 2), flush=True)
         state = ekg.replay(usual, state, step)
 
 
 # -- the table -----------------------------------------------------------------------------------------------------
 
 
-def summarized(asked: argparse.Namespace, run: list[Line], lines: list[Line]) -> Line:
+def summarized(asked: argparse.Namespace, run: list[Line], ways: dict[str, list[Line]]) -> Line:
     """Seconds of each way and of its parts, over all steps, and agreement with the search."""
-    ways = [way for way in WAYS if all(way in line for line in lines)]
-    first, pairs = ways[0], list(zip(lines, run, strict=False))
+    first = next(iter(ways))
+    total = {way: sum(line["step"] for line in lines) for way, lines in ways.items()}
     return {
         "network": asked.network,
         "keep": asked.keep,
@@ -113,25 +113,37 @@ def summarized(asked: argparse.Namespace, run: list[Line], lines: list[Line]) ->
         },
         "ways": {
             way: {
-                "seconds": round(sum(line[way]["step"] for line in lines), 1),
-                "importance": round(sum(line[way]["importance"] for line in lines), 1),
-                "candidates": round(sum(line[way]["candidate"] * line[way]["candidates"] for line in lines), 1),
-                "accepted": round(sum(line[way]["accepted"] for line in lines), 1),
-                "times faster": round(sum(ln[first]["step"] for ln in lines) / sum(ln[way]["step"] for ln in lines), 2),
-                "same steps": sum(not others(line[way], step) for line, step in pairs),
-                "same groups": sum([*line[way]["removed"]] == [*step["removed"]] for line, step in pairs),
-                "other channels": sum(others(line[way], step) for line, step in pairs),
-                "differs at most": max(apart(line[first], line[way]) for line in lines),
+                "seconds": round(total[way], 1),
+                "importance": round(sum(line["importance"] for line in lines), 1),
+                "candidates": round(sum(line["candidate"] * line["candidates"] for line in lines), 1),
+                "accepted": round(sum(line["accepted"] for line in lines), 1),
+                "times faster": round(total[first] / total[way], 2),
+                "same groups": sum({*line["removed"]} == {*step["removed"]} for line, step in paired(lines, run)),
+                "other channels": sum(others(line, step) for line, step in paired(lines, run)),
+                "differs at most": max(apart(*both) for both in paired(ways[first], lines)),
             }
-            for way in ways
+            for way, lines in ways.items()
         },
     }
 
 
-def step_told(step: Line, line: Line) -> Line:
+def by_way(record: Path) -> dict[str, list[Line]]:
+    """What each way took, by step."""
+    lines = sorted(read_lines(record), key=lambda line: line["number"])
+    found = {way: [line for line in lines if line["way"] == way] for way in WAYS}
+    return {way: lines for way, lines in found.items() if lines}
+
+
+def paired(one: list[Line], other: list[Line]) -> list[tuple[Line, Line]]:
+    """The lines of the same steps."""
+    return list(zip(one, other, strict=True))
+
+
+def step_told(step: Line, ways: dict[str, list[Line]]) -> Line:
     """A step: what the search removed, and what each way took."""
-    ways = {way: {key: told(found[key]) for key in TOLD} for way, found in line.items() if way in WAYS}
-    return {"step": step["number"], "kept": told(step["kept_fraction"]), "removed": step["removed"], **ways}
+    number = step["number"]
+    found = {way: {key: told(lines[number - 1][key]) for key in TOLD} for way, lines in ways.items()}
+    return {"step": number, "kept": told(step["kept_fraction"]), "removed": step["removed"], **found}
 
 
 TOLD = ("importance", "candidate", "accepted", "candidates", "stopped", "step")

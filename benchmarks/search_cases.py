@@ -1,9 +1,10 @@
 """The searches that are measured for speed: networks, images, and states along a search, kept in files."""
 
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from search_ways import in_the_way
@@ -48,6 +49,13 @@ class Case:
     device: torch.device
     val_batch_size: int = 256
     hardest_first: bool = False
+
+    @classmethod
+    def of(cls, asked: Namespace) -> Self:
+        """What a command line asks for; its folder is there afterwards."""
+        folder = Path(asked.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(asked.network, folder, torch.device(asked.device), asked.val_batch_size, asked.hardest_first)
 
     @property
     def file(self) -> Path:

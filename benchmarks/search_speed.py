@@ -25,7 +25,6 @@ import json
 import platform
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,15 +40,13 @@ EVERY = 3
 def main() -> None:
     asked = arguments()
     torch.set_num_threads(1)
-    folder = Path(asked.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    case = Case(asked.network, folder, torch.device(asked.device), asked.val_batch_size, asked.hardest_first)
+    case = Case.of(asked)
     if asked.one:
         print(json.dumps(one(case, *asked.one)))
         return
     case.make(asked.data, asked.weights, asked.images)
     states = case.states(asked.states)
-    record = folder / f"{asked.network}-{asked.device}.jsonl"
+    record = case.folder / f"{asked.network}-{asked.device}.jsonl"
     done = {(line["state"], line["way"], line["turn"]) for line in read_lines(record)}
     for turn in range(asked.turns):
         for state in states:

@@ -38,17 +38,15 @@ Line = dict[str, Any]
 def main() -> None:
     asked = arguments()
     torch.set_num_threads(1)
-    folder = Path(asked.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    case = Case(asked.network, folder, torch.device(asked.device), asked.val_batch_size, asked.hardest_first)
+    case = Case.of(asked)
     case.make(asked.data, asked.weights, asked.images)
-    search, record = (folder / f"{asked.network}-{asked.device}-{what}.jsonl" for what in ("search", "turns"))
+    search, record = (case.folder / f"{asked.network}-{asked.device}-{what}.jsonl" for what in ("search", "turns"))
     searched(case, search, asked.keep, asked.accept)
     in_turn(case, as_steps(read_lines(search)), record, asked)
     run, ways = read_lines(search), by_way(record)
     summary = summarized(asked, run, ways)
     table = [summary, *(step_told(step, ways) for step in run)]
-    with replacing(folder / f"{asked.network}-{asked.device}.jsonl") as partial:
+    with replacing(case.folder / f"{asked.network}-{asked.device}.jsonl") as partial:
         partial.write_text("".join(f"{json.dumps(line)}\n" for line in table), encoding="utf-8")
     print(json.dumps(summary, indent=1))
 

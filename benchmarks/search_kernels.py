@@ -101,8 +101,8 @@ def largest(events: Iterable[Any]) -> list[dict[str, Any]]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--network", choices=tuple(NETWORKS), default="resnet50")
-    parser.add_argument("--data", default="cifar10:data/cifar10", help="of resnet56")
-    parser.add_argument("--weights", default="data/weights/resnet56-cifar10.safetensors", help="of resnet56")
+    parser.add_argument("--data", default="cifar10:data/cifar10", help="of trained ones")
+    parser.add_argument("--weights", default="data/weights/resnet56-cifar10.safetensors", help="of trained ones")
     parser.add_argument("--images", type=int, default=64, help="of the others, in batches of 16")
     parser.add_argument("--output", required=True, help="folder")
     parser.add_argument("--device", default="cpu")

@@ -82,7 +82,7 @@ def summarized(case: Case, lines: list[dict[str, Any]]) -> dict[str, Any]:
     def median(state: str, way: str, key: str) -> float:
         return statistics.median(line[key] for line in lines if (line["state"], line["way"]) == (state, way))
 
-    summary: dict[str, Any] = {
+    return {
         "network": case.name,
         "hardware": f"{platform.processor() or platform.machine()}, {case.device.type}, one thread",
         "torch": torch.__version__,
@@ -103,7 +103,6 @@ def summarized(case: Case, lines: list[dict[str, Any]]) -> dict[str, Any]:
             for state in states
         },
     }
-    return summary
 
 
 def differs(lines: list[dict[str, Any]], state: str, way: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """How long a whole search takes: masked as in the authors' program, sliced, and with everything; do they find the same?
 
     python benchmarks/search_whole.py --data cifar10:DIR --weights resnet56-cifar10.safetensors --output FOLDER
-    python benchmarks/search_whole.py --network resnet50_keras --data folder:imagenet-sample --keep 0.55 --accept 4 \\
+    python benchmarks/search_whole.py --network resnet50_keras --data folder:imagenet-sample --keep 0.55 --accept 8 \\
         --weights resnet50-imagenet-keras-fp16.safetensors --output FOLDER
 
 First `ekgfx.search` with its defaults, to `--keep` of the MACs with `--accept` groups a step. Then every one of its

@@ -50,7 +50,7 @@ def main() -> None:
     if asked.threads:
         torch.set_num_threads(asked.threads)
     output = Path(asked.output)
-    done = [line["experiment"] for line in read_lines(output)]
+    done = [{"schedule": "multistep", **line["experiment"]} for line in read_lines(output)]
     for seed in asked.seeds:
         for guide in dict.fromkeys(pair.split("/")[0] for pair in asked.knowledge):
             tunings = [pair.split("/")[1] for pair in asked.knowledge if pair.split("/")[0] == guide]
@@ -66,7 +66,7 @@ def main() -> None:
 
 def experiment(asked: argparse.Namespace, seed: int, guide: str, tune: str) -> dict[str, Any]:
     """What makes a line of the output the one it is."""
-    kept = ("keep", "epochs", "lr", "samples", "test_images", "accept", "amp", "graphs")
+    kept = ("keep", "epochs", "schedule", "lr", "samples", "test_images", "accept", "amp", "graphs")
     return {
         "model": asked.model,
         "weights": Path(asked.weights).name if asked.weights else f"{asked.pretrain} epochs of pre-training",
@@ -131,7 +131,7 @@ class Searched:
         self.data = datasets.load(asked.data, mean=normal["mean"], std=normal["std"], seed=seed).to(device)
         images = None if asked.test_images is None else range(asked.test_images)
         self.test = self.data.loader("test", EVALUATED, subset=images)
-        identity = {**experiment(asked, seed, guide, ""), "epochs": 0, "lr": 0, "graphs": False}
+        identity = {**experiment(asked, seed, guide, ""), "epochs": 0, "schedule": "", "lr": 0, "graphs": False}
         if asked.weights:  # then the precision of training does not matter before fine-tuning
             identity["amp"] = None
         work = Path(asked.work or Path(asked.output).with_suffix(""))
@@ -208,6 +208,7 @@ def tuned(asked: argparse.Namespace, search: Searched, tune: Any) -> dict[str, A
         on_epoch=lambda epoch: print(asdict(epoch), flush=True),
         epochs=asked.epochs,
         lr=asked.lr,
+        schedule=asked.schedule,
         amp=asked.amp,
         channels_last=True,
         seed=search.seed,
@@ -254,6 +255,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--keep", type=float, default=0.45)
     parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--schedule", choices=["multistep", "cosine"], default="multistep")
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--accept", type=int, default=1)
     parser.add_argument("--samples", type=int, help="training images; all by default")

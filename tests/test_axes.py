@@ -116,6 +116,12 @@ def test_positions_and_membership_by_hand() -> None:
     assert membership(expr, a).tolist() == [0, 0, 0, 1, 1, 1, -1, -1]
 
 
+def test_an_axis_that_occurs_twice_is_told_by_its_first_occurrence() -> None:
+    a = Axis(2)
+    assert membership(Prod((a, a)), a).tolist() == [0, 0, 1, 1]
+    assert membership(Prod((a, Axis(2), a)), a).tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
 @pytest.mark.parametrize("w", [3, 16, 32])
 def test_rows_shifted_against_each_other_fall_into_single_positions(w: int) -> None:
     """Relative positions: w rows of 2w − 1, each padded by one, laid out flat, padded, and read in rows of 2w − 1.

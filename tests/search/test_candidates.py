@@ -23,6 +23,11 @@ def test_few_values_have_no_threshold() -> None:
     assert trimmed_otsu([1.0, 2.0, 3.0, 4.0]) == math.inf  # 2 are left after trimming
 
 
+def test_the_high_class_holds_two_values() -> None:
+    """1 2 3 100 remain. 100 alone would be the best high class; the authors' program takes two or more: 1 2 | 3 100."""
+    assert trimmed_otsu([-9, -9, 1, 2, 3, 100, 999, 999]) == 2.5
+
+
 def test_equal_values_pass() -> None:
     assert trimmed_otsu([0.0] * 20) == 0.0
 

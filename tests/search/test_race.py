@@ -17,7 +17,7 @@ from ekgfx.search import AUTHORS, SearchResult, Step, ekg, search
 from ekgfx.search.forks import Branch, Forks
 from ekgfx.search.problem import Budget, Computing, Problem
 from ekgfx.search.race import Outcome, Race, Unit, eliminate, evaluate_candidates
-from ekgfx.search.ranking import Ranking, by_reward, ranking_of
+from ekgfx.search.ranking import TIE, Ranking, by_reward, ranking_of
 from ekgfx.search.reward import evaluate, least_terms, validation_batches
 from ekgfx.trace import TracedModel
 from tests.search import nets
@@ -158,6 +158,14 @@ def test_who_is_left_and_when(accept: int, table: list[list[float]], bounds: dic
     race = Written(table)
     assert eliminate(race, [0.0] * len(table[0]), accept) == bounds
     assert len(race.ran) == len(set(race.ran)) == units
+
+
+@pytest.mark.parametrize(("behind", "left"), [(0.5, False), (2.0, True)])
+def test_who_only_rounding_puts_behind_is_not_left(behind: float, left: bool) -> None:
+    """The best ends at 2; the other stands at 2 and some part of a tie, which a larger saving may decide for it."""
+    race = Written([[1, 1], [2 * (1 + behind * TIE), 0]])
+    assert (eliminate(race, [0.0, 0.0], 1) != {}) is left
+    assert len(race.ran) == 3 + (not left)
 
 
 def test_who_is_left_where_savings_count() -> None:

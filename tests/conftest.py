@@ -10,11 +10,16 @@ if TYPE_CHECKING:
     from tests.reference import Reference
 
 
+def development_data() -> Path:
+    """The folder with real data and weights, if there is one: EKGFX_DATA, by default ../shared/data beside the
+    repository."""
+    return Path(os.environ.get("EKGFX_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder with real data and weights: EKGFX_DATA, by default ../shared/data beside the repository."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
-    path = Path(os.environ.get("EKGFX_DATA", default))
+    """The folder with real data and weights."""
+    path = development_data()
     if not path.is_dir():
         pytest.skip(f"no development data in {path}; set EKGFX_DATA to the folder with cifar10/ and weights/")
     return path
@@ -35,11 +40,9 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def reference(data_dir: Path) -> "Reference":
+def reference() -> "Reference":
     """What was recorded from the EKG authors' program."""
     from tests.reference import Reference
 
-    folder = Path(os.environ.get("EKGFX_REFERENCE", data_dir.parent / "reference")) / "ekg"
-    if not folder.is_dir():
-        pytest.skip(f"no recorded behaviour in {folder}; set EKGFX_REFERENCE to the folder with ekg/")
-    return Reference(folder, data_dir)
+    data = development_data()
+    return Reference(Path(os.environ.get("EKGFX_REFERENCE", data.parent / "reference")) / "ekg", data)

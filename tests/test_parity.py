@@ -98,15 +98,31 @@ class Recorded:
 
 
 @pytest.fixture(scope="module")
-def traced(reference: Reference) -> TracedModel:
-    return ekgfx.trace(reference.model(), torch.randn(2, 3, 32, 32))
+def untrained() -> TracedModel:
+    """Their network with random weights: enough for what depends on its structure alone."""
+    return ekgfx.trace(resnet56_cifar_projection().eval(), torch.randn(2, 3, 32, 32))
+
+
+@pytest.fixture(scope="module")
+def traced(reference: Reference, untrained: TracedModel) -> TracedModel:
+    return untrained.rebound(reference.model())
+
+
+@pytest.fixture(scope="module")
+def structure(reference: Reference, untrained: TracedModel) -> Recorded:
+    """The problem without weights and images."""
+    return problem_of(reference, untrained, [])
 
 
 @pytest.fixture(scope="module")
 def recorded(reference: Reference, traced: TracedModel) -> Recorded:
+    return problem_of(reference, traced, reference.batches())
+
+
+def problem_of(reference: Reference, traced: TracedModel, batches: Sequence[tuple[Tensor, Tensor]]) -> Recorded:
     problem = Problem(
         traced=traced,
-        batches=validation_batches(reference.batches()),
+        batches=validation_batches(batches),
         objective=Objective(batch_size=AUTHORS.batch_size),
         budget=Budget.of(authors_cost(traced), 0.45, "MACs and norms"),
         rules=width_rules(traced, frozenset(), align=1, min_width=0.0),
@@ -117,15 +133,15 @@ def recorded(reference: Reference, traced: TracedModel) -> Recorded:
     return Recorded(reference, problem)
 
 
-def test_groups_are_their_gates(reference: Reference, traced: TracedModel) -> None:
-    assert set(gate_names()) == set(traced.groups)
+def test_groups_are_their_gates(reference: Reference, untrained: TracedModel) -> None:
+    assert set(gate_names()) == set(untrained.groups)
     for name, gate in zip(gate_names(), reference.json("gates.json"), strict=True):
-        group = traced.groups[name]
+        group = untrained.groups[name]
         assert (group.size, len(group.producers)) == (gate["channels"], gate["num_call"])
 
 
-def test_cost_counter(recorded: Recorded) -> None:
-    cost = recorded.problem.budget.cost
+def test_cost_counter(structure: Recorded) -> None:
+    cost = structure.problem.budget.cost
     assert cost(Plan()) == 126_837_376
     draw = np.random.default_rng(0)
     for _ in range(5):
@@ -155,15 +171,15 @@ def test_next_knowledge(recorded: Recorded) -> None:
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])
-def test_what_the_filter_looks_at(recorded: Recorded, step: int) -> None:
+def test_what_the_filter_looks_at(structure: Recorded, step: int) -> None:
     """From recorded scores: the sums of the program's filter, and those it means to take, which ours takes."""
-    reference = recorded.reference
+    reference = structure.reference
     line = reference.lines("search_steps_0-3.jsonl")[step]
     widths, orders = reference.widths(step), reference.orders(step)
-    state = State(recorded.plan(widths, orders), dict(zip(gate_names(), widths, strict=True)), None)
+    state = State(structure.plan(widths, orders), dict(zip(gate_names(), widths, strict=True)), None)
     for gate, (name, scores) in enumerate(zip(gate_names(), reference.scores(step), strict=True)):
         importance = torch.from_numpy(scores).double()
-        proposal = propose(recorded.problem, state, name, importance, Pace(), PAPER)
+        proposal = propose(structure.problem, state, name, importance, Pace(), PAPER)
         assert proposal is not None
         assert AUTHORS.stake(importance, proposal, widths[gate]) == pytest.approx(
             line["mask_marking_scores"][gate], rel=1e-5

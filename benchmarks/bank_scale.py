@@ -1,7 +1,7 @@
 """Does a memory bank of ImageNet's size need memory, and does reading it slow training's loader down? Measured.
 
     python benchmarks/bank_scale.py --images folder:imagenet-sample --weights resnet50-imagenet-keras-fp16.safetensors \
-        --output docs/bank_scale.json
+        --output benchmarks/results/bank_scale.json
 
 Four parts, 1000 classes and 5 teachers throughout; parts that are in the output are not measured again.
 

@@ -1,6 +1,6 @@
 """Which models can be pruned, and is the result right? Every model in a process of its own; resumable.
 
-    python benchmarks/coverage.py --output docs/coverage.jsonl         # the smallest model of every timm signature
+    python benchmarks/coverage.py --output benchmarks/results/coverage.jsonl  # the smallest of every timm signature
     python benchmarks/coverage.py --output out.jsonl test_resnet vit_tiny_patch16_224
 
 For each model, in float64 with all parameters perturbed: trace, group, cut about half of every group at random

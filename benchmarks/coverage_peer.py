@@ -1,7 +1,7 @@
 """The models of the coverage sweep pruned by Torch-Pruning: does the result run, and is it right? Resumable.
 
-    python benchmarks/coverage_peer.py --output docs/coverage-peer.jsonl
-    python benchmarks/coverage_peer.py --table docs/coverage-peer.jsonl docs/coverage.jsonl
+    python benchmarks/coverage_peer.py --output benchmarks/results/coverage-peer.jsonl
+    python benchmarks/coverage_peer.py --table benchmarks/results/coverage-peer.jsonl benchmarks/results/coverage.jsonl
 
 As its timm example does: magnitude importance, half of the channels of every layer, the classifier ignored, and the
 number of heads told for every attention layer that has `num_heads` and a packed `qkv`. "Runs": the pruned model has

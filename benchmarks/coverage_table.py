@@ -1,6 +1,6 @@
 """What the coverage sweep found, as docs/coverage.md shows it.
 
-python benchmarks/coverage_table.py docs/coverage.jsonl
+python benchmarks/coverage_table.py benchmarks/results/coverage.jsonl
 """
 
 import json

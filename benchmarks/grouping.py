@@ -1,6 +1,6 @@
 """Time and memory of the analysis, on meta tensors, in one process with one thread.
 
-    python benchmarks/grouping.py models --output docs/grouping.jsonl   # every model of models.txt; resumable
+    python benchmarks/grouping.py models --output benchmarks/results/grouping.jsonl  # all of models.txt; resumable
     python benchmarks/grouping.py depth                                 # chains of 125 … 1000 layers
     python benchmarks/grouping.py large                                 # a model of a billion parameters
 

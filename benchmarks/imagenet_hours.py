@@ -1,6 +1,6 @@
 """How many hours the ImageNet recipes would take on this machine: projected from measured throughput, not measured.
 
-    python benchmarks/imagenet_hours.py --recipe imagenet-resnet50 --output docs/imagenet_hours.json
+    python benchmarks/imagenet_hours.py --recipe imagenet-resnet50 --output benchmarks/results/imagenet_hours.json
     python benchmarks/imagenet_hours.py --recipe imagenet-resnet50 --images folder:DIR …     # and what decoding allows
 
 Measures, with random weights and images and the recipe's own settings (batch and warm-up as given here):

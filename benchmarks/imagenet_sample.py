@@ -1,7 +1,7 @@
 """ResNet-50 cut to a part of its MACs, without any fine-tuning: which method keeps most? On a few ImageNet images.
 
     python benchmarks/imagenet_sample.py --images folder:imagenet-sample \
-        --weights resnet50-imagenet-keras-fp16.safetensors --output docs/imagenet_sample.json
+        --weights resnet50-imagenet-keras-fp16.safetensors --output benchmarks/results/imagenet_sample.json
 
 The images are split at random into two halves. Searches and BatchNorm's running statistics see the first half only,
 accuracy is measured on the second. The sample is small, one image per class, and was probably in the training set of

@@ -1,7 +1,7 @@
 """What tells how good a sub-network becomes? Validation loss, the paper's condition number and EKG's reward, compared.
 
     python benchmarks/landscape_study.py ekgfx.models:resnet20_cifar --weights resnet20-cifar10.safetensors \
-        --data cifar10:DIR --output docs/landscape_resnet20.jsonl
+        --data cifar10:DIR --output benchmarks/results/landscape_resnet20.jsonl
     python benchmarks/landscape_study.py … --figure docs/landscape_resnet20.png      # draws what is there already
 
 Draws sub-networks of equal cost: widths at random, scaled until `--keep` of the MACs are left, the channels of least L1

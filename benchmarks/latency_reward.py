@@ -2,7 +2,7 @@
 
     python benchmarks/latency_reward.py --images folder:imagenet-sample \
         --weights resnet50-imagenet-keras-fp16.safetensors --target cpu:fp32:batch=1:threads=1 \
-        --search-images 96 --output docs/latency_reward.json
+        --search-images 96 --output benchmarks/results/latency_reward.json
 
 All searches stop at the first plan whose predicted latency is within the budget, on the same images, with the same
 table of layer timings. "MACs" and "MACs aligned" take in every step the candidate of the highest reward (eq. 3), as a

@@ -1,10 +1,10 @@
 """Which models export to ONNX, dense and pruned, and do the files compute the same? One process a model, forked from
 one that has imported everything; resumable.
 
-    python benchmarks/onnx_export.py --output docs/onnx.jsonl                  # benchmarks/models.txt
+    python benchmarks/onnx_export.py --output benchmarks/results/onnx.jsonl                  # benchmarks/models.txt
     python benchmarks/onnx_export.py --output out.jsonl nest_tiny twins_svt_small
     python benchmarks/onnx_export.py --output out.jsonl --pixels 144 gemma4_vit_167m    # not on the 768×768 of its own
-    python benchmarks/onnx_export.py --table docs/onnx.jsonl > docs/onnx.md
+    python benchmarks/onnx_export.py --table benchmarks/results/onnx.jsonl > docs/onnx.md
 
 Every model is exported as it is and pruned to half of its MACs (one share for all groups, by magnitude), in fp32 and
 in fp16. Parameters are perturbed first, since zero-initialised scales and near-uniform attention would hide errors;
@@ -293,7 +293,7 @@ def table(rows: list[Row]) -> str:
 
 HEAD = """# ONNX files of timm models
 
-`python benchmarks/onnx_export.py --output docs/onnx.jsonl && python benchmarks/onnx_export.py --table docs/onnx.jsonl`
+`python benchmarks/onnx_export.py --output benchmarks/results/onnx.jsonl`, then `--table benchmarks/results/onnx.jsonl`
 
 {models} of the models in `benchmarks/models.txt`, each dense and pruned to half of its MACs, with random weights that
 are perturbed as strongly as the network bears without amplifying rounding. A figure is the largest relative difference

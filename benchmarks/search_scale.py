@@ -1,6 +1,6 @@
 """What a step of the search costs, in time and memory, against depth, width, number of groups and of images.
 
-    python benchmarks/search_scale.py --output docs/search_scale.json [--large]
+    python benchmarks/search_scale.py --output benchmarks/results/search_scale.json [--large]
 
 One step (importance, candidates, accepted network; nothing cut yet) of residual networks of plain blocks on random
 images of 32×32 pixels in batches of 64, one thread, CPU seconds, each case in a process of its own, whose growth is its

@@ -2,9 +2,9 @@
 that loses the least reward per unit saved?
 
     python benchmarks/step_rule.py --data cifar10:cifar10 --weights resnet20-cifar10.safetensors \
-        --output docs/step_rule.jsonl
+        --output benchmarks/results/step_rule.jsonl
     python benchmarks/step_rule.py --data cifar10:cifar10 --weights resnet56-cifar10.safetensors \
-        --network resnet56 --keep 0.45 --accept 1 --output docs/step_rule_resnet56.jsonl
+        --network resnet56 --keep 0.45 --accept 1 --output benchmarks/results/step_rule_resnet56.jsonl
 
 The second is what a search within a latency budget does (`ekgfx.search.ranking`), the first what one within a budget of
 MACs does. Latency takes a table of one machine; here MACs stand for it, which everybody counts alike:

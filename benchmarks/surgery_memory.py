@@ -1,6 +1,6 @@
 """What a cut adds to the memory of a process, beside a deep copy of the model. Linux; a process for every row.
 
-    python benchmarks/surgery_memory.py resnet50 vit_base_patch16_224 --output docs/surgery_memory.json
+    python benchmarks/surgery_memory.py resnet50 vit_base_patch16_224 --output benchmarks/results/surgery_memory.json
 
 Every group is cut evenly until 55% of the MACs are left, without verification. "Added" is the highest resident memory
 while cutting less that before it; "largest" is the model's largest parameter.

@@ -1,7 +1,7 @@
 """The paper's CIFAR-10 experiments: a network to 45% of its MACs, with and without knowledge. Wants a GPU.
 
-    python benchmarks/gpu/cifar10.py --data cifar10:DIR --weights FILE --output docs/cifar10.jsonl --graphs --amp bf16
-    python benchmarks/gpu/cifar10.py --model mobilenetv2 --data cifar10:DIR --output docs/cifar10.jsonl --graphs
+    python benchmarks/gpu/cifar10.py --data cifar10:DIR --weights FILE --output OUT --graphs --amp bf16
+    python benchmarks/gpu/cifar10.py --model mobilenetv2 --data cifar10:DIR --output OUT --graphs
     python benchmarks/gpu/cifar10.py … --device cpu --samples 512 --epochs 1 --keep 0.97 --test-images 500
 
 The last is a dry run. For resnet56, FILE is one with option-A shortcuts (safetensors), or the EKG authors' (.npz): that

@@ -1,11 +1,11 @@
 """What do cut MACs save on this machine? Dense networks against pruned ones, pruned ones with aligned widths, and ones
 that were pruned to a budget of milliseconds.
 
-    python benchmarks/gpu/latency.py --output docs/latency_gpu.jsonl               # on a machine with a GPU
-    python benchmarks/gpu/latency.py --output docs/latency_cpu.jsonl --providers cpu --batches 1 --precisions fp32 \
-        --threads 1 --align 8,16 mobilenetv2_100 resnet50
-    python benchmarks/gpu/latency.py --table docs/latency_gpu.jsonl                # as Markdown
-    python benchmarks/gpu/latency.py --plot docs/latency_gpu.png docs/latency_gpu.jsonl
+    python benchmarks/gpu/latency.py --output benchmarks/results/latency_gpu.jsonl  # on a machine with a GPU
+    python benchmarks/gpu/latency.py --output benchmarks/results/latency_cpu.jsonl --providers cpu --batches 1 \
+        --precisions fp32 --threads 1 --align 8,16 mobilenetv2_100 resnet50
+    python benchmarks/gpu/latency.py --table benchmarks/results/latency_gpu.jsonl   # as Markdown
+    python benchmarks/gpu/latency.py --plot docs/latency_gpu.png benchmarks/results/latency_gpu.jsonl
 
 Widths come from the uniform search by magnitude, which needs no data: latency depends on widths, not on weights. Every
 model and precision is measured in a process of its own and gives one JSON line: MACs of each network, all timings, the

@@ -17,6 +17,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ekgfx.errors import RuleError
+
 
 @dataclass(eq=False, slots=True)
 class Axis:
@@ -135,11 +137,11 @@ def unify(a: Expr, b: Expr, why: str = "") -> None:
     `why` names the operator for the reason that is recorded if the equation cannot be solved exactly.
 
     Raises:
-        ValueError: the sizes differ (an operator's rule is wrong).
+        RuleError: the sizes differ (an operator's rule is wrong).
     """
     a, b = resolve(a), resolve(b)
     if a.size != b.size:
-        raise ValueError(f"cannot unify dimensions of {a.size} and {b.size} positions ({why})")
+        raise RuleError(f"cannot unify dimensions of {a.size} and {b.size} positions ({why})")
     if a is b or a.size == 0:
         return
     stays = fixed(a), fixed(b)

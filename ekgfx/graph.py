@@ -3,12 +3,13 @@
 Every operator's arguments are bound to their schema names, and the rules are run over the graph once.
 """
 
-import contextlib
+import logging
 import operator
+import traceback
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, cast
 
 import torch
@@ -17,13 +18,15 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from ekgfx.axes import Axis, Dims, axes, freeze
-from ekgfx.errors import TraceError
+from ekgfx.errors import RuleError, TraceError
 from ekgfx.functional import functionalize
 from ekgfx.in_place import overwritable, overwritable_with_gradients
 from ekgfx.leaf import Leaves
 from ekgfx.nodes import bind, first_names, op_name, owner, rename_modules
 from ekgfx.rules import Call, Effect, Rule, lookup, unknown
-from ekgfx.rules.registry import TensorDims
+from ekgfx.rules.registry import TensorDims, ours
+
+log = logging.getLogger("ekgfx")
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a model
 
@@ -64,6 +67,7 @@ class AxisGraph:
         decomposed: PyTorch made the graph functional, so some operators are others than those that the model calls.
         leaves: the modules that run as they are, with their calls.
         unknown_ops: operators without a rule (or whose rule does not hold) → number of uses.
+        failed_rules: those of them that have a rule → why it does not hold (its first failure).
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class AxisGraph:
 
     def _start(self) -> None:
         self.unknown_ops: dict[str, int] = {}
+        self.failed_rules: dict[str, str] = {}
         self.batch = Axis(0, "batch", frozen="batch dimension", batch=True)
         self.dims: dict[str, Any] = {}  # Dims, or a list of them
         self.operations: list[Operation] = []
@@ -171,26 +176,38 @@ class AxisGraph:
             args={name: self.symbolic(value) for name, value in args.items()},
             shapes=shapes,
             where=owner(node),
+            read=_read(node),
         )
-        effect = self._effect(call, self.rules.get(call.op) or lookup(node.target), _read(node))
+        effect = self._effect(call, self.rules.get(call.op) or lookup(node.target))
         self.operations.append(Operation(node, args, effect))
         out = effect.out
         several = isinstance(node.meta["val"], list | tuple)
         self.dims[node.name] = out if several else out[0] if isinstance(out, list) else out
 
-    def _effect(self, call: Call, rule: Rule | None, read: Container[int]) -> Effect:
-        """What the operator's rule says; where there is none, or it contradicts the traced shapes, nothing is known.
+    def _effect(self, call: Call, rule: Rule | None) -> Effect:
+        """What the operator's rule says; where there is none, or it does not hold, nothing is known.
 
-        Shapes of outputs that are not `read` don't count: torch 2.11 traces an LSTM's final states with a wrong one.
+        Raises:
+            RuleError: a rule that does not come with ekgfx failed by anything but a RuleError of its own.
         """
+        failure = None
         if rule is not None:
-            with contextlib.suppress(ValueError):  # of `unify`: the rule does not hold here
-                effect = rule(call)
-                pairs = enumerate(zip(listed(effect.out), call.shapes, strict=True))
-                if all(tuple(dim.size for dim in dims) == shape for i, (dims, shape) in pairs if i in read):
-                    return effect
+            try:
+                return _agreeing(call, rule(call))
+            except RuleError as error:
+                failure = f"the rule does not hold here, {error}"
+            except Exception as error:
+                place = _line(rule, error)
+                if not ours(rule):  # its author reads this, and can mend it
+                    raise RuleError(f"the rule of {call.label} failed at {place}: {_said(error)}") from error
+                failure = f"the rule failed at {place}, {_said(error)}"
         self.unknown_ops[call.op] = self.unknown_ops.get(call.op, 0) + 1
-        return unknown(call)
+        if failure is None:
+            return unknown(call)
+        if call.op not in self.failed_rules:
+            self.failed_rules[call.op] = failure
+            _tell(call.label, failure)
+        return unknown(call, failure)
 
     def symbolic(self, value: Any) -> Any:
         """An argument with every fx Node in it replaced by the dimensions of its tensor."""
@@ -278,13 +295,48 @@ class AxisGraph:
         return {name: self.dims[placeholder] for placeholder, name in self.weights.items()}
 
 
-def _read(node: fx.Node) -> Container[int]:
+def _read(node: fx.Node) -> frozenset[int]:
     """The positions of those of an operator's outputs that something reads."""
     values = node.meta["val"]
     if not isinstance(values, list | tuple):
-        return (0,)
+        return frozenset({0})
     apart = all(user.target is operator.getitem for user in node.users) and all(isinstance(v, Tensor) for v in values)
-    return {cast(int, user.args[1]) for user in node.users} if apart else range(len(values))
+    return frozenset(cast(int, user.args[1]) for user in node.users) if apart else frozenset(range(len(values)))
+
+
+def _agreeing(call: Call, effect: Effect) -> Effect:
+    """The effect, if its outputs have the traced shapes.
+
+    Outputs that nothing reads don't count: torch 2.11 traces an LSTM's final states with a wrong shape.
+
+    Raises:
+        RuleError: they don't.
+    """
+    outs = listed(effect.out)
+    if len(outs) != len(call.shapes):
+        raise RuleError(f"it says {len(outs)} outputs, the operator has {len(call.shapes)}")
+    for i, (dims, shape) in enumerate(zip(outs, call.shapes, strict=True)):
+        said = tuple(dim.size for dim in dims)
+        if i in call.read and said != shape:
+            raise RuleError(f"it says an output of shape {said}, the operator's has {shape}")
+    return effect
+
+
+def _line(rule: Rule, error: Exception) -> str:
+    """The rule's own line, as file:line, at which an exception arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f.filename == getattr(getattr(rule, "__code__", None), "co_filename", None)]
+    return "{0.filename}:{0.lineno}".format((own or frames)[-1])
+
+
+@cache
+def _tell(label: str, failure: str) -> None:
+    """Says once in a process that a rule failed."""
+    log.warning("%s: %s; what touches it stays whole", label, failure)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def listed(dims: Dims | list[Dims]) -> list[Dims]:

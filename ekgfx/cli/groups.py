@@ -104,6 +104,9 @@ def _show(model: str, traced: "TracedModel", why: bool) -> None:
         out.print(
             f"{op} has no rule ({uses} {'use' if uses == 1 else 'uses'}): what touches it stays whole, which costs "
             f"{human(more)} parameters ({100 * more / cost.params:.1f}%); CONTRIBUTING.md shows how to add one"
+            if op not in traced.failed_rules
+            else f"{op} is not understood: {traced.failed_rules[op]}; what touches it stays whole, which costs "
+            f"{human(more)} parameters ({100 * more / cost.params:.1f}%)"
         )
     for name in traced.leaves:
         out.print(f"{name} is a leaf: it runs as it is, and what touches it stays whole")

@@ -42,12 +42,6 @@ def group_norm(call: Call) -> Effect:
     return Effect(x, sizes={"num_groups": gamma}, carries=True, statistics=True)
 
 
-@rule("aten.local_response_norm.default")
-def local_response_norm(call: Call) -> Effect:
-    call.freeze(call["input"][1], why="neighbouring channels mix")
-    return Effect(call["input"])
-
-
 @rule("aten._weight_norm.default")
 def weight_norm(call: Call) -> Effect:
     """v / ‖v‖ · g with norms over all dimensions of v but one (or none), which alone are longer than one in g."""

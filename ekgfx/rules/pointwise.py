@@ -56,7 +56,6 @@ def broadcast(call: Call, *tensors: Dims) -> Dims:
     "aten.rand_like.default",
     "aten.randn_like.default",
     "aten.bernoulli.default",
-    "aten.float.default",
     "aten.real.default",
     "aten.imag.default",
     "aten.conj.default",

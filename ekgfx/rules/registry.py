@@ -42,14 +42,18 @@ class Effect:
 
 @dataclass(frozen=True)
 class Call:
-    """One use of an operator: arguments by schema name (tensors as Dims), traced output shapes, and where it stands."""
+    """One use of an operator: arguments by schema name (tensors as Dims), traced output shapes, where it stands, and
+    which of its outputs anything reads."""
 
     op: str
     args: Mapping[str, Any]
     shapes: list[Shape]
     where: str
+    read: frozenset[int] = frozenset({0})
 
     def __getitem__(self, name: str) -> Any:
+        if name not in self.args:
+            raise KeyError(f"{self.op} has no argument {name!r}, it has {', '.join(self.args)}")
         return self.args[name]
 
     @property
@@ -139,9 +143,14 @@ def known() -> list[str]:
     return sorted(_RULES)
 
 
-def unknown(call: Call) -> Effect:
+def unknown(call: Call, why: str = "no rule for this operator") -> Effect:
     """Sound by default: an operator without a rule freezes every axis that touches it."""
-    return opaque(call, "no rule for this operator")
+    return opaque(call, why)
+
+
+def ours(function: Rule) -> bool:
+    """Whether a rule comes with ekgfx, so that the user who meets its failure cannot mend it."""
+    return function.__module__.partition(".")[0] == "ekgfx"
 
 
 def passing(call: Call) -> Effect:

@@ -190,7 +190,7 @@ def pixel_unshuffle(call: Call) -> Effect:
 @rule("aten.channel_shuffle.default")
 def channel_shuffle(call: Call) -> Effect:
     """(N, g·c, *) → (N, c·g, *); the kept positions of each group must be equal in number, so g is frozen."""
-    x, groups = call["input"], call["groups"]
+    x, groups = call["self"], call["groups"]
     gamma, inner = call.constant(groups, "shuffled groups"), call.fresh(x[1].size // groups)
     call.unify(x[1], Prod((gamma, inner)))
     return Effect((x[0], Prod((inner, gamma)), *x[2:]), carries=True)

@@ -25,9 +25,8 @@ for _rank in (1, 2, 3):
         f"aten.max_pool{_rank}d.default",
         f"aten.max_pool{_rank}d_with_indices.default",
         f"aten.adaptive_avg_pool{_rank}d.default",
-        f"aten._adaptive_avg_pool{_rank}d.default",
+        *([f"aten._adaptive_avg_pool{_rank}d.default"] if _rank > 1 else []),
         f"aten.adaptive_max_pool{_rank}d.default",
-        f"aten.lp_pool{_rank}d.default",
     )
 _pooling(
     1,

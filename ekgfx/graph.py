@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import flop_registry
 
 from ekgfx.axes import Axis, Dims, axes, freeze
 from ekgfx.errors import RuleError, TraceError
@@ -67,6 +68,7 @@ class AxisGraph:
         decomposed: PyTorch made the graph functional, so some operators are others than those that the model calls.
         leaves: the modules that run as they are, with their calls.
         unknown_ops: operators without a rule (or whose rule does not hold) → number of uses.
+        uncounted_ops: operators that cost multiplications, but whose rule does not say how many → number of uses.
         failed_rules: those of them that have a rule → why it does not hold (its first failure).
     """
 
@@ -107,6 +109,7 @@ class AxisGraph:
     def _start(self) -> None:
         self.unknown_ops: dict[str, int] = {}
         self.failed_rules: dict[str, str] = {}
+        self.uncounted_ops: dict[str, int] = {}
         self.batch = Axis(0, "batch", frozen="batch dimension", batch=True)
         self.dims: dict[str, Any] = {}  # Dims, or a list of them
         self.operations: list[Operation] = []
@@ -178,7 +181,10 @@ class AxisGraph:
             where=owner(node),
             read=_read(node),
         )
-        effect = self._effect(call, self.rules.get(call.op) or lookup(node.target))
+        rule = self.rules.get(call.op) or lookup(node.target)
+        effect = self._effect(call, rule)
+        if effect.macs is None and rule is not None and self._multiplies(node, rule, effect):
+            self.uncounted_ops[call.op] = self.uncounted_ops.get(call.op, 0) + 1
         self.operations.append(Operation(node, args, effect))
         out = effect.out
         several = isinstance(node.meta["val"], list | tuple)
@@ -208,6 +214,14 @@ class AxisGraph:
             self.failed_rules[call.op] = failure
             _tell(call.label, failure)
         return unknown(call, failure)
+
+    def _multiplies(self, node: fx.Node, rule: Rule, effect: Effect) -> bool:
+        """Whether an operator is one that multiplies and adds up: by its rule, by PyTorch's own counter, or (for a rule
+        that a user wrote) because it reads a matrix of weights and is not pointwise."""
+        if effect.produces is not None or effect.sums or getattr(node.target, "overloadpacket", None) in flop_registry:
+            return True
+        weights = (n for n in node.all_input_nodes if n.name in self.weights and len(self.dims[n.name]) > 1)
+        return not ours(rule) and not effect.carries and next(weights, None) is not None
 
     def symbolic(self, value: Any) -> Any:
         """An argument with every fx Node in it replaced by the dimensions of its tensor."""

@@ -18,7 +18,7 @@ from ekgfx.axes import Axis, Expr, axes, counted, positions
 from ekgfx.channels_last import batch_norm
 from ekgfx.errors import PlanError
 from ekgfx.graph import AxisGraph, Operation
-from ekgfx.in_place import IN_PLACE
+from ekgfx.in_place import in_place_twin
 
 BATCH_NORM = torch.ops.aten.batch_norm.default
 VIEW = torch.ops.aten.view.default
@@ -214,7 +214,7 @@ class SubNetwork(GraphRunner):
 
 def overwritten(operation: Operation, args: Mapping[str, Any]) -> Tensor | None:
     """The operator's value in the place of its first argument; None where it does not fit there."""
-    twin, first, other = IN_PLACE.get(operation.target), args.get("self"), args.get("other")
+    twin, first, other = in_place_twin(operation.target), args.get("self"), args.get("other")
     if twin is None or not isinstance(first, Tensor):
         return None
     if isinstance(other, Tensor) and (other.dtype != first.dtype or other.shape != first.shape):

@@ -1,11 +1,13 @@
 """Operators that contract an input with a weight: convolutions, linear layers, matrix products, embeddings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ekgfx.axes import ONE, Axis, Dims, Expr, Prod, fixed
 from ekgfx.rules.pointwise import broadcast
-from ekgfx.rules.registry import Call, Effect, rule
+from ekgfx.rules.registry import Call, Effect, Memory, rule
+
+FRESH = Memory(derivative=("input",))
 
 
 @rule(
@@ -15,6 +17,7 @@ from ekgfx.rules.registry import Call, Effect, rule
     "aten.conv1d.padding",
     "aten.conv2d.padding",
     "aten.conv3d.padding",
+    memory=FRESH,
 )
 def convolution(call: Call) -> Effect:
     """input (N, γ·ι, *space), weight (γ·ω, ι, *kernel), bias (γ·ω) → (N, γ·ω, *space'), with γ = groups.
@@ -44,8 +47,14 @@ def convolution(call: Call) -> Effect:
     after = call.constants(call.shape[len(batch) + 1 :], "space")
     out = (*batch, weight[0], *(old if free else new for old, new, free in zip(space, after, passes, strict=True)))
     mixes = alone and passes[0] and kernels[0] > 1 and not fixed(space[0])
-    sums = [("input", None, len(batch))]
-    return Effect(out, sizes={"groups": gamma}, produces=("weight", omega), sums=sums, statistics=mixes)
+    return Effect(
+        out,
+        sizes={"groups": gamma},
+        produces=("weight", omega),
+        sums=[("input", None, len(batch))],
+        statistics=mixes,
+        macs=[(*out, *weight[1:])],
+    )
 
 
 def _each(argument: Any, space: Dims) -> Sequence[Any]:
@@ -68,19 +77,24 @@ def transposed_convolution(call: Call) -> Effect:
         call.unify(bias[0], produced)
     call.freeze(*weight[2:], why="kernel size")
     call.freeze(*x[len(batch) + 1 :], why="space")
-    out = (*batch, produced, *call.constants(call.shape[len(batch) + 1 :], "space"))
-    sums = [("input", None, len(batch))]
-    return Effect(out, sizes={"groups": gamma}, produces=("weight", weight[1]), sums=sums)
+    return Effect(
+        (*batch, produced, *call.constants(call.shape[len(batch) + 1 :], "space")),
+        sizes={"groups": gamma},
+        produces=("weight", weight[1]),
+        sums=[("input", None, len(batch))],
+        macs=[(*x, *weight[1:])],
+    )
 
 
-@rule("aten.linear.default")
+@rule("aten.linear.default", memory=FRESH)
 def linear(call: Call) -> Effect:
     """input (*, ι), weight (ω, ι), bias (ω) → (*, ω)."""
     x, weight, bias = call["input"], call["weight"], call["bias"]
     call.unify(x[-1], weight[-1])
     if bias:
         call.unify(bias[0], weight[0])
-    return Effect((*x[:-1], *weight[:-1]), produces=("weight", weight[0]), sums=[("input", None, -1)])
+    out = (*x[:-1], *weight[:-1])
+    return Effect(out, produces=("weight", weight[0]), sums=[("input", None, -1)], macs=[(*out, weight[-1])])
 
 
 @rule("aten.addmm.default")
@@ -88,7 +102,8 @@ def addmm(call: Call) -> Effect:
     """self (broadcastable to (n, m)), mat1 (n, k), mat2 (k, m) → (n, m)."""
     a, b = call["mat1"], call["mat2"]
     call.unify(a[1], b[0])
-    return Effect(broadcast(call, (a[0], b[1]), call["self"]), produces=("mat2", b[1]), sums=[("mat1", None, 1)])
+    out = broadcast(call, (a[0], b[1]), call["self"])
+    return Effect(out, produces=("mat2", b[1]), sums=[("mat1", None, 1)], macs=[(*out, a[1])])
 
 
 @rule(
@@ -106,7 +121,8 @@ def matmul(call: Call) -> Effect:
     rows, columns = a[-2:-1], b[-1:] if len(b) > 1 else ()
     out = (*broadcast(call, a[:-2], b[:-2]), *rows, *columns)
     names = list(call.args)
-    return Effect(out, produces=(names[1], columns[0]) if columns else None, sums=[(names[0], None, -1)])
+    made = (names[1], columns[0]) if columns else None
+    return Effect(out, produces=made, sums=[(names[0], None, -1)], macs=[(*out, a[-1])])
 
 
 @rule("aten.baddbmm.default")
@@ -114,7 +130,7 @@ def baddbmm(call: Call) -> Effect:
     a, b = call["batch1"], call["batch2"]
     call.unify(a[2], b[1])
     out = broadcast(call, (*broadcast(call, a[:1], b[:1]), a[1], b[2]), call["self"])
-    return Effect(out, sums=[("batch1", None, 2)])
+    return Effect(out, sums=[("batch1", None, 2)], macs=[(*out, a[2])])
 
 
 @rule("aten.einsum.default")
@@ -144,10 +160,30 @@ def einsum(call: Call) -> Effect:
     sums: list[tuple[str, int | None, int]] = []
     for letter in sorted(known.keys() - set(output)):
         users = [i for i, term in enumerate(spelled) if letter in term]
-        if len(users) == 1:
-            call.freeze(known[letter], why="summed over")
         sums.append(("tensors", users[0], spelled[users[0]].index(letter)))
-    return Effect(tuple(known[letter] for letter in output), sums=sums)
+    long = [
+        {letter for letter, dim in zip(term, dims, strict=True) if dim.size > 1}
+        for term, dims in zip(spelled, operands, strict=True)
+    ]
+    macs = [tuple(known[letter] for letter in sorted(pair)) for pair in _contractions(long, set(output), call["path"])]
+    return Effect(tuple(known[letter] for letter in output), sums=sums, macs=macs)
+
+
+def _contractions(operands: list[set[str]], output: set[str], path: list[int] | None) -> Iterator[set[str]]:
+    """The letters of every matrix product that an einsum is computed by, as PyTorch does: pair after pair, in the order
+    of `path` or from the left. What one factor alone has and nobody wants is summed up before; a pair with no letter to
+    sum over is no matrix product."""
+    left = list(operands)
+    pairs = list(zip(path[::2], path[1::2], strict=True)) if path else [(0, 1)] * (len(left) - 1)
+    for i, j in pairs:
+        a, b = left[i], left[j]
+        left = [term for k, term in enumerate(left) if k not in (i, j)]
+        wanted = output.union(*left)
+        a, b = a & (b | wanted), b & (a | wanted)
+        summed = (a & b) - wanted
+        if summed:
+            yield a | b
+        left.insert(len(left) if path else 0, (a | b) - summed)
 
 
 def _letters(term: str, missing: int) -> list[str]:
@@ -161,7 +197,7 @@ def embedding(call: Call) -> Effect:
     """weight (entries, ω), indices (*) → (*, ω)."""
     weight, indices = call["weight"], call["indices"]
     call.freeze(weight[0], why="looked up by index")
-    return Effect((*indices, weight[1]), produces=("weight", weight[1]))
+    return Effect((*indices, weight[1]), produces=("weight", weight[1]), macs=())
 
 
 @rule("aten.one_hot.default")
@@ -180,4 +216,4 @@ def bilinear(call: Call) -> Effect:
         call.unify(call["bias"][0], weight[0])
     out = (*broadcast(call, call["input1"][:-1], call["input2"][:-1]), weight[0])
     sums: list[tuple[str, int | None, int]] = [("input1", None, -1), ("input2", None, -1)]
-    return Effect(out, produces=("weight", weight[0]), sums=sums)
+    return Effect(out, produces=("weight", weight[0]), sums=sums, macs=[(*out, *weight[1:])])

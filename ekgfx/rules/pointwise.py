@@ -1,7 +1,7 @@
 """Operators that compute each output position from the inputs at the same position."""
 
 from ekgfx.axes import ONE, Dims, Expr
-from ekgfx.rules.registry import Call, Effect, rule
+from ekgfx.rules.registry import Call, Effect, Memory, rule
 
 
 def broadcast(call: Call, *tensors: Dims) -> Dims:
@@ -19,6 +19,9 @@ def broadcast(call: Call, *tensors: Dims) -> Dims:
     return tuple(out)
 
 
+@rule("aten.relu.default", memory=Memory(overwrites=True, derivative=("result",)))
+@rule("aten.add.Tensor", memory=Memory(overwrites=True, derivative=()))
+@rule(*(f"aten.{name}.default" for name in ("hardtanh", "silu", "hardswish", "gelu")), memory=Memory(overwrites=True))
 @rule("pointwise")  # every operator that PyTorch tags as pointwise, see registry.lookup
 @rule(
     "aten.dropout.default",
@@ -42,7 +45,6 @@ def broadcast(call: Call, *tensors: Dims) -> Dims:
     "aten.masked_fill.Tensor",
     "aten.copy.default",
     "aten.rrelu.default",
-    "aten.hardswish.default",
     "aten.leaky_relu.default",  # tagged from torch 2.12 on
     "aten.floor_divide.default",
     "aten.floor_divide.Scalar",

@@ -20,7 +20,8 @@ def recurrent(call: Call) -> Effect:
     if tensors_each not in (2, 4) or any(s[-1].size != cells[0][1][1].size for s in states):
         for dims in call.tensors():
             call.freeze(*dims, why="its units are projected")
-        return Effect([call.constants(shape) for shape in call.shapes])
+        macs = [(*x[:-1], *weight) for weight in params if len(weight) == 2]
+        return Effect([call.constants(shape) for shape in call.shapes], macs=macs)
     eta = call.fresh(states[0][-1].size)
     gates = call.constant(cells[0][1][0].size // eta.size, "gates")
     directions = [eta] * (2 if call["bidirectional"] else 1)
@@ -40,4 +41,5 @@ def recurrent(call: Call) -> Effect:
         if len(x) == 3:
             call.unify(x[1 - time], state[1])
     out = (*x[:-1], Prod((call.constant(len(directions), "directions"), eta)))
-    return Effect([out, *states], produces=("params", eta))
+    macs = [(*x[:-1], *weight) for weight in params if len(weight) == 2]
+    return Effect([out, *states], produces=("params", eta), macs=macs)

@@ -16,6 +16,7 @@ from ekgfx import axes
 from ekgfx.axes import Axis, Dims, Expr
 
 Shape = tuple[int, ...]
+Products = Sequence[tuple[Expr, ...]]  # a sum of products of sizes
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Effect:
     sums: (argument, which of its tensors if it is a list, dimension) that it sums products over. Where no factor is a
         weight, what is cut of them need not be zero, and must not contribute.
     statistics: the value depends on which positions take part, as a mean does: cutting differs from zeroing.
+    macs: its multiply-accumulates over the whole batch; empty where it has none, None where the rule does not know.
     """
 
     out: Dims | list[Dims]
@@ -38,6 +40,19 @@ class Effect:
     carries: bool = False
     sums: Sequence[tuple[str, int | None, int]] = ()
     statistics: bool = False
+    macs: Products | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How an operator uses memory, where its result is a tensor of its own (never a view, never an argument).
+
+    overwrites: it can write its result over its first argument, whose shape and type it has (a sum only sometimes).
+    derivative: what of its first argument and its result the derivative may read, `input` and `result`.
+    """
+
+    overwrites: bool = False
+    derivative: tuple[str, ...] = ("input", "result")
 
 
 @dataclass(frozen=True)
@@ -105,14 +120,20 @@ def is_dims(value: object) -> bool:
 Rule = Callable[[Call], Effect]
 
 _RULES: dict[str, Rule] = {}
+_MEMORY: dict[str, Memory] = {}
 
 
 def _key(op: OpOverload | str) -> str:
     return str(op)
 
 
-def rule(*ops: OpOverload | str, replace: bool = False) -> Callable[[Rule], Rule]:
-    """Register the rule of one or more operators (overloads such as `torch.ops.aten.relu.default`, or their names).
+def rule(*ops: OpOverload | str, replace: bool = False, memory: Memory | None = None) -> Callable[[Rule], Rule]:
+    """Register the rule of one or more operators.
+
+    Args:
+        ops: overloads such as `torch.ops.aten.relu.default`, or their names (`aten.relu.default`).
+        replace: they may have a rule already.
+        memory: how they use memory; None where it is not known that their result is a tensor of its own.
 
     Raises:
         ValueError: an operator already has a rule and `replace` is not given.
@@ -125,6 +146,8 @@ def rule(*ops: OpOverload | str, replace: bool = False) -> Callable[[Rule], Rule
                     f"{op} already has the rule {_RULES[_key(op)].__name__}; pass replace=True to change it"
                 )
             _RULES[_key(op)] = function
+            if memory is not None:
+                _MEMORY[_key(op)] = memory
         return function
 
     return register
@@ -136,6 +159,11 @@ def lookup(op: Any) -> Rule | None:
     if found is None and isinstance(op, OpOverload) and torch.Tag.pointwise in op.tags:
         return _RULES["pointwise"]
     return found
+
+
+def memory_of(op: Any) -> Memory | None:
+    """How an operator uses memory; None where its result may be a view, or one of its arguments."""
+    return _MEMORY.get(_key(op))
 
 
 def known() -> list[str]:

@@ -227,9 +227,13 @@ class AxisGraph:
         """An argument with every fx Node in it replaced by the dimensions of its tensor."""
         if isinstance(value, fx.Node):
             dims = self.dims.get(value.name)
-            return (
-                [TensorDims(d) for d in dims] if isinstance(dims, list) else None if dims is None else TensorDims(dims)
-            )
+            if dims is None:
+                return None
+            if isinstance(dims, list):
+                return [TensorDims(d) for d in dims]
+            said = TensorDims(dims)
+            said.mask = getattr(value.meta.get("val"), "dtype", None) is torch.bool
+            return said
         if isinstance(value, list | tuple):
             return [self.symbolic(v) for v in value]
         return value

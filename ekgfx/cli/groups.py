@@ -111,8 +111,8 @@ def _show(model: str, traced: "TracedModel", why: bool) -> None:
         )
     for op, uses in traced.uncounted_ops.items():
         out.print(
-            f"{op} counts as 0 MACs ({uses} {'use' if uses == 1 else 'uses'}): its rule does not say what it multiplies "
-            "(Effect(…, macs=…)); CONTRIBUTING.md shows how"
+            f"{op} counts as 0 MACs ({uses} {'use' if uses == 1 else 'uses'}): its rule does not say what it "
+            "multiplies (macs=…); CONTRIBUTING.md shows how"
         )
     for name in traced.leaves:
         out.print(f"{name} is a leaf: it runs as it is, and what touches it stays whole")

@@ -73,6 +73,17 @@ def pointwise(call: Call) -> Effect:
     return Effect([out] * len(call.shapes) if len(call.shapes) > 1 else out, carries=True)
 
 
+@rule("aten.broadcast_tensors.default")
+def broadcast_tensors(call: Call) -> Effect:
+    return Effect([broadcast(call, *call["tensors"])] * len(call.shapes), carries=True)
+
+
+@rule("aten.bucketize.Tensor")
+def bucketize(call: Call) -> Effect:
+    call.freeze(*call["boundaries"], why="boundaries")
+    return Effect(call["self"], carries=True)
+
+
 @rule("aten.type_as.default", "aten.to.other")
 def cast(call: Call) -> Effect:
     """`self` in the type of another tensor, whose shape has no say."""

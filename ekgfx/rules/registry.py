@@ -105,12 +105,21 @@ class Call:
         """A new frozen axis."""
         return Axis(size, self.label, frozen=f"{self.label}: {why}")
 
+    def open(self, size: int, why: str = "fixed size") -> Axis:
+        """A new frozen axis of a size that the program gave as a number, which may be that of the batch."""
+        return Axis(size, self.label, frozen=f"{self.label}: {why}", open=size > 1)
+
     def constants(self, shape: Iterable[int], why: str = "fixed size") -> Dims:
         return tuple(self.constant(n, why) for n in shape)
 
 
 class TensorDims(tuple[Expr, ...]):
-    """The dimensions of a tensor argument; a type of its own, so that no tuple of integers is mistaken for it."""
+    """The dimensions of a tensor argument; a type of its own, so that no tuple of integers is mistaken for it.
+
+    mask: it is a tensor of truth values.
+    """
+
+    mask: bool = False
 
 
 def is_dims(value: object) -> bool:

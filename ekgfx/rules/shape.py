@@ -136,10 +136,10 @@ def repeat(call: Call) -> Effect:
     name = "repeats" if "repeats" in call.args else "dims"
     times = [1] * (len(call.shape) - len(call[name])) + list(call[name])
     x = (ONE,) * (len(call.shape) - len(call["self"])) + tuple(call["self"])
-    copies = [call.fresh(n) if n > 1 else ONE for n in times]
-    for copy, dim in zip(copies, x, strict=True):
-        if dim.size > 1:
-            call.freeze(copy, why="copies")
+    copies = [
+        ONE if n == 1 else call.open(n, "copies") if dim.size > 1 else call.fresh(n)
+        for n, dim in zip(times, x, strict=True)
+    ]
     return Effect(tuple(Prod((c, d)) for c, d in zip(copies, x, strict=True)), sizes={name: copies})
 
 
@@ -158,6 +158,15 @@ def roll(call: Call) -> Effect:
     x = call["self"]
     call.freeze(*([x[d] for d in call["dims"]] or x), why="rolled")
     return Effect(x)
+
+
+@rule("aten.rot90.default")
+def rot90(call: Call) -> Effect:
+    x, (a, b) = list(call["self"]), call["dims"]
+    call.freeze(x[a], x[b], why="rotated")
+    if call["k"] % 2:
+        x[a], x[b] = x[b], x[a]
+    return Effect(tuple(x))
 
 
 @rule("aten.flip.default")

@@ -26,7 +26,8 @@ class Axis:
 
     A `batch` axis is frozen too, but its size is that of the input at hand, not the one seen while tracing. An `open`
     axis is frozen, and of a size that the program gave as a number: it may yet turn out to be the batch's, as in
-    `arange(len(x))`.
+    `arange(len(x))`. An `example` axis is frozen, and another input may have another size of it, as images and
+    sequences have.
     """
 
     size: int
@@ -34,6 +35,7 @@ class Axis:
     frozen: str | None = None
     batch: bool = False
     open: bool = False
+    example: bool = False
     bound: "Expr | None" = field(default=None, repr=False)
 
 
@@ -153,6 +155,8 @@ def unify(a: Expr, b: Expr, why: str = "") -> None:
     if any(stays) and a.size > 1:  # then all of the other stays, and need not be taken apart
         known, other = (a, b) if stays[0] else (b, a)
         if not any(axis.batch for axis in axes(other)):
+            for axis in axes(other):
+                axis.example = axis.example or any(part.example for part in axes(known))
             return freeze(other, next((axis.frozen for axis in axes(known) if axis.frozen), SINGLE))
     match a, b:
         case Axis(), Axis():
@@ -257,7 +261,7 @@ def split(expr: Expr, position: int) -> tuple[Expr, Expr]:
 def _part(axis: Expr, positions: int) -> Axis:
     assert isinstance(axis, Axis)  # the leading factor of a resolved Prod
     frozen = axis.frozen or (SINGLE if positions == 1 else None)
-    return Axis(positions, axis.origin, frozen, open=axis.open and positions > 1)
+    return Axis(positions, axis.origin, frozen, open=axis.open and positions > 1, example=axis.example)
 
 
 def _refine(axis: Expr, expr: Sum | Prod) -> None:

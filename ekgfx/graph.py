@@ -18,7 +18,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from ekgfx.axes import Axis, Dims, axes, freeze
+from ekgfx.axes import Axis, Dims, axes, freeze, unify
 from ekgfx.errors import RuleError, TraceError
 from ekgfx.functional import functionalize
 from ekgfx.in_place import overwritable, overwritable_with_gradients
@@ -26,6 +26,26 @@ from ekgfx.leaf import Leaves
 from ekgfx.nodes import bind, first_names, op_name, owner, rename_modules
 from ekgfx.rules import Call, Effect, Rule, lookup, unknown
 from ekgfx.rules.registry import TensorDims, ours
+
+GIVEN_SIZES = frozenset(
+    (
+        *(
+            "zeros",
+            "ones",
+            "empty",
+            "full",
+            "new_zeros",
+            "new_ones",
+            "new_empty",
+            "new_full",
+            "arange",
+            "linspace",
+            "eye",
+        ),
+        *("rand", "randn", "randint", "randperm", "normal", "expand", "repeat", "tile", "repeat_interleave"),
+    )
+)
+"""Operators that make dimensions of sizes that the program gives as numbers."""
 
 log = logging.getLogger("ekgfx")
 
@@ -110,6 +130,7 @@ class AxisGraph:
         self.unknown_ops: dict[str, int] = {}
         self.failed_rules: dict[str, str] = {}
         self.uncounted_ops: dict[str, int] = {}
+        self.checked_shapes: set[str] = set()  # of inputs, see sliced.check_shapes
         self.batch = Axis(0, "batch", frozen="batch dimension", batch=True)
         self.dims: dict[str, Any] = {}  # Dims, or a list of them
         self.operations: list[Operation] = []
@@ -158,7 +179,7 @@ class AxisGraph:
             return shared.setdefault(name, tuple(Axis(n, f"{name} dim {d}") for d, n in enumerate(shape)))
         if node.name in self.constants:
             return tuple(Axis(n, node.name, frozen=f"constant {node.name}") for n in shape)
-        inputs = tuple(Axis(n, node.name, frozen=f"input {node.name}") for n in shape)
+        inputs = tuple(Axis(n, node.name, frozen=f"input {node.name}", example=True) for n in shape)
         if shape and shape[0] == self.example_batch:
             self.batch.size = shape[0]
             return (self.batch, *inputs[1:])
@@ -245,6 +266,38 @@ class AxisGraph:
         """Leading size shared by all tensor inputs; 0 if they share none (then no dimension counts as the batch)."""
         sizes = {t.shape[0] if t.ndim else 0 for t in pytree.tree_leaves(self.example) if isinstance(t, Tensor)}
         return sizes.pop() if len(sizes) == 1 else 0
+
+    def assume_batch(self) -> bool:
+        """Take all sizes for the batch's that the program gave as a number equal to it, and that met nothing else: one
+        row of a table, a tensor of zeros, a copy for each sample. Whether there were any.
+        """
+        others = [*self.weights, *self.constants, *self.inputs]
+        known = {axis for name in others for dim in self.dims[name] for axis in axes(dim)} | {self.batch}
+        found = {
+            axis
+            for operation in self.operations
+            if op_name(operation.target).split(".")[1:2][0] in GIVEN_SIZES
+            for dims in listed(operation.effect.out)
+            for dim in dims
+            for axis in axes(dim)
+            if axis.frozen and axis.size == self.batch.size and axis not in known
+        }
+        for axis in found if self.batch.size > 1 else ():
+            unify(axis, self.batch)
+        return bool(found) and self.batch.size > 1
+
+    def batch_ends_at(self) -> str | None:
+        """The first operator that reads the batch and has an output without it, by name and module."""
+
+        def has(dims: Dims) -> bool:
+            return any(axis.batch for dim in dims for axis in axes(dim))
+
+        for operation in self.operations:
+            read = [d for n in operation.node.all_input_nodes for d in listed(self.dims.get(n.name, ()))]
+            if any(map(has, read)) and not any(map(has, listed(operation.effect.out))):
+                where = operation.module
+                return op_name(operation.target) + (f" in {where}" if where else "")
+        return None
 
     def tensor(self, name: str) -> Tensor:
         """The model's current parameter or buffer of that qualified name."""

@@ -44,7 +44,7 @@ def convolution(call: Call) -> Effect:
     ]
     passes = [keeps and (kernel == 1 or alone) for keeps, kernel in zip(same, kernels, strict=True)]
     call.freeze(*(dim for dim, free in zip(space, passes, strict=True) if not free), why="space")
-    after = call.constants(call.shape[len(batch) + 1 :], "space")
+    after = tuple(map(call.space, call.shape[len(batch) + 1 :]))
     out = (*batch, weight[0], *(old if free else new for old, new, free in zip(space, after, passes, strict=True)))
     mixes = alone and passes[0] and kernels[0] > 1 and not fixed(space[0])
     return Effect(
@@ -78,7 +78,7 @@ def transposed_convolution(call: Call) -> Effect:
     call.freeze(*weight[2:], why="kernel size")
     call.freeze(*x[len(batch) + 1 :], why="space")
     return Effect(
-        (*batch, produced, *call.constants(call.shape[len(batch) + 1 :], "space")),
+        (*batch, produced, *map(call.space, call.shape[len(batch) + 1 :])),
         sizes={"groups": gamma},
         produces=("weight", weight[1]),
         sums=[("input", None, len(batch))],
@@ -104,7 +104,7 @@ def deformable_convolution(call: Call) -> Effect:
     for dims in (call["offset"], call["mask"]):
         call.unify(dims[0], x[0])
         call.freeze(*dims[1:], why="offsets")
-    out = (x[0], weight[0], *call.constants(call.shape[2:], "space"))
+    out = (x[0], weight[0], *map(call.space, call.shape[2:]))
     return Effect(
         out,
         sizes={"groups": gamma},

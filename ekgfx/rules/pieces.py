@@ -186,7 +186,9 @@ def _masked_put(call: Call, at: int, mask: Dims) -> Effect:
 def index_add(call: Call) -> Effect:
     """`self` with the positions `index` of one dimension overwritten by those of `source`, or these added to them."""
     x, source, dim = call["self"], call["source"], call["dim"] % len(call["self"])
-    call.freeze(x[dim], source[dim], *call["index"], why="indexed")
+    if call["index"]:
+        call.unify(call["index"][0], source[dim])
+    call.freeze(x[dim], source[dim], why="indexed")
     for d, (a, b) in enumerate(zip(x, source, strict=True)):
         if d != dim:
             call.unify(a, b)

@@ -105,6 +105,10 @@ class Call:
         """A new frozen axis."""
         return Axis(size, self.label, frozen=f"{self.label}: {why}")
 
+    def space(self, size: int) -> Axis:
+        """A new frozen axis of a size that follows from the example's, as the height of an image does."""
+        return Axis(size, self.label, frozen=f"{self.label}: space", example=True)
+
     def open(self, size: int, why: str = "fixed size") -> Axis:
         """A new frozen axis of a size that the program gave as a number, which may be that of the batch."""
         return Axis(size, self.label, frozen=f"{self.label}: {why}", open=size > 1)

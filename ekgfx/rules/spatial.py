@@ -7,7 +7,7 @@ from ekgfx.rules.registry import Call, Effect, rule
 def _over_space(call: Call, x: Dims, rank: int) -> Dims:
     lead = x[: len(x) - rank]
     call.freeze(*x[len(lead) :], why="space")
-    return (*lead, *(ONE if n == 1 else call.constant(n, "space") for n in call.shape[len(lead) :]))
+    return (*lead, *(ONE if n == 1 else call.space(n) for n in call.shape[len(lead) :]))
 
 
 def _pooling(rank: int, *ops: str) -> None:
@@ -105,7 +105,7 @@ def affine_grid(call: Call) -> Effect:
     """theta (N, n, n + 1), `size` (N, C, *space) → (N, *space, n)."""
     theta, size = call["theta"], call["size"]
     call.freeze(*theta[1:], why="a map of coordinates")
-    out = (theta[0], *call.constants(size[2:], "space"), call.constant(len(size) - 2, "coordinates"))
+    out = (theta[0], *map(call.space, size[2:]), call.constant(len(size) - 2, "coordinates"))
     return Effect(out, sizes={"size": [theta[0], call.constant(size[1]), *out[1:-1]]})
 
 

@@ -59,6 +59,10 @@ def _recurrent(module: Any) -> None:
     module.input_size, module.hidden_size = module.weight_ih_l0.shape[1], module.weight_hh_l0.shape[1]
 
 
+def _cell(module: Any) -> None:
+    module.input_size, module.hidden_size = module.weight_ih.shape[1], module.weight_hh.shape[1]
+
+
 LAYERS: tuple[tuple[type[nn.Module], Callable[[Any], None]], ...] = (
     (_ConvTransposeNd, _conv_transposed),
     (_ConvNd, _conv),
@@ -70,6 +74,7 @@ LAYERS: tuple[tuple[type[nn.Module], Callable[[Any], None]], ...] = (
     (nn.Embedding, _embedding),
     (nn.PReLU, _prelu),
     (nn.RNNBase, _recurrent),
+    (nn.RNNCellBase, _cell),
 )
 
 

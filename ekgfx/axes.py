@@ -17,18 +17,25 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ekgfx.errors import RuleError
+
 
 @dataclass(eq=False, slots=True)
 class Axis:
     """`size` positions that stand or fall one by one (free) or not at all (frozen, with the reason).
 
-    A `batch` axis is frozen too, but its size is that of the input at hand, not the one seen while tracing.
+    A `batch` axis is frozen too, but its size is that of the input at hand, not the one seen while tracing. An `open`
+    axis is frozen, and of a size that the program gave as a number: it may yet turn out to be the batch's, as in
+    `arange(len(x))`. An `example` axis is frozen, and another input may have another size of it, as images and
+    sequences have.
     """
 
     size: int
     origin: str = ""
     frozen: str | None = None
     batch: bool = False
+    open: bool = False
+    example: bool = False
     bound: "Expr | None" = field(default=None, repr=False)
 
 
@@ -118,7 +125,7 @@ def fixed(expr: Expr) -> bool:
     """Whether every position stays, whatever is pruned and whatever batch comes in."""
     match resolve(expr):
         case Axis() as axis:
-            return bool(axis.frozen) and not axis.batch
+            return bool(axis.frozen) and not (axis.batch or axis.open)
         case Sum(parts) | Prod(parts):
             return all(map(fixed, parts))
 
@@ -135,11 +142,11 @@ def unify(a: Expr, b: Expr, why: str = "") -> None:
     `why` names the operator for the reason that is recorded if the equation cannot be solved exactly.
 
     Raises:
-        ValueError: the sizes differ (an operator's rule is wrong).
+        RuleError: the sizes differ (an operator's rule is wrong).
     """
     a, b = resolve(a), resolve(b)
     if a.size != b.size:
-        raise ValueError(f"cannot unify dimensions of {a.size} and {b.size} positions ({why})")
+        raise RuleError(f"cannot unify dimensions of {a.size} and {b.size} positions ({why})")
     if a is b or a.size == 0:
         return
     stays = fixed(a), fixed(b)
@@ -148,6 +155,8 @@ def unify(a: Expr, b: Expr, why: str = "") -> None:
     if any(stays) and a.size > 1:  # then all of the other stays, and need not be taken apart
         known, other = (a, b) if stays[0] else (b, a)
         if not any(axis.batch for axis in axes(other)):
+            for axis in axes(other):
+                axis.example = axis.example or any(part.example for part in axes(known))
             return freeze(other, next((axis.frozen for axis in axes(known) if axis.frozen), SINGLE))
     match a, b:
         case Axis(), Axis():
@@ -163,14 +172,21 @@ def unify(a: Expr, b: Expr, why: str = "") -> None:
 
 
 def _join(a: Axis, b: Axis) -> None:
-    if b.batch or (b.frozen and not a.batch):
-        a, b = b, a  # the survivor is the one that knows more
+    if _knows(b) > _knows(a):
+        a, b = b, a
     b.bound = a
+
+
+def _knows(axis: Axis) -> int:
+    """How much is known of an axis: that it is the batch, that it stays, that it stays or is the batch, nothing."""
+    return 3 if axis.batch else 0 if not axis.frozen else 1 if axis.open else 2
 
 
 def _bind(axis: Axis, expr: Expr) -> None:
     # Sizes are equal and trivial factors are gone, so `expr` cannot contain `axis` (the occurs check holds by size).
     if axis.frozen:
+        for part in axes(expr):
+            part.open = axis.open and (part.open or not part.frozen)
         freeze(expr, axis.frozen)
     if not axis.batch:
         axis.bound = expr
@@ -244,7 +260,8 @@ def split(expr: Expr, position: int) -> tuple[Expr, Expr]:
 
 def _part(axis: Expr, positions: int) -> Axis:
     assert isinstance(axis, Axis)  # the leading factor of a resolved Prod
-    return Axis(positions, axis.origin, axis.frozen or (SINGLE if positions == 1 else None))
+    frozen = axis.frozen or (SINGLE if positions == 1 else None)
+    return Axis(positions, axis.origin, frozen, open=axis.open and positions > 1, example=axis.example)
 
 
 def _refine(axis: Expr, expr: Sum | Prod) -> None:

@@ -9,6 +9,10 @@ class TraceError(EkgfxError):
     """The model could not be turned into a graph."""
 
 
+class RuleError(EkgfxError):
+    """What an operator's rule says contradicts itself or the traced shapes; or the rule of a user failed."""
+
+
 class ModelError(EkgfxError):
     """A MODEL argument, a factory or its weights could not be used."""
 

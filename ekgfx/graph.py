@@ -3,27 +3,51 @@
 Every operator's arguments are bound to their schema names, and the rules are run over the graph once.
 """
 
-import contextlib
+import logging
 import operator
+import traceback
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import flop_registry
 
-from ekgfx.axes import Axis, Dims, axes, freeze
-from ekgfx.errors import TraceError
+from ekgfx.axes import Axis, Dims, axes, freeze, unify
+from ekgfx.errors import RuleError, TraceError
 from ekgfx.functional import functionalize
 from ekgfx.in_place import overwritable, overwritable_with_gradients
 from ekgfx.leaf import Leaves
 from ekgfx.nodes import bind, first_names, op_name, owner, rename_modules
 from ekgfx.rules import Call, Effect, Rule, lookup, unknown
-from ekgfx.rules.registry import TensorDims
+from ekgfx.rules.registry import TensorDims, ours
+
+GIVEN_SIZES = frozenset(
+    (
+        *(
+            "zeros",
+            "ones",
+            "empty",
+            "full",
+            "new_zeros",
+            "new_ones",
+            "new_empty",
+            "new_full",
+            "arange",
+            "linspace",
+            "eye",
+        ),
+        *("rand", "randn", "randint", "randperm", "normal", "expand", "repeat", "tile", "repeat_interleave"),
+    )
+)
+"""Operators that make dimensions of sizes that the program gives as numbers."""
+
+log = logging.getLogger("ekgfx")
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a model
 
@@ -64,6 +88,8 @@ class AxisGraph:
         decomposed: PyTorch made the graph functional, so some operators are others than those that the model calls.
         leaves: the modules that run as they are, with their calls.
         unknown_ops: operators without a rule (or whose rule does not hold) → number of uses.
+        uncounted_ops: operators that cost multiplications, but whose rule does not say how many → number of uses.
+        failed_rules: those of them that have a rule → why it does not hold (its first failure).
     """
 
     def __init__(
@@ -102,6 +128,9 @@ class AxisGraph:
 
     def _start(self) -> None:
         self.unknown_ops: dict[str, int] = {}
+        self.failed_rules: dict[str, str] = {}
+        self.uncounted_ops: dict[str, int] = {}
+        self.checked_shapes: set[str] = set()  # of inputs, see sliced.check_shapes
         self.batch = Axis(0, "batch", frozen="batch dimension", batch=True)
         self.dims: dict[str, Any] = {}  # Dims, or a list of them
         self.operations: list[Operation] = []
@@ -150,7 +179,7 @@ class AxisGraph:
             return shared.setdefault(name, tuple(Axis(n, f"{name} dim {d}") for d, n in enumerate(shape)))
         if node.name in self.constants:
             return tuple(Axis(n, node.name, frozen=f"constant {node.name}") for n in shape)
-        inputs = tuple(Axis(n, node.name, frozen=f"input {node.name}") for n in shape)
+        inputs = tuple(Axis(n, node.name, frozen=f"input {node.name}", example=True) for n in shape)
         if shape and shape[0] == self.example_batch:
             self.batch.size = shape[0]
             return (self.batch, *inputs[1:])
@@ -171,34 +200,61 @@ class AxisGraph:
             args={name: self.symbolic(value) for name, value in args.items()},
             shapes=shapes,
             where=owner(node),
+            read=_read(node),
         )
-        effect = self._effect(call, self.rules.get(call.op) or lookup(node.target), _read(node))
+        rule = self.rules.get(call.op) or lookup(node.target)
+        effect = self._effect(call, rule)
+        if effect.macs is None and rule is not None and self._multiplies(node, rule, effect):
+            self.uncounted_ops[call.op] = self.uncounted_ops.get(call.op, 0) + 1
         self.operations.append(Operation(node, args, effect))
         out = effect.out
         several = isinstance(node.meta["val"], list | tuple)
         self.dims[node.name] = out if several else out[0] if isinstance(out, list) else out
 
-    def _effect(self, call: Call, rule: Rule | None, read: Container[int]) -> Effect:
-        """What the operator's rule says; where there is none, or it contradicts the traced shapes, nothing is known.
+    def _effect(self, call: Call, rule: Rule | None) -> Effect:
+        """What the operator's rule says; where there is none, or it does not hold, nothing is known.
 
-        Shapes of outputs that are not `read` don't count: torch 2.11 traces an LSTM's final states with a wrong one.
+        Raises:
+            RuleError: a rule that does not come with ekgfx failed by anything but a RuleError of its own.
         """
+        failure = None
         if rule is not None:
-            with contextlib.suppress(ValueError):  # of `unify`: the rule does not hold here
-                effect = rule(call)
-                pairs = enumerate(zip(listed(effect.out), call.shapes, strict=True))
-                if all(tuple(dim.size for dim in dims) == shape for i, (dims, shape) in pairs if i in read):
-                    return effect
+            try:
+                return _agreeing(call, rule(call))
+            except RuleError as error:
+                failure = f"the rule does not hold here, {error}"
+            except Exception as error:
+                place = _line(rule, error)
+                if not ours(rule):  # its author reads this, and can mend it
+                    raise RuleError(f"the rule of {call.label} failed at {place}: {_said(error)}") from error
+                failure = f"the rule failed at {place}, {_said(error)}"
         self.unknown_ops[call.op] = self.unknown_ops.get(call.op, 0) + 1
-        return unknown(call)
+        if failure is None:
+            return unknown(call)
+        if call.op not in self.failed_rules:
+            self.failed_rules[call.op] = failure
+            _tell(call.label, failure)
+        return unknown(call, failure)
+
+    def _multiplies(self, node: fx.Node, rule: Rule, effect: Effect) -> bool:
+        """Whether an operator is one that multiplies and adds up: by its rule, by PyTorch's own counter, or (for a rule
+        that a user wrote) because it reads a matrix of weights and is not pointwise."""
+        if effect.produces is not None or effect.sums or getattr(node.target, "overloadpacket", None) in flop_registry:
+            return True
+        weights = (n for n in node.all_input_nodes if n.name in self.weights and len(self.dims[n.name]) > 1)
+        return not ours(rule) and not effect.carries and next(weights, None) is not None
 
     def symbolic(self, value: Any) -> Any:
         """An argument with every fx Node in it replaced by the dimensions of its tensor."""
         if isinstance(value, fx.Node):
             dims = self.dims.get(value.name)
-            return (
-                [TensorDims(d) for d in dims] if isinstance(dims, list) else None if dims is None else TensorDims(dims)
-            )
+            if dims is None:
+                return None
+            if isinstance(dims, list):
+                return [TensorDims(d) for d in dims]
+            said = TensorDims(dims)
+            said.mask = getattr(value.meta.get("val"), "dtype", None) is torch.bool
+            return said
         if isinstance(value, list | tuple):
             return [self.symbolic(v) for v in value]
         return value
@@ -210,6 +266,38 @@ class AxisGraph:
         """Leading size shared by all tensor inputs; 0 if they share none (then no dimension counts as the batch)."""
         sizes = {t.shape[0] if t.ndim else 0 for t in pytree.tree_leaves(self.example) if isinstance(t, Tensor)}
         return sizes.pop() if len(sizes) == 1 else 0
+
+    def assume_batch(self) -> bool:
+        """Take all sizes for the batch's that the program gave as a number equal to it, and that met nothing else: one
+        row of a table, a tensor of zeros, a copy for each sample. Whether there were any.
+        """
+        others = [*self.weights, *self.constants, *self.inputs]
+        known = {axis for name in others for dim in self.dims[name] for axis in axes(dim)} | {self.batch}
+        found = {
+            axis
+            for operation in self.operations
+            if op_name(operation.target).split(".")[1:2][0] in GIVEN_SIZES
+            for dims in listed(operation.effect.out)
+            for dim in dims
+            for axis in axes(dim)
+            if axis.frozen and axis.size == self.batch.size and axis not in known
+        }
+        for axis in found if self.batch.size > 1 else ():
+            unify(axis, self.batch)
+        return bool(found) and self.batch.size > 1
+
+    def batch_ends_at(self) -> str | None:
+        """The first operator that reads the batch and has an output without it, by name and module."""
+
+        def has(dims: Dims) -> bool:
+            return any(axis.batch for dim in dims for axis in axes(dim))
+
+        for operation in self.operations:
+            read = [d for n in operation.node.all_input_nodes for d in listed(self.dims.get(n.name, ()))]
+            if any(map(has, read)) and not any(map(has, listed(operation.effect.out))):
+                where = operation.module
+                return op_name(operation.target) + (f" in {where}" if where else "")
+        return None
 
     def tensor(self, name: str) -> Tensor:
         """The model's current parameter or buffer of that qualified name."""
@@ -278,13 +366,48 @@ class AxisGraph:
         return {name: self.dims[placeholder] for placeholder, name in self.weights.items()}
 
 
-def _read(node: fx.Node) -> Container[int]:
+def _read(node: fx.Node) -> frozenset[int]:
     """The positions of those of an operator's outputs that something reads."""
     values = node.meta["val"]
     if not isinstance(values, list | tuple):
-        return (0,)
+        return frozenset({0})
     apart = all(user.target is operator.getitem for user in node.users) and all(isinstance(v, Tensor) for v in values)
-    return {cast(int, user.args[1]) for user in node.users} if apart else range(len(values))
+    return frozenset(cast(int, user.args[1]) for user in node.users) if apart else frozenset(range(len(values)))
+
+
+def _agreeing(call: Call, effect: Effect) -> Effect:
+    """The effect, if its outputs have the traced shapes.
+
+    Outputs that nothing reads don't count: torch 2.11 traces an LSTM's final states with a wrong shape.
+
+    Raises:
+        RuleError: they don't.
+    """
+    outs = listed(effect.out)
+    if len(outs) != len(call.shapes):
+        raise RuleError(f"it says {len(outs)} outputs, the operator has {len(call.shapes)}")
+    for i, (dims, shape) in enumerate(zip(outs, call.shapes, strict=True)):
+        said = tuple(dim.size for dim in dims)
+        if i in call.read and said != shape:
+            raise RuleError(f"it says an output of shape {said}, the operator's has {shape}")
+    return effect
+
+
+def _line(rule: Rule, error: Exception) -> str:
+    """The rule's own line, as file:line, at which an exception arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f.filename == getattr(getattr(rule, "__code__", None), "co_filename", None)]
+    return "{0.filename}:{0.lineno}".format((own or frames)[-1])
+
+
+@cache
+def _tell(label: str, failure: str) -> None:
+    """Says once in a process that a rule failed."""
+    log.warning("%s: %s; what touches it stays whole", label, failure)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def listed(dims: Dims | list[Dims]) -> list[Dims]:

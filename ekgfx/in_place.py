@@ -1,44 +1,32 @@
 """Which operators of a functional graph may write their result over what they read."""
 
-from types import MappingProxyType
+from functools import cache
+from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
-aten = torch.ops.aten
+from ekgfx.rules.registry import Memory, memory_of
 
-IN_PLACE = MappingProxyType(
-    {
-        aten.relu.default: aten.relu_.default,
-        aten.hardtanh.default: aten.hardtanh_.default,
-        aten.silu.default: aten.silu_.default,
-        aten.hardswish.default: aten.hardswish_.default,
-        aten.gelu.default: aten.gelu_.default,
-        aten.add.Tensor: aten.add_.Tensor,
-    }
-)
-"""Operators whose result has the shape and type of their first argument (a sum only sometimes)."""
 
-FRESH = frozenset(
-    {aten.batch_norm.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default}
-    | IN_PLACE.keys()
-)
-"""Operators whose result is a tensor of its own, never a view of another or that tensor itself."""
-
-UNREAD = frozenset({aten.relu.default, aten.add.Tensor})
-"""Those of IN_PLACE whose derivative does not read what they read."""
-
-FORGOTTEN = FRESH - IN_PLACE.keys() | {aten.add.Tensor}
-"""Those of FRESH whose derivative does not read their result."""
+@cache
+def in_place_twin(op: Any) -> OpOverload | None:
+    """aten.relu.default → aten.relu_.default, where the operator's rule says that it may overwrite what it reads."""
+    memory = memory_of(op)
+    if memory is None or not memory.overwrites or not isinstance(op, OpOverload):
+        return None
+    packet = getattr(torch.ops.aten, f"{op._overloadpacket.__name__}_", None)
+    return getattr(packet, op._overloadname, None)
 
 
 def overwritable(graph: fx.Graph) -> dict[str, str]:
     """Operator → its first argument, where nobody else reads that, and it owns its memory."""
     found = {}
     for node in graph.nodes:
-        if node.target in IN_PLACE or node.target is aten.batch_norm.default:
+        if _memory(node).overwrites:
             source = node.args[0]
-            if isinstance(source, fx.Node) and source.target in FRESH and len(source.users) == 1:
+            if isinstance(source, fx.Node) and memory_of(source.target) is not None and len(source.users) == 1:
                 found[node.name] = source.name
     return found
 
@@ -46,4 +34,14 @@ def overwritable(graph: fx.Graph) -> dict[str, str]:
 def overwritable_with_gradients(graph: fx.Graph) -> set[str]:
     """The operators of `overwritable` that may do so where gradients are taken too."""
     found = overwritable(graph)
-    return {n.name for n in graph.nodes if n.name in found and n.target in UNREAD and n.args[0].target in FORGOTTEN}
+    return {
+        node.name
+        for node in graph.nodes
+        if node.name in found
+        and "input" not in _memory(node).derivative
+        and "result" not in _memory(node.args[0]).derivative
+    }
+
+
+def _memory(node: fx.Node) -> Memory:
+    return memory_of(node.target) or Memory()

@@ -9,7 +9,7 @@ module itself is. What goes into a leaf, what comes out of it and what it holds 
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import partial
@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from ekgfx.axes import ONE, Axis, axes
 from ekgfx.errors import TraceError
 from ekgfx.rules.registry import Call, Effect, opaque, rule
 
@@ -55,7 +56,10 @@ OPERATOR = torch.ops.ekgfx.leaf.default
 
 @rule(OPERATOR)
 def stays_whole(call: Call) -> Effect:
-    return opaque(call, "a leaf, run as it is")
+    """Its MACs are what was counted when the module ran on the example, for a batch of any size."""
+    batch = next((t[0] for t in call["inputs"] if t and any(axis.batch for axis in axes(t[0]))), ONE)
+    macs = [(batch, Axis(call["macs"] // batch.size))] if call["macs"] else []
+    return replace(opaque(call, "a leaf, run as it is"), macs=macs)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,8 @@ class MaskedNetwork(GraphRunner):
 
 
 def _scatter(value: Tensor, dims: Dims, kept: Mapping[Axis, Tensor], counts: Mapping[Axis, int]) -> Tensor:
+    if not dims:
+        return value
     full = value.new_zeros([count(dim, counts) for dim in dims])
     rows = [
         positions(dim, kept) if any(a in kept for a in axes(dim)) else torch.arange(n)

@@ -21,6 +21,7 @@ from ekgfx.axes import (
     split,
     unify,
 )
+from ekgfx.errors import RuleError
 
 
 def test_joined_axes_are_one() -> None:
@@ -134,7 +135,7 @@ def test_rows_shifted_against_each_other_fall_into_single_positions(w: int) -> N
 
 
 def test_sizes_must_agree() -> None:
-    with pytest.raises(ValueError, match="4 and 5 positions"):
+    with pytest.raises(RuleError, match="4 and 5 positions"):
         unify(Axis(4), Axis(5), "add")
     with pytest.raises(ValueError, match="no position 9"):
         split(Sum((Axis(4), Axis(4))), 9)

@@ -6,8 +6,12 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import ekgfx
+from ekgfx.cost import evaluate, mac_table
+from ekgfx.leaf import evaluation_mode
 from ekgfx.verify import check_masked, check_pruned, perturb
 
 from .families import attention, channels, convolutions, mixing, whole  # noqa: F401  (importing registers them)
@@ -36,6 +40,9 @@ def test_groups_are_those_derived_by_hand_and_cuts_are_exact(family: Family) -> 
     replaced = {name for name, module in model.named_modules() if type(kept.get(name)) is not type(module)}
     assert all(name == family.by_graph or name.startswith(f"{family.by_graph}.") for name in replaced)
     assert check_pruned(traced, plan, pruned, inputs) <= family.tolerance
+    assert traced.uncounted_ops == {}
+    assert said_macs(traced, ekgfx.Plan(), 3) == counted_macs(model, inputs)
+    assert said_macs(traced, plan, 3) == counted_macs(pruned, inputs)
     trains(pruned, inputs)
 
 
@@ -44,6 +51,19 @@ def test_norms_without_parameters_know_their_width() -> None:
     model = family.build().double().eval()
     pruned = ekgfx.prune(model, ekgfx.Plan({"stem": (0, 3, 4)}), example_inputs=family.example(2))
     assert (pruned.body[0].num_features, pruned.body[1].num_channels) == (3, 3)
+
+
+def said_macs(traced: ekgfx.TracedModel, plan: ekgfx.Plan, batch: int) -> int:
+    """What the rules say of a whole batch."""
+    counts = {axis: len(kept) for axis, kept in traced.groups.kept(plan).items()} | {traced.batch: batch}
+    return sum(evaluate(products, counts) for products in mac_table(traced).values())
+
+
+def counted_macs(model: nn.Module, inputs: tuple) -> int:
+    """What PyTorch counts, with attention as the two products that it is (the CPU's own kernel is not counted)."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), evaluation_mode(model):
+        model(*inputs)
+    return counter.get_total_flops() // 2
 
 
 def trains(pruned: nn.Module, inputs: tuple) -> None:

@@ -29,9 +29,9 @@ errors
 units distributed
 parallel
 typed trust files
-run recipe target models weights data axes functional in_place channels_last
+run recipe target models weights data axes functional channels_last
 rules
-leaf nodes source
+leaf nodes source in_place
 graph
 plan cost
 groups sliced obstacle segments

@@ -1,11 +1,15 @@
 """Teaching an operator: a real custom operator, first unknown, then known."""
 
+import inspect
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ekgfx
-from ekgfx.rules import Call, Effect, lookup, rule
+from ekgfx.errors import RuleError
+from ekgfx.rules import Call, Effect, Rule, lookup, rule
 from ekgfx.rules.registry import _RULES
 from ekgfx.verify import check_masked, check_pruned, perturb
 
@@ -90,19 +94,72 @@ def test_a_taught_operator_is_pruned_exactly(taught: None) -> None:
     assert check_pruned(traced, plan, ekgfx.prune(model, plan, traced), (x,)) < 1e-12
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [lambda call: Effect((*call["x"][:1], *call["x"][2:])), lambda call: call.unify(call["x"][1], call["x"][2])],
-    ids=["shape", "equation"],
-)
-def test_a_rule_that_does_not_hold_freezes_what_it_touches(wrong: object) -> None:
+def traced_with(wrong: Rule) -> ekgfx.TracedModel:
+    """The network above, traced with a rule that stays for this one call."""
     rule("ekgfx_test.swap_halves.default")(wrong)
     try:
-        traced = ekgfx.trace(Net(), torch.zeros(2, 3, 4, 4))
+        return ekgfx.trace(Net(), torch.zeros(2, 3, 4, 4))
     finally:
         del _RULES["ekgfx_test.swap_halves.default"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (
+            lambda call: Effect((*call["x"][:1], *call["x"][2:])),
+            r"it says an output of shape (2, 4, 4), the operator's has (2, 8, 4, 4)",
+        ),
+        (lambda call: call.unify(call["x"][1], call["x"][2]), "cannot unify dimensions of 8 and 4 positions"),
+        (lambda call: Effect([call["x"]] * 2), "it says 2 outputs, the operator has 1"),
+    ],
+    ids=["shape", "equation", "outputs"],
+)
+def test_a_rule_that_does_not_hold_freezes_what_it_touches(
+    wrong: Rule, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    traced = traced_with(wrong)
     assert traced.unknown_ops == {"ekgfx_test.swap_halves.default": 1}
+    assert said in traced.failed_rules["ekgfx_test.swap_halves.default"]
+    assert "ekgfx_test.swap_halves.default: the rule does not hold here" in caplog.text
     assert list(traced.groups) == ["b"]
+    assert any(said in f.reason for f in traced.groups.frozen if f.parameter == "a.weight")
+
+
+def test_a_slip_in_a_rule_of_ours_freezes_and_is_said_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    def slip(call: Call) -> Effect:
+        return Effect(call["input"])
+
+    slip.__module__ = "ekgfx.rules.shape"
+    traced = traced_with(slip)
+    said = traced.failed_rules["ekgfx_test.swap_halves.default"]
+    assert "test_rule.py:" in said and "KeyError" in said and "has no argument 'input', it has x" in said
+    assert list(traced.groups) == ["b"]
+    assert caplog.text.count(said) == 1
+
+
+def test_a_slip_in_a_users_rule_reaches_its_author_with_the_line() -> None:
+    def slip(call: Call) -> Effect:
+        raise ValueError("no such thing")
+
+    line = slip.__code__.co_firstlineno + 1
+    said = rf"the rule of ekgfx_test.swap_halves.default failed at .*test_rule.py:{line}: ValueError: no such thing"
+    with pytest.raises(RuleError, match=said) as caught:
+        traced_with(slip)
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_rules_ask_for_arguments_that_their_operators_have() -> None:
+    """Of branches that an operator never enters aside: those two share a function with operators that have them."""
+    shared = {"dim", "sizes"}, {"other"}
+    for name, function in _RULES.items():
+        namespace, _, rest = name.partition(".")
+        if namespace == "aten":
+            packet, _, overload = rest.partition(".")
+            schema = getattr(getattr(torch.ops.aten, packet), overload)._schema
+            asked = set(re.findall(r'call\["(\w+)"\]', inspect.getsource(function)))
+            missing = asked - {a.name for a in schema.arguments}
+            assert not missing or missing in shared, f"{name} has no argument {missing}"
 
 
 def test_a_second_rule_for_an_operator_is_refused(taught: None) -> None:

@@ -74,6 +74,7 @@ def _facts(model: str, traced: "TracedModel") -> dict[str, Any]:
         "unknown_ops": {
             op: {"uses": uses, "parameters": traced.unknown_costs[op]} for op, uses in traced.unknown_ops.items()
         },
+        "uncounted_ops": traced.uncounted_ops,
         "leaf": list(traced.leaves),
     }
 
@@ -104,6 +105,14 @@ def _show(model: str, traced: "TracedModel", why: bool) -> None:
         out.print(
             f"{op} has no rule ({uses} {'use' if uses == 1 else 'uses'}): what touches it stays whole, which costs "
             f"{human(more)} parameters ({100 * more / cost.params:.1f}%); CONTRIBUTING.md shows how to add one"
+            if op not in traced.failed_rules
+            else f"{op} is not understood: {traced.failed_rules[op]}; what touches it stays whole, which costs "
+            f"{human(more)} parameters ({100 * more / cost.params:.1f}%)"
+        )
+    for op, uses in traced.uncounted_ops.items():
+        out.print(
+            f"{op} counts as 0 MACs ({uses} {'use' if uses == 1 else 'uses'}): its rule does not say what it "
+            "multiplies (macs=…); CONTRIBUTING.md shows how"
         )
     for name in traced.leaves:
         out.print(f"{name} is a leaf: it runs as it is, and what touches it stays whole")

@@ -27,4 +27,9 @@ def scaled_dot_product_attention(call: Call) -> Effect:
     call.freeze(query[-2], key[-2], why="tokens")
     if mask:
         broadcast(call, (*lead, query[-2], key[-2]), mask)
-    return Effect((*lead, query[-2], value[-1]), sums=[("query", None, -1)])
+    pairs = (*lead, query[-2], key[-2])
+    return Effect(
+        (*lead, query[-2], value[-1]),
+        sums=[("query", None, -1)],
+        macs=[(*pairs, query[-1]), (*pairs, value[-1])],
+    )

@@ -1,12 +1,13 @@
 """Normalizations: their parameters follow the channels; statistics over channels are taken over the kept ones."""
 
 from ekgfx.axes import ONE, Prod
-from ekgfx.rules.registry import Call, Effect, rule
+from ekgfx.rules.registry import Call, Effect, Memory, rule
 
 AFFINE = ("weight", "bias", "running_mean", "running_var")
 
 
-@rule("aten.batch_norm.default", "aten.instance_norm.default")
+@rule("aten.batch_norm.default", memory=Memory(overwrites=True, derivative=("input",)))
+@rule("aten.instance_norm.default")
 def batch_norm(call: Call) -> Effect:
     """input (N, C, *), all parameters and running statistics (C).
 
@@ -40,12 +41,6 @@ def group_norm(call: Call) -> Effect:
         if call[name]:
             call.unify(x[1], call[name][0])
     return Effect(x, sizes={"num_groups": gamma}, carries=True, statistics=True)
-
-
-@rule("aten.local_response_norm.default")
-def local_response_norm(call: Call) -> Effect:
-    call.freeze(call["input"][1], why="neighbouring channels mix")
-    return Effect(call["input"])
 
 
 @rule("aten._weight_norm.default")

@@ -1,8 +1,8 @@
 """Operators that join tensors along a dimension or take pieces of one: cat, stack, split, slice, select, index."""
 
-from ekgfx.axes import ONE, Dims, Expr, Prod, Sum, fixed
+from ekgfx.axes import ONE, Dims, Expr, Prod, Sum, axes, fixed
 from ekgfx.rules.pointwise import broadcast
-from ekgfx.rules.registry import Call, Effect, rule
+from ekgfx.rules.registry import Call, Effect, opaque, rule
 
 
 def _replace(dims: Dims, at: int, expr: Expr) -> Dims:
@@ -49,6 +49,18 @@ def equal_pieces(call: Call) -> Effect:
     piece = call.fresh(x[dim].size // pieces)
     call.unify(x[dim], Prod((call.constant(pieces, "number of pieces"), piece)))
     return Effect([_replace(x, dim, piece)] * pieces, sizes={"split_size": piece} if "split_size" in call.args else {})
+
+
+@rule("aten.tensor_split.sections", "aten.tensor_split.indices")
+def tensor_split(call: Call) -> Effect:
+    """Pieces that differ by one position at most, as `chunk` where they don't; or between given bounds, which stay."""
+    x, dim = call["self"], call["dim"] % len(call["self"])
+    if "sections" in call.args and x[dim].size % call["sections"] == 0:
+        piece = call.fresh(x[dim].size // call["sections"])
+        call.unify(x[dim], Prod((call.constant(call["sections"], "number of pieces"), piece)))
+        return Effect([_replace(x, dim, piece)] * len(call.shapes))
+    call.freeze(x[dim], why="uneven pieces")
+    return Effect([_replace(x, dim, call.constant(s[dim], "uneven pieces")) for s in call.shapes])
 
 
 @rule("aten.glu.default")
@@ -133,6 +145,8 @@ def index(call: Call) -> Effect:
     indices += [None] * (len(x) - len(indices))
     at = [d for d, i in enumerate(indices) if i is not None]
     call.freeze(*(x[d] for d in at), why="indexed")
+    for d in at:
+        _row_of_every_sample(call, indices[d], x[d])
     new = broadcast(call, *(indices[d] for d in at))
     if len(new) + len(x) - len(at) != len(call.shape):  # a boolean mask: its own dimensions are consumed
         for dims in call.tensors():
@@ -143,11 +157,96 @@ def index(call: Call) -> Effect:
     return Effect((*rest[:front], *new, *rest[front:]))
 
 
+@rule("aten.index_put.default")
+def index_put(call: Call) -> Effect:
+    """x with x[i, :, j, …] overwritten by `values`, or these added to it."""
+    x, indices = call["self"], list(call["indices"])
+    indices += [None] * (len(x) - len(indices))
+    at = [d for d, i in enumerate(indices) if i is not None]
+    if any(indices[d].mask for d in at):
+        return _masked_put(call, at[0], indices[at[0]]) if len(at) == 1 else opaque(call, "indexed by a mask")
+    call.freeze(*(x[d] for d in at), why="indexed")
+    new = broadcast(call, *(indices[d] for d in at))
+    rest = [x[d] for d in range(len(x)) if d not in at]
+    front = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
+    broadcast(call, (*rest[:front], *new, *rest[front:]), call["values"])
+    return Effect(x)
+
+
+def _masked_put(call: Call, at: int, mask: Dims) -> Effect:
+    """x[mask] = value: the mask has as many of the dimensions of x, from `at` on, as its own."""
+    if any(dim.size > 1 for dim in call["values"]):
+        return opaque(call, "filled in where a mask is true")
+    for a, b in zip(call["self"][at:], mask, strict=False):
+        call.unify(a, b)
+    return Effect(call["self"], carries=True)
+
+
+@rule("aten.index_add.default", "aten.index_copy.default", "aten.index_reduce.default")
+def index_add(call: Call) -> Effect:
+    """`self` with the positions `index` of one dimension overwritten by those of `source`, or these added to them."""
+    x, source, dim = call["self"], call["source"], call["dim"] % len(call["self"])
+    if call["index"]:
+        call.unify(call["index"][0], source[dim])
+    call.freeze(x[dim], source[dim], why="indexed")
+    for d, (a, b) in enumerate(zip(x, source, strict=True)):
+        if d != dim:
+            call.unify(a, b)
+    return Effect(x)
+
+
+@rule("aten.index_fill.int_Scalar", "aten.index_fill.int_Tensor")
+def index_fill(call: Call) -> Effect:
+    call.freeze(call["self"][call["dim"]], *call["index"], why="indexed")
+    return Effect(call["self"])
+
+
+@rule(
+    "aten.scatter_add.default",
+    "aten.scatter_reduce.two",
+    *(f"aten.scatter.{form}" for form in ("src", "value", "reduce", "value_reduce")),
+)
+def scatter(call: Call) -> Effect:
+    """`self` with src[i, j, …] put at, or added to, self[i, index[i, j, …], …].
+
+    One dimension is indexed; the others are those of the index, where it is as long."""
+    x, dim = call["self"], call["dim"] % len(call["self"])
+    others: list[Dims] = [call["index"], *([call["src"]] if call.args.get("src") is not None else [])]
+    call.freeze(x[dim], *(dims[dim] for dims in others), why="indexed")
+    for d, dims in enumerate(zip(x, *others, strict=True)):
+        if d != dim and all(e.size == dims[0].size for e in dims):
+            for e in dims[1:]:
+                call.unify(dims[0], e)
+        elif d != dim:
+            call.freeze(*dims, why="indexed in part")
+    return Effect(x)
+
+
+def _row_of_every_sample(call: Call, index: Dims, dim: Expr) -> None:
+    """x[arange(len(x)), …]: an index that counts to the size of the batch, over the batch, has an entry for each."""
+    long = [e for e in index if e.size > 1]
+    if len(long) == 1 and long[0].size == dim.size and not fixed(long[0]) and any(a.batch for a in axes(dim)):
+        call.unify(long[0], dim)
+
+
 @rule("aten.index_select.default")
 def index_select(call: Call) -> Effect:
     x = call["self"]
+    _row_of_every_sample(call, call["index"], x[call["dim"]])
     call.freeze(x[call["dim"]], why="indexed")
     return Effect(_replace(x, call["dim"], call["index"][0] if call["index"] else ONE))
+
+
+@rule("aten.take_along_dim.default")
+def take_along_dim(call: Call) -> Effect:
+    """As `gather`, with the other dimensions broadcast."""
+    x, index, dim = call["self"], call["indices"], call["dim"]
+    if dim is None:
+        return opaque(call, "indexed as one dimension")
+    dim %= len(x)
+    call.freeze(x[dim], index[dim], why="indexed")
+    others = [_replace(dims, dim, ONE) for dims in (x, index)]
+    return Effect(_replace(broadcast(call, *others), dim, index[dim]))
 
 
 @rule("aten.gather.default")

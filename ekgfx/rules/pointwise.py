@@ -1,7 +1,7 @@
 """Operators that compute each output position from the inputs at the same position."""
 
 from ekgfx.axes import ONE, Dims, Expr
-from ekgfx.rules.registry import Call, Effect, rule
+from ekgfx.rules.registry import Call, Effect, Memory, rule
 
 
 def broadcast(call: Call, *tensors: Dims) -> Dims:
@@ -19,6 +19,9 @@ def broadcast(call: Call, *tensors: Dims) -> Dims:
     return tuple(out)
 
 
+@rule("aten.relu.default", memory=Memory(overwrites=True, derivative=("result",)))
+@rule("aten.add.Tensor", memory=Memory(overwrites=True, derivative=()))
+@rule(*(f"aten.{name}.default" for name in ("hardtanh", "silu", "hardswish", "gelu")), memory=Memory(overwrites=True))
 @rule("pointwise")  # every operator that PyTorch tags as pointwise, see registry.lookup
 @rule(
     "aten.dropout.default",
@@ -42,7 +45,6 @@ def broadcast(call: Call, *tensors: Dims) -> Dims:
     "aten.masked_fill.Tensor",
     "aten.copy.default",
     "aten.rrelu.default",
-    "aten.hardswish.default",
     "aten.leaky_relu.default",  # tagged from torch 2.12 on
     "aten.floor_divide.default",
     "aten.floor_divide.Scalar",
@@ -56,7 +58,6 @@ def broadcast(call: Call, *tensors: Dims) -> Dims:
     "aten.rand_like.default",
     "aten.randn_like.default",
     "aten.bernoulli.default",
-    "aten.float.default",
     "aten.real.default",
     "aten.imag.default",
     "aten.conj.default",
@@ -70,6 +71,17 @@ def broadcast(call: Call, *tensors: Dims) -> Dims:
 def pointwise(call: Call) -> Effect:
     out = broadcast(call, *call.tensors())
     return Effect([out] * len(call.shapes) if len(call.shapes) > 1 else out, carries=True)
+
+
+@rule("aten.broadcast_tensors.default")
+def broadcast_tensors(call: Call) -> Effect:
+    return Effect([broadcast(call, *call["tensors"])] * len(call.shapes), carries=True)
+
+
+@rule("aten.bucketize.Tensor")
+def bucketize(call: Call) -> Effect:
+    call.freeze(*call["boundaries"], why="boundaries")
+    return Effect(call["self"], carries=True)
 
 
 @rule("aten.type_as.default", "aten.to.other")

@@ -16,6 +16,7 @@ from ekgfx import axes
 from ekgfx.axes import Axis, Dims, Expr
 
 Shape = tuple[int, ...]
+Products = Sequence[tuple[Expr, ...]]  # a sum of products of sizes
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Effect:
     sums: (argument, which of its tensors if it is a list, dimension) that it sums products over. Where no factor is a
         weight, what is cut of them need not be zero, and must not contribute.
     statistics: the value depends on which positions take part, as a mean does: cutting differs from zeroing.
+    macs: its multiply-accumulates over the whole batch; empty where it has none, None where the rule does not know.
     """
 
     out: Dims | list[Dims]
@@ -38,18 +40,35 @@ class Effect:
     carries: bool = False
     sums: Sequence[tuple[str, int | None, int]] = ()
     statistics: bool = False
+    macs: Products | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How an operator uses memory, where its result is a tensor of its own (never a view, never an argument).
+
+    overwrites: it can write its result over its first argument, whose shape and type it has (a sum only sometimes).
+    derivative: what of its first argument and its result the derivative may read, `input` and `result`.
+    """
+
+    overwrites: bool = False
+    derivative: tuple[str, ...] = ("input", "result")
 
 
 @dataclass(frozen=True)
 class Call:
-    """One use of an operator: arguments by schema name (tensors as Dims), traced output shapes, and where it stands."""
+    """One use of an operator: arguments by schema name (tensors as Dims), traced output shapes, where it stands, and
+    which of its outputs anything reads."""
 
     op: str
     args: Mapping[str, Any]
     shapes: list[Shape]
     where: str
+    read: frozenset[int] = frozenset({0})
 
     def __getitem__(self, name: str) -> Any:
+        if name not in self.args:
+            raise KeyError(f"{self.op} has no argument {name!r}, it has {', '.join(self.args)}")
         return self.args[name]
 
     @property
@@ -86,12 +105,25 @@ class Call:
         """A new frozen axis."""
         return Axis(size, self.label, frozen=f"{self.label}: {why}")
 
+    def space(self, size: int) -> Axis:
+        """A new frozen axis of a size that follows from the example's, as the height of an image does."""
+        return Axis(size, self.label, frozen=f"{self.label}: space", example=True)
+
+    def open(self, size: int, why: str = "fixed size") -> Axis:
+        """A new frozen axis of a size that the program gave as a number, which may be that of the batch."""
+        return Axis(size, self.label, frozen=f"{self.label}: {why}", open=size > 1)
+
     def constants(self, shape: Iterable[int], why: str = "fixed size") -> Dims:
         return tuple(self.constant(n, why) for n in shape)
 
 
 class TensorDims(tuple[Expr, ...]):
-    """The dimensions of a tensor argument; a type of its own, so that no tuple of integers is mistaken for it."""
+    """The dimensions of a tensor argument; a type of its own, so that no tuple of integers is mistaken for it.
+
+    mask: it is a tensor of truth values.
+    """
+
+    mask: bool = False
 
 
 def is_dims(value: object) -> bool:
@@ -101,14 +133,20 @@ def is_dims(value: object) -> bool:
 Rule = Callable[[Call], Effect]
 
 _RULES: dict[str, Rule] = {}
+_MEMORY: dict[str, Memory] = {}
 
 
 def _key(op: OpOverload | str) -> str:
     return str(op)
 
 
-def rule(*ops: OpOverload | str, replace: bool = False) -> Callable[[Rule], Rule]:
-    """Register the rule of one or more operators (overloads such as `torch.ops.aten.relu.default`, or their names).
+def rule(*ops: OpOverload | str, replace: bool = False, memory: Memory | None = None) -> Callable[[Rule], Rule]:
+    """Register the rule of one or more operators.
+
+    Args:
+        ops: overloads such as `torch.ops.aten.relu.default`, or their names (`aten.relu.default`).
+        replace: they may have a rule already.
+        memory: how they use memory; None where it is not known that their result is a tensor of its own.
 
     Raises:
         ValueError: an operator already has a rule and `replace` is not given.
@@ -121,6 +159,8 @@ def rule(*ops: OpOverload | str, replace: bool = False) -> Callable[[Rule], Rule
                     f"{op} already has the rule {_RULES[_key(op)].__name__}; pass replace=True to change it"
                 )
             _RULES[_key(op)] = function
+            if memory is not None:
+                _MEMORY[_key(op)] = memory
         return function
 
     return register
@@ -134,14 +174,24 @@ def lookup(op: Any) -> Rule | None:
     return found
 
 
+def memory_of(op: Any) -> Memory | None:
+    """How an operator uses memory; None where its result may be a view, or one of its arguments."""
+    return _MEMORY.get(_key(op))
+
+
 def known() -> list[str]:
     """Names of all operators that have a rule of their own."""
     return sorted(_RULES)
 
 
-def unknown(call: Call) -> Effect:
+def unknown(call: Call, why: str = "no rule for this operator") -> Effect:
     """Sound by default: an operator without a rule freezes every axis that touches it."""
-    return opaque(call, "no rule for this operator")
+    return opaque(call, why)
+
+
+def ours(function: Rule) -> bool:
+    """Whether a rule comes with ekgfx, so that the user who meets its failure cannot mend it."""
+    return function.__module__.partition(".")[0] == "ekgfx"
 
 
 def passing(call: Call) -> Effect:

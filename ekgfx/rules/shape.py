@@ -1,8 +1,10 @@
 """Operators that rearrange positions: reshape, permute, expand, repeat and their kin."""
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from operator import mul
 
-from ekgfx.axes import ONE, Dims, Expr, Prod
+from ekgfx.axes import ONE, Dims, Expr, Prod, axes, resolve
 from ekgfx.rules.registry import Call, Effect, Shape, rule
 
 
@@ -35,9 +37,29 @@ def regroup(call: Call, dims: Dims, shape: Shape) -> Dims:
     out: list[Expr] = []
     for source, target in runs([d.size for d in dims], shape):
         pieces = [ONE if n == 1 else call.fresh(n) for n in shape[target]]
+        if _parted_by_the_example(dims[source], shape[target]):
+            call.freeze(*dims[source], *pieces, why="positions mix with those of space, by sizes of the example")
         call.unify(Prod(tuple(pieces)), Prod(dims[source]))
         out.extend(pieces)
     return tuple(out)
+
+
+def _parted_by_the_example(before: Dims, after: Shape) -> bool:
+    """Whether a reshape of several dimensions together parts one that may be cut, and one of them has the example's
+    size: (B, H·W, C) → (B, C, H, W) without a transpose parts C otherwise for every image size."""
+    if not any(axis.example for dim in before for axis in axes(dim)):
+        return False
+    edges = set(accumulate(after, mul))
+    outer = 1
+    for dim in before:
+        expr = resolve(dim)
+        inside = {edge for edge in edges if outer < edge < outer * dim.size}
+        factors = expr.factors if isinstance(expr, Prod) else ()
+        inside -= {outer * edge for edge in accumulate((factor.size for factor in factors), mul)}
+        if inside and any(not axis.frozen for axis in axes(dim)):
+            return True
+        outer *= dim.size
+    return False
 
 
 @rule("aten.view.default", "aten._unsafe_view.default", "aten.unflatten.int")
@@ -136,10 +158,10 @@ def repeat(call: Call) -> Effect:
     name = "repeats" if "repeats" in call.args else "dims"
     times = [1] * (len(call.shape) - len(call[name])) + list(call[name])
     x = (ONE,) * (len(call.shape) - len(call["self"])) + tuple(call["self"])
-    copies = [call.fresh(n) if n > 1 else ONE for n in times]
-    for copy, dim in zip(copies, x, strict=True):
-        if dim.size > 1:
-            call.freeze(copy, why="copies")
+    copies = [
+        ONE if n == 1 else call.open(n, "copies") if dim.size > 1 else call.fresh(n)
+        for n, dim in zip(times, x, strict=True)
+    ]
     return Effect(tuple(Prod((c, d)) for c, d in zip(copies, x, strict=True)), sizes={name: copies})
 
 
@@ -160,6 +182,15 @@ def roll(call: Call) -> Effect:
     return Effect(x)
 
 
+@rule("aten.rot90.default")
+def rot90(call: Call) -> Effect:
+    x, (a, b) = list(call["self"]), call["dims"]
+    call.freeze(x[a], x[b], why="rotated")
+    if call["k"] % 2:
+        x[a], x[b] = x[b], x[a]
+    return Effect(tuple(x))
+
+
 @rule("aten.flip.default")
 def flip(call: Call) -> Effect:
     """A flip is exact on any dimension, but the kept positions come out in reversed order: frozen."""
@@ -175,7 +206,7 @@ def pixel_shuffle(call: Call) -> Effect:
     out = call.fresh(call.shape[-3])
     call.unify(channels, Prod((out, call.constant(call["upscale_factor"] ** 2, "upscale factor"))))
     call.freeze(height, width, why="space")
-    return Effect((*lead, out, *call.constants(call.shape[-2:], "space")), carries=True)
+    return Effect((*lead, out, *map(call.space, call.shape[-2:])), carries=True)
 
 
 @rule("aten.pixel_unshuffle.default")
@@ -184,13 +215,13 @@ def pixel_unshuffle(call: Call) -> Effect:
     *lead, channels, height, width = call["self"]
     call.freeze(height, width, why="space")
     blocks = call.constant(call["downscale_factor"] ** 2, "downscale factor")
-    return Effect((*lead, Prod((channels, blocks)), *call.constants(call.shape[-2:], "space")), carries=True)
+    return Effect((*lead, Prod((channels, blocks)), *map(call.space, call.shape[-2:])), carries=True)
 
 
 @rule("aten.channel_shuffle.default")
 def channel_shuffle(call: Call) -> Effect:
     """(N, g·c, *) → (N, c·g, *); the kept positions of each group must be equal in number, so g is frozen."""
-    x, groups = call["input"], call["groups"]
+    x, groups = call["self"], call["groups"]
     gamma, inner = call.constant(groups, "shuffled groups"), call.fresh(x[1].size // groups)
     call.unify(x[1], Prod((gamma, inner)))
     return Effect((x[0], Prod((inner, gamma)), *x[2:]), carries=True)
@@ -202,7 +233,7 @@ def im2col(call: Call) -> Effect:
     batch, channels, *space = call["self"]
     call.freeze(*space, why="space")
     kernel = call.constant(call.shape[1] // channels.size, "kernel size")
-    return Effect((batch, Prod((channels, kernel)), call.constant(call.shape[2], "space")))
+    return Effect((batch, Prod((channels, kernel)), call.space(call.shape[2])))
 
 
 @rule("aten.col2im.default")
@@ -212,7 +243,7 @@ def col2im(call: Call) -> Effect:
     channels = call.fresh(call.shape[1])
     call.unify(columns, Prod((channels, call.constant(columns.size // call.shape[1], "kernel size"))))
     call.freeze(blocks, why="space")
-    return Effect((batch, channels, *call.constants(call.shape[2:], "space")))
+    return Effect((batch, channels, *map(call.space, call.shape[2:])))
 
 
 @rule("aten.unfold.default")

@@ -149,9 +149,9 @@ class SummedGate(nn.Module):
         return x * self.conv(x).square().sum(1, keepdim=True).tanh()
 
 
-@family((3, 4, 4), groups=[(8, "stem> >body.conv >head")])
+@family((3, 4, 4), groups=[(8, "stem> >body.conv >head"), (6, "body.conv>")])
 def channels_added_up() -> nn.Module:
-    """A sum shrinks with the number of channels, unlike a mean: they stay."""
+    """What is cut takes its part out of the sum: of a channel that is zero, nothing."""
     return Images(SummedGate())
 
 
@@ -179,6 +179,6 @@ class EinsumGate(SummedGate):
         return x * torch.einsum("nchw->nhw", self.conv(x).square())[:, None].tanh()
 
 
-@family((3, 4, 4), groups=[(8, "stem> >body.conv >head")])
+@family((3, 4, 4), groups=[(8, "stem> >body.conv >head"), (6, "body.conv>")])
 def channels_added_up_by_einsum() -> nn.Module:
     return Images(EinsumGate())

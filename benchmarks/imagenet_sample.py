@@ -28,8 +28,8 @@ import torch
 
 import ekgfx
 from ekgfx import job, source
+from ekgfx.calibrate import calibrate
 from ekgfx.data import Data
-from ekgfx.evaluation import reestimate_batch_norm
 from ekgfx.files import append_line, read_json, read_lines, write_json
 from ekgfx.search import SearchResult, Step
 from ekgfx.trace import TracedModel
@@ -87,7 +87,7 @@ class Setting:
         """One entry of the output."""
         result = self.search(method, history)
         pruned = ekgfx.prune(self.traced.model, result.plan, self.traced)
-        reestimate_batch_norm(pruned, self.batches(self.seen))
+        calibrate(pruned, self.batches(self.seen))
         cost, full = self.traced.cost(result.plan), self.traced.cost()
         return {
             "macs_kept": cost.macs / full.macs,

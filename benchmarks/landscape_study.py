@@ -34,8 +34,9 @@ from scipy.stats import spearmanr
 
 import ekgfx
 from ekgfx import job, landscape, source
+from ekgfx.calibrate import calibrate
 from ekgfx.data import Data
-from ekgfx.evaluation import evaluate, reestimate_batch_norm
+from ekgfx.evaluation import evaluate
 from ekgfx.files import append_line, read_lines
 from ekgfx.plan import Plan
 from ekgfx.search.candidates import important_first
@@ -84,7 +85,7 @@ class Study:
         batches, objective = self.problem.batches, self.problem.objective
         before, _ = judge(self.problem.network(plan), batches, objective, self.knowledge)
         pruned = ekgfx.prune(self.traced.model, plan, self.traced)
-        reestimate_batch_norm(pruned, self.data.loader("train", 128, subset=self.train), 8)
+        calibrate(pruned, self.data.loader("train", 128, subset=self.train), limit=8)
         held = [(batch.inputs[0], batch.target) for batch in batches]
         curved = landscape.spectrum(pruned, held, steps=asked.steps, tolerance=asked.tolerance, seed=asked.seed)
         looked = time.monotonic() - start

@@ -30,7 +30,7 @@ from imagenet_sample import Setting, appending, differences, prepare, replacing
 
 import ekgfx
 from ekgfx import target
-from ekgfx.evaluation import reestimate_batch_norm
+from ekgfx.calibrate import calibrate
 from ekgfx.files import read_json, read_lines
 from ekgfx.plan import Plan
 from ekgfx.search.latency import LayerTable, Price
@@ -62,7 +62,7 @@ def search(way: str, setting: Setting, table: LayerTable, output: Path) -> dict[
     plan = found.plan
     beside(output, way, "plan.json").write_text(plan.to_json())
     network = ekgfx.prune(traced.model, plan, traced)
-    reestimate_batch_norm(network, setting.batches(setting.seen))
+    calibrate(network, setting.batches(setting.seen))
     return {
         "widths": traced.groups.widths(plan),
         "predicted": price(plan) / price.dense,

@@ -54,8 +54,8 @@ def measure(name: str, pixels: int | None) -> Iterator[Row]:
     from ekgfx.export import amplification
 
     import ekgfx
+    from ekgfx.calibrate import calibrate
     from ekgfx.errors import EkgfxError
-    from ekgfx.evaluation import reestimate_batch_norm
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -81,7 +81,7 @@ def measure(name: str, pixels: int | None) -> Iterator[Row]:
                 traced, reason = None, str(error)
         if cut is not None:
             if state["reestimated"]:
-                reestimate_batch_norm(cut, [inputs])
+                calibrate(cut, [inputs])
             moves = max(moves, amplification(cut, inputs, ROUNDING))
         if moves < most:
             most, pruned, facts = moves, cut, state | {"moves": moves}
@@ -98,7 +98,7 @@ def measure(name: str, pixels: int | None) -> Iterator[Row]:
 def states(model: Any, inputs: Any) -> Iterator[Row]:
     """Give the model other weights in place: perturbed fully (`ekgfx.verify.perturb`), by a third, a tenth, …; then the
     same again with the statistics of its batch norms estimated anew, if it has any."""
-    from ekgfx.evaluation import reestimate_batch_norm
+    from ekgfx.calibrate import calibrate
     from ekgfx.verify import perturb
 
     initial = copy.deepcopy(model.state_dict())
@@ -108,7 +108,7 @@ def states(model: Any, inputs: Any) -> Iterator[Row]:
         for strength in STRENGTHS:
             model.load_state_dict({key: w.lerp(full[key], strength) if finite(w) else w for key, w in initial.items()})
             if reestimated:
-                reestimate_batch_norm(model, [inputs])
+                calibrate(model, [inputs])
             yield {"perturbation": strength, "reestimated": reestimated}
 
 

@@ -28,8 +28,9 @@ from torch import nn
 
 import ekgfx
 from ekgfx import data as datasets
+from ekgfx.calibrate import calibrate
 from ekgfx.data import Data
-from ekgfx.evaluation import evaluate, reestimate_batch_norm
+from ekgfx.evaluation import evaluate
 from ekgfx.files import append_line, read_lines
 from ekgfx.models import resnet56_cifar, resnet56_cifar_projection
 from ekgfx.weights import read_weights
@@ -141,7 +142,7 @@ def main() -> None:
             start = time.process_time()
             pruned, bank_of = cut(setting)
             spent = time.process_time() - start
-            reestimate_batch_norm(pruned, setting.data.loader("train", BATCH, shuffle=True, seed=0), limit=NOTED)
+            calibrate(pruned, setting.data.loader("train", BATCH, shuffle=True, seed=0), limit=NOTED)
             torch.save(pruned, work / f"{method}.pt")
             found = {"macs": setting.macs(pruned), "params": count(pruned), "cut": setting.test(pruned)}
             for name in names:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import ekgfx
 from ekgfx import data as datasets
-from ekgfx.evaluation import evaluate, reestimate_batch_norm
+from ekgfx.calibrate import calibrate
+from ekgfx.evaluation import evaluate
 from ekgfx.files import append_line, read_lines
 from ekgfx.finetune import finetune
 from ekgfx.models import resnet56_cifar
@@ -55,7 +56,7 @@ def main() -> None:
             history = history_of(folder, kind, seed)
             traced, found = searched(model, batches(model, data, kind, seed), asked.keep, history, KINDS[kind][2])
             pruned = ekgfx.prune(model, found.plan, traced)
-            reestimate_batch_norm(pruned, data.loader("train", 256, shuffle=True, seed=0), 16)
+            calibrate(pruned, data.loader("train", 256, shuffle=True, seed=0), limit=16)
             test = data.loader("test", 256)
             line: dict[str, Any] = {"seed": seed, "kind": kind, "keep": asked.keep, "steps": len(found.steps)}
             line |= {"seconds": sum(step["cpu"] for step in read_lines(history.with_suffix(".seconds")))}

@@ -23,8 +23,9 @@ import torch
 
 import ekgfx
 from ekgfx import source
+from ekgfx.calibrate import calibrate
 from ekgfx.data import load
-from ekgfx.evaluation import evaluate, reestimate_batch_norm
+from ekgfx.evaluation import evaluate
 from ekgfx.files import append_line, read_lines
 from ekgfx.search.problem import Budget
 from ekgfx.weights import load_weights
@@ -47,7 +48,7 @@ def measure(rule: str, seed: int, accept: int, data: Any, asked: argparse.Namesp
         found = ekgfx.search(traced, seen, flops=asked.keep, accept=accept)
         seconds = time.process_time() - began
     network = ekgfx.prune(model, found.plan, traced)
-    reestimate_batch_norm(network, data.loader("train", 250, subset=order[SEEN : SEEN + AGAIN]))
+    calibrate(network, data.loader("train", 250, subset=order[SEEN : SEEN + AGAIN]))
     test = evaluate(network, data.loader("test", 500, subset=torch.arange(TEST)))
     return {
         "rule": rule,

@@ -10,6 +10,7 @@ from ekgfx.errors import EkgfxError
 
 if TYPE_CHECKING:
     from ekgfx.bank import Bank, build_bank
+    from ekgfx.calibrate import calibrate
     from ekgfx.checkpoint import load, save
     from ekgfx.finetune import finetune
     from ekgfx.loss import EKGLoss
@@ -26,6 +27,7 @@ __all__ = [
     "TracedModel",
     "search",
     "prune",
+    "calibrate",
     "build_bank",
     "finetune",
     "save",
@@ -45,6 +47,7 @@ _HOMES = {
     "TracedModel": "trace",
     "search": "search",
     "prune": "surgery",
+    "calibrate": "calibrate",
     "build_bank": "bank",
     "finetune": "finetune",
     "save": "checkpoint",

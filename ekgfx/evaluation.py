@@ -1,9 +1,8 @@
-"""How good a network is on data, and BatchNorm's running statistics for networks that were cut."""
+"""How good a network is on data."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -53,29 +52,6 @@ def evaluate(
     if not samples:
         raise DataError("there is no batch to evaluate on")
     return Metrics(float(total) / samples, float(right) / classified if classified else None, samples)
-
-
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], limit: int | None = None) -> None:
-    """Replace the running statistics of every BatchNorm by the mean over (at most `limit`) un-augmented batches.
-
-    After a cut the old running averages belong to other activations. Only BatchNorm is put in training mode, and only
-    its buffers change. A model without BatchNorm is left as it is, and the batches are not read.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms:
-        return
-    device = device_of(model)
-    momenta = [norm.momentum for norm in norms]
-    with evaluation_mode(model), torch.no_grad():
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain mean over all batches
-            norm.train()
-        for batch in islice(batches, limit):
-            images = to_device(batch if isinstance(batch, Tensor) else batch[0], device)
-            model(*images) if isinstance(images, tuple | list) else model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
 
 
 @contextmanager

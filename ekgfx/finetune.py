@@ -17,6 +17,7 @@ from ekgfx.distributed import ALONE, Team, team
 from ekgfx.errors import DataError, RecipeError, RunError, TrainingError
 from ekgfx.evaluation import device_of, evaluate, to_device
 from ekgfx.loss import EKGLoss, KnowledgeSource, LabelLoss, check_classes, cross_entropy, logits_themselves
+from ekgfx.mixing import watched
 from ekgfx.parallel import SharedNorms, add_gradients
 from ekgfx.training import Training
 from ekgfx.training_state import load_state, save_state
@@ -218,7 +219,7 @@ def _batches(data: Data | Iterable[Any], trainer: _Trainer, subset: Any) -> Call
     if not isinstance(data, Data):
         if mates.size > 1:
             return lambda epoch: (own_share(batch, trainer.views, mates) for batch in data)
-        return lambda epoch: data
+        return lambda epoch: data if epoch > 1 else watched(data, lambda batch: unpacked(batch)[1], "training batches")
     training = trainer.training
     size = data.size("train") if subset is None else len(subset)
     if min(training.batch_size, size) < mates.size:

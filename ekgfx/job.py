@@ -157,7 +157,7 @@ class Job:
         cost = self.traced.cost(plan)
         if self.data is None:
             return Score(None, None, None, cost.macs, cost.params)
-        batches = self.data.loader("test", self.batch_size)
+        batches = self.data.loader("test", self.batch_size).mixed()
         if self.labelled:
             metrics = evaluate(model, batches)
             if not math.isfinite(metrics.loss):

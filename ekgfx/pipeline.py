@@ -15,9 +15,9 @@ from torch import nn
 
 from ekgfx import bank, checkpoint, delivery, timing
 from ekgfx import prepare as step_zero
+from ekgfx.calibrate import calibrate
 from ekgfx.distributed import team
 from ekgfx.errors import DataError, RecipeError, RunError
-from ekgfx.evaluation import reestimate_batch_norm
 from ekgfx.finetune import Epoch, finetune
 from ekgfx.job import DENSE, Job, Report
 from ekgfx.loss import KnowledgeSource
@@ -135,7 +135,7 @@ def cut(job: Job, result: SearchResult) -> nn.Module:
         size = job.batch_size
         batches = job.data.loader("train", size, shuffle=True, seed=job.recipe.seed)
         samples = NORM_SAMPLES if job.labelled else NORM_SAMPLES // 4
-        reestimate_batch_norm(pruned, batches, -(-samples // size))
+        calibrate(pruned, batches, limit=-(-samples // size))
     job.keep_score("searched", pruned, result.plan)
     checkpoint.write_weights(job.run, pruned, result.plan)
     return pruned
@@ -168,6 +168,7 @@ def fill_bank(job: Job, result: SearchResult) -> KnowledgeSource:
     assert job.data is not None  # fine-tuning needs data
     asked, folder = job.recipe.finetune, job.run.path / BANK
     wanted = {"data": job.data.spec, "knowledge": asked.knowledge, "teachers": asked.teachers, "top_k": asked.top_k}
+    wanted["statistics"] = bank.STATISTICS
     if job.run.manifest.get("bank") != wanted:
         shutil.rmtree(folder, ignore_errors=True)
         job.run.update(bank=wanted)
@@ -191,7 +192,7 @@ def fit(job: Job, model: nn.Module, asked: Training, file: str, **options: Any) 
     """Training in place, with a checkpoint in the run's `file` to go on from."""
     assert job.data is not None  # every caller has looked
     batches = job.data.size("train") // asked.batch_size or 1
-    test = job.data.loader("test", job.batch_size, workers=asked.workers) if job.labelled else None
+    test = job.data.loader("test", job.batch_size, workers=asked.workers).mixed() if job.labelled else None
     return finetune(
         model,
         job.data,

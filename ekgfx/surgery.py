@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ekgfx.attributes import Choice, correct
 from ekgfx.axes import Axis
+from ekgfx.calibrate import calibrate as calibrated
 from ekgfx.declared import attributes_of, declare
 from ekgfx.errors import EkgfxError, PruneError
 from ekgfx.graphed import replace_modules
@@ -35,6 +36,7 @@ def prune(
     *,
     verify: bool = True,
     inplace: bool = False,
+    calibrate: Iterable[Any] | None = None,
 ) -> nn.Module:
     """The model that `plan` leaves: a new module of the same class; `model` itself is not changed.
 
@@ -47,8 +49,12 @@ def prune(
             sliced graph's.
         inplace: cut `model` itself, one tensor after the other, and return it (a graph, where its class cannot express
             the cut): at no time do all weights exist twice. `traced` tells no more of it then; gradients are dropped.
+        calibrate: un-augmented training batches in mixed order, to estimate BatchNorm's running statistics anew on
+            (`ekgfx.calibrate`; all of them are read). None keeps the old ones, which no longer fit: train the result,
+            or calibrate it, before it is evaluated.
 
     Raises:
+        DataError: the batches to calibrate on cannot be used.
         PlanError: the plan does not fit the model.
         PruneError: the result is not what was predicted.
     """
@@ -72,7 +78,8 @@ def prune(
     predicted = _Prediction(source, plan, kept, weights, parts)
     choices = correct(pruned, source, predicted.counts)
     declare(pruned, before, source, predicted.counts)
-    return _settle(pruned, choices, predicted) if verify else pruned
+    pruned = _settle(pruned, choices, predicted) if verify else pruned
+    return pruned if calibrate is None else calibrated(pruned, calibrate)
 
 
 def _cut(model: nn.Module, weights: Mapping[str, Tensor], source: TracedModel) -> nn.Module:

@@ -1,6 +1,5 @@
-"""Fine-tuning: what one step computes, schedules, views, interruptions, errors; evaluation and BatchNorm."""
+"""Fine-tuning: what one step computes, schedules, views, interruptions, errors; evaluation."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import ekgfx
 from ekgfx import data as datasets
 from ekgfx.bank import build_bank
 from ekgfx.errors import DataError, RecipeError, RunError, TrainingError
-from ekgfx.evaluation import evaluate, reestimate_batch_norm
+from ekgfx.evaluation import evaluate
 from ekgfx.finetune import Epoch, finetune
 from ekgfx.loss import EKGLoss
 from ekgfx.models import digits_cnn
@@ -186,25 +185,6 @@ def test_evaluation_is_the_mean_over_samples() -> None:
         evaluate(model, batches(labelled=False))
     with pytest.raises(DataError, match="no batch"):
         evaluate(model, [])
-
-
-def test_running_statistics_are_the_mean_over_the_batches() -> None:
-    model, data = small(), batches()
-    before = {name: value.clone() for name, value in model.named_parameters()}
-    reestimate_batch_norm(model, data, limit=2)
-    inputs = [model[0](images) for images, _, _ in data[:2]]
-    mean = torch.stack([x.mean((0, 2, 3)) for x in inputs]).mean(0)
-    variance = torch.stack([x.var((0, 2, 3)) for x in inputs]).mean(0)
-    torch.testing.assert_close(model[1].running_mean, mean, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(model[1].running_var, variance, rtol=1e-5, atol=1e-6)
-    assert model[1].momentum == 0.1
-    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
-
-    class Unread:
-        def __iter__(self) -> Iterator[Any]:
-            raise AssertionError("a model without BatchNorm needs no data")
-
-    reestimate_batch_norm(nn.Linear(2, 2), Unread())
 
 
 @pytest.fixture(scope="module")

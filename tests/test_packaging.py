@@ -36,8 +36,9 @@ graph
 plan cost
 groups sliced obstacle segments
 trace
+mixing norms
 loss verify signature graphed declared attributes
-evaluation surgery
+evaluation calibrate surgery
 search training training_state batches
 finetune bank
 prepare checkpoint export landscape

@@ -30,8 +30,9 @@ from torch import nn
 import ekgfx
 from ekgfx import data as datasets
 from ekgfx import recipe
+from ekgfx.calibrate import calibrate
 from ekgfx.checkpoint import load_tensors, save_tensors
-from ekgfx.evaluation import evaluate, reestimate_batch_norm
+from ekgfx.evaluation import evaluate
 from ekgfx.files import append_line, read_json, read_lines, write_json
 from ekgfx.models import mobilenetv2_cifar, resnet56_cifar, resnet56_cifar_projection
 from ekgfx.prepare import prepare
@@ -181,7 +182,7 @@ def tuned(asked: argparse.Namespace, search: Searched, tune: Any) -> dict[str, A
     """Cut, fill the bank, fine-tune: accuracy on the test set after each, and what a figure needs beside it."""
     traced, result, data, device = search.traced, search.result, search.data, search.device
     pruned = ekgfx.prune(traced.model, result.plan, traced)
-    reestimate_batch_norm(pruned, data.loader("train", BANKED, shuffle=True, seed=search.seed), limit=20)
+    calibrate(pruned, data.loader("train", BANKED, shuffle=True, seed=search.seed), limit=20)
     after_search = evaluate(pruned, search.test).accuracy
     tuning = experiment(asked, search.seed, "", tune)
     place = folder(search.folder, tuning)

@@ -5,7 +5,8 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
@@ -13,20 +14,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ekgfx.axes import Axis
 from ekgfx.bank.rows import RowFormat, Rows, infidelity
 from ekgfx.bank.store import FORMAT, MANIFEST, Bank, read_manifest, rows_file
 from ekgfx.bank.teachers import pick_teachers
 from ekgfx.data import Loader
 from ekgfx.distributed import ALONE, Team, team
 from ekgfx.errors import DataError, RunError
+from ekgfx.evaluation import device_of
 from ekgfx.files import checksum, read_json, write_json
 from ekgfx.loss import at_least_single, default_temperature, logits_themselves
+from ekgfx.mixing import even, mixed
+from ekgfx.norms import Settled, Statistics, statistics
 from ekgfx.search.result import SearchResult
+from ekgfx.sliced import BATCH_NORM
 from ekgfx.trace import TracedModel
 from ekgfx.typed import read
 
 SAVE_EVERY = 5.0
 """Seconds between two notes of how far a teacher's file has come: what a kill can cost."""
+
+STATISTICS = 1024
+"""Samples, drawn at random, that a teacher's BatchNorms take their statistics of."""
 
 _OTHER_SIZE = "the memory bank was begun with batches of another size; use that size, or a new folder"
 
@@ -59,7 +68,9 @@ def build_bank(
         traced: the model that was searched, with the same weights.
         result: the search's result; its history gives the teachers.
         batches: un-augmented training batches in index order, iterated once per teacher: `(images, labels, index)`, or
-            `(images, labels)` or images, numbered from 0. BatchNorm takes each batch's statistics, as in the search.
+            `(images, labels)` or images, numbered from 0. (A loader of `ekgfx.data` may have any order.) They may be
+            sorted by class: a teacher's BatchNorms take their statistics once, of 1,024 samples drawn from all of them;
+            where there are BatchNorms, batches that are no loader of `ekgfx.data` are read once more for that.
         path: folder for the bank; None keeps it in memory. A bank that was interrupted goes on where it stopped.
         teachers: K.
         knowledge: "ensemble" takes K sub-networks of the history, "single" the unpruned network alone.
@@ -77,8 +88,10 @@ def build_bank(
     if isinstance(batches, Iterator):
         raise DataError("the bank reads the batches once per teacher; give a list or a DataLoader, not an iterator")
     picked = pick_teachers(result.losses[:-1] or result.losses, teachers) if knowledge == "ensemble" else [0]
+    batches = batches.in_order() if isinstance(batches, Loader) else batches
     networks = [_Teacher(traced, result, step, logits) for step in picked]
     row = _row_format(networks[0], batches, top_k)
+    sample = cache(lambda: _sample(traced, batches))
     mates = team() if parallel else ALONE
     start = time.monotonic()
 
@@ -93,11 +106,13 @@ def build_bank(
         for number, network in enumerate(networks):
             if "file" in record["teachers"][number]:
                 continue
+            known = mates.told(network.statistics(sample()) if mates.first else None)
+            teacher = replace(network, known=known)
             if mates.first:
-                record["teachers"][number] |= _write_rows(folder, number, row, network, batches, progress, mates)
+                record["teachers"][number] |= _write_rows(folder, number, row, teacher, batches, progress, mates)
                 write_json(folder / MANIFEST, record)
             else:
-                for _ in encoded(row, network, batches, mates.told(0), mates):
+                for _ in encoded(row, teacher, batches, mates.told(0), mates):
                     pass  # the first one writes it
         record = mates.told(record)
         if path is None:
@@ -125,18 +140,32 @@ def encoded(
 
 @dataclass(frozen=True)
 class _Teacher:
-    """An interim sub-network that answers with logits."""
+    """An interim sub-network that answers with logits. known: the statistics of its BatchNorms."""
 
     traced: TracedModel
     result: SearchResult
     step: int
     logits: Callable[[Any], Tensor]
+    known: Statistics = field(default_factory=dict)
+
+    @property
+    def kept(self) -> dict[Axis, Tensor]:
+        return self.traced.groups.kept(self.result.plans[self.step])
+
+    @property
+    def rescale(self) -> bool:
+        return self.result.plans[self.step].rescale
+
+    def statistics(self, batches: Iterable[Any]) -> Statistics:
+        """Of its BatchNorms, on mixed batches."""
+        device = device_of(self.traced.model)
+        inputs = (tuple(value.to(device) for value in _inputs(batch, 0)[0]) for batch in batches)
+        return statistics(self.traced, self.kept, inputs, rescale=self.rescale)
 
     def answers(self, batches: Iterable[Any], skip: int = 0, mates: Team = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
         """Sample indices and logits of every batch, in order; the first `skip` samples are not asked about again. Of
         several processes each answers for every so many-th of the batches."""
-        plan = self.result.plans[self.step]
-        network = self.traced.subnetwork(plan, batch_stats=True, rescale=plan.rescale)
+        network = Settled(self.traced, self.kept, self.known, rescale=self.rescale)
         seen, last, turn = 0, -1, 0
         shared = mates.size > 1
         if isinstance(batches, Loader):  # others are read and dropped
@@ -164,6 +193,17 @@ class _Teacher:
             yield index, at_least_single(self.logits(output))
         if not seen and not shared:  # of several processes some may have nothing to do
             raise DataError("the memory bank got no batches")
+
+
+def _sample(traced: TracedModel, batches: Iterable[Any]) -> Iterable[Any]:
+    """Mixed batches of samples that are drawn from all of the batches; none where nobody takes statistics of them."""
+    if not any(operation.target is BATCH_NORM for operation in traced.operations):
+        return []
+    if isinstance(batches, Loader):
+        drawn = batches.mixed(STATISTICS)
+        drawn.batch_size = even(len(drawn.indices) or 1, batches.batch_size)
+        return drawn
+    return [(inputs,) for inputs in mixed((_inputs(batch, 0)[0] for batch in batches), STATISTICS)]
 
 
 def _rest(loader: Loader, skip: int) -> Loader:
@@ -273,8 +313,8 @@ def _begin(
 
 
 def _fingerprint(traced: TracedModel, result: SearchResult, picked: Sequence[int]) -> str:
-    """What a bank depends on: the weights, and the teachers' plans."""
-    digest = hashlib.sha256()
+    """What a bank depends on: the weights, the teachers' plans, and how their statistics are taken."""
+    digest = hashlib.sha256(f"statistics of {STATISTICS} samples".encode())
     for name, value in sorted(traced.model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

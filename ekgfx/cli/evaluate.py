@@ -21,7 +21,7 @@ def evaluate(model: str, batch_size: int, as_json: bool, **asked: Any) -> None:
 
     subject = look(model, **asked)
     built = subject.built
-    metrics = measure(built.model, subject.data.loader("test", batch_size))
+    metrics = measure(built.model, subject.data.loader("test", batch_size).mixed())
     cost = ekgfx.trace(built.model, built.example_inputs, leaf=built.leaf).cost()
     if as_json:
         click.echo(json.dumps({"model": model, "data": subject.spec, **asdict(metrics), **asdict(cost)}))

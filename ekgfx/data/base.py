@@ -105,9 +105,23 @@ class Loader:
         if self.shuffle or (samples % self.batch_size and samples != len(self.indices)):
             order = "shuffled" if self.shuffle else f"of {self.batch_size}"
             raise DataError(f"cannot go on after {samples} samples in batches {order}")
-        rest = Loader(self.split, self.indices[samples:], self.batch_size, self.views, drop_last=self.drop_last)
-        rest.epoch = self.epoch
-        return rest
+        return self._unshuffled(self.indices[samples:])
+
+    def mixed(self, most: int | None = None) -> "Loader":
+        """The same samples (or `most` of them, drawn at random) in a random order that is the same every time.
+
+        For whatever takes the statistics of a batch: files come class after class, and a batch of one class has others.
+        """
+        return self._unshuffled(shuffled(self.indices, generator(5))[:most])
+
+    def in_order(self) -> "Loader":
+        """The same samples by ascending index."""
+        return self._unshuffled(self.indices.sort().values)
+
+    def _unshuffled(self, indices: Tensor) -> "Loader":
+        other = Loader(self.split, indices, self.batch_size, self.views, drop_last=self.drop_last)
+        other.epoch = self.epoch
+        return other
 
     @property
     def samples(self) -> int:
@@ -184,7 +198,9 @@ class Data:
         Args:
             split: "train" or "test"
             batch_size: samples in a batch; the last one may be smaller
-            shuffle: in another order for every epoch; otherwise in the order of the split, or of `subset`
+            shuffle: in another order for every epoch. Otherwise in the order of `subset`; without one, the test split
+                in its own order, and the training split in a random order that is the same every time, so that every
+                batch mixes the classes also where files are sorted by class (a batch says which samples it holds)
             augment: flips and crops; with two or more views also brightness, contrast and saturation
             views: how many (augmented) views of each sample; more than one adds a leading dimension
             seed: of the shuffle and the augmentation, together with the epoch
@@ -205,7 +221,8 @@ class Data:
                 f"subset index {int(indices.max() if indices.min() >= 0 else indices.min())} is out of range: "
                 f"{self.name} has {len(opened)} samples in '{split}'"
             )
-        return Loader(opened, indices, batch_size, Views(views, augment, seed, workers, part), shuffle, drop_last)
+        loader = Loader(opened, indices, batch_size, Views(views, augment, seed, workers, part), shuffle, drop_last)
+        return loader.mixed() if split == "train" and subset is None and not shuffle else loader
 
     def search_subset(
         self, per_class_train: int = 256, per_class_val: int = 32, seed: int = 0

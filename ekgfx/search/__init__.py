@@ -13,6 +13,7 @@ from ekgfx.errors import BudgetError, DataError, RecipeError
 from ekgfx.loss import cross_entropy, logits_themselves
 from ekgfx.plan import Plan
 from ekgfx.search import ekg, global_, importance_peers, uniform
+from ekgfx.search.company import check_mixed
 from ekgfx.search.details import AUTHORS, PAPER, Details, authors_cost
 from ekgfx.search.ignore import ignored_groups
 from ekgfx.search.importance import Criterion, taylor
@@ -95,8 +96,10 @@ def search(
     Args:
         traced: the model; neither its weights nor its running averages are changed.
         batches: validation batches on the model's device: `(images, labels, …)`, `(images, None, …)` or images; images
-            may be a tuple of inputs. Without labels, the unpruned network's soft predictions are the labels. They are
-            read once and held. `uniform` and `global` with an importance of the weights alone need none.
+            may be a tuple of inputs. Without labels, the unpruned network's soft predictions are the labels. Every
+            batch should mix the classes, since BatchNorm takes its statistics; a warning is logged where they are
+            sorted. They are read once and held. `uniform` and `global` with an importance of the weights alone need
+            none.
         flops, params, latency: the budget: fraction of the MACs, the parameters or the milliseconds that is kept; for
             milliseconds with `table`, the layers' timings (`ekgfx.export.measure_layers`). Or `cost`, any function of
             a plan, with `budget`, the fraction of it that is kept. Exactly one of the four.
@@ -167,7 +170,9 @@ def search(
     recorder = Recorder(problem, on_step)
     with _reproducible(seed):
         pace = ekg.Pace(step, accept)
+        given = problem.batches
         problem, baseline, unpruned = _measure_unpruned(problem)
+        check_mixed(problem, given, unpruned)
         if strategy == "ekg":
             ekg.run(problem, IMPORTANCE[importance], recorder, unpruned, pace=pace, details=details, history=history)
         elif history:

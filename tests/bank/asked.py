@@ -1,10 +1,14 @@
 """What the teachers of the tests are asked, and what they answer."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ekgfx.data.base import Batch, Split, Views
+from ekgfx.mixing import mixed
+from ekgfx.norms import Settled, statistics
 from ekgfx.search import SearchResult
 from ekgfx.trace import TracedModel
 
@@ -15,8 +19,35 @@ def training_batches(size: int = 16, samples: int = 50) -> list[tuple[Tensor, Te
     return list(zip(images.split(size), (index % 10).split(size), index.split(size), strict=True))
 
 
-def answers(traced: TracedModel, result: SearchResult, step: int, batches: list[Any]) -> Tensor:
+def answers(
+    traced: TracedModel, result: SearchResult, step: int, batches: list[Any], shown: list[Any] | None = None
+) -> Tensor:
+    """What a teacher says of the batches when its BatchNorms know the statistics of `shown` (None: of the batches)."""
     plan = result.plans[step]
-    network = traced.subnetwork(plan, batch_stats=True, rescale=plan.rescale)
+    kept = traced.groups.kept(plan)
+    shown = mixed([(batch[0],) for batch in batches], 1024) if shown is None else [(batch[0],) for batch in shown]
+    network = Settled(traced, kept, statistics(traced, kept, shown, rescale=plan.rescale), rescale=plan.rescale)
     with torch.no_grad():
         return torch.cat([network(batch[0]) for batch in batches])
+
+
+class Known(Split):
+    """Samples in memory that note which batches were asked for."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+        self.asked: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def all_labels(self) -> Tensor:
+        return self.labels
+
+    def batches(self, chunks: Sequence[Tensor], views: Views) -> Iterator[Batch]:
+        for chunk in chunks:
+            self.asked.append(chunk)
+            yield Batch(self.images[chunk], self.labels[chunk], chunk)
+
+    def to(self, device: torch.device) -> "Known":
+        return self

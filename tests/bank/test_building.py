@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import ekgfx
 from ekgfx.bank import Bank, Progress, build_bank, pick_teachers
 from ekgfx.bank.rows import RowFormat
+from ekgfx.data.base import Loader, Views
 from ekgfx.errors import DataError, RunError, TrainingError
-from ekgfx.search import SearchResult
+from ekgfx.search import SearchResult, search
 from ekgfx.trace import TracedModel
-from tests.bank.asked import answers, training_batches
+from tests.bank.asked import Known, answers, training_batches
+from tests.search import nets
 
 
 def test_teachers_are_spread_over_the_losses() -> None:
@@ -98,17 +101,37 @@ def test_a_bank_is_aligned_with_any_augmentation(searched: tuple[TracedModel, Se
     traced, result = searched
     digits = data.load("digits")
     bank = build_bank(traced, result, digits.loader("train", 128, subset=range(400)), teachers=1)
-    plain = torch.cat([batch.images for batch in digits.loader("train", 128, subset=range(400))])
+    in_order = digits.loader("train", 128, subset=range(400))
+    plain = torch.cat([batch.images for batch in in_order])
+    shown = digits.loader("train", 100, subset=range(400))  # as many batches, all of one size
+    said = answers(traced, result, bank.teachers[0]["step"], list(in_order), list(shown.mixed()))
     loader = digits.loader("train", 50, shuffle=True, augment=True, views=2, subset=range(400))
     loader.set_epoch(3)
-    network = traced.subnetwork(result.plans[bank.teachers[0]["step"]], batch_stats=True, rescale=True)
-    with torch.no_grad():
-        answers = torch.cat([network(images) for images in plain.split(128)])
     moved = 0
     for batch in loader:
         moved += int((batch.images[0] != plain[batch.index]).any())
-        torch.testing.assert_close(bank.logits(batch.index)[:, 0], answers[batch.index], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(bank.logits(batch.index)[:, 0], said[batch.index], rtol=1e-3, atol=1e-3)
     assert moved == 8
+
+
+@pytest.mark.parametrize("size", [12, 8, 47, 1])
+def test_teachers_know_sorted_samples_and_single_ones(size: int) -> None:
+    """What a teacher says of an image depends on no other one of its batch: not on their class, not on their number."""
+    images, labels = nets.class_images()
+    traced = ekgfx.trace(nets.Classes(), torch.randn(2, 1, 4, 4))
+    result = search(traced, [(images, labels)], flops=0.7)
+    sorted_batches = list(zip(images.split(size), labels.split(size), strict=True))
+    with torch.no_grad():
+        alone = torch.cat([traced.subnetwork(batch_stats=True)(batch).argmax(1) for batch, _ in sorted_batches])
+    assert (alone != labels).any()
+    order = torch.arange(48)
+    for batches in (sorted_batches, Loader(Known(images, labels), order.flip(0), size, Views())):
+        bank = build_bank(traced, result, batches, teachers=2)
+        said = bank.logits(order)
+        assert (said.argmax(2) == labels[:, None]).all()
+        var, mean = torch.var_mean(images, correction=0)
+        z = ((images - mean) / (var + 1e-5).sqrt()).mean((2, 3)).expand(48, 6)
+        torch.testing.assert_close(said[:, 0], traced.model.head(z).detach(), rtol=2e-3, atol=2e-3)
 
 
 def test_errors(searched: tuple[TracedModel, SearchResult], tmp_path: Path) -> None:

@@ -93,3 +93,26 @@ def test_a_gpu_sees_the_same_batches(cifar: data.Data) -> None:
     (here,), (there,) = cifar.loader("test", 64, **options), cifar.to("cuda").loader("test", 64, **options)
     assert there.images.device.type == there.labels.device.type == "cuda" and there.index.device.type == "cpu"
     torch.testing.assert_close(there.images.cpu(), here.images, atol=1e-5, rtol=1e-5)
+
+
+def test_training_batches_mix_the_classes_of_sorted_files(tmp_path: Path) -> None:
+    """The order of files is that of their classes; whoever takes the statistics of a batch wants others."""
+    images = np.random.default_rng(0).integers(0, 255, (400, 4, 4, 1), dtype=np.uint8)
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", images=images, labels=np.repeat(np.arange(4), 100))
+    loaded = data.load(f"npz:{tmp_path}")
+    loader = loaded.loader("train", 50)
+    first, again = list(loader), list(loaded.loader("train", 50))
+    index = torch.cat([batch.index for batch in first])
+    assert sorted(index.tolist()) == list(range(400))
+    assert torch.equal(index, torch.cat([batch.index for batch in again]))
+    assert torch.equal(torch.cat([batch.labels for batch in first]), loaded.labels("train")[index])
+    for batch in first:
+        assert len(batch.labels.unique()) == 4 and batch.labels.bincount().max() < 30  # of 50; 12.5 are expected
+    for ordered in (loader.in_order(), loaded.loader("train", 50, subset=range(400)), loaded.loader("test", 50)):
+        assert torch.cat([batch.index for batch in ordered]).tolist() == list(range(400))
+    few = torch.cat([batch.index for batch in loaded.loader("test", 50).mixed(120)])
+    assert len(set(few.tolist())) == 120 and len(loaded.labels("test")[few].unique()) == 4
+    parts = [loader.dealt(rank, 3) for rank in range(3)]
+    assert torch.equal(torch.cat([batch.index for part in parts for batch in part]).sort().values, torch.arange(400))
+    assert torch.equal(torch.cat([batch.index for batch in loader.after(150)]), index[150:])

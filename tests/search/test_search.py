@@ -317,3 +317,20 @@ def test_errors_say_what_to_do() -> None:
         search(traced, batches, flops=0.5, step=0)
     with pytest.raises(TrainingError, match="loss is nan"):
         search(nets.traced(Bad()), batches, flops=0.5)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_sorted_validation_batches_are_told_of(labelled: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Each candidate's BatchNorms take the statistics of each batch; one of a single class has others."""
+    images, labels = nets.class_images()
+    traced = ekgfx.trace(nets.Classes(), torch.randn(2, 1, 4, 4))
+    traced.model.norm.running_mean.fill_(1.5)
+    traced.model.norm.running_var.fill_(1.25)
+    mixed = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    for order, said in ((torch.arange(48), 1), (mixed, 0)):
+        parts = zip(images[order].split(12), labels[order].split(12), strict=True)
+        batches = [(x, y if labelled else None) for x, y in parts]
+        caplog.clear()
+        ekgfx.search(traced, batches, flops=0.7)
+        assert len(caplog.records) == said, caplog.text
+        assert all("the validation batches of the search: they come sorted" in text for text in caplog.messages)

@@ -1,0 +1,152 @@
+"""BatchNorm's running statistics, estimated anew for a network that was cut."""
+
+import inspect
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ekgfx.errors import DataError
+from ekgfx.evaluation import device_of, to_device
+from ekgfx.leaf import evaluation_mode
+from ekgfx.mixing import Mixture, warn
+
+log = logging.getLogger("ekgfx")
+
+Model = TypeVar("Model", bound=nn.Module)
+AVERAGES = ("running_mean", "running_var")
+
+
+def calibrate(model: Model, batches: Iterable[Any], *, limit: int | None = None) -> Model:
+    """Estimate the running statistics of every norm that has some (BatchNorm and its like) anew, in place.
+
+    A cut changes what a norm gets, and the running averages are still those of before: evaluate nothing before this, or
+    before training. Each norm gets the plain mean over the batches of their mean and variance. Only these change: no
+    weight does, and everything but the norms is in evaluation mode. No labels are needed; where the batches have some,
+    a warning is logged if they are sorted by class, since every batch should look like the data.
+
+    Args:
+        model: the pruned network, on any device; each module is put back in its own mode.
+        batches: un-augmented training images in mixed order: tensors, `(inputs, ...)` or dictionaries. Inputs may be a
+            tensor, a tuple of arguments, or a dictionary of keyword arguments. Some 1,000 images in batches of 64 or
+            more will do. Where the model has no such norm, they are not read.
+        limit: at most this many batches.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        DataError: there is no batch, a batch is too small to have statistics, or statistics are not finite. The model
+            is as it was.
+
+    Example:
+        >>> pruned = ekgfx.prune(model, plan, traced)
+        >>> ekgfx.calibrate(pruned, train_loader, limit=16)
+    """
+    averaging = {name: module for name, module in model.named_modules() if _averages(module)}
+    norms = {name: module for name, module in averaging.items() if hasattr(module, "momentum")}
+    _say_kept([name for name in averaging if name not in norms], "have no momentum to estimate them by")
+    if not norms:
+        log.info("%s has no norm whose running statistics can be estimated", type(model).__name__)
+        return model
+    device, mixture, known, number = device_of(model), Mixture(), None, 0
+    with evaluation_mode(model), torch.no_grad(), _estimating(norms) as calls:
+        for number, batch in enumerate(islice(batches, limit), 1):
+            inputs, labels = _inputs(batch)
+            try:
+                output = _run(model, inputs, device)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise DataError(f"batch {number} is too small to have statistics; give larger batches") from error
+            mixture.see(labels)
+            known = output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
+        if not number:
+            raise DataError("there is no batch to calibrate on")
+        _check_finite(norms)
+    warn("the batches to calibrate on", mixture.fault(known))
+    _say_kept([name for name in norms if not calls[name]], "are not run in evaluation")
+    log.info("calibrated %d norms on %d batches", sum(map(bool, calls.values())), number)
+    return model
+
+
+def _averages(module: nn.Module) -> dict[str, Tensor]:
+    """The running averages that a module keeps itself."""
+    return {name: value for name in AVERAGES if (value := module._buffers.get(name)) is not None}
+
+
+def _say_kept(names: Sequence[str], reason: str) -> None:
+    if names:
+        listed = ", ".join(names[:3]) + (" ..." if names[3:] else "")
+        log.warning(f"{len(names)} norms keep their old running statistics, since they {reason}: {listed}")
+
+
+@contextmanager
+def _estimating(norms: Mapping[str, nn.Module]) -> Iterator[Mapping[str, int]]:
+    """The norms average over their calls; yields how many those were. Their state is put back where that fails."""
+    calls = dict.fromkeys(norms, 0)
+    before = [
+        (value, value.clone()) for norm in norms.values() for value in norm._buffers.values() if value is not None
+    ]
+    momenta = {name: norm.momentum for name, norm in norms.items()}
+
+    def before_call(norm: nn.Module, name: str) -> None:
+        if not calls[name]:
+            for key, value in norm._buffers.items():
+                if value is not None and key in (*AVERAGES, "num_batches_tracked"):
+                    value.fill_(key == "running_var")  # what is not finite would stay so
+        calls[name] += 1
+        norm.momentum = 1 / calls[name]  # type: ignore[assignment]  # torch's stubs know modules and tensors alone
+
+    handles = [
+        norm.register_forward_pre_hook(lambda norm, _, name=name: before_call(norm, name))
+        for name, norm in norms.items()
+    ]
+    try:
+        for norm in norms.values():
+            norm.training = True  # not what is inside of it, such as dropout
+        yield calls
+    except BaseException:
+        for value, old in before:
+            value.copy_(old)
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, norm in norms.items():
+            norm.momentum = momenta[name]
+
+
+def _check_finite(norms: Mapping[str, nn.Module]) -> None:
+    for name, norm in norms.items():
+        if not all(value.isfinite().all() for value in _averages(norm).values()):
+            raise DataError(f"the statistics of {name} are not finite; check the images and the weights for NaN")
+
+
+def _inputs(batch: Any) -> tuple[Any, Any]:
+    """The model's inputs in a batch, and its labels where it has some."""
+    if isinstance(batch, Tensor | Mapping):
+        return batch, batch.get("labels", batch.get("label")) if isinstance(batch, Mapping) else None
+    return batch[0], batch[1] if len(batch) > 1 else None
+
+
+def _run(model: nn.Module, inputs: Any, device: torch.device) -> Any:
+    """The model's output for a tensor, several arguments, or keyword arguments; a dictionary of which the model's
+    forward names nothing is its argument."""
+    inputs = _moved(inputs, device)
+    if isinstance(inputs, Mapping):
+        parameters = inspect.signature(model.forward).parameters
+        every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        named = {name: value for name, value in inputs.items() if every or name in parameters}
+        return model(**named) if named else model(inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _moved(each, device) for key, each in value.items()}
+    return to_device(value, device)

@@ -1,0 +1,33 @@
+"""Whether the validation batches are ones that BatchNorm can take its statistics of."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ekgfx.loss import at_least_single
+from ekgfx.mixing import Mixture, warn
+from ekgfx.search.problem import Problem
+from ekgfx.search.reward import Knowledge, ValidationBatch
+from ekgfx.sliced import BATCH_NORM, SubNetwork
+
+
+def check_mixed(problem: Problem, batches: Sequence[ValidationBatch], unpruned: Knowledge) -> None:
+    """Say so where the validation batches, as they were given, are sorted by class. Without labels the unpruned network
+    says the classes, in evaluation mode, where an answer does not depend on the batch.
+
+    unpruned: that network's logits per batch, by the batch's statistics.
+    """
+    if not any(operation.target is BATCH_NORM for operation in problem.traced.operations):
+        return
+    mixture = Mixture()
+    for batch in batches:
+        mixture.see(_predicted(problem, batch) if batch.target is None else batch.target)
+    labelled = bool(batches) and batches[0].target is not None  # predictions may all be one by the network's own fault
+    warn("the validation batches of the search", mixture.fault(unpruned[0].shape[1] if labelled else None))
+
+
+def _predicted(problem: Problem, batch: ValidationBatch) -> Tensor:
+    network = SubNetwork(problem.traced, {}, channels_last=problem.computing.channels_last)
+    with torch.no_grad():
+        return at_least_single(problem.objective.logits(network(*batch.inputs)))

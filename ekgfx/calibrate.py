@@ -25,9 +25,9 @@ def calibrate(model: Model, batches: Iterable[Any], *, limit: int | None = None)
     """Estimate the running statistics of every norm that has some (BatchNorm and its like) anew, in place.
 
     A cut changes what a norm gets, and the running averages are still those of before: evaluate nothing before this, or
-    before training. Each norm gets the plain mean over the batches of their mean and variance. Only these change: no
-    weight does, and everything but the norms is in evaluation mode. No labels are needed; where the batches have some,
-    a warning is logged if they are sorted by class, since every batch should look like the data.
+    before training. Each norm gets the mean over the batches of their mean and variance, weighted by their samples.
+    Only these change: no weight does, and everything but the norms is in evaluation mode. No labels are needed; where
+    the batches have some, a warning is logged if they are sorted by class, since every batch should look like the data.
 
     Args:
         model: the pruned network, on any device; each module is put back in its own mode.
@@ -54,7 +54,7 @@ def calibrate(model: Model, batches: Iterable[Any], *, limit: int | None = None)
         log.info("%s has no norm whose running statistics can be estimated", type(model).__name__)
         return model
     device, mixture, known, number = device_of(model), Mixture(), None, 0
-    with evaluation_mode(model), torch.no_grad(), _estimating(norms) as calls:
+    with evaluation_mode(model), torch.no_grad(), _estimating(norms) as seen:
         for number, batch in enumerate(islice(batches, limit), 1):
             inputs, labels = _inputs(batch)
             try:
@@ -69,8 +69,8 @@ def calibrate(model: Model, batches: Iterable[Any], *, limit: int | None = None)
             raise DataError("there is no batch to calibrate on")
         _check_finite(norms)
     warn("the batches to calibrate on", mixture.fault(known))
-    _say_kept([name for name in norms if not calls[name]], "are not run in evaluation")
-    log.info("calibrated %d norms on %d batches", sum(map(bool, calls.values())), number)
+    _say_kept([name for name in norms if not seen[name]], "are not run in evaluation")
+    log.info("calibrated %d norms on %d batches", sum(map(bool, seen.values())), number)
     return model
 
 
@@ -87,29 +87,31 @@ def _say_kept(names: Sequence[str], reason: str) -> None:
 
 @contextmanager
 def _estimating(norms: Mapping[str, nn.Module]) -> Iterator[Mapping[str, int]]:
-    """The norms average over their calls; yields how many those were. Their state is put back where that fails."""
-    calls = dict.fromkeys(norms, 0)
+    """The norms average over all samples that they are called with; yields how many those were. Their state is put back
+    where that fails."""
+    seen = dict.fromkeys(norms, 0)
     before = [
         (value, value.clone()) for norm in norms.values() for value in norm._buffers.values() if value is not None
     ]
     momenta = {name: norm.momentum for name, norm in norms.items()}
 
-    def before_call(norm: nn.Module, name: str) -> None:
-        if not calls[name]:
+    def before_call(norm: nn.Module, inputs: tuple[Any, ...], name: str) -> None:
+        if not seen[name]:
             for key, value in norm._buffers.items():
                 if value is not None and key in (*AVERAGES, "num_batches_tracked"):
                     value.fill_(key == "running_var")  # what is not finite would stay so
-        calls[name] += 1
-        norm.momentum = 1 / calls[name]  # type: ignore[assignment]  # torch's stubs know modules and tensors alone
+        samples = len(inputs[0]) if inputs else 1
+        seen[name] += samples
+        norm.momentum = samples / seen[name]  # type: ignore[assignment]  # torch's stubs know modules and tensors alone
 
     handles = [
-        norm.register_forward_pre_hook(lambda norm, _, name=name: before_call(norm, name))
+        norm.register_forward_pre_hook(lambda norm, inputs, name=name: before_call(norm, inputs, name))
         for name, norm in norms.items()
     ]
     try:
         for norm in norms.values():
             norm.training = True  # not what is inside of it, such as dropout
-        yield calls
+        yield seen
     except BaseException:
         for value, old in before:
             value.copy_(old)

@@ -130,6 +130,7 @@ class AxisGraph:
         self.unknown_ops: dict[str, int] = {}
         self.failed_rules: dict[str, str] = {}
         self.uncounted_ops: dict[str, int] = {}
+        self.batch_assumed = False
         self.checked_shapes: set[str] = set()  # of inputs, see sliced.check_shapes
         self.batch = Axis(0, "batch", frozen="batch dimension", batch=True)
         self.dims: dict[str, Any] = {}  # Dims, or a list of them
@@ -282,9 +283,10 @@ class AxisGraph:
             for axis in axes(dim)
             if axis.frozen and axis.size == self.batch.size and axis not in known
         }
-        for axis in found if self.batch.size > 1 else ():
+        self.batch_assumed = self.batch.size > 1 and bool(found)
+        for axis in found if self.batch_assumed else ():
             unify(axis, self.batch)
-        return bool(found) and self.batch.size > 1
+        return self.batch_assumed
 
     def batch_ends_at(self) -> str | None:
         """The first operator that reads the batch and has an output without it, by name and module."""

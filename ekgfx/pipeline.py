@@ -133,7 +133,8 @@ def cut(job: Job, result: SearchResult) -> nn.Module:
     pruned = prune(model, result.plan, traced)
     if job.data is not None:
         size = job.batch_size
-        batches = job.data.loader("train", size, shuffle=True, seed=job.recipe.seed)
+        full = job.data.size("train") >= size  # a short last batch may be too small to have statistics
+        batches = job.data.loader("train", size, shuffle=True, seed=job.recipe.seed, drop_last=full)
         samples = NORM_SAMPLES if job.labelled else NORM_SAMPLES // 4
         calibrate(pruned, batches, limit=-(-samples // size))
     job.keep_score("searched", pruned, result.plan)

@@ -107,7 +107,10 @@ def retrace(model: nn.Module, source: TracedModel) -> TracedModel:
     Raises:
         TraceError: as `trace`.
     """
-    return _traced(model, source.example, list(source.leaves), source.decomposed)
+    again = _traced(model, source.example, list(source.leaves), source.decomposed)
+    if source.batch_assumed:
+        again.assume_batch()
+    return again
 
 
 def _traced(model: nn.Module, example: Example, names: list[str], decompose: bool = False) -> TracedModel:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ekgfx.axes import ONE, Axis, Dims, axes, count, positions
+from ekgfx.axes import ONE, Axis, Dims, Expr, Prod, Sum, axes, count, resolve
 from ekgfx.errors import PruneError
 from ekgfx.graph import AxisGraph, Operation
 from ekgfx.leaf import evaluation_mode
@@ -40,10 +41,10 @@ class MaskedNetwork(GraphRunner):
         if not operation.effect.statistics:
             if not self._weighted(operation):
                 for name, which, dim in operation.effect.sums:
-                    args[name] = self._silenced(args[name], operation.args[name], which, dim)
+                    args[name] = self._silenced(args[name], operation.args[name], which, dim, counts)
             return self.call(operation, resize(operation, args, counts))
         dims = {name: self.graph.symbolic(value) for name, value in operation.args.items()}
-        cut = {name: self._gather(value, dims[name]) for name, value in args.items()}
+        cut = {name: self._gather(value, dims[name], counts) for name, value in args.items()}
         kept = {axis: len(index) for axis, index in self.kept.items()}
         result = self.call(operation, resize(operation, cut, {**kept, **counts}))
         out = operation.effect.out
@@ -57,21 +58,22 @@ class MaskedNetwork(GraphRunner):
         factor = operation.args[produces[0]] if produces else None
         return isinstance(factor, fx.Node) and factor.name in self.graph.weights
 
-    def _silenced(self, value: Any, node: Any, which: int | None, dim: int) -> Any:
+    def _silenced(self, value: Any, node: Any, which: int | None, dim: int, counts: Mapping[Axis, int]) -> Any:
         """An argument with what is cut of one dimension (of one of its tensors) set to zero."""
         if which is not None:
             return [
-                self._silenced(v, n, None, dim) if i == which else v
+                self._silenced(v, n, None, dim, counts) if i == which else v
                 for i, (v, n) in enumerate(zip(value, node, strict=True))
             ]
         dims = self.graph.dims[node.name]
-        return mask_tensor(value, tuple(e if d == dim % len(dims) else ONE for d, e in enumerate(dims)), self.kept)
+        only = tuple(e if d == dim % len(dims) else ONE for d, e in enumerate(dims))
+        return mask_tensor(value, only, self.kept, counts)
 
-    def _gather(self, value: Any, dims: Any) -> Any:
+    def _gather(self, value: Any, dims: Any, counts: Mapping[Axis, int]) -> Any:
         if isinstance(value, Tensor) and is_dims(dims):
             for d, dim in enumerate(dims):
                 if any(axis in self.kept for axis in axes(dim)):
-                    value = value.index_select(d, positions(dim, self.kept))
+                    value = value.index_select(d, stays(dim, self.kept, counts).nonzero().flatten())
         return value
 
 
@@ -79,23 +81,38 @@ def _scatter(value: Tensor, dims: Dims, kept: Mapping[Axis, Tensor], counts: Map
     if not dims:
         return value
     full = value.new_zeros([count(dim, counts) for dim in dims])
-    rows = [
-        positions(dim, kept) if any(a in kept for a in axes(dim)) else torch.arange(n)
-        for dim, n in zip(dims, full.shape, strict=True)
-    ]
+    rows = [stays(dim, kept, counts).nonzero().flatten() for dim in dims]
     full[torch.meshgrid(*rows, indexing="ij")] = value
     return full
 
 
-def mask_tensor(tensor: Tensor, dims: Dims, kept: Mapping[Axis, Tensor]) -> Tensor:
-    """The tensor with every position that is not kept set to zero."""
+def mask_tensor(
+    tensor: Tensor, dims: Dims, kept: Mapping[Axis, Tensor], counts: Mapping[Axis, int] = MappingProxyType({})
+) -> Tensor:
+    """The tensor with every position that is not kept set to zero. counts: sizes that are not the traced ones."""
     for d, dim in enumerate(dims):
         if any(axis in kept for axis in axes(dim)):
-            stays = torch.zeros(dim.size, dtype=torch.bool)
-            stays[positions(dim, kept)] = True
             shape = [-1 if i == d else 1 for i in range(tensor.ndim)]
-            tensor = torch.where(stays.view(shape).to(tensor.device), tensor, torch.zeros((), dtype=tensor.dtype))
+            mask = stays(dim, kept, counts).view(shape).to(tensor.device)
+            tensor = torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype))
     return tensor
+
+
+def stays(expr: Expr, kept: Mapping[Axis, Tensor], counts: Mapping[Axis, int]) -> Tensor:
+    """For every position of the uncut dimension whether it is kept. counts: sizes of axes that are not the traced ones,
+    as the batch's."""
+    match resolve(expr):
+        case Axis() as axis if axis in kept:
+            return torch.zeros(axis.size, dtype=torch.bool).index_fill(0, kept[axis], True)
+        case Axis() as axis:
+            return torch.ones(counts.get(axis, axis.size), dtype=torch.bool)
+        case Sum(terms):
+            return torch.cat([stays(term, kept, counts) for term in terms])
+        case Prod(factors):
+            mask = torch.ones(1, dtype=torch.bool)
+            for factor in factors:
+                mask = (mask[:, None] & stays(factor, kept, counts)).flatten()
+            return mask
 
 
 def relative_error(a: Any, b: Any) -> float:

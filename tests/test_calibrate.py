@@ -50,6 +50,18 @@ def test_they_are_the_mean_over_the_batches() -> None:
     assert not model[1]._forward_pre_hooks
 
 
+def test_a_short_batch_counts_by_its_samples() -> None:
+    model, (first, second) = (
+        ekgfx.calibrate(small(), [images()[0], images()[1][:2]])[:2],
+        (images()[0], images()[1][:2]),
+    )
+    found = [model[0](x) for x in (first, second)]
+    mean = (8 * found[0].mean((0, 2, 3)) + 2 * found[1].mean((0, 2, 3))) / 10
+    variance = (8 * found[0].var((0, 2, 3)) + 2 * found[1].var((0, 2, 3))) / 10
+    torch.testing.assert_close(model[1].running_mean, mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model[1].running_var, variance, rtol=1e-5, atol=1e-6)
+
+
 def test_as_pytorch_does_it_itself() -> None:
     """Norms one after the other: momentum None is PyTorch's own plain mean."""
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ Every operator's arguments are bound to their schema names, and the rules are ru
 import contextlib
 import operator
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from ekgfx.axes import Axis, Dims, axes, freeze
+from ekgfx.axes import Axis, Dims, axes, freeze, resolve, unify
 from ekgfx.errors import TraceError
 from ekgfx.functional import functionalize
 from ekgfx.in_place import overwritable, overwritable_with_gradients
@@ -24,6 +24,8 @@ from ekgfx.leaf import Leaves
 from ekgfx.nodes import bind, first_names, op_name, owner, rename_modules
 from ekgfx.rules import Call, Effect, Rule, lookup, unknown
 from ekgfx.rules.registry import TensorDims
+from ekgfx.unseen import by_length, may_meet, released
+from ekgfx.ways import Way
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a model
 
@@ -64,7 +66,16 @@ class AxisGraph:
         decomposed: PyTorch made the graph functional, so some operators are others than those that the model calls.
         leaves: the modules that run as they are, with their calls.
         unknown_ops: operators without a rule (or whose rule does not hold) → number of uses.
+        way: how the model was run for this graph.
+        others: graphs of the same model run in other ways, over the same axes of its weights. What all of them say is
+            in the groups; costs, importances and sub-networks are of this graph.
+        unused: weights that no graph reads, and that nothing else does either, as the user says.
+        unseen: further weights that no graph reads; dimensions that may meet them stay.
+        could_be: what `prunable_parameters` would be if they did not.
+        only: way → weights that the graph of this way reads and this graph does not.
     """
+
+    others: tuple["AxisGraph", ...] = ()
 
     def __init__(
         self,
@@ -73,11 +84,16 @@ class AxisGraph:
         example: Example,
         leaves: Leaves | None = None,
         decompose: bool = False,
+        *,
+        way: Way = Way(),  # noqa: B008  frozen
+        others: Sequence["AxisGraph"] | None = (),
+        unused: Sequence[str] = (),
     ) -> None:
+        """others: None makes one of those graphs, which the first one starts."""
         self.model = model
         self.leaves = leaves or Leaves()
-        self.graph, program, self.decomposed = functionalize(program, decompose)
-        self.example = example
+        self.graph, program, self.decomposed = functionalize(program, decompose, way.training)
+        self.example, self.way = example, way
         self.in_spec = program.call_spec.in_spec
         self.out_spec = program.call_spec.out_spec
         self.weights: dict[str, str] = {}
@@ -98,28 +114,49 @@ class AxisGraph:
                 case _:
                     raise TraceError(f"cannot analyse a model with a {spec.kind.name} input ({spec.target})")
         self.rules: Mapping[str, Rule] = {}
-        self._start()
+        self.unused: tuple[str, ...] = ()
+        if others is not None:
+            self.others = tuple(others)
+            self.unused = tuple(released(model, unused, self._unread()))
+            self._start()
+
+    @property
+    def graphs(self) -> tuple["AxisGraph", ...]:
+        """This graph and the others."""
+        return (self, *self.others)
 
     def _start(self) -> None:
-        self.unknown_ops: dict[str, int] = {}
-        self.batch = Axis(0, "batch", frozen="batch dimension", batch=True)
-        self.dims: dict[str, Any] = {}  # Dims, or a list of them
-        self.operations: list[Operation] = []
-        self._propagate()
+        shared: dict[str, Dims] = {}
+        for graph in self.graphs:
+            graph._propagate(shared)
+        for graph in self.others:
+            for op, uses in graph.unknown_ops.items():
+                self.unknown_ops.setdefault(op, uses)
+        for graph in self.graphs:
+            graph.batch = cast(Axis, resolve(graph.batch))  # one, where weights are as long as the batch
+        self._freeze_unseen()
 
     def assuming(self, rules: Mapping[str, Rule]) -> "AxisGraph":
         """The same graph analysed anew, with other rules for the operators of these names."""
+        first, *others = (graph._blank(rules) for graph in self.graphs)
+        first.others, first.unused = tuple(others), self.unused
+        first._start()
+        return first
+
+    def _blank(self, rules: Mapping[str, Rule]) -> "AxisGraph":
         other = object.__new__(AxisGraph)
-        for name in ("model", "leaves", "graph", "example", "in_spec", "out_spec", "weights", "constants", "inputs"):
+        for name in (*("model", "leaves", "graph", "example", "way"), *("in_spec", "out_spec", "weights", "constants")):
             setattr(other, name, getattr(self, name))
-        other.rules = rules
-        other._start()
+        other.inputs, other.rules = self.inputs, rules
         return other
 
     # -- the one pass of the rules over the graph ------------------------------------------------------------------
 
-    def _propagate(self) -> None:
-        shared: dict[str, Dims] = {}
+    def _propagate(self, shared: dict[str, Dims]) -> None:
+        self.unknown_ops: dict[str, int] = {}
+        self.batch = Axis(0, "batch", frozen="batch dimension", batch=True)
+        self.dims: dict[str, Any] = {}  # Dims, or a list of them
+        self.operations: list[Operation] = []
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 self.dims[node.name] = self._placeholder(node, shared)
@@ -127,18 +164,43 @@ class AxisGraph:
                 self._operation(node)
             elif node.op == "output":
                 for out in node.all_input_nodes:
-                    for dims in listed(self.dims.get(out.name, ())):
-                        for dim in dims:
-                            freeze(dim, "output of the model")
-        self._freeze_unused()
+                    if out not in node.meta.get("updates", {}):
+                        self._output(out)
+                for value, buffer in node.meta.get("updates", {}).items():
+                    for old, new in zip(self.dims[buffer.name], self.dims[value.name], strict=True):
+                        unify(old, new, f"update of {self.weights.get(buffer.name, buffer.name)}")
 
-    def _freeze_unused(self) -> None:
-        """What the graph does not read is not understood: other uses (in training, say) may exist."""
-        used = {self.weights[n.name] for n in self.graph.nodes if n.name in self.weights and n.users}
-        for placeholder, name in self.weights.items():
-            if name not in used:
-                for dim in self.dims[placeholder]:
-                    freeze(dim, f"{name} is not used in evaluation mode")
+    def _output(self, node: fx.Node) -> None:
+        for dims in listed(self.dims.get(node.name, ())):
+            for dim in dims:
+                freeze(dim, "output of the model" if self.way == Way() else f"output of the model in {self.way}")
+
+    def _unread(self) -> list[str]:
+        """The weights that no graph reads."""
+        used = {g.weights[n.name] for g in self.graphs for n in g.graph.nodes if n.name in g.weights and n.users}
+        return [name for name in self.weights.values() if name not in used]
+
+    def _freeze_unseen(self) -> None:
+        """Only what this graph reads has a worth and a cost that are known; what no graph reads may meet any dimension
+        of its length."""
+        dims, unread = self.weight_dims(), self._unread()
+        for name in unread:
+            for dim in dims[name]:
+                freeze(dim, f"{name} is not used by what was traced")
+        read = {self.weights[n.name] for n in self.graph.nodes if n.name in self.weights and n.users}
+        seen = {axis for name in read for dim in dims[name] for axis in axes(dim)}
+        self.only: dict[str, list[str]] = {}  # way → weights that this graph does not read
+        for graph in self.others:
+            for name in (graph.weights[n.name] for n in graph.graph.nodes if n.name in graph.weights and n.users):
+                if name not in read:
+                    self.only.setdefault(str(graph.way), []).append(name)
+                for axis in (axis for dim in dims[name] for axis in axes(dim) if axis not in seen):
+                    axis.frozen = axis.frozen or f"only {graph.way} uses {name}: its worth and cost are not seen"
+        lengths = by_length(d for g in self.graphs for node in g.dims.values() for dims in listed(node) for d in dims)
+        self.unseen = [name for name in unread if name not in self.unused and self.tensor(name).ndim]
+        self.could_be = self.prunable_parameters()
+        for axis, name in may_meet(self.model, self.unseen, lengths, dims).items():
+            freeze(axis, f"may meet {name}, which is not used by what was traced")
 
     def _placeholder(self, node: fx.Node, shared: dict[str, Dims]) -> Dims:
         value = node.meta.get("val")

@@ -32,7 +32,8 @@ typed trust files
 run recipe target models weights data axes functional in_place channels_last
 rules
 leaf nodes source
-graph
+ways unseen
+graph observe
 plan cost
 groups sliced obstacle segments
 trace

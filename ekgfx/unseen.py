@@ -1,0 +1,165 @@
+"""Weights that no traced call of the model reads: which dimensions of the graphs may meet them.
+
+A head that only a `loss()` method calls, a projection of an optional input, prototypes of a criterion: what the cut
+network feeds them with is not known. So every dimension that is as long as one of theirs stays. What the layers of an
+unseen `Sequential` hand to each other does not count.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from ekgfx.axes import Axis, Dims, Expr, axes
+from ekgfx.errors import TraceError
+
+APART = "_ekgfx_apart"
+
+
+def parts(model: nn.Module, unseen: Collection[str]) -> dict[str, list[str]]:
+    """Unseen weights by the outermost module of which nothing else was seen either, or by their own name."""
+    weights = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    found: dict[str, list[str]] = {}
+    for name in unseen:
+        steps = name.split(".")
+        ancestors = (".".join(steps[:end]) for end in range(1, len(steps)))
+        whole = (
+            a for a in ancestors if all(w in unseen for w in weights if w.startswith(f"{a}.") and _counts(model, w))
+        )
+        found.setdefault(next(whole, name), []).append(name)
+    return found
+
+
+def _counts(model: nn.Module, name: str) -> bool:
+    module, _, leaf = name.rpartition(".")
+    return bool(getattr(model.get_submodule(module), leaf).ndim)
+
+
+def released(model: nn.Module, patterns: Sequence[str], unseen: Collection[str]) -> list[str]:
+    """The unseen weights that `patterns` name, by weight or module, by name or glob (`*` also matches dots).
+
+    Raises:
+        TraceError: a pattern names nothing, or something that the model does use.
+    """
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    found: dict[str, None] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        meant = [name for name in names if any(fnmatchcase(part, pattern) for part in _prefixes(name))]
+        if not meant:
+            near = get_close_matches(pattern, {part for name in names for part in _prefixes(name)}, 3)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise TraceError(f"unused {pattern!r} names no parameter and no module of {type(model).__name__}{hint}")
+        read = next((name for name in meant if name not in unseen and _counts(model, name)), None)
+        if read is not None:
+            raise TraceError(f"unused {pattern!r} names {read}, which {type(model).__name__} does use: leave it out")
+        found |= dict.fromkeys(name for name in meant if name in unseen)
+    return list(found)
+
+
+def _prefixes(name: str) -> list[str]:
+    steps = name.split(".")
+    return [".".join(steps[: end + 1]) for end in range(len(steps))]
+
+
+def may_meet(
+    model: nn.Module, unseen: Collection[str], lengths: Mapping[int, Sequence[Expr]], weights: Mapping[str, Dims]
+) -> dict[Axis, str]:
+    """Free axis of the graphs → the unseen weight that it may meet.
+
+    lengths: all dimensions of the graphs by their length. weights: the dimensions of the weights. Where nothing is as
+    long as what a layer reads, that may be flattened or concatenated: then those dimensions stay that divide its length,
+    or that two of make it up.
+    """
+    apart = {a for name, d in kept_apart(model) if d < len(weights.get(name, ())) for a in axes(weights[name][d])}
+    widths = {name: _widths(model, name, unseen) for name in unseen}
+    made = {n for _, outward in widths.values() for n in outward}
+    found: dict[Axis, str] = {}
+    for name, (inward, outward) in widths.items():
+        for n in {*inward, *outward}:
+            lengthy = lengths.get(n, ())
+            if not lengthy and n in inward and n not in made:
+                lengthy = [dim for m in lengths if m > 1 and (n % m == 0 or n - m in lengths) for dim in lengths[m]]
+            for axis in {axis for dim in lengthy for axis in axes(dim)} - apart:
+                if not axis.frozen and axis.size > 1:
+                    found.setdefault(axis, name)
+    return found
+
+
+def keep_apart(pruned: nn.Module, places: Iterable[tuple[str, int]]) -> None:
+    """Note on a cut module which dimensions of its weights could not meet unseen ones, as they had other lengths: now
+    that they are cut, they may happen to have the same."""
+    vars(pruned)[APART] = tuple(sorted({*places, *vars(pruned).get(APART, ())}))
+
+
+def kept_apart(model: nn.Module) -> Collection[tuple[str, int]]:
+    """The dimensions (weight, number) that `keep_apart` noted."""
+    return vars(model).get(APART, ())
+
+
+def _widths(model: nn.Module, name: str, unseen: Collection[str]) -> tuple[set[int], set[int]]:
+    """Lengths of what a weight may read, and of what it may be added to or read by, as seen from outside."""
+    path, _, leaf = name.rpartition(".")
+    module: Any = model.get_submodule(path)
+    tensor = getattr(module, leaf)
+    if isinstance(module, _ConvNd):
+        inward, outward = {module.in_channels}, {module.out_channels}
+    elif isinstance(module, nn.Linear):
+        inward, outward = {module.in_features}, {module.out_features}
+    elif not tensor.is_floating_point():
+        return set(), set()  # tables of positions, counters
+    else:
+        inward, outward = set(), {n for n in tensor.shape if n > 1}
+    first, last = _ends(model, path, unseen)
+    if not inward and not (first or last):
+        return set(), set()
+    return inward if first else set(), outward if last or not inward else set()
+
+
+def _ends(model: nn.Module, path: str, unseen: Collection[str]) -> tuple[bool, bool]:
+    """Whether a module is the first, and the last, with weights in every Sequential around it of which nothing was
+    seen."""
+    first = last = True
+    steps = path.split(".") if path else []
+    for end in range(1, len(steps)):
+        outer = ".".join(steps[:end])
+        module = model.get_submodule(outer)
+        weights = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.ndim]
+        if isinstance(module, nn.Sequential) and all(f"{outer}.{n}" in unseen for n in weights):
+            children = [child for child, inner in module.named_children() if any(True for _ in inner.parameters())]
+            first &= children[:1] == [steps[end]]
+            last &= children[-1:] == [steps[end]]
+    return first, last
+
+
+def notes(
+    model: nn.Module, only: Mapping[str, Sequence[str]], unseen: Collection[str], prunable: int, could_be: int
+) -> list[str]:
+    """What to say of weights that the first graph does not read: those that `only` a further way uses, and those that
+    were not seen at all, for which `could_be` - `prunable` parameters stay."""
+    found = []
+    for way, names in only.items():
+        found.append(f"only {way} uses {_listed(parts(model, names))}: cut where the rest of the model is, no further")
+    if unseen:
+        left = could_be - prunable
+        cost = f"{left:,} of {could_be:,} parameters stay whole" if left else "nothing else has to stay whole"
+        found.append(
+            f"nothing that was traced uses {_listed(parts(model, unseen))}: since it may meet them, {cost}; pass a "
+            "call that runs it (also=[…]), or name it as unused (unused=[…], --unused) if nothing does"
+        )
+    return found
+
+
+def _listed(names: Iterable[str], most: int = 5) -> str:
+    first, rest = [*names][:most], [*names][most:]
+    return ", ".join(first) + (f" and {len(rest)} more" if rest else "")
+
+
+def by_length(dims: Iterable[Expr]) -> dict[int, list[Expr]]:
+    """Dimensions by their length, each once."""
+    found: dict[int, dict[int, Expr]] = {}
+    for dim in dims:
+        found.setdefault(dim.size, {})[id(dim)] = dim
+    return {length: list(same.values()) for length, same in found.items()}

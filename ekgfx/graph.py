@@ -100,6 +100,7 @@ class AxisGraph:
         self.constants: dict[str, Tensor] = {}
         self.inputs: list[str] = []
         canonical = first_names(model.named_parameters(remove_duplicate=False))
+        canonical |= first_names(model.named_buffers(remove_duplicate=False))
         rename_modules(self.graph, first_names(model.named_modules(remove_duplicate=False)))
         # By position: a copied graph renames what is called as a Python builtin is (`forward(self, input)`).
         placeholders = (node.name for node in self.graph.nodes if node.op == "placeholder")
@@ -196,7 +197,9 @@ class AxisGraph:
                     self.only.setdefault(str(graph.way), []).append(name)
                 for axis in (axis for dim in dims[name] for axis in axes(dim) if axis not in seen):
                     axis.frozen = axis.frozen or f"only {graph.way} uses {name}: its worth and cost are not seen"
-        lengths = by_length(d for g in self.graphs for node in g.dims.values() for dims in listed(node) for d in dims)
+        apart = {place for graph in self.graphs for place, name in graph.weights.items() if name in unread}
+        known = (dims for g in self.graphs for name, dims in g.dims.items() if name not in apart)
+        lengths = by_length(dim for dims in known for one in listed(dims) for dim in one)
         self.unseen = [name for name in unread if name not in self.unused and self.tensor(name).ndim]
         self.could_be = self.prunable_parameters()
         for axis, name in may_meet(self.model, self.unseen, lengths, dims).items():

@@ -70,8 +70,8 @@ def may_meet(
     """Free axis of the graphs → the unseen weight that it may meet.
 
     lengths: all dimensions of the graphs by their length. weights: the dimensions of the weights. Where nothing is as
-    long as what a layer reads, that may be flattened or concatenated: then those dimensions stay that divide its length,
-    or that two of make it up.
+    long as what a layer reads, that may be flattened or concatenated: then those dimensions stay that divide that
+    length, or that two of make it up.
     """
     apart = {a for name, d in kept_apart(model) if d < len(weights.get(name, ())) for a in axes(weights[name][d])}
     widths = {name: _widths(model, name, unseen) for name in unseen}

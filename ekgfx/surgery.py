@@ -61,7 +61,7 @@ def prune(
             raise PruneError(
                 "prune needs the traced model or example inputs to trace with: pass traced= or example_inputs="
             )
-        traced = trace(model, example_inputs, leaf=plan.leaf)
+        traced = trace(model, example_inputs, leaf=plan.leaf, unused=plan.unused)
     source = traced if traced.model is model else traced.rebound(model)
     kept = source.groups.kept(plan)
     parts = parts_of(source, [name for name, _ in model.named_modules()]) if inplace and verify else None

@@ -73,6 +73,12 @@ class TracedModel(AxisGraph):
                 total[operation.module] = total.get(operation.module, 0) + macs
         return total
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a plan must know of how the model was traced."""
+        also = len({graph.way.number for graph in self.others} - {0})
+        return {"leaf": tuple(self.leaves), "unused": self.unused, "also": also}
+
     def rebound(self, model: nn.Module) -> "TracedModel":
         """The same graphs over the weights of another module that was built the same way."""
         other = copy.copy(self)
@@ -123,13 +129,26 @@ def trace(
     Example:
         >>> traced = trace(model, images, also=[{"task": "depth"}, ("project", features)])
     """
-    args = tuple(example_inputs) if not isinstance(example_inputs, Tensor) else (example_inputs,)
-    example = _at_least_two((args, dict(kwargs or {})))
-    calls = [_further(model, entry, example, number) for number, entry in enumerate(also, 1)]
-    traced = _traced(model, [(Way(), example), *calls], find_leaves(model, leaf), unused)
+    traced = silently_traced(model, example_inputs, kwargs, leaf=leaf, also=also, unused=unused)
     for note in traced.notes:
         warnings.warn(note, EkgfxWarning, stacklevel=2)
     return traced
+
+
+def silently_traced(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    leaf: Sequence[str | type[nn.Module]] = (),
+    also: Sequence[Any] = (),
+    unused: Sequence[str] = (),
+) -> TracedModel:
+    """As `trace`, for those who say themselves what `notes` hold."""
+    args = tuple(example_inputs) if not isinstance(example_inputs, Tensor) else (example_inputs,)
+    example = _at_least_two((args, dict(kwargs or {})))
+    calls = [_further(model, entry, example, number) for number, entry in enumerate(also, 1)]
+    return _traced(model, [(Way(), example), *calls], find_leaves(model, leaf), unused)
 
 
 def retrace(model: nn.Module, source: TracedModel) -> TracedModel:

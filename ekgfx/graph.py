@@ -24,7 +24,7 @@ from ekgfx.leaf import Leaves
 from ekgfx.nodes import bind, first_names, op_name, owner, rename_modules
 from ekgfx.rules import Call, Effect, Rule, lookup, unknown
 from ekgfx.rules.registry import TensorDims
-from ekgfx.unseen import by_length, may_meet, released
+from ekgfx.unseen import released, settle, unread
 from ekgfx.ways import Way
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a model
@@ -118,7 +118,7 @@ class AxisGraph:
         self.unused: tuple[str, ...] = ()
         if others is not None:
             self.others = tuple(others)
-            self.unused = tuple(released(model, unused, self._unread()))
+            self.unused = tuple(released(model, unused, unread(self.graphs)))
             self._start()
 
     @property
@@ -135,7 +135,7 @@ class AxisGraph:
                 self.unknown_ops.setdefault(op, uses)
         for graph in self.graphs:
             graph.batch = cast(Axis, resolve(graph.batch))  # one, where weights are as long as the batch
-        self._freeze_unseen()
+        self.only, self.unseen, self.could_be = settle(self)
 
     def assuming(self, rules: Mapping[str, Rule]) -> "AxisGraph":
         """The same graph analysed anew, with other rules for the operators of these names."""
@@ -175,35 +175,6 @@ class AxisGraph:
         for dims in listed(self.dims.get(node.name, ())):
             for dim in dims:
                 freeze(dim, "output of the model" if self.way == Way() else f"output of the model in {self.way}")
-
-    def _unread(self) -> list[str]:
-        """The weights that no graph reads."""
-        used = {g.weights[n.name] for g in self.graphs for n in g.graph.nodes if n.name in g.weights and n.users}
-        return [name for name in self.weights.values() if name not in used]
-
-    def _freeze_unseen(self) -> None:
-        """Only what this graph reads has a worth and a cost that are known; what no graph reads may meet any dimension
-        of its length."""
-        dims, unread = self.weight_dims(), self._unread()
-        for name in unread:
-            for dim in dims[name]:
-                freeze(dim, f"{name} is not used by what was traced")
-        read = {self.weights[n.name] for n in self.graph.nodes if n.name in self.weights and n.users}
-        seen = {axis for name in read for dim in dims[name] for axis in axes(dim)}
-        self.only: dict[str, list[str]] = {}  # way → weights that this graph does not read
-        for graph in self.others:
-            for name in (graph.weights[n.name] for n in graph.graph.nodes if n.name in graph.weights and n.users):
-                if name not in read:
-                    self.only.setdefault(str(graph.way), []).append(name)
-                for axis in (axis for dim in dims[name] for axis in axes(dim) if axis not in seen):
-                    axis.frozen = axis.frozen or f"only {graph.way} uses {name}: its worth and cost are not seen"
-        apart = {place for graph in self.graphs for place, name in graph.weights.items() if name in unread}
-        known = (dims for g in self.graphs for name, dims in g.dims.items() if name not in apart)
-        lengths = by_length(dim for dims in known for one in listed(dims) for dim in one)
-        self.unseen = [name for name in unread if name not in self.unused and self.tensor(name).ndim]
-        self.could_be = self.prunable_parameters()
-        for axis, name in may_meet(self.model, self.unseen, lengths, dims).items():
-            freeze(axis, f"may meet {name}, which is not used by what was traced")
 
     def _placeholder(self, node: fx.Node, shared: dict[str, Dims]) -> Dims:
         value = node.meta.get("val")

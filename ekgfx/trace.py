@@ -252,7 +252,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
             # Recurrent layers keep a list of their own parameters, and look at it anew in every forward.
-            warnings.filterwarnings("ignore", message=r"The tensor attributes? self\..*were assigned during export")
+            warnings.filterwarnings("ignore", message=r"The tensor attributes? self\..* assigned during export")
             yield
         sys.stderr.write(printed.getvalue())  # what the user's own forward says
     finally:

@@ -8,15 +8,69 @@ unseen `Sequential` hand to each other does not count.
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ekgfx.axes import Axis, Dims, Expr, axes
+from ekgfx.axes import Axis, Dims, Expr, axes, freeze
 from ekgfx.errors import TraceError
 
+if TYPE_CHECKING:
+    from ekgfx.graph import AxisGraph
+
 APART = "_ekgfx_apart"
+
+
+def unread(graphs: Iterable["AxisGraph"]) -> list[str]:
+    """The weights that none of the graphs of a model reads, by qualified name."""
+    graphs = list(graphs)
+    read = set().union(*map(_read, graphs))
+    return [name for name in graphs[0].weights.values() if name not in read]
+
+
+def _read(graph: "AxisGraph") -> dict[str, None]:
+    nodes = (node for node in graph.graph.nodes if node.name in graph.weights and node.users)
+    return dict.fromkeys(graph.weights[node.name] for node in nodes)
+
+
+def settle(graph: "AxisGraph") -> tuple[dict[str, list[str]], list[str], int]:
+    """Freeze what is not known of weights that a graph does not read, once the rules have spoken.
+
+    Only what the first graph reads has a worth and a cost that a search can see. What no graph reads may meet any
+    dimension of its length.
+
+    Returns:
+        way → weights that the graph of this way reads and the first one does not; weights that no graph reads (but for
+        those that are unused); how many parameters could be pruned if these held nothing back.
+    """
+    dims, here, never = graph.weight_dims(), _read(graph), unread(graph.graphs)
+    for name in never:
+        for dim in dims[name]:
+            freeze(dim, f"{name} is not used by what was traced")
+    only: dict[str, list[str]] = {}
+    seen = {axis for name in here for dim in dims[name] for axis in axes(dim)}
+    for other in graph.others:
+        for name in (name for name in _read(other) if name not in here):
+            only.setdefault(str(other.way), []).append(name)
+            for axis in (axis for dim in dims[name] for axis in axes(dim) if axis not in seen):
+                axis.frozen = axis.frozen or f"only {other.way} uses {name}: its worth and cost are not seen"
+    unseen = [name for name in never if name not in graph.unused and graph.tensor(name).ndim]
+    could_be = graph.prunable_parameters() if unseen else 0
+    for axis, name in may_meet(graph.model, unseen, _by_length(graph.graphs, never), dims).items() if unseen else ():
+        freeze(axis, f"may meet {name}, which is not used by what was traced")
+    return only, unseen, could_be
+
+
+def _by_length(graphs: Iterable["AxisGraph"], but: Collection[str]) -> dict[int, list[Expr]]:
+    """All dimensions of the graphs, but for some weights', by their length."""
+    found: dict[int, dict[int, Expr]] = {}
+    for graph in graphs:
+        for place, known in graph.dims.items():
+            for dims in [] if graph.weights.get(place) in but else known if isinstance(known, list) else [known]:
+                for dim in dims:
+                    found.setdefault(dim.size, {})[id(dim)] = dim
+    return {length: list(same.values()) for length, same in found.items()}
 
 
 def parts(model: nn.Module, unseen: Collection[str]) -> dict[str, list[str]]:
@@ -155,11 +209,3 @@ def notes(
 def _listed(names: Iterable[str], most: int = 5) -> str:
     first, rest = [*names][:most], [*names][most:]
     return ", ".join(first) + (f" and {len(rest)} more" if rest else "")
-
-
-def by_length(dims: Iterable[Expr]) -> dict[int, list[Expr]]:
-    """Dimensions by their length, each once."""
-    found: dict[int, dict[int, Expr]] = {}
-    for dim in dims:
-        found.setdefault(dim.size, {})[id(dim)] = dim
-    return {length: list(same.values()) for length, same in found.items()}

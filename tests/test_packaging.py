@@ -32,8 +32,8 @@ typed trust files
 run recipe target models weights data axes functional in_place channels_last
 rules
 leaf nodes source
-ways unseen
-graph observe
+ways
+graph unseen observe
 plan cost
 groups sliced obstacle segments
 trace

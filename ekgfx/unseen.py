@@ -55,11 +55,18 @@ def settle(graph: "AxisGraph") -> tuple[dict[str, list[str]], list[str], int]:
             only.setdefault(str(other.way), []).append(name)
             for axis in (axis for dim in dims[name] for axis in axes(dim) if axis not in seen):
                 axis.frozen = axis.frozen or f"only {other.way} uses {name}: its worth and cost are not seen"
-    unseen = [name for name in never if name not in graph.unused and graph.tensor(name).ndim]
+    unseen = [name for name in never if name not in graph.unused and _is_state(graph.model, name)]
     could_be = graph.prunable_parameters() if unseen else 0
     for axis, name in may_meet(graph.model, unseen, _by_length(graph.graphs, never), dims).items() if unseen else ():
         freeze(axis, f"may meet {name}, which is not used by what was traced")
     return only, unseen, could_be
+
+
+def _is_state(model: nn.Module, name: str) -> bool:
+    """Whether a weight is more than a counter, or a cache that the model fills itself."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    return bool(getattr(module, leaf).ndim) and leaf not in module._non_persistent_buffers_set
 
 
 def _by_length(graphs: Iterable["AxisGraph"], but: Collection[str]) -> dict[int, list[Expr]]:

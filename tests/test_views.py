@@ -2,8 +2,11 @@
 nobody shows. The oracle is the user's own Python with zeroed weights, in float64, in every one of these ways."""
 
 import copy
+import json
 import random
 import warnings
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import ekgfx
-from ekgfx.errors import EkgfxWarning, PruneError, TraceError
+from ekgfx.errors import EkgfxWarning, PlanError, PruneError, TraceError
 from ekgfx.verify import mask_tensor, perturb, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::ekgfx.errors.EkgfxWarning")
@@ -365,6 +368,40 @@ def test_verification_runs_training_mode(fails: bool, said: str) -> None:
     with pytest.raises(PruneError, match=said):
         ekgfx.prune(model, ekgfx.Plan({"b.0": (0, 1, 2)}), traced)
     ekgfx.prune(model, ekgfx.Plan({"b.0": (0, 1, 2)}), traced, verify=False)
+
+
+def test_a_model_that_is_cut_in_place_is_cut_alike() -> None:
+    model = ready(Auxiliary())
+    traced = ekgfx.trace(model, images())
+    plan = ekgfx.Plan({"a.0": (0, 2, 5), "b.0": (1, 2)})
+    apart = ekgfx.prune(model, plan, traced)
+    there = ekgfx.prune(model, plan, traced, inplace=True)
+    assert there is model
+    same(there, apart, images(3), training=True)
+
+
+def test_saved_models_know_what_was_unused_and_ask_for_the_calls(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, calls = ready(Optional()), [{"task": "depth"}, ("loss", images(), torch.zeros(2, 4, dtype=torch.float64))]
+    traced = ekgfx.trace(model, images(), also=calls, unused=["extra"])
+    plan = replace(ekgfx.Plan({"a.0": (0, 2)}, traced.groups.digest), **traced.options)
+    assert plan == ekgfx.Plan.from_json(plan.to_json())
+    assert (plan.unused, plan.also) == (("extra.weight", "extra.bias"), 2)
+    pruned = ekgfx.prune(model, plan, traced)
+    ekgfx.save(pruned, tmp_path / "run", plan=plan)
+    build = lambda: Optional().double()  # noqa: E731
+    with pytest.raises(PlanError, match=r"traced with 2 further calls, not 0: .*also="):
+        ekgfx.load(tmp_path / "run", build, (images(),))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EkgfxWarning)
+        loaded = ekgfx.load(tmp_path / "run", build, (images(),), also=calls)
+    same(loaded, pruned, images(3), task="depth")
+
+
+@pytest.mark.parametrize("wrong", [{"unused": "extra"}, {"also": -1}, {"also": [2]}])
+def test_a_malformed_plan_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match=f"malformed plan: {next(iter(wrong))}="):
+        ekgfx.Plan.from_json(json.dumps({"version": 1, "kept": {}, **wrong}))
 
 
 def test_mistakes_are_told() -> None:

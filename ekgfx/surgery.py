@@ -264,6 +264,8 @@ def _training_error(model: nn.Module, source: TracedModel) -> str | None:
     """What a step of training raises, if it does."""
     try:
         trains(model, source.way, *source.example)
+    except torch.OutOfMemoryError:
+        return None
     except Exception as error:  # noqa: BLE001  whatever the user's forward raises
         return f"{type(error).__name__}: {error}"
     return None

@@ -32,7 +32,7 @@ from ekgfx.obstacle import explained, unknown_sizes
 from ekgfx.plan import Plan
 from ekgfx.rules.registry import passing
 from ekgfx.sliced import SubNetwork
-from ekgfx.ways import Way
+from ekgfx.ways import Way, seeded
 
 
 class TracedModel(AxisGraph):
@@ -220,7 +220,7 @@ def _graph(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What an `AxisGraph` of the model in one of its ways is made from, after the model."""
     args, named = example
-    with way.entered(model):
+    with seeded(model), way.entered(model):
         try:
             leaves = record(model, names, args, named)
             with torch.no_grad(), as_operators(model, leaves), _quiet():

@@ -52,7 +52,8 @@ def settle(graph: "AxisGraph") -> tuple[dict[str, list[str]], list[str], int]:
     seen = {axis for name in here for dim in dims[name] for axis in axes(dim)}
     for other in graph.others:
         for name in (name for name in _read(other) if name not in here):
-            only.setdefault(str(other.way), []).append(name)
+            if not any(name in names for names in only.values()):
+                only.setdefault(str(other.way), []).append(name)
             for axis in (axis for dim in dims[name] for axis in axes(dim) if axis not in seen):
                 axis.frozen = axis.frozen or f"only {other.way} uses {name}: its worth and cost are not seen"
     unseen = [name for name in never if name not in graph.unused and _is_state(graph.model, name)]

@@ -42,19 +42,36 @@ class Way:
 @contextlib.contextmanager
 def _training_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
-    states = random.getstate(), *(numpy.random.get_state() for numpy in _numpy())
-    with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(0)
+    with seeded(model):
         model.train()
         try:
             yield
         finally:
             for module, mode in modes:
                 module.training = mode
-            random.setstate(states[0])
-            for numpy, state in zip(_numpy(), states[1:], strict=False):
+
+
+@contextlib.contextmanager
+def seeded(model: nn.Module) -> Iterator[None]:
+    """While this is open, random numbers are those of seed 0; the states of PyTorch's, NumPy's and Python's generators
+    come back after."""
+    devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
+    python, arrays = random.getstate(), [numpy.random.get_state() for numpy in _numpy()]
+    with torch.random.fork_rng(devices=list(devices)):
+        _seed()
+        torch.manual_seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            for numpy, state in zip(_numpy(), arrays, strict=False):
                 numpy.random.set_state(state)
+
+
+def _seed() -> None:
+    random.seed(0)
+    for numpy in _numpy():
+        numpy.random.seed(0)
 
 
 def _numpy() -> list[Any]:
@@ -72,9 +89,7 @@ def _as_forward(model: nn.Module, way: Way) -> Iterator[None]:
     @functools.wraps(method)
     def outermost(*args: Any, **kwargs: Any) -> Any:
         if way.training:
-            random.seed(0)
-            for numpy in _numpy():
-                numpy.random.seed(0)
+            _seed()
         back()
         try:
             return method(*args, **kwargs)

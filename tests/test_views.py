@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -213,6 +214,45 @@ def test_a_head_that_is_switched_off_was_not_seen() -> None:
     traced = ekgfx.trace(ready(Auxiliary(on=False)), images())
     assert list(traced.groups) == ["b.0"], "aux may read the 6 channels of a"
     assert "nothing that was traced uses aux" in traced.notes[0]
+
+
+class Keeping(Trunk):
+    """Its forward changes weights, buffers and attributes, and draws random numbers of all kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.last = 0, None
+        self.aux = nn.Linear(10, 4)
+        self.register_buffer("center", torch.zeros(10))
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.features(x).mean((2, 3))
+        self.seen, self.last = self.seen + 1, float(random.random())
+        if self.training:
+            with torch.no_grad():
+                self.aux.weight.copy_(functional.normalize(self.aux.weight, dim=1))
+            self.center = self.center * 0.9 + x.detach().mean(0) * 0.1
+            return self.head(functional.dropout(x)), self.aux(x - self.center)
+        return self.head(x)
+
+
+def test_looking_at_training_mode_changes_nothing() -> None:
+    model = ready(Keeping())
+    model.a.train()
+    state, numbers = (
+        copy.deepcopy(model.state_dict()),
+        (torch.get_rng_state(), random.getstate(), np.random.get_state()),
+    )
+    held = {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()}
+    traced = ekgfx.trace(model, images())
+    assert len(traced.graphs) == 2
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert held == {name: tensor.data_ptr() for name, tensor in model.state_dict(keep_vars=True).items()}
+    assert [module.training for module in (model, model.a, model.a[1], model.b)] == [False, True, True, False]
+    assert torch.equal(numbers[0], torch.get_rng_state())
+    assert numbers[1] == random.getstate()
+    assert np.array_equal(numbers[2][1], np.random.get_state()[1])
+    assert "forward" not in vars(model)
 
 
 def test_dropout_and_batch_norm_alone_ask_for_no_second_graph() -> None:

@@ -100,16 +100,21 @@ def correct(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int]) -> li
 
     Returns the choices that the old values leave open; each is set to its first value, a changed one.
     """
-    changes = _recomputed(graph, counts)
+    changes: dict[str, list[_Change]] = {}
+    wholes: dict[str, list[_Change]] = {}
+    for view in graph.graphs:
+        for found_in, into in ((_recomputed(view, counts), changes), (_wholes(view, counts), wholes)):
+            for name, found_there in found_in.items():
+                into.setdefault(name, []).extend(found_there)
     for name, module in root.named_modules():
         if isinstance(module, STANDARD):
             for change in changes.get(name, ()):
                 if change.argument in vars(module):
                     setattr(module, change.argument, tuple(change.new) if isinstance(change.new, list) else change.new)
             next(follow for layer, follow in LAYERS if isinstance(module, layer))(module)
-    _bare_norms(root, graph, counts)
-    owners = {operation.module for operation in graph.operations}
-    wholes = _wholes(graph, counts)
+    for view in graph.graphs:
+        _bare_norms(root, view, counts)
+    owners = {operation.module for view in graph.graphs for operation in view.operations}
     found: list[Choice] = []
     for name, module in root.named_modules():
         if not isinstance(module, STANDARD):

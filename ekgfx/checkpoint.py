@@ -5,7 +5,7 @@ source, pruned by the plan, and filled with the weights.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ekgfx.plan import Plan
 from ekgfx.run import FORMAT, MANIFEST, Run, check_format, read_manifest, verify
 from ekgfx.source import Built, Source
 from ekgfx.surgery import prune
+from ekgfx.trace import silently_traced
 from ekgfx.typed import read
 
 WEIGHTS = "model.safetensors"
@@ -56,7 +57,11 @@ def save(
 
 
 def load(
-    path: str | Path, model: Callable[[], Any] | None = None, example_inputs: tuple[Tensor, ...] | None = None
+    path: str | Path,
+    model: Callable[[], Any] | None = None,
+    example_inputs: tuple[Tensor, ...] | None = None,
+    *,
+    also: Sequence[Any] = (),
 ) -> nn.Module:
     """The pruned model saved in the folder `path`, in evaluation mode.
 
@@ -64,13 +69,14 @@ def load(
         path: a run, or what `save` wrote.
         model: builds the original (unpruned) model, or `(model, example_inputs)`; by default the recorded source does.
         example_inputs: inputs to trace the original with, where nothing else says them.
+        also: further calls, as in `trace`, where the plan was made with such.
 
     Raises:
         RunError: a file is missing, was changed or cut short, is of a newer format, or its weights do not fit.
         PlanError: the plan belongs to another model.
     """
     path = Path(path)
-    return _rebuild(path, _recorded(path) if model is None else _called(path, model, example_inputs)).model
+    return _rebuild(path, _recorded(path) if model is None else _called(path, model, example_inputs), also).model
 
 
 def load_run(path: Path) -> Built:
@@ -145,14 +151,20 @@ def load_tensors(model: nn.Module, path: Path) -> None:
         raise RunError(f"{path} does not hold the weights of this model: {' '.join(str(error).split())}") from error
 
 
-def _rebuild(path: Path, original: Built) -> Built:
+def _rebuild(path: Path, original: Built, also: Sequence[Any] = ()) -> Built:
     """The original, pruned by its ancestors' plans and the run's own, with the run's weights."""
     manifest, plan, weights = read_manifest(path), read_plan(path), verify(path, WEIGHTS)
     _check_metadata(weights, plan)
     model = original.model
+    if plan.also != len(also):
+        raise PlanError(
+            f"the plan of {path} was made of a model that was traced with {plan.also} further calls, not {len(also)}: "
+            "pass those of ekgfx.trace(…, also=[…]) as also="
+        )
     for step in [*map(Plan.from_json, manifest.get("ancestors", [])), plan]:
         try:
-            model = prune(model, step, example_inputs=original.example_inputs)
+            inputs, leaf, unused = original.example_inputs, step.leaf, step.unused
+            model = prune(model, step, silently_traced(model, inputs, leaf=leaf, also=also, unused=unused))
         except PlanError as error:
             raise PlanError(f"{path} was not made from this {type(original.model).__name__}: {error}") from error
     load_tensors(model, weights)

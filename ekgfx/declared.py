@@ -5,7 +5,7 @@ new head from them, and decoders are built on a backbone's `feature_info`. A dec
 of what the module takes or computes, and is found there by its old value, nearest to the module's end first.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -29,7 +29,16 @@ def attributes_of(model: nn.Module) -> Attributes:
 
 def declare(root: nn.Module, before: Attributes, graph: AxisGraph, counts: Mapping[Axis, int]) -> None:
     """Set the declared widths of a cut model in place; those that are no longer as `before` the cut are settled."""
-    frames = _frames(graph)
+    seen: set[str] = set()
+    for view in graph.graphs:
+        seen |= _declare(root, before, view, counts, seen)
+
+
+def _declare(
+    root: nn.Module, before: Attributes, graph: AxisGraph, counts: Mapping[Axis, int], but: Collection[str]
+) -> set[str]:
+    """The same for the modules (`but` for some) that run in one graph; returns their names."""
+    frames = {name: inside for name, inside in _frames(graph).items() if name not in but}
 
     def now(old: int, nodes: Iterable[fx.Node]) -> int:
         return next((count(dim, counts) for node in nodes for dim in _dims(graph, node) if dim.size == old), old)
@@ -51,6 +60,7 @@ def declare(root: nn.Module, before: Attributes, graph: AxisGraph, counts: Mappi
         for entry in _feature_info(module):
             place = f"{name}.{entry['module']}".lstrip(".")
             entry["num_chs"] = now(entry["num_chs"], reversed(frames.get(place, [])))
+    return set(frames)
 
 
 def _frames(graph: AxisGraph) -> dict[str, list[fx.Node]]:

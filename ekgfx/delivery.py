@@ -13,7 +13,7 @@ from ekgfx.recipe import Export, parse
 from ekgfx.run import Run
 from ekgfx.source import Built
 from ekgfx.target import PRECISIONS, Target
-from ekgfx.trace import trace
+from ekgfx.trace import silently_traced
 
 RESULT = "export.json"
 FILES = (RESULT, "model.onnx", "dense.onnx")
@@ -66,7 +66,8 @@ def layers_of(run: Run, built: Built, asked: Export, made: ExportReport, report:
     inputs, plan = real_inputs(run, built), checkpoint.read_plan(run.path)
     files = {network: run.path / name for network, name in made.files.items()}
     try:
-        found = break_down(trace(dense, inputs, leaf=plan.leaf), plan, files, inputs, target, runs=PROFILED)
+        traced = silently_traced(dense, inputs, leaf=plan.leaf, unused=plan.unused)
+        found = break_down(traced, plan, files, inputs, target, runs=PROFILED)
     except EkgfxError as error:  # the export itself is done
         report.note(f"layers not timed: {error}")
         return None

@@ -51,3 +51,7 @@ class ExportError(EkgfxError):
 
 class TeamError(EkgfxError):
     """Another process of a job that several share died."""
+
+
+class EkgfxWarning(UserWarning):
+    """Something that a user should know of: what was not seen, and what is done about it."""

@@ -6,12 +6,17 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
 
 # Higher-order operators that only wrap a nested graph: (position of the graph, position of its first input).
 WRAPPERS = {"wrap_with_autocast": (4, 5), "wrap_with_set_grad_enabled": (1, 2), "tag_activation_checkpoint": (0, 1)}
+BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
+BATCH_NORM_TRAINING = torch.ops.aten._native_batch_norm_legit_functional.default
 
 
-def functionalize(program: ExportedProgram, decompose: bool = False) -> tuple[fx.Graph, ExportedProgram, bool]:
+def functionalize(
+    program: ExportedProgram, decompose: bool = False, updates: bool = False
+) -> tuple[fx.Graph, ExportedProgram, bool]:
     """The program's graph with nested graphs inlined, in-place operators replaced, and dead nodes removed.
 
     An in-place operator on a tensor that nobody reads through another view afterwards is replaced by its functional
@@ -19,15 +24,21 @@ def functionalize(program: ExportedProgram, decompose: bool = False) -> tuple[fx
     functionalization is used (with `decompose`, in any case), which replaces some operators by others and may put the
     inputs in another order: the program that comes with the graph is the one whose signature describes them.
 
+    updates: what the model writes to its buffers, as in training, is functional as well: the new values (but for
+    counters and the running statistics of norms) stand before the model's own outputs, and the output node's meta has
+    them under "updates", with the buffers' placeholders.
+
     Returns:
         the graph, its program, and whether PyTorch's functionalization was used.
     """
     graph = _inlined(program.graph_module)
-    decompose = decompose or not _replace_in_place(graph)
+    decompose = decompose or not _replace_in_place(graph, updates)
     if decompose:
         program = program.run_decompositions({})
         graph = _inlined(program.graph_module)
         _replace_in_place(graph)
+        if updates:
+            _note_updates(graph, program)
     _canonical_batch_norm(graph)
     graph.eliminate_dead_code()
     graph.lint()
@@ -68,8 +79,10 @@ def _aliased_arguments(node: fx.Node, write: bool) -> list[fx.Node]:
     return found
 
 
-def _replace_in_place(graph: fx.Graph) -> bool:
-    """Replace in-place operators by functional ones; False if one of them is read through another view later."""
+def _replace_in_place(graph: fx.Graph, updates: bool = False) -> bool:
+    """Replace in-place operators by functional ones; False if one of them is read through another view later, or (but
+    for `updates`) writes to an input or a weight."""
+    written_inputs: dict[fx.Node, fx.Node] = {}  # input → its last value
     order = {node: i for i, node in enumerate(graph.nodes)}
     family: dict[fx.Node, set[fx.Node]] = {}
     for node in graph.nodes:
@@ -87,12 +100,41 @@ def _replace_in_place(graph: fx.Graph) -> bool:
         target = written[0]
         others = family[target] - {target, node}
         read_later = any(order[user] > order[node] for member in others for user in member.users if user is not node)
-        if functional is None or len(written) > 1 or target.op == "placeholder" or read_later:
+        root = next((n for n, last in written_inputs.items() if last is target), target)
+        outside = root.op == "placeholder"
+        if functional is None or len(written) > 1 or (outside and not updates) or read_later:
             return False
         node.target = functional
+        if outside:
+            written_inputs[root] = node
         for user in [user for user in target.users if order[user] > order[node]]:
             user.replace_input_with(target, node)
+    if written_inputs:
+        _output_first(graph, {value: weight for weight, value in written_inputs.items() if weight.meta["val"].ndim})
     return True
+
+
+def _output_first(graph: fx.Graph, updates: dict[fx.Node, fx.Node]) -> None:
+    """Let the graph return new values of buffers before its outputs. updates: new value → placeholder."""
+    (output,) = graph.find_nodes(op="output")
+    output.args = ((*updates, *output.args[0]),)
+    output.meta["updates"] = updates
+
+
+def _note_updates(graph: fx.Graph, program: ExportedProgram) -> None:
+    """The same for a graph that PyTorch made functional, which returns all new values of buffers."""
+    (output,) = graph.find_nodes(op="output")
+    signature = program.graph_signature
+    placeholders = graph.find_nodes(op="placeholder")
+    inputs = {spec.target: node for spec, node in zip(signature.input_specs, placeholders, strict=True)}
+    updates, outputs = {}, []
+    for spec, value in zip(signature.output_specs, output.args[0], strict=True):
+        if spec.kind is not OutputKind.BUFFER_MUTATION:
+            outputs.append(value)
+        elif value.meta["val"].ndim and getattr(value.args[0], "target", None) is not BATCH_NORM_TRAINING:
+            updates[value] = inputs[spec.target]
+    output.args = (tuple(outputs),)
+    _output_first(graph, updates)
 
 
 def functional_twin(op: OpOverload) -> OpOverload | None:
@@ -103,14 +145,13 @@ def functional_twin(op: OpOverload) -> OpOverload | None:
 
 
 def _canonical_batch_norm(graph: fx.Graph) -> None:
-    """`_native_batch_norm_legit_no_training(...)[0]` → `batch_norm(..., training=False)`."""
-    native = torch.ops.aten._native_batch_norm_legit_no_training.default
+    """`_native_batch_norm_legit_no_training(...)[0]` → `batch_norm(..., training=False)`, likewise in training."""
     for node in list(graph.nodes):
-        if node.target is not native:
+        if node.target not in (BATCH_NORM, BATCH_NORM_TRAINING):
             continue
-        x, weight, bias, mean, var, momentum, eps = node.args
+        x, weight, bias, mean, var, *training, momentum, eps = node.args
         with graph.inserting_before(node):
-            args = (x, weight, bias, mean, var, False, momentum, eps, True)
+            args = (x, weight, bias, mean, var, bool(training and training[0]), momentum, eps, True)
             norm = graph.call_function(torch.ops.aten.batch_norm.default, args)
         norm.meta = {**node.meta, "val": node.meta["val"][0]}
         for user in list(node.users):

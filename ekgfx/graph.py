@@ -7,7 +7,7 @@ import logging
 import operator
 import traceback
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, cast
@@ -18,7 +18,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
-from ekgfx.axes import Axis, Dims, axes, freeze, unify
+from ekgfx.axes import Axis, Dims, axes, freeze, resolve, unify
 from ekgfx.errors import RuleError, TraceError
 from ekgfx.functional import functionalize
 from ekgfx.in_place import overwritable, overwritable_with_gradients
@@ -26,6 +26,8 @@ from ekgfx.leaf import Leaves
 from ekgfx.nodes import bind, first_names, op_name, owner, rename_modules
 from ekgfx.rules import Call, Effect, Rule, lookup, unknown
 from ekgfx.rules.registry import TensorDims, ours
+from ekgfx.unseen import released, settle, unread
+from ekgfx.ways import Way
 
 GIVEN_SIZES = frozenset(
     (
@@ -90,7 +92,16 @@ class AxisGraph:
         unknown_ops: operators without a rule (or whose rule does not hold) → number of uses.
         uncounted_ops: operators that cost multiplications, but whose rule does not say how many → number of uses.
         failed_rules: those of them that have a rule → why it does not hold (its first failure).
+        way: how the model was run for this graph.
+        others: graphs of the same model run in other ways, over the same axes of its weights. What all of them say is
+            in the groups; costs, importances and sub-networks are of this graph.
+        unused: weights that no graph reads, and that nothing else does either, as the user says.
+        unseen: further weights that no graph reads; dimensions that may meet them stay.
+        could_be: what `prunable_parameters` would be if they did not.
+        only: way → weights that the graph of this way reads and this graph does not.
     """
+
+    others: tuple["AxisGraph", ...] = ()
 
     def __init__(
         self,
@@ -99,17 +110,23 @@ class AxisGraph:
         example: Example,
         leaves: Leaves | None = None,
         decompose: bool = False,
+        *,
+        way: Way = Way(),  # noqa: B008  frozen
+        others: Sequence["AxisGraph"] | None = (),
+        unused: Sequence[str] = (),
     ) -> None:
+        """others: None makes one of those graphs, which the first one starts."""
         self.model = model
         self.leaves = leaves or Leaves()
-        self.graph, program, self.decomposed = functionalize(program, decompose)
-        self.example = example
+        self.graph, program, self.decomposed = functionalize(program, decompose, way.training)
+        self.example, self.way = example, way
         self.in_spec = program.call_spec.in_spec
         self.out_spec = program.call_spec.out_spec
         self.weights: dict[str, str] = {}
         self.constants: dict[str, Tensor] = {}
         self.inputs: list[str] = []
         canonical = first_names(model.named_parameters(remove_duplicate=False))
+        canonical |= first_names(model.named_buffers(remove_duplicate=False))
         rename_modules(self.graph, first_names(model.named_modules(remove_duplicate=False)))
         # By position: a copied graph renames what is called as a Python builtin is (`forward(self, input)`).
         placeholders = (node.name for node in self.graph.nodes if node.op == "placeholder")
@@ -124,9 +141,45 @@ class AxisGraph:
                 case _:
                     raise TraceError(f"cannot analyse a model with a {spec.kind.name} input ({spec.target})")
         self.rules: Mapping[str, Rule] = {}
-        self._start()
+        self.unused: tuple[str, ...] = ()
+        if others is not None:
+            self.others = tuple(others)
+            self.unused = tuple(released(model, unused, unread(self.graphs)))
+            self._start()
+
+    @property
+    def graphs(self) -> tuple["AxisGraph", ...]:
+        """This graph and the others."""
+        return (self, *self.others)
 
     def _start(self) -> None:
+        shared: dict[str, Dims] = {}
+        for graph in self.graphs:
+            graph._propagate(shared)
+        for graph in self.others:
+            for op, uses in graph.unknown_ops.items():
+                self.unknown_ops.setdefault(op, uses)
+        for graph in self.graphs:
+            graph.batch = cast(Axis, resolve(graph.batch))  # one, where weights are as long as the batch
+        self.only, self.unseen, self.could_be = settle(self)
+
+    def assuming(self, rules: Mapping[str, Rule]) -> "AxisGraph":
+        """The same graph analysed anew, with other rules for the operators of these names."""
+        first, *others = (graph._blank(rules) for graph in self.graphs)
+        first.others, first.unused = tuple(others), self.unused
+        first._start()
+        return first
+
+    def _blank(self, rules: Mapping[str, Rule]) -> "AxisGraph":
+        other = object.__new__(AxisGraph)
+        for name in (*("model", "leaves", "graph", "example", "way"), *("in_spec", "out_spec", "weights", "constants")):
+            setattr(other, name, getattr(self, name))
+        other.inputs, other.rules = self.inputs, rules
+        return other
+
+    # -- the one pass of the rules over the graph ------------------------------------------------------------------
+
+    def _propagate(self, shared: dict[str, Dims]) -> None:
         self.unknown_ops: dict[str, int] = {}
         self.failed_rules: dict[str, str] = {}
         self.uncounted_ops: dict[str, int] = {}
@@ -135,21 +188,6 @@ class AxisGraph:
         self.batch = Axis(0, "batch", frozen="batch dimension", batch=True)
         self.dims: dict[str, Any] = {}  # Dims, or a list of them
         self.operations: list[Operation] = []
-        self._propagate()
-
-    def assuming(self, rules: Mapping[str, Rule]) -> "AxisGraph":
-        """The same graph analysed anew, with other rules for the operators of these names."""
-        other = object.__new__(AxisGraph)
-        for name in ("model", "leaves", "graph", "example", "in_spec", "out_spec", "weights", "constants", "inputs"):
-            setattr(other, name, getattr(self, name))
-        other.rules = rules
-        other._start()
-        return other
-
-    # -- the one pass of the rules over the graph ------------------------------------------------------------------
-
-    def _propagate(self) -> None:
-        shared: dict[str, Dims] = {}
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 self.dims[node.name] = self._placeholder(node, shared)
@@ -157,18 +195,16 @@ class AxisGraph:
                 self._operation(node)
             elif node.op == "output":
                 for out in node.all_input_nodes:
-                    for dims in listed(self.dims.get(out.name, ())):
-                        for dim in dims:
-                            freeze(dim, "output of the model")
-        self._freeze_unused()
+                    if out not in node.meta.get("updates", {}):
+                        self._output(out)
+                for value, buffer in node.meta.get("updates", {}).items():
+                    for old, new in zip(self.dims[buffer.name], self.dims[value.name], strict=True):
+                        unify(old, new, f"update of {self.weights.get(buffer.name, buffer.name)}")
 
-    def _freeze_unused(self) -> None:
-        """What the graph does not read is not understood: other uses (in training, say) may exist."""
-        used = {self.weights[n.name] for n in self.graph.nodes if n.name in self.weights and n.users}
-        for placeholder, name in self.weights.items():
-            if name not in used:
-                for dim in self.dims[placeholder]:
-                    freeze(dim, f"{name} is not used in evaluation mode")
+    def _output(self, node: fx.Node) -> None:
+        for dims in listed(self.dims.get(node.name, ())):
+            for dim in dims:
+                freeze(dim, "output of the model" if self.way == Way() else f"output of the model in {self.way}")
 
     def _placeholder(self, node: fx.Node, shared: dict[str, Dims]) -> Dims:
         value = node.meta.get("val")

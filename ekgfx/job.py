@@ -21,7 +21,7 @@ from ekgfx.run import Run
 from ekgfx.search import NEEDS_DATA, Step
 from ekgfx.search.effort import fitting_batch
 from ekgfx.source import Built
-from ekgfx.trace import TracedModel, trace
+from ekgfx.trace import TracedModel, silently_traced
 
 DENSE = "dense.safetensors"
 """The unpruned model's weights as the search works on them."""
@@ -120,7 +120,11 @@ class Job:
         """The unpruned model's graph; it reads the model's weights whenever a sub-network is made."""
         model = self.built.model
         self.report.stage("trace")
-        traced = trace(model, self.built.example_inputs, leaf=(*self.built.leaf, *self.recipe.leaf))
+        leaf = (*self.built.leaf, *self.recipe.leaf)
+        traced = silently_traced(model, self.built.example_inputs, leaf=leaf, unused=self.recipe.unused)
+        for note in traced.notes:
+            self.report.note(note)
+        self.run.update(notes=list(traced.notes))
         if traced.cost().macs < WORTH_A_THREAD:
             torch.set_num_threads(1)
         return traced

@@ -20,12 +20,16 @@ class Plan:
         structure: digest of the groups the plan was made for (`Groups.digest`); "" fits any model with such groups.
         rescale: pruned kernels keep the Frobenius norm of the uncut ones (the EKG authors' detail).
         leaf: names of the modules that ran as they are when the plan was made.
+        unused: names of the weights that were said to be unused then.
+        also: number of further calls that the model was traced with then.
     """
 
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     structure: str = ""
     rescale: bool = False
     leaf: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    also: int = 0
 
     def with_kept(self, name: str, indices: Iterable[int]) -> "Plan":
         """The same plan with other indices for one group."""
@@ -39,8 +43,11 @@ class Plan:
     def to_json(self) -> str:
         kept = {name: list(indices) for name, indices in sorted(self.kept.items())}
         data = {"version": VERSION, "structure": self.structure, "rescale": self.rescale, "kept": kept}
-        if self.leaf:
-            data["leaf"] = list(self.leaf)
+        for name in ("leaf", "unused"):
+            if getattr(self, name):
+                data[name] = list(getattr(self, name))
+        if self.also:
+            data["also"] = self.also
         return json.dumps(data, indent=1)
 
     @classmethod
@@ -66,7 +73,11 @@ class Plan:
         for name, indices in kept.items():
             if not isinstance(indices, list) or not all(type(i) is int for i in indices):
                 raise PlanError(f"malformed plan: the kept indices of {name!r} are not a list of integers")
-        leaf = data.get("leaf", [])
-        if not isinstance(leaf, list) or not all(isinstance(name, str) for name in leaf):
-            raise PlanError(f"malformed plan: leaf={leaf!r} is not a list of names")
-        return cls({name: tuple(indices) for name, indices in kept.items()}, structure, rescale, tuple(leaf))
+        leaf, unused, also = data.get("leaf", []), data.get("unused", []), data.get("also", 0)
+        for key, names in (("leaf", leaf), ("unused", unused)):
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise PlanError(f"malformed plan: {key}={names!r} is not a list of names")
+        if type(also) is not int or also < 0:
+            raise PlanError(f"malformed plan: also={also!r} is not a number of calls")
+        kept = {name: tuple(indices) for name, indices in kept.items()}
+        return cls(kept, structure, rescale, tuple(leaf), tuple(unused), also)

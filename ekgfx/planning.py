@@ -40,7 +40,7 @@ def smallest(traced: TracedModel, asked: Search, align: int, table: LayerTable |
     return Plan(
         {name: tuple(range(rule.minimum)) for name, rule in rules.items()},
         traced.groups.digest,
-        leaf=tuple(traced.leaves),
+        **traced.options,
     )
 
 

@@ -131,8 +131,9 @@ class Export:
 class Recipe:
     """Everything `ekgfx prune` needs to know. `ekgfx prune --help` says what the settings mean.
 
-    `leaf`: modules that run as they are, by name or glob. `data`: None takes `photos`, label-free. `pretrain`: training
-    of the model before it is pruned. `measured`: what this recipe gave, and where.
+    `leaf`: modules that run as they are, by name or glob. `unused`: parameters or modules that nothing uses, likewise.
+    `data`: None takes `photos`, label-free. `pretrain`: training of the model before it is pruned. `measured`: what
+    this recipe gave, and where.
     """
 
     model: str | None = None
@@ -142,6 +143,7 @@ class Recipe:
     input: str | None = None
     classes: int | None = None
     leaf: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     data: str | None = None
     seed: int = 0
     device: str = "auto"

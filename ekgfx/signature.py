@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 
 from ekgfx.errors import PruneError
 from ekgfx.graph import AxisGraph
-from ekgfx.leaf import evaluation_mode
 from ekgfx.nodes import callers
 from ekgfx.sliced import SubNetwork
+from ekgfx.ways import undisturbed
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def parts_of(graph: AxisGraph, paths: Sequence[str]) -> dict[str, Part | PruneEr
                 nodes[path].append(node)
     edges = {n.name for inside in nodes.values() for n in (*_outside(inside), *_results(inside))}
     args, kwargs = graph.example
-    with torch.no_grad():
+    with torch.no_grad(), graph.way.entered(graph.model), undisturbed(graph.model):
         _, values = SubNetwork(graph, {}).run(args, kwargs, edges)
     found: dict[str, Part | PruneError] = {}
     for path, inside in nodes.items():
@@ -72,7 +72,7 @@ def _calls(graph: AxisGraph, paths: Sequence[str]) -> dict[str, Call]:
     hooks = [graph.model.get_submodule(path).register_forward_hook(note(path), with_kwargs=True) for path in paths]
     args, kwargs = graph.example
     try:
-        with torch.no_grad(), evaluation_mode(graph.model):
+        with torch.no_grad(), graph.way.entered(graph.model), undisturbed(graph.model):
             graph.model(*args, **kwargs)
     finally:
         for hook in hooks:

@@ -13,6 +13,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -20,19 +21,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ekgfx import unseen
 from ekgfx.cost import Cost, Products, cost_of, evaluate, mac_table
-from ekgfx.errors import EkgfxError
+from ekgfx.errors import EkgfxError, EkgfxWarning, TraceError
 from ekgfx.graph import AxisGraph, Example
 from ekgfx.groups import Groups, find_groups
-from ekgfx.leaf import as_operators, evaluation_mode, find_leaves, record
+from ekgfx.leaf import as_operators, find_leaves, record
+from ekgfx.observe import observe
 from ekgfx.obstacle import explained, unknown_sizes
 from ekgfx.plan import Plan
 from ekgfx.rules.registry import passing
 from ekgfx.sliced import SubNetwork
+from ekgfx.ways import Way, seeded
 
 
 class TracedModel(AxisGraph):
-    """A traced model: its axis graph, and the questions that can be asked of it."""
+    """A traced model: its axis graphs, and the questions that can be asked of it.
+
+    notes: what a user should know of what was not seen, one sentence each.
+    trains: the model was seen to run in training mode.
+    """
+
+    notes: tuple[str, ...] = ()
+    trains: bool = False
 
     @cached_property
     def groups(self) -> Groups:
@@ -62,10 +73,18 @@ class TracedModel(AxisGraph):
                 total[operation.module] = total.get(operation.module, 0) + macs
         return total
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a plan must know of how the model was traced."""
+        also = len({graph.way.number for graph in self.others} - {0})
+        return {"leaf": tuple(self.leaves), "unused": self.unused, "also": also}
+
     def rebound(self, model: nn.Module) -> "TracedModel":
-        """The same graph over the weights of another module that was built the same way."""
+        """The same graphs over the weights of another module that was built the same way."""
         other = copy.copy(self)
-        other.model = model
+        other.model, other.others = model, tuple(map(copy.copy, self.others))
+        for graph in other.others:
+            graph.model = model
         return other
 
     @cached_property
@@ -83,8 +102,13 @@ def trace(
     kwargs: dict[str, Any] | None = None,
     *,
     leaf: Sequence[str | type[nn.Module]] = (),
+    also: Sequence[Any] = (),
+    unused: Sequence[str] = (),
 ) -> TracedModel:
-    """Trace a model in evaluation mode.
+    """Trace a model in evaluation mode, and in training mode where it calls other functions there.
+
+    What only the second one runs (an auxiliary head) is cut where the trunk is, and keeps its own channels. Weights
+    that neither reads stay whole with every dimension that may meet them; an `EkgfxWarning` names them.
 
     Args:
         model: any module that `torch.export` can follow; neither its weights nor its modes are changed.
@@ -93,29 +117,114 @@ def trace(
         kwargs: keyword arguments.
         leaf: modules that run as they are, by name, glob (`*` also matches dots) or class: their Python may depend on
             values. All positions of their inputs, outputs and parameters stay.
+        also: further calls that the pruned model must stand, each of them one of: a tensor or a tuple of positional
+            arguments; a dict of keyword arguments, with the example inputs; `(args, kwargs)`; the name of a method of
+            the model, alone (with the example inputs) or followed by its arguments: `("project", features)`.
+        unused: parameters or modules, by name or glob, that nothing uses: what was not seen of them holds nothing back.
 
     Raises:
-        TraceError: the model's forward cannot be turned into a graph; the message says where.
+        TraceError: the model's forward cannot be turned into a graph; the message says where. A call of `also` cannot,
+            or `unused` names what is used.
+
+    Example:
+        >>> traced = trace(model, images, also=[{"task": "depth"}, ("project", features)])
     """
+    traced = silently_traced(model, example_inputs, kwargs, leaf=leaf, also=also, unused=unused)
+    for note in traced.notes:
+        warnings.warn(note, EkgfxWarning, stacklevel=2)
+    return traced
+
+
+def silently_traced(
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    leaf: Sequence[str | type[nn.Module]] = (),
+    also: Sequence[Any] = (),
+    unused: Sequence[str] = (),
+) -> TracedModel:
+    """As `trace`, for those who say themselves what `notes` hold."""
     args = tuple(example_inputs) if not isinstance(example_inputs, Tensor) else (example_inputs,)
-    return _traced(model, _at_least_two((args, dict(kwargs or {}))), find_leaves(model, leaf))
+    example = _at_least_two((args, dict(kwargs or {})))
+    calls = [_further(model, entry, example, number) for number, entry in enumerate(also, 1)]
+    return _traced(model, [(Way(), example), *calls], find_leaves(model, leaf), unused)
 
 
 def retrace(model: nn.Module, source: TracedModel) -> TracedModel:
-    """Trace a model that was made from a traced one in the same way, so that their operators can be compared.
+    """Trace a model that was made from a traced one in the same ways, so that their operators can be compared.
 
     Raises:
         TraceError: as `trace`.
     """
-    again = _traced(model, source.example, list(source.leaves), source.decomposed)
-    if source.batch_assumed:
-        again.assume_batch()
+    first, *others = (
+        _graph(model, graph.way, graph.example, list(source.leaves), graph.decomposed) for graph in source.graphs
+    )
+    again = TracedModel(model, *first[0], way=source.way, others=[AxisGraph(model, *o[0], **o[1]) for o in others])
+    for new, old in zip(again.graphs, source.graphs, strict=True):
+        if old.batch_assumed:
+            new.assume_batch()
     return again
 
 
-def _traced(model: nn.Module, example: Example, names: list[str], decompose: bool = False) -> TracedModel:
+def _further(model: nn.Module, entry: Any, example: Example, number: int) -> tuple[Way, Example]:
+    """A further call as `trace` takes it: its way and its arguments."""
+    method = "forward"
+    if isinstance(entry, str):
+        entry = (entry, *example) if isinstance(example[0], tuple) else entry
+    if isinstance(entry, tuple | list) and entry and isinstance(entry[0], str):
+        method, *given = entry
+        if not callable(getattr(model, method, None)):
+            raise TraceError(f"also names {method!r}, which is no method of {type(model).__name__}")
+        entry = given[0] if len(given) == 1 else tuple(given)
+    if isinstance(entry, dict):
+        args, kwargs = example[0], {**example[1], **entry}
+    elif isinstance(entry, Tensor):
+        args, kwargs = (entry,), {}
+    elif isinstance(entry, tuple | list) and len(entry) == 2 and isinstance(entry[1], dict):
+        args, kwargs = (tuple(entry[0]) if isinstance(entry[0], tuple | list) else (entry[0],)), entry[1]
+    elif isinstance(entry, tuple | list):
+        args, kwargs = tuple(entry), {}
+    else:
+        raise TraceError(
+            f"also takes tensors, tuples of arguments, dicts of keyword arguments, names of methods, not {entry!r:.80}"
+        )
+    return Way(method, number=number), _at_least_two((args, dict(kwargs)))
+
+
+def _traced(
+    model: nn.Module, calls: Sequence[tuple[Way, Example]], names: list[str], unused: Sequence[str]
+) -> TracedModel:
+    """The model in each of the ways, and in training mode where that is another one."""
+    made: list[Any] = []
+    notes: list[str] = []
+    trains = False
+    for way, example in calls:
+        made.append(_graph(model, way, example, names))
+        training = replace(way, training=True)
+        there, here = observe(model, training, *example), observe(model, way, *example)
+        trains |= way == Way() and there.error is None
+        if there.error is not None:
+            notes.append(f"{training} was not traced: {_short(there.error)}")
+        elif not there.same(here):
+            try:
+                made.append(_graph(model, training, example, names))
+            except TraceError as error:
+                notes.append(f"{training} was not traced: {error}")
+    (first, how), *others = made
+    graphs = [AxisGraph(model, *given, **options) for given, options in others]
+    traced = TracedModel(model, *first, way=how["way"], others=graphs, unused=unused)
+    said = unseen.notes(model, traced.only, traced.unseen, traced.prunable_parameters(), traced.could_be)
+    traced.notes, traced.trains = (*notes, *said), trains
+    return traced
+
+
+def _graph(
+    model: nn.Module, way: Way, example: Example, names: list[str], decompose: bool = False
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What an `AxisGraph` of the model in one of its ways is made from, after the model."""
     args, named = example
-    with evaluation_mode(model):
+    with seeded(model), way.entered(model):
         try:
             leaves = record(model, names, args, named)
             with torch.no_grad(), as_operators(model, leaves), _quiet():
@@ -127,7 +236,7 @@ def _traced(model: nn.Module, example: Example, names: list[str], decompose: boo
         problem = unknown_sizes(model, program)
         if problem is not None:
             raise problem
-        return TracedModel(model, program, example, leaves, decompose)
+    return (program, example, leaves, decompose), {"way": way, "others": None}
 
 
 @contextlib.contextmanager
@@ -147,12 +256,16 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
             # Recurrent layers keep a list of their own parameters, and look at it anew in every forward.
-            warnings.filterwarnings("ignore", message=r"The tensor attributes? self\..*were assigned during export")
+            warnings.filterwarnings("ignore", message=r"The tensor attributes? self\..* assigned during export")
             yield
         sys.stderr.write(printed.getvalue())  # what the user's own forward says
     finally:
         for handler in handlers:
             handler.removeFilter(passes)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _at_least_two(example: Example) -> Example:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -13,11 +13,11 @@ from torch.utils import _pytree as pytree
 from ekgfx.axes import ONE, Axis, Dims, Expr, Prod, Sum, axes, count, resolve
 from ekgfx.errors import PruneError
 from ekgfx.graph import AxisGraph, Operation
-from ekgfx.leaf import evaluation_mode
 from ekgfx.plan import Plan
 from ekgfx.rules.registry import is_dims
 from ekgfx.sliced import GraphRunner, SubNetwork, resize
 from ekgfx.trace import TracedModel
+from ekgfx.ways import Way, undisturbed
 
 TINY = torch.finfo(torch.float32).tiny
 # Copies that PyTorch leaves out where a narrower tensor happens to be contiguous already.
@@ -149,9 +149,13 @@ class Difference:
     module: str
     predicted: tuple[int, ...]
     actual: tuple[int, ...]
+    way: Way = Way()  # noqa: RUF009  frozen
 
     def __str__(self) -> str:
-        return f"{self.node} in {self.module or 'the model'}: predicted shape {self.predicted}, found {self.actual}"
+        way = "" if self.way == Way() else f" ({self.way})"
+        return (
+            f"{self.node} in {self.module or 'the model'}{way}: predicted shape {self.predicted}, found {self.actual}"
+        )
 
 
 def predicted_shapes(graph: AxisGraph, counts: Mapping[Axis, int]) -> dict[str, tuple[int, ...]]:
@@ -164,23 +168,30 @@ def predicted_shapes(graph: AxisGraph, counts: Mapping[Axis, int]) -> dict[str, 
 
 
 def compare_shapes(traced: TracedModel, plan: Plan, again: TracedModel) -> Difference | None:
-    """Compare the predicted shape of every operator with the one found when the pruned model was traced again.
+    """Compare the predicted shape of every operator with the one found when the pruned model was traced again, in every
+    way in which it was traced.
 
     Raises:
         PruneError: the pruned model runs other operators than the original did.
     """
     kept = {axis: len(index) for axis, index in traced.groups.kept(plan).items()}
-    predicted = predicted_shapes(traced, kept)
+    pairs = zip(traced.graphs, again.graphs, strict=True)
+    return next(filter(None, (_compare_shapes(before, kept, after) for before, after in pairs)), None)
+
+
+def _compare_shapes(graph: AxisGraph, kept: Mapping[Axis, int], again: AxisGraph) -> Difference | None:
+    predicted = predicted_shapes(graph, kept)
     actual = predicted_shapes(again, {})
-    old, new = ([op for op in graph.operations if str(op.target) not in LAYOUT_ONLY] for graph in (traced, again))
+    old, new = ([op for op in g.operations if str(op.target) not in LAYOUT_ONLY] for g in (graph, again))
     if [op.target for op in old] != [op.target for op in new]:
         where = next((a for a, b in zip(old, new, strict=False) if a.target != b.target), (old or new)[-1])
         raise PruneError(
             f"the pruned model runs other operators than the original, from {where.name} in {where.module} on"
+            + ("" if graph.way == Way() else f" ({graph.way})")
         )
     for before, after in zip(old, new, strict=True):
         if predicted[before.name] != actual[after.name]:
-            return Difference(before.name, before.module, predicted[before.name], actual[after.name])
+            return Difference(before.name, before.module, predicted[before.name], actual[after.name], graph.way)
     return None
 
 
@@ -192,9 +203,24 @@ def check_pruned(
 
 
 def compare_outputs(pruned: nn.Module, network: SubNetwork, args: tuple, kwargs: Mapping[str, Any]) -> float:
-    """Relative error between a module in evaluation mode and a sub-network."""
-    with torch.no_grad(), evaluation_mode(pruned):
-        return relative_error(pruned(*args, **kwargs), network(*args, **kwargs))
+    """Relative error between a module and a sub-network, both run in the way of the latter's graph."""
+    way = network.graph.way
+    if not way.training:
+        with torch.no_grad(), way.entered(pruned):
+            return relative_error(pruned(*args, **kwargs), network(*args, **kwargs))
+    with torch.no_grad(), way.entered(pruned), undisturbed(pruned):
+        output = pytree.tree_map_only(Tensor, torch.clone, pruned(*args, **kwargs))
+    with torch.no_grad(), way.entered(pruned), undisturbed(pruned):  # again, for the same random numbers
+        return relative_error(output, network(*args, **kwargs))
+
+
+def trains(pruned: nn.Module, way: Way, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Run a module forward and backward in training mode; nothing of it is changed. Raises what it raises."""
+    parameters = [parameter for parameter in pruned.parameters() if parameter.requires_grad]
+    with torch.enable_grad(), replace(way, training=True).entered(pruned), undisturbed(pruned):
+        outputs = [t for t in pytree.tree_leaves(pruned(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+        if outputs and parameters:
+            torch.autograd.grad([t.abs().sum() for t in outputs], parameters, allow_unused=True)
 
 
 def perturb(model: nn.Module, seed: int = 0) -> None:

@@ -32,7 +32,8 @@ typed trust files
 run recipe target models weights data axes functional channels_last
 rules
 leaf nodes source in_place
-graph
+ways
+graph unseen observe
 plan cost
 groups sliced obstacle segments
 trace

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 )
 @click.option("--classes", type=int, help="Number of classes to build the model with.")
 @click.option("--leaf", metavar="GLOB", multiple=True, help="Modules that run as they are, whole; repeatable.")
+@click.option("--unused", metavar="GLOB", multiple=True, help="Parameters or modules that nothing uses; repeatable.")
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Also draw the graph, coloured by group.")
 def groups(
     model: str,
@@ -28,6 +29,7 @@ def groups(
     input: str | None,
     classes: int | None,
     leaf: tuple[str, ...],
+    unused: tuple[str, ...],
     svg: Path | None,
 ) -> None:
     """Show the coupled channel groups of MODEL.
@@ -35,11 +37,11 @@ def groups(
     MODEL is timm:NAME, package.module:factory, path/file.py:factory or a run directory. Weights don't matter here and
     are not fetched.
     """
-    import ekgfx
     from ekgfx import source
+    from ekgfx.trace import silently_traced
 
     built = source.parse(model, "none", input, classes).build()
-    traced = ekgfx.trace(built.model, built.example_inputs, leaf=(*built.leaf, *leaf))
+    traced = silently_traced(built.model, built.example_inputs, leaf=(*built.leaf, *leaf), unused=unused)
     if svg is not None:
         from ekgfx.report import drawing
 
@@ -76,6 +78,7 @@ def _facts(model: str, traced: "TracedModel") -> dict[str, Any]:
         },
         "uncounted_ops": traced.uncounted_ops,
         "leaf": list(traced.leaves),
+        "notes": list(traced.notes),
     }
 
 
@@ -116,6 +119,8 @@ def _show(model: str, traced: "TracedModel", why: bool) -> None:
         )
     for name in traced.leaves:
         out.print(f"{name} is a leaf: it runs as it is, and what touches it stays whole")
+    for note in traced.notes:
+        out.print(note)
     if why:
         out.print()
         out.print(

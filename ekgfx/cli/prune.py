@@ -40,6 +40,7 @@ from ekgfx.run import Run, fresh_path
 @setting("input", "--input", metavar="SHAPE", help="Shape of the example input, such as 1x3x32x32 (comma: several).")
 @setting("classes", "--classes", help="Number of classes to build the model with.")
 @setting("leaf", "--leaf", metavar="GLOB", help="Modules without a graph, which run as they are, whole; repeatable.")
+@setting("unused", "--unused", metavar="GLOB", help="Parameters or modules that nothing uses; repeatable.")
 @setting("search.strategy", "--search", help="How widths are found.")
 @setting("search.importance", "--importance", help="Which channels go first.")
 @setting("search.knowledge", "--knowledge", help="What the search's reward compares with.")
@@ -176,13 +177,16 @@ def absolute(spec: str | None) -> str | None:
 
 def _preview(asked: Recipe) -> None:
     """What --dry-run says: every group with the fewest channels it may come down to, and how far the budget is."""
-    import ekgfx
     from ekgfx import source, timing
     from ekgfx.cli.render import change, human, out, table
     from ekgfx.planning import smallest
+    from ekgfx.trace import silently_traced
 
     built = source.parse(asked.model or "", "none", asked.input, asked.classes).build()
-    traced = ekgfx.trace(built.model, built.example_inputs, leaf=(*built.leaf, *asked.leaf))
+    leaf = (*built.leaf, *asked.leaf)
+    traced = silently_traced(built.model, built.example_inputs, leaf=leaf, unused=asked.unused)
+    for note in traced.notes:
+        out.print(note)
     table_here = timing.known_table(asked.search, traced) if asked.search.latency is not None else None
     if asked.search.latency is not None and table_here is None:
         out.print(f"the layers would be timed on {asked.search.target} first; how far the budget can go is known then")

@@ -102,7 +102,7 @@ class Problem:
     def full(self) -> Plan:
         """Θ₀ as a plan."""
         traced = self.traced
-        return Plan(structure=traced.groups.digest, rescale=self.rescale, leaf=tuple(traced.leaves))
+        return Plan(structure=traced.groups.digest, rescale=self.rescale, **traced.options)
 
     def kept(self, plan: Plan, group: str) -> tuple[int, ...]:
         """The channels that `group` keeps under a plan."""

@@ -28,6 +28,7 @@ from ekgfx.leaf import as_operators, evaluation_mode, find_leaves, record
 from ekgfx.obstacle import explained, unknown_sizes
 from ekgfx.plan import Plan
 from ekgfx.rules.registry import passing
+from ekgfx.sizes import assume_batch, settle
 from ekgfx.sliced import SubNetwork
 
 
@@ -98,7 +99,9 @@ def trace(
         TraceError: the model's forward cannot be turned into a graph; the message says where.
     """
     args = tuple(example_inputs) if not isinstance(example_inputs, Tensor) else (example_inputs,)
-    return _traced(model, _at_least_two((args, dict(kwargs or {}))), find_leaves(model, leaf))
+    traced = _traced(model, _at_least_two((args, dict(kwargs or {}))), find_leaves(model, leaf))
+    settle(traced, lambda: SubNetwork(traced, {}))
+    return traced
 
 
 def retrace(model: nn.Module, source: TracedModel) -> TracedModel:
@@ -109,7 +112,7 @@ def retrace(model: nn.Module, source: TracedModel) -> TracedModel:
     """
     again = _traced(model, source.example, list(source.leaves), source.decomposed)
     if source.batch_assumed:
-        again.assume_batch()
+        assume_batch(again)
     return again
 
 

@@ -33,7 +33,7 @@ run recipe target models weights data axes functional channels_last
 rules
 leaf nodes source in_place
 graph
-plan cost
+plan cost sizes
 groups sliced obstacle segments
 trace
 loss verify signature graphed declared attributes

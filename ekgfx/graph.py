@@ -3,13 +3,11 @@
 Every operator's arguments are bound to their schema names, and the rules are run over the graph once.
 """
 
-import logging
 import operator
-import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -19,37 +17,16 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry
 
 from ekgfx.axes import Axis, Dims, axes, freeze, resolve, unify
-from ekgfx.errors import RuleError, TraceError
+from ekgfx.errors import TraceError
 from ekgfx.functional import functionalize
 from ekgfx.in_place import overwritable, overwritable_with_gradients
 from ekgfx.leaf import Leaves
 from ekgfx.nodes import bind, first_names, op_name, owner, rename_modules
 from ekgfx.rules import Call, Effect, Rule, lookup, unknown
+from ekgfx.rules.applied import applied
 from ekgfx.rules.registry import TensorDims, ours
 from ekgfx.unseen import released, settle, unread
 from ekgfx.ways import Way
-
-GIVEN_SIZES = frozenset(
-    (
-        *(
-            "zeros",
-            "ones",
-            "empty",
-            "full",
-            "new_zeros",
-            "new_ones",
-            "new_empty",
-            "new_full",
-            "arange",
-            "linspace",
-            "eye",
-        ),
-        *("rand", "randn", "randint", "randperm", "normal", "expand", "repeat", "tile", "repeat_interleave"),
-    )
-)
-"""Operators that make dimensions of sizes that the program gives as numbers."""
-
-log = logging.getLogger("ekgfx")
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a model
 
@@ -254,24 +231,14 @@ class AxisGraph:
         Raises:
             RuleError: a rule that does not come with ekgfx failed by anything but a RuleError of its own.
         """
-        failure = None
-        if rule is not None:
-            try:
-                return _agreeing(call, rule(call))
-            except RuleError as error:
-                failure = f"the rule does not hold here, {error}"
-            except Exception as error:
-                place = _line(rule, error)
-                if not ours(rule):  # its author reads this, and can mend it
-                    raise RuleError(f"the rule of {call.label} failed at {place}: {_said(error)}") from error
-                failure = f"the rule failed at {place}, {_said(error)}"
+        said = applied(call, rule) if rule is not None else None
+        if isinstance(said, Effect):
+            return said
         self.unknown_ops[call.op] = self.unknown_ops.get(call.op, 0) + 1
-        if failure is None:
+        if said is None:
             return unknown(call)
-        if call.op not in self.failed_rules:
-            self.failed_rules[call.op] = failure
-            _tell(call.label, failure)
-        return unknown(call, failure)
+        self.failed_rules.setdefault(call.op, said)
+        return unknown(call, said)
 
     def _multiplies(self, node: fx.Node, rule: Rule, effect: Effect) -> bool:
         """Whether an operator is one that multiplies and adds up: by its rule, by PyTorch's own counter, or (for a rule
@@ -303,39 +270,6 @@ class AxisGraph:
         """Leading size shared by all tensor inputs; 0 if they share none (then no dimension counts as the batch)."""
         sizes = {t.shape[0] if t.ndim else 0 for t in pytree.tree_leaves(self.example) if isinstance(t, Tensor)}
         return sizes.pop() if len(sizes) == 1 else 0
-
-    def assume_batch(self) -> bool:
-        """Take all sizes for the batch's that the program gave as a number equal to it, and that met nothing else: one
-        row of a table, a tensor of zeros, a copy for each sample. Whether there were any.
-        """
-        others = [*self.weights, *self.constants, *self.inputs]
-        known = {axis for name in others for dim in self.dims[name] for axis in axes(dim)} | {self.batch}
-        found = {
-            axis
-            for operation in self.operations
-            if op_name(operation.target).split(".")[1:2][0] in GIVEN_SIZES
-            for dims in listed(operation.effect.out)
-            for dim in dims
-            for axis in axes(dim)
-            if axis.frozen and axis.size == self.batch.size and axis not in known
-        }
-        self.batch_assumed = self.batch.size > 1 and bool(found)
-        for axis in found if self.batch_assumed else ():
-            unify(axis, self.batch)
-        return self.batch_assumed
-
-    def batch_ends_at(self) -> str | None:
-        """The first operator that reads the batch and has an output without it, by name and module."""
-
-        def has(dims: Dims) -> bool:
-            return any(axis.batch for dim in dims for axis in axes(dim))
-
-        for operation in self.operations:
-            read = [d for n in operation.node.all_input_nodes for d in listed(self.dims.get(n.name, ()))]
-            if any(map(has, read)) and not any(map(has, listed(operation.effect.out))):
-                where = operation.module
-                return op_name(operation.target) + (f" in {where}" if where else "")
-        return None
 
     def tensor(self, name: str) -> Tensor:
         """The model's current parameter or buffer of that qualified name."""
@@ -411,41 +345,6 @@ def _read(node: fx.Node) -> frozenset[int]:
         return frozenset({0})
     apart = all(user.target is operator.getitem for user in node.users) and all(isinstance(v, Tensor) for v in values)
     return frozenset(cast(int, user.args[1]) for user in node.users) if apart else frozenset(range(len(values)))
-
-
-def _agreeing(call: Call, effect: Effect) -> Effect:
-    """The effect, if its outputs have the traced shapes.
-
-    Outputs that nothing reads don't count: torch 2.11 traces an LSTM's final states with a wrong shape.
-
-    Raises:
-        RuleError: they don't.
-    """
-    outs = listed(effect.out)
-    if len(outs) != len(call.shapes):
-        raise RuleError(f"it says {len(outs)} outputs, the operator has {len(call.shapes)}")
-    for i, (dims, shape) in enumerate(zip(outs, call.shapes, strict=True)):
-        said = tuple(dim.size for dim in dims)
-        if i in call.read and said != shape:
-            raise RuleError(f"it says an output of shape {said}, the operator's has {shape}")
-    return effect
-
-
-def _line(rule: Rule, error: Exception) -> str:
-    """The rule's own line, as file:line, at which an exception arose."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if f.filename == getattr(getattr(rule, "__code__", None), "co_filename", None)]
-    return "{0.filename}:{0.lineno}".format((own or frames)[-1])
-
-
-@cache
-def _tell(label: str, failure: str) -> None:
-    """Says once in a process that a rule failed."""
-    log.warning("%s: %s; what touches it stays whole", label, failure)
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def listed(dims: Dims | list[Dims]) -> list[Dims]:

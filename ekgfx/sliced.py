@@ -19,6 +19,7 @@ from ekgfx.channels_last import batch_norm
 from ekgfx.errors import PlanError
 from ekgfx.graph import AxisGraph, Operation
 from ekgfx.in_place import in_place_twin
+from ekgfx.sizes import check_shapes
 
 BATCH_NORM = torch.ops.aten.batch_norm.default
 VIEW = torch.ops.aten.view.default
@@ -120,7 +121,7 @@ class GraphRunner:
         Raises:
             PlanError: they don't have the traced structure, or the graph does not hold for their shapes.
         """
-        check_shapes(self.graph, args, kwargs)
+        check_shapes(self.graph, args, kwargs, lambda: SubNetwork(self.graph, {}))
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if len(leaves) != len(self.graph.inputs):
             raise PlanError(
@@ -215,76 +216,6 @@ class SubNetwork(GraphRunner):
         if spare and (result := overwritten(operation, args)) is not None:
             return result
         return self.call(operation, args)
-
-
-ROUNDING = 1e-2
-"""Relative to the largest value: what a graph may differ by from its model, in single precision and below."""
-
-
-def check_shapes(graph: AxisGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """The first time that inputs come whose shapes are not the example's, compare the whole graph with the model.
-
-    A number in the graph may be one of the example's sizes, though its rule does not know: the graph would then give
-    other values, or those of too few samples. Where numbers that nothing tells apart from the example's batch are in
-    fact the batch's, they are so from now on. Batch sizes are looked at once, other sizes each time that they are new.
-
-    Raises:
-        PlanError: the graph computes something else than the model.
-    """
-    shapes = [tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    example = [tuple(t.shape) for t in pytree.tree_leaves(graph.example) if isinstance(t, Tensor)]
-    if shapes == example or len(shapes) != len(example):
-        return
-    same = graph.batch.size and all(a[1:] == b[1:] for a, b in zip(shapes, example, strict=True))
-    known = "another batch" if same else str([shape[1:] if graph.batch.size else shape for shape in shapes])
-    if known in graph.checked_shapes:
-        return
-    graph.checked_shapes.add(known)
-    problem = _problem(graph, args, kwargs)
-    if problem is not None and graph.assume_batch():
-        problem = _problem(graph, args, kwargs) and problem
-    if problem is None:
-        return
-    graph.checked_shapes.discard(known)
-    lost = graph.batch_ends_at() if same else None
-    raise PlanError(
-        f"the graph of {type(graph.model).__name__}, traced on inputs of {_said(example)}, does not hold for "
-        f"{_said(shapes)}: {problem}{f'; the batch ends at {lost}' if lost else ''}; trace it with an example of "
-        "the size that all batches have, or let its forward take sizes from the shapes of its tensors"
-    )
-
-
-def _problem(graph: AxisGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """What the whole graph computes otherwise than its model in evaluation mode, None where nothing."""
-    device = next(graph.model.parameters(), torch.empty(0)).device
-    devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices), leaf.evaluation_mode(graph.model):
-        expected = graph.model(*args, **kwargs)
-        try:
-            problem = _difference(SubNetwork(graph, {})(*args, **kwargs), expected)
-        except (RuntimeError, IndexError) as error:  # a number of the example, somewhere in the graph
-            return str(error).partition("\n")[0]
-        if problem is not None and "shape" not in problem and _difference(graph.model(*args, **kwargs), expected):
-            return None  # the model itself draws values at random
-        return problem
-
-
-def _said(shapes: list[tuple[int, ...]]) -> str:
-    return " and ".join("×".join(map(str, shape)) or "a number" for shape in shapes)
-
-
-def _difference(found: Any, expected: Any) -> str | None:
-    """What two outputs differ in, beyond rounding."""
-    pairs = list(zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=False))
-    for a, b in pairs:
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            if a.shape != b.shape:
-                return f"its output has the shape {tuple(a.shape)}, the model's has {tuple(b.shape)}"
-            if a.is_floating_point() and a.numel():
-                difference, size = (a - b).abs().nan_to_num(), b.abs().nan_to_num(0, 0, 0).max()
-                if difference.max() > ROUNDING * size and size > 0:
-                    return f"its values differ by {difference.max().item():.1e}, of {size.item():.1e}"
-    return None
 
 
 def overwritten(operation: Operation, args: Mapping[str, Any]) -> Tensor | None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ekgfx import unseen
+from ekgfx import sizes, unseen
 from ekgfx.cost import Cost, Products, cost_of, evaluate, mac_table
 from ekgfx.errors import EkgfxError, EkgfxWarning, TraceError
 from ekgfx.graph import AxisGraph, Example
@@ -148,7 +148,9 @@ def silently_traced(
     args = tuple(example_inputs) if not isinstance(example_inputs, Tensor) else (example_inputs,)
     example = _at_least_two((args, dict(kwargs or {})))
     calls = [_further(model, entry, example, number) for number, entry in enumerate(also, 1)]
-    return _traced(model, [(Way(), example), *calls], find_leaves(model, leaf), unused)
+    traced = _traced(model, [(Way(), example), *calls], find_leaves(model, leaf), unused)
+    sizes.settle(traced, lambda: SubNetwork(traced, {}))
+    return traced
 
 
 def retrace(model: nn.Module, source: TracedModel) -> TracedModel:
@@ -163,7 +165,7 @@ def retrace(model: nn.Module, source: TracedModel) -> TracedModel:
     again = TracedModel(model, *first[0], way=source.way, others=[AxisGraph(model, *o[0], **o[1]) for o in others])
     for new, old in zip(again.graphs, source.graphs, strict=True):
         if old.batch_assumed:
-            new.assume_batch()
+            sizes.assume_batch(new)
     return again
 
 

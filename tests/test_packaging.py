@@ -34,7 +34,7 @@ rules
 leaf nodes source in_place
 ways
 graph unseen observe
-plan cost
+plan cost sizes
 groups sliced obstacle segments
 trace
 mixing norms

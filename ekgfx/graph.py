@@ -24,6 +24,7 @@ from ekgfx.leaf import Leaves
 from ekgfx.nodes import bind, first_names, op_name, owner, rename_modules
 from ekgfx.rules import Call, Effect, Rule, lookup, unknown
 from ekgfx.rules.registry import TensorDims
+from ekgfx.untouched import State
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a model
 
@@ -63,6 +64,7 @@ class AxisGraph:
         inputs: placeholder names of the user's inputs, in order.
         decomposed: PyTorch made the graph functional, so some operators are others than those that the model calls.
         leaves: the modules that run as they are, with their calls.
+        state: what modules held beside weights when they were traced (caches, integers).
         unknown_ops: operators without a rule (or whose rule does not hold) → number of uses.
     """
 
@@ -73,8 +75,10 @@ class AxisGraph:
         example: Example,
         leaves: Leaves | None = None,
         decompose: bool = False,
+        state: State | None = None,
     ) -> None:
         self.model = model
+        self.state = state or {}
         self.leaves = leaves or Leaves()
         self.graph, program, self.decomposed = functionalize(program, decompose)
         self.example = example

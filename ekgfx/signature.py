@@ -17,6 +17,7 @@ from ekgfx.graph import AxisGraph
 from ekgfx.leaf import evaluation_mode
 from ekgfx.nodes import callers
 from ekgfx.sliced import SubNetwork
+from ekgfx.untouched import untouched
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any], Any]
 def parts_of(graph: AxisGraph, paths: Sequence[str]) -> dict[str, Part | PruneError]:
     """Path → what the module does, from one run of the model and one of the graph on the example's inputs; or why that
     cannot be said: it is (in) a leaf, is called more than once or never, or takes or returns no values of the graph."""
-    calls = _calls(graph, paths)
+    with untouched(graph.model):
+        calls = _calls(graph, paths)
     nodes: dict[str, list[fx.Node]] = {path: [] for path in paths}
     for node in graph.graph.nodes:
         if node.op == "call_function":

@@ -1,6 +1,5 @@
 """Cut a model for real: the same class with smaller tensors, checked against what the graph predicts."""
 
-import copy
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ekgfx.plan import Plan
 from ekgfx.signature import Part, parts_of
 from ekgfx.sliced import SubNetwork, slice_weights, slices
 from ekgfx.trace import TracedModel, retrace, trace
+from ekgfx.untouched import State, deep_copy, untouched
 from ekgfx.verify import compare_outputs, compare_shapes
 
 MOST_TRIALS = 16
@@ -61,7 +61,7 @@ def prune(
     source = traced if traced.model is model else traced.rebound(model)
     kept = source.groups.kept(plan)
     parts = parts_of(source, [name for name, _ in model.named_modules()]) if inplace and verify else None
-    before = attributes_of(model)
+    before, state = attributes_of(model), source.changed(model)
     with torch.no_grad():
         if inplace:
             pruned, weights = model, _cut_in_place(source, kept, plan.rescale)
@@ -69,7 +69,7 @@ def prune(
             weights = slice_weights(source, kept, rescale=plan.rescale)
             pruned = _cut(model, weights, source)
         _recompute(pruned)
-    predicted = _Prediction(source, plan, kept, weights, parts)
+    predicted = _Prediction(source, plan, kept, weights, parts, state)
     choices = correct(pruned, source, predicted.counts)
     declare(pruned, before, source, predicted.counts)
     return _settle(pruned, choices, predicted) if verify else pruned
@@ -82,11 +82,7 @@ def _cut(model: nn.Module, weights: Mapping[str, Tensor], source: TracedModel) -
         full = source.tensor(name)
         if cut is not full:
             memo[id(full)] = nn.Parameter(cut, full.requires_grad) if isinstance(full, nn.Parameter) else cut
-    for module in model.modules():  # what was computed in an earlier forward cannot be copied with its history
-        memo.update(
-            (id(t), t.detach()) for t in vars(module).values() if isinstance(t, Tensor) and t.grad_fn is not None
-        )
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, memo)
 
 
 def _cut_in_place(source: TracedModel, kept: Mapping[Axis, Tensor], rescale: bool) -> dict[str, Tensor]:
@@ -113,6 +109,7 @@ class _Prediction:
     """What a cut module must be: the sliced graph on `weights`, the cut tensors themselves.
 
     parts: what each module does, where it can no longer be observed, since the original has been cut itself.
+    state: what modules have otherwise now than when they were traced, as it was then.
     """
 
     source: TracedModel
@@ -120,6 +117,7 @@ class _Prediction:
     kept: Mapping[Axis, Tensor]
     weights: Mapping[str, Tensor]
     parts: Mapping[str, Part | PruneError] | None
+    state: State
 
     @property
     def counts(self) -> dict[Axis, int]:
@@ -213,10 +211,11 @@ def _problem(pruned: nn.Module, predicted: _Prediction) -> _Problem | None:
     source, plan = predicted.source, predicted.plan
     args, kwargs = source.example
     try:
-        again = retrace(pruned, source)
+        again = retrace(pruned, source, predicted.state)
         difference = compare_shapes(source, plan, again)
     except EkgfxError as error:
-        return _Problem(str(error), _failing_module(pruned, args, kwargs))
+        with untouched(pruned):
+            return _Problem(str(error), _failing_module(pruned, args, kwargs))
     if difference is not None:
         return _Problem(str(difference), difference.module)
     if again.cost() != source.cost(plan):

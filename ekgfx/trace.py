@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ekgfx.cost import Cost, Products, cost_of, evaluate, mac_table
-from ekgfx.errors import EkgfxError
+from ekgfx.errors import EkgfxError, TraceError
 from ekgfx.graph import AxisGraph, Example
 from ekgfx.groups import Groups, find_groups
-from ekgfx.leaf import as_operators, evaluation_mode, find_leaves, record
+from ekgfx.leaf import Leaves, as_operators, evaluation_mode, find_leaves, record
 from ekgfx.obstacle import explained, unknown_sizes
 from ekgfx.plan import Plan
 from ekgfx.rules.registry import passing
 from ekgfx.sliced import SubNetwork
+from ekgfx.untouched import State, differing, put, state_of, untouched
 
 
 class TracedModel(AxisGraph):
@@ -62,6 +63,11 @@ class TracedModel(AxisGraph):
                 total[operation.module] = total.get(operation.module, 0) + macs
         return total
 
+    def changed(self, model: nn.Module) -> State:
+        """What the modules of `model` (this one, or another built the same way) have otherwise than these had when they
+        were traced: caches filled since then, or for other sizes."""
+        return differing(state_of(model), self.state)
+
     def rebound(self, model: nn.Module) -> "TracedModel":
         """The same graph over the weights of another module that was built the same way."""
         other = copy.copy(self)
@@ -87,7 +93,7 @@ def trace(
     """Trace a model in evaluation mode.
 
     Args:
-        model: any module that `torch.export` can follow; neither its weights nor its modes are changed.
+        model: any module that `torch.export` can follow; it is left as it was, also where its forward keeps something.
         example_inputs: one tensor or a tuple of positional arguments; if all tensors share their leading size it is the
             batch (a batch of one is doubled, so that the batch can be told from other sizes of one).
         kwargs: keyword arguments.
@@ -101,30 +107,58 @@ def trace(
     return _traced(model, _at_least_two((args, dict(kwargs or {}))), find_leaves(model, leaf))
 
 
-def retrace(model: nn.Module, source: TracedModel) -> TracedModel:
+def retrace(model: nn.Module, source: TracedModel, state: State | None = None) -> TracedModel:
     """Trace a model that was made from a traced one in the same way, so that their operators can be compared.
+
+    state: what modules are given for the time of the tracing: caches that were filled since the first one, say, as they
+    were then (`TracedModel.changed`).
 
     Raises:
         TraceError: as `trace`.
     """
-    return _traced(model, source.example, list(source.leaves), source.decomposed)
+    return _traced(model, source.example, list(source.leaves), source.decomposed, state)
 
 
-def _traced(model: nn.Module, example: Example, names: list[str], decompose: bool = False) -> TracedModel:
-    args, named = example
-    with evaluation_mode(model):
+def _traced(
+    model: nn.Module, example: Example, names: list[str], decompose: bool = False, state: State | None = None
+) -> TracedModel:
+    with untouched(model), evaluation_mode(model):
+        put(model, state or {})
         try:
-            leaves = record(model, names, args, named)
+            leaves, program = _exported(model, names, example)
+        except TraceError:
+            if not _fills_caches(model, *example):
+                raise
+            leaves, program = _exported(model, names, example)
+        return TracedModel(model, program, example, leaves, decompose, state_of(model))
+
+
+def _exported(model: nn.Module, names: list[str], example: Example) -> tuple[Leaves, torch.export.ExportedProgram]:
+    with untouched(model):
+        try:
+            leaves = record(model, names, *example)
             with torch.no_grad(), as_operators(model, leaves), _quiet():
                 program = torch.export.export(model, *example, strict=False)
         except EkgfxError:
             raise
         except Exception as error:  # torch.export raises many types, all of them about the user's model
-            raise explained(model, error, args, named) from error
+            raise explained(model, error, *example) from error
         problem = unknown_sizes(model, program)
         if problem is not None:
             raise problem
-        return TracedModel(model, program, example, leaves, decompose)
+        return leaves, program
+
+
+def _fills_caches(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Run the model; whether it has kept something that it did not have. What has no graph may then be in a cache: the
+    anchors of a detector, say, which are made anew for each new size of image."""
+    before = state_of(model)
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception:  # noqa: BLE001  whatever the user's forward raises; why the export failed is said
+        return False
+    return bool(differing(state_of(model), before))
 
 
 @contextlib.contextmanager

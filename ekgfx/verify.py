@@ -17,6 +17,7 @@ from ekgfx.plan import Plan
 from ekgfx.rules.registry import is_dims
 from ekgfx.sliced import GraphRunner, SubNetwork, resize
 from ekgfx.trace import TracedModel
+from ekgfx.untouched import untouched
 
 TINY = torch.finfo(torch.float32).tiny
 # Copies that PyTorch leaves out where a narrower tensor happens to be contiguous already.
@@ -174,7 +175,7 @@ def check_pruned(
 
 def compare_outputs(pruned: nn.Module, network: SubNetwork, args: tuple, kwargs: Mapping[str, Any]) -> float:
     """Relative error between a module in evaluation mode and a sub-network."""
-    with torch.no_grad(), evaluation_mode(pruned):
+    with untouched(pruned), evaluation_mode(pruned), torch.no_grad():
         return relative_error(pruned(*args, **kwargs), network(*args, **kwargs))
 
 

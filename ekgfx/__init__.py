@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ekgfx.search import search
     from ekgfx.surgery import prune
     from ekgfx.trace import TracedModel, trace
+    from ekgfx.transfer import transfer
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "TracedModel",
     "search",
     "prune",
+    "transfer",
     "build_bank",
     "finetune",
     "save",
@@ -45,6 +47,7 @@ _HOMES = {
     "TracedModel": "trace",
     "search": "search",
     "prune": "surgery",
+    "transfer": "transfer",
     "build_bank": "bank",
     "finetune": "finetune",
     "save": "checkpoint",

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,16 +13,19 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ekgfx.attributes import Choice, correct
 from ekgfx.axes import Axis
+from ekgfx.carried import carry, like
 from ekgfx.declared import attributes_of, declare
 from ekgfx.errors import EkgfxError, PruneError
 from ekgfx.graphed import replace_modules
 from ekgfx.leaf import evaluation_mode
 from ekgfx.plan import Plan
 from ekgfx.signature import Part, parts_of
-from ekgfx.sliced import SubNetwork, slice_weights, slices
+from ekgfx.sliced import SubNetwork, slice_tensor, slice_weights, slices
 from ekgfx.trace import TracedModel, retrace, trace
 from ekgfx.untouched import State, deep_copy, untouched
 from ekgfx.verify import compare_outputs, compare_shapes
+
+Kept = Mapping[Axis, Tensor]
 
 MOST_TRIALS = 16
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
@@ -67,7 +71,7 @@ def prune(
             pruned, weights = model, _cut_in_place(source, kept, plan.rescale)
         else:
             weights = slice_weights(source, kept, rescale=plan.rescale)
-            pruned = _cut(model, weights, source)
+            pruned = _cut(model, weights, source, kept)
         _recompute(pruned)
     predicted = _Prediction(source, plan, kept, weights, parts, state)
     choices = correct(pruned, source, predicted.counts)
@@ -75,21 +79,28 @@ def prune(
     return _settle(pruned, choices, predicted) if verify else pruned
 
 
-def _cut(model: nn.Module, weights: Mapping[str, Tensor], source: TracedModel) -> nn.Module:
+def _cut(model: nn.Module, weights: Mapping[str, Tensor], source: TracedModel, kept: Kept) -> nn.Module:
     """A deep copy in which the cut tensors stand in place of the originals, which are not copied first."""
     memo: dict[int, Any] = {}
     for name, cut in weights.items():
         full = source.tensor(name)
         if cut is not full:
-            memo[id(full)] = nn.Parameter(cut, full.requires_grad) if isinstance(full, nn.Parameter) else cut
-    return deep_copy(model, memo)
+            memo[id(full)] = like(full, cut)
+    pruned: nn.Module = deep_copy(model, memo)
+    for name, dims in source.weight_dims().items():
+        full = source.tensor(name)
+        carry(full, memo[id(full)], partial(slice_tensor, dims=dims, kept=kept), memo)
+    return pruned
 
 
-def _cut_in_place(source: TracedModel, kept: Mapping[Axis, Tensor], rescale: bool) -> dict[str, Tensor]:
+def _cut_in_place(source: TracedModel, kept: Kept, rescale: bool) -> dict[str, Tensor]:
     """Every parameter and buffer holds what is kept of it from now on; returns them by name."""
-    weights = {}
+    weights, dims = {}, source.weight_dims()
     for name, full, cut in slices(source, kept, rescale=rescale):
         if cut is not full:
+            for attribute, value in list(vars(full).items()):
+                if isinstance(value, Tensor) and value.shape == full.shape:
+                    setattr(full, attribute, slice_tensor(value, dims[name], kept))
             full.data, full.grad = cut, None
         weights[name] = full
     return weights

@@ -29,7 +29,7 @@ errors
 units distributed
 parallel
 typed trust files
-run recipe target models weights data axes functional in_place channels_last untouched
+run recipe target models weights data axes functional in_place channels_last untouched carried
 rules
 leaf nodes source
 graph
@@ -37,7 +37,7 @@ plan cost
 groups sliced obstacle segments
 trace
 loss verify signature graphed declared attributes
-evaluation surgery
+evaluation surgery transfer
 search training training_state batches
 finetune bank
 prepare checkpoint export landscape

@@ -26,6 +26,7 @@ _NUMBERS = (int, float, complex, str, bytes, bool, type(None))
 _FIXED = (*_NUMBERS, type, types.ModuleType, Enum)
 _OTHERS = {"torch", "logging", "threading", "multiprocessing", "concurrent", "asyncio", "weakref", "importlib"}
 """Libraries whose objects are theirs, not the model's."""
+_FAR = 4
 _STANDARD = frozenset(vars(nn.Module()))
 _MISSING = object()
 
@@ -35,7 +36,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Whatever runs in here, afterwards the model holds what it held before.
 
     Put back are the attributes of every module, tensors by identity and value (parameters: by identity and storage),
-    the contents of containers and of objects that modules hold, and of the containers that hooks and forwards know by
+    the contents of containers and of objects that modules hold, and of the containers that hooks and methods know by
     name (a list to which a hook appends). What lies elsewhere, in a file or in a library's own memory, is not seen.
     """
     holders, tensors = _reachable(model)
@@ -139,7 +140,9 @@ def _reachable(model: nn.Module) -> tuple[list[Any], list[tuple[Tensor, bool]]]:
             tensors.append((value, depth <= 1 and not isinstance(value, nn.Parameter)))
         elif isinstance(value, nn.Module):
             depth = 0
-            following = [vars(value), getattr(type(value), "forward", None)]
+            own = [kind for kind in type(value).__mro__ if kind.__module__.partition(".")[0] not in _OTHERS]
+            methods = [each for kind in own for each in vars(kind).values() if isinstance(each, types.FunctionType)]
+            following = [vars(value), *methods]
         elif isinstance(value, dict):
             holders.append(value)
             following = list(value.values())
@@ -152,7 +155,7 @@ def _reachable(model: nn.Module) -> tuple[list[Any], list[tuple[Tensor, bool]]]:
             following = list(value)
         else:
             depth += 1
-            following = _known_to(value)
+            following = _known_to(value) if depth <= _FAR else []
         waiting += [_Found(each, depth) for each in following]
     return holders, tensors
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ekgfx.search import search
     from ekgfx.surgery import prune
     from ekgfx.trace import TracedModel, trace
+    from ekgfx.transfer import transfer
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "search",
     "prune",
     "calibrate",
+    "transfer",
     "build_bank",
     "finetune",
     "save",
@@ -48,6 +50,7 @@ _HOMES = {
     "search": "search",
     "prune": "surgery",
     "calibrate": "calibrate",
+    "transfer": "transfer",
     "build_bank": "bank",
     "finetune": "finetune",
     "save": "checkpoint",

@@ -26,6 +26,7 @@ from ekgfx.rules import Call, Effect, Rule, lookup, unknown
 from ekgfx.rules.applied import applied
 from ekgfx.rules.registry import TensorDims, ours
 from ekgfx.unseen import released, settle, unread
+from ekgfx.untouched import State
 from ekgfx.ways import Way
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a model
@@ -66,6 +67,7 @@ class AxisGraph:
         inputs: placeholder names of the user's inputs, in order.
         decomposed: PyTorch made the graph functional, so some operators are others than those that the model calls.
         leaves: the modules that run as they are, with their calls.
+        state: what modules held beside weights when they were traced (caches, integers).
         unknown_ops: operators without a rule (or whose rule does not hold) → number of uses.
         uncounted_ops: operators that cost multiplications, but whose rule does not say how many → number of uses.
         failed_rules: those of them that have a rule → why it does not hold (its first failure).
@@ -87,6 +89,7 @@ class AxisGraph:
         example: Example,
         leaves: Leaves | None = None,
         decompose: bool = False,
+        state: State | None = None,
         *,
         way: Way = Way(),  # noqa: B008  frozen
         others: Sequence["AxisGraph"] | None = (),
@@ -94,6 +97,7 @@ class AxisGraph:
     ) -> None:
         """others: None makes one of those graphs, which the first one starts."""
         self.model = model
+        self.state = state or {}
         self.leaves = leaves or Leaves()
         self.graph, program, self.decomposed = functionalize(program, decompose, way.training)
         self.example, self.way = example, way
@@ -149,7 +153,10 @@ class AxisGraph:
 
     def _blank(self, rules: Mapping[str, Rule]) -> "AxisGraph":
         other = object.__new__(AxisGraph)
-        for name in (*("model", "leaves", "graph", "example", "way"), *("in_spec", "out_spec", "weights", "constants")):
+        for name in (
+            *("model", "state", "leaves", "graph", "example", "way"),
+            *("in_spec", "out_spec", "weights", "constants"),
+        ):
             setattr(other, name, getattr(self, name))
         other.inputs, other.rules = self.inputs, rules
         return other

@@ -22,6 +22,7 @@ from ekgfx.search import NEEDS_DATA, Step
 from ekgfx.search.effort import fitting_batch
 from ekgfx.source import Built
 from ekgfx.trace import TracedModel, silently_traced
+from ekgfx.untouched import untouched
 
 DENSE = "dense.safetensors"
 """The unpruned model's weights as the search works on them."""
@@ -188,7 +189,7 @@ def open_data(spec: str, built: Built, seed: int) -> data.Data:
     if built.example_inputs[0].ndim != 4 or len(built.example_inputs) != 1:
         shapes = ", ".join("x".join(map(str, value.shape)) for value in built.example_inputs)
         raise DataError(f"the model takes {shapes}, not images: use --search uniform --importance magnitude, or Python")
-    with torch.no_grad():
+    with untouched(built.model), torch.no_grad():
         output = built.model(built.example_inputs[0])
     classes = output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
     return data.load(spec, classes=classes, seed=seed, **built.data_options)

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ekgfx.axes import ONE, Axis, axes
 from ekgfx.errors import TraceError
 from ekgfx.rules.registry import Call, Effect, opaque, rule
+from ekgfx.untouched import untouched
 
 
 @torch.library.custom_op("ekgfx::leaf", mutates_args=())
@@ -86,7 +87,7 @@ class Leaves(dict[str, list[LeafCall]]):
         module = model.get_submodule(args["module"])
         positional, named = self.arguments(args, args["inputs"])
         state = dict(zip(_state(module), args["state"], strict=True))
-        with evaluation_mode(module):
+        with untouched(module), evaluation_mode(module):
             return tensors_of(functional_call(module, state, positional, named))
 
     def arguments(self, args: Mapping[str, Any], inputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -144,7 +145,7 @@ def record(model: nn.Module, names: Sequence[str], args: tuple[Any, ...], kwargs
         return output
 
     if names:
-        with _replaced_forwards(model, names, noting), torch.no_grad():
+        with untouched(model), _replaced_forwards(model, names, noting), torch.no_grad():
             model(*args, **kwargs)
     return calls
 

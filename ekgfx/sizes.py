@@ -16,6 +16,7 @@ from ekgfx.axes import Axis, Dims, axes, unify
 from ekgfx.errors import PlanError
 from ekgfx.graph import AxisGraph, listed
 from ekgfx.nodes import op_name
+from ekgfx.untouched import untouched
 
 GIVEN_SIZES = frozenset(
     (
@@ -137,7 +138,7 @@ def _problem(
     """What the whole graph computes otherwise than its model in evaluation mode, None where nothing."""
     device = next(graph.model.parameters(), torch.empty(0)).device
     devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices), leaf.evaluation_mode(graph.model):
+    with torch.no_grad(), torch.random.fork_rng(devices), untouched(graph.model), leaf.evaluation_mode(graph.model):
         expected = graph.model(*args, **kwargs)
         try:
             problem = _difference(network(*args, **kwargs), expected)

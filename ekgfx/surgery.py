@@ -1,10 +1,10 @@
 """Cut a model for real: the same class with smaller tensors, checked against what the graph predicts."""
 
-import copy
 import itertools
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ekgfx.attributes import Choice, correct
 from ekgfx.axes import Axis
 from ekgfx.calibrate import calibrate as calibrated
+from ekgfx.carried import carry, like
 from ekgfx.declared import attributes_of, declare
 from ekgfx.errors import EkgfxError, EkgfxWarning, PruneError
 from ekgfx.graph import AxisGraph
@@ -22,11 +23,14 @@ from ekgfx.graphed import replace_modules
 from ekgfx.leaf import evaluation_mode
 from ekgfx.plan import Plan
 from ekgfx.signature import Part, parts_of
-from ekgfx.sliced import SubNetwork, slice_weights, slices
+from ekgfx.sliced import SubNetwork, slice_tensor, slice_weights, slices
 from ekgfx.trace import TracedModel, retrace, trace
 from ekgfx.unseen import keep_apart
+from ekgfx.untouched import State, deep_copy
 from ekgfx.verify import compare_outputs, compare_shapes, trains
 from ekgfx.ways import Way, undisturbed
+
+Kept = Mapping[Axis, Tensor]
 
 MOST_TRIALS = 16
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
@@ -71,15 +75,16 @@ def prune(
     source = traced if traced.model is model else traced.rebound(model)
     kept = source.groups.kept(plan)
     parts = parts_of(source, [name for name, _ in model.named_modules()]) if inplace and verify else None
-    before, ways = attributes_of(model), _repeatable(source) if verify else set()
+    before, state = attributes_of(model), source.changed(model)
+    ways = _repeatable(source) if verify else set()
     with torch.no_grad():
         if inplace:
             pruned, weights = model, _cut_in_place(source, kept, plan.rescale)
         else:
             weights = slice_weights(source, kept, rescale=plan.rescale)
-            pruned = _cut(model, weights, source)
+            pruned = _cut(model, weights, source, kept)
         _recompute(pruned)
-    predicted = _Prediction(source, plan, kept, weights, parts, ways)
+    predicted = _Prediction(source, plan, kept, weights, parts, state, ways)
     choices = correct(pruned, source, predicted.counts)
     declare(pruned, before, source, predicted.counts)
     pruned = _settle(pruned, choices, predicted) if verify else pruned
@@ -88,25 +93,28 @@ def prune(
     return pruned if calibrate is None else calibrated(pruned, calibrate)
 
 
-def _cut(model: nn.Module, weights: Mapping[str, Tensor], source: TracedModel) -> nn.Module:
+def _cut(model: nn.Module, weights: Mapping[str, Tensor], source: TracedModel, kept: Kept) -> nn.Module:
     """A deep copy in which the cut tensors stand in place of the originals, which are not copied first."""
     memo: dict[int, Any] = {}
     for name, cut in weights.items():
         full = source.tensor(name)
         if cut is not full:
-            memo[id(full)] = nn.Parameter(cut, full.requires_grad) if isinstance(full, nn.Parameter) else cut
-    for module in model.modules():  # what was computed in an earlier forward cannot be copied with its history
-        memo.update(
-            (id(t), t.detach()) for t in vars(module).values() if isinstance(t, Tensor) and t.grad_fn is not None
-        )
-    return copy.deepcopy(model, memo)
+            memo[id(full)] = like(full, cut)
+    pruned: nn.Module = deep_copy(model, memo)
+    for name, dims in source.weight_dims().items():
+        full = source.tensor(name)
+        carry(full, memo[id(full)], partial(slice_tensor, dims=dims, kept=kept), memo)
+    return pruned
 
 
-def _cut_in_place(source: TracedModel, kept: Mapping[Axis, Tensor], rescale: bool) -> dict[str, Tensor]:
+def _cut_in_place(source: TracedModel, kept: Kept, rescale: bool) -> dict[str, Tensor]:
     """Every parameter and buffer holds what is kept of it from now on; returns them by name."""
-    weights = {}
+    weights, dims = {}, source.weight_dims()
     for name, full, cut in slices(source, kept, rescale=rescale):
         if cut is not full:
+            for attribute, value in list(vars(full).items()):
+                if isinstance(value, Tensor) and value.shape == full.shape:
+                    setattr(full, attribute, slice_tensor(value, dims[name], kept))
             full.data, full.grad = cut, None
         weights[name] = full
     return weights
@@ -126,6 +134,7 @@ class _Prediction:
     """What a cut module must be: the sliced graph on `weights`, the cut tensors themselves.
 
     parts: what each module does, where it can no longer be observed, since the original has been cut itself.
+    state: what modules have otherwise now than when they were traced, as it was then.
     ways: those in which the outputs of the original and of its graph were equal.
     """
 
@@ -134,6 +143,7 @@ class _Prediction:
     kept: Mapping[Axis, Tensor]
     weights: Mapping[str, Tensor]
     parts: Mapping[str, Part | PruneError] | None
+    state: State
     ways: Collection[Way]
 
     @property
@@ -243,7 +253,7 @@ def _problem(pruned: nn.Module, predicted: _Prediction) -> _Problem | None:
     """Trace the cut module again and compare it with the prediction; None if all agrees."""
     source, plan = predicted.source, predicted.plan
     try:
-        again = retrace(pruned, source)
+        again = retrace(pruned, source, predicted.state)
         difference = compare_shapes(source, plan, again)
     except EkgfxError as error:
         failing = ((_failing_module(pruned, graph), graph.way) for graph in source.graphs)

@@ -26,12 +26,13 @@ from ekgfx.cost import Cost, Products, cost_of, evaluate, mac_table
 from ekgfx.errors import EkgfxError, EkgfxWarning, TraceError
 from ekgfx.graph import AxisGraph, Example
 from ekgfx.groups import Groups, find_groups
-from ekgfx.leaf import as_operators, find_leaves, record
+from ekgfx.leaf import Leaves, as_operators, find_leaves, record
 from ekgfx.observe import observe
 from ekgfx.obstacle import explained, unknown_sizes
 from ekgfx.plan import Plan
 from ekgfx.rules.registry import passing
 from ekgfx.sliced import SubNetwork
+from ekgfx.untouched import State, differing, put, state_of, untouched
 from ekgfx.ways import Way, seeded
 
 
@@ -79,6 +80,11 @@ class TracedModel(AxisGraph):
         also = len({graph.way.number for graph in self.others} - {0})
         return {"leaf": tuple(self.leaves), "unused": self.unused, "also": also}
 
+    def changed(self, model: nn.Module) -> State:
+        """What the modules of `model` (this one, or another built the same way) have otherwise than these had when they
+        were traced: caches filled since then, or for other sizes."""
+        return differing(state_of(model), self.state)
+
     def rebound(self, model: nn.Module) -> "TracedModel":
         """The same graphs over the weights of another module that was built the same way."""
         other = copy.copy(self)
@@ -111,7 +117,7 @@ def trace(
     that neither reads stay whole with every dimension that may meet them; an `EkgfxWarning` names them.
 
     Args:
-        model: any module that `torch.export` can follow; neither its weights nor its modes are changed.
+        model: any module that `torch.export` can follow; it is left as it was, also where its forward keeps something.
         example_inputs: one tensor or a tuple of positional arguments; if all tensors share their leading size it is the
             batch (a batch of one is doubled, so that the batch can be told from other sizes of one).
         kwargs: keyword arguments.
@@ -153,16 +159,20 @@ def silently_traced(
     return traced
 
 
-def retrace(model: nn.Module, source: TracedModel) -> TracedModel:
+def retrace(model: nn.Module, source: TracedModel, state: State | None = None) -> TracedModel:
     """Trace a model that was made from a traced one in the same ways, so that their operators can be compared.
+
+    state: what modules are given for the time of the tracing: caches that were filled since the first one, say, as they
+    were then (`TracedModel.changed`).
 
     Raises:
         TraceError: as `trace`.
     """
     first, *others = (
-        _graph(model, graph.way, graph.example, list(source.leaves), graph.decomposed) for graph in source.graphs
+        _graph(model, graph.way, graph.example, list(source.leaves), graph.decomposed, state) for graph in source.graphs
     )
-    again = TracedModel(model, *first[0], way=source.way, others=[AxisGraph(model, *o[0], **o[1]) for o in others])
+    graphs = [AxisGraph(model, *given, **options) for given, options in others]
+    again = TracedModel(model, *first[0], state=first[1]["state"], way=source.way, others=graphs)
     for new, old in zip(again.graphs, source.graphs, strict=True):
         if old.batch_assumed:
             sizes.assume_batch(new)
@@ -215,30 +225,58 @@ def _traced(
                 notes.append(f"{training} was not traced: {error}")
     (first, how), *others = made
     graphs = [AxisGraph(model, *given, **options) for given, options in others]
-    traced = TracedModel(model, *first, way=how["way"], others=graphs, unused=unused)
+    traced = TracedModel(model, *first, state=how["state"], way=how["way"], others=graphs, unused=unused)
     said = unseen.notes(model, traced.only, traced.unseen, traced.prunable_parameters(), traced.could_be)
     traced.notes, traced.trains = (*notes, *said), trains
     return traced
 
 
 def _graph(
-    model: nn.Module, way: Way, example: Example, names: list[str], decompose: bool = False
+    model: nn.Module,
+    way: Way,
+    example: Example,
+    names: list[str],
+    decompose: bool = False,
+    state: State | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What an `AxisGraph` of the model in one of its ways is made from, after the model."""
-    args, named = example
-    with seeded(model), way.entered(model):
+    with untouched(model), seeded(model), way.entered(model):
+        put(model, state or {})
         try:
-            leaves = record(model, names, args, named)
+            leaves, program = _exported(model, names, example)
+        except TraceError:
+            if not _fills_caches(model, *example):
+                raise
+            leaves, program = _exported(model, names, example)
+        return (program, example, leaves, decompose), {"way": way, "others": None, "state": state_of(model)}
+
+
+def _exported(model: nn.Module, names: list[str], example: Example) -> tuple[Leaves, torch.export.ExportedProgram]:
+    with untouched(model):
+        try:
+            leaves = record(model, names, *example)
             with torch.no_grad(), as_operators(model, leaves), _quiet():
                 program = torch.export.export(model, *example, strict=False)
         except EkgfxError:
             raise
         except Exception as error:  # torch.export raises many types, all of them about the user's model
-            raise explained(model, error, args, named) from error
+            raise explained(model, error, *example) from error
         problem = unknown_sizes(model, program)
         if problem is not None:
             raise problem
-    return (program, example, leaves, decompose), {"way": way, "others": None}
+        return leaves, program
+
+
+def _fills_caches(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Run the model; whether it has kept something that it did not have. What has no graph may then be in a cache: the
+    anchors of a detector, say, which are made anew for each new size of image."""
+    before = state_of(model)
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception:  # noqa: BLE001  whatever the user's forward raises; why the export failed is said
+        return False
+    return bool(differing(state_of(model), before))
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ekgfx.leaf import evaluation_mode
+from ekgfx.untouched import untouched
 
 
 @dataclass(frozen=True)
@@ -110,26 +111,17 @@ def _as_forward(model: nn.Module, way: Way) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """What a run of the model changes in it is put back: values of its parameters and buffers, and its attributes.
-
-    A parameter is copied when it is first written to, which few forwards do; buffers are copied before.
-    """
-    attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    """As `untouched`, for runs that may also write to parameters, as some do in training mode: a parameter is copied
+    when it is first written to, which few forwards do."""
     written = _FirstWrites([parameter for parameter in model.parameters() if parameter.device.type != "meta"])
-    try:
-        with written:
-            yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in (*buffers, *written.before.values()):
-                tensor.data.copy_(value)
-        for module, before, held in attributes:
-            for name in vars(module).keys() - before.keys():
-                del vars(module)[name]
-            vars(module).update(before)
-            module._buffers.clear()
-            module._buffers.update(held)
+    with untouched(model):
+        try:
+            with written:
+                yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in written.before.values():
+                    tensor.data.copy_(value)
 
 
 class _FirstWrites(TorchDispatchMode):

@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from ekgfx.errors import ExportError
 from ekgfx.leaf import evaluation_mode
+from ekgfx.untouched import differing, state_of, untouched
 
 from .attention import attention
 from .convolution import conv2d
@@ -47,9 +48,14 @@ def capture(
     # A batch of one would be taken for a constant.
     example = with_batch([value.to(device_of(model)) for value in inputs], 2)
     shapes = {"inputs": tuple({0: batch} if value.ndim else {} for value in example)}
-    with evaluation_mode(model), torch.no_grad():
+    with untouched(model), evaluation_mode(model), torch.no_grad():
         try:
-            program = torch.export.export(_Named(model), example, dynamic_shapes=shapes, strict=False)
+            try:
+                program = _exported(model, example, shapes)
+            except Exception:
+                if not _forgets(model, inputs):
+                    raise
+                program = _exported(model, example, shapes)
         except ExportError:
             raise
         except Exception as error:  # torch.export raises many types, all of them about the user's model
@@ -62,6 +68,25 @@ def capture(
         if written_out:
             program = program.run_decompositions(written_out)
         return program, list(program.call_spec.out_spec.context)
+
+
+def _exported(model: nn.Module, example: tuple[Tensor, ...], shapes: dict[str, Any]) -> torch.export.ExportedProgram:
+    with untouched(model):
+        return torch.export.export(_Named(model), example, dynamic_shapes=shapes, strict=False)
+
+
+def _forgets(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    """Run the model on a batch of one; whether it has kept something of it that it did not have.
+
+    A cache that is good for one batch size only fixes that of the captured graph; one is the size that torch.export
+    takes a free batch size not to have, so that the graph makes anew what is in the cache.
+    """
+    before = state_of(model)
+    try:
+        model(*with_batch([value.to(device_of(model)) for value in inputs], 1))
+    except Exception:  # noqa: BLE001  whatever the user's forward raises; why the export failed is said
+        return False
+    return bool(differing(state_of(model), before))
 
 
 def _attention_but_4d(query: Tensor, *args: Any, **options: Any) -> Tensor:

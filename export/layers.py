@@ -1,6 +1,5 @@
 """Measures the table of layer timings that prices a plan (`ekgfx.search.latency`)."""
 
-import copy
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,6 +14,7 @@ from ekgfx.segments import find_segments
 from ekgfx.surgery import prune
 from ekgfx.target import Target
 from ekgfx.trace import TracedModel
+from ekgfx.untouched import deep_copy
 
 from .environment import available_cpus, environment
 from .exporter import to_onnx
@@ -88,7 +88,7 @@ def fp16(target: Target) -> bool:
 
 def network_of(traced: TracedModel, plan: Plan) -> nn.Module:
     """The network that a plan leaves; a copy of the model where it leaves all."""
-    return prune(traced.model, plan, traced) if plan.kept else copy.deepcopy(traced.model)
+    return prune(traced.model, plan, traced) if plan.kept else deep_copy(traced.model)
 
 
 def to_known(times: Mapping[str, float], traced: TracedModel) -> dict[str, float]:

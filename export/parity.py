@@ -1,6 +1,5 @@
 """Does the ONNX file compute what the model computes?"""
 
-import copy
 import math
 import os
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ekgfx.errors import ExportError
 from ekgfx.leaf import evaluation_mode
+from ekgfx.untouched import deep_copy, untouched
 
 from .io import as_inputs, batch_size, device_of, named_tensors, with_batch
 from .numerics import tensor_float32
@@ -131,7 +131,7 @@ def amplification(model: nn.Module, inputs: Tensor | Sequence[Tensor], relative:
         return value * (1 + relative * signs)
 
     before = _run(model, values)
-    other = copy.deepcopy(model)  # what is called or held in several places moves in all of them
+    other = deep_copy(model)  # what is called or held in several places moves in all of them
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.copy_(moved(parameter))
@@ -159,7 +159,7 @@ def _advice(model: nn.Module, values: Sequence[Tensor], precision: str, relative
 def _run(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
     """The model's outputs by name, without TF32, which is good for three digits only."""
     device = device_of(model)
-    with evaluation_mode(model), torch.no_grad(), tensor_float32(False):
+    with untouched(model), evaluation_mode(model), torch.no_grad(), tensor_float32(False):
         output = model(*(value.to(device) for value in inputs))
     return {name: tensor.cpu() for name, tensor in named_tensors(output).items()}
 

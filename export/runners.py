@@ -1,6 +1,5 @@
 """One timed call of a network, made ready: data in place, memory reserved, kernels chosen."""
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ekgfx.errors import ExportError
+from ekgfx.untouched import deep_copy
 
 from .io import device_of
 from .providers import Provider
@@ -63,7 +63,7 @@ def torch_runner(model: nn.Module, precision: str, inputs: Sequence[Tensor], *, 
     with the batch size fixed. The module is copied where the precision asks for other weights or the mode would change.
     """
     device = device_of(model)
-    module = copy.deepcopy(model).eval()
+    module = deep_copy(model).eval()
     values = [value.to(device) for value in inputs]
     if precision == "fp16":
         module = module.half()

@@ -29,7 +29,7 @@ errors
 units distributed
 parallel
 typed trust files
-run recipe target models weights data axes functional channels_last
+run recipe target models weights data axes functional channels_last untouched carried
 rules
 leaf nodes source in_place
 ways
@@ -39,7 +39,7 @@ groups sliced obstacle segments
 trace
 mixing norms
 loss verify signature graphed declared attributes
-evaluation calibrate surgery
+evaluation calibrate surgery transfer
 search training training_state batches
 finetune bank
 prepare checkpoint export landscape

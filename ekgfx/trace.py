@@ -171,8 +171,7 @@ def retrace(model: nn.Module, source: TracedModel, state: State | None = None) -
     first, *others = (
         _graph(model, graph.way, graph.example, list(source.leaves), graph.decomposed, state) for graph in source.graphs
     )
-    graphs = [AxisGraph(model, *given, **options) for given, options in others]
-    again = TracedModel(model, *first[0], state=first[1]["state"], way=source.way, others=graphs)
+    again = TracedModel(model, **{**first, "others": [AxisGraph(model, **other) for other in others]})
     for new, old in zip(again.graphs, source.graphs, strict=True):
         if old.batch_assumed:
             sizes.assume_batch(new)
@@ -223,9 +222,9 @@ def _traced(
                 made.append(_graph(model, training, example, names))
             except TraceError as error:
                 notes.append(f"{training} was not traced: {error}")
-    (first, how), *others = made
-    graphs = [AxisGraph(model, *given, **options) for given, options in others]
-    traced = TracedModel(model, *first, state=how["state"], way=how["way"], others=graphs, unused=unused)
+    first, *others = made
+    graphs = [AxisGraph(model, **other) for other in others]
+    traced = TracedModel(model, **{**first, "others": graphs, "unused": unused})
     said = unseen.notes(model, traced.only, traced.unseen, traced.prunable_parameters(), traced.could_be)
     traced.notes, traced.trains = (*notes, *said), trains
     return traced
@@ -238,8 +237,8 @@ def _graph(
     names: list[str],
     decompose: bool = False,
     state: State | None = None,
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What an `AxisGraph` of the model in one of its ways is made from, after the model."""
+) -> dict[str, Any]:
+    """What an `AxisGraph` of the model in one of its ways is made from, beside the model."""
     with untouched(model), seeded(model), way.entered(model):
         put(model, state or {})
         try:
@@ -248,7 +247,15 @@ def _graph(
             if not _fills_caches(model, *example):
                 raise
             leaves, program = _exported(model, names, example)
-        return (program, example, leaves, decompose), {"way": way, "others": None, "state": state_of(model)}
+        return {
+            "program": program,
+            "example": example,
+            "leaves": leaves,
+            "decompose": decompose,
+            "state": state_of(model),
+            "way": way,
+            "others": None,
+        }
 
 
 def _exported(model: nn.Module, names: list[str], example: Example) -> tuple[Leaves, torch.export.ExportedProgram]:

@@ -178,7 +178,7 @@ class _Teacher:
             if int(index[0]) <= last or (index.diff() <= 0).any():
                 raise DataError(
                     f"the bank's batches must come in ascending order of their samples, but after sample {last} come "
-                    f"{index[:4].tolist()}…; turn shuffling off"
+                    f"{index[:4].tolist()}…; turn shuffling off (here samples may be sorted by class)"
                 )
             seen, last = seen + len(index), int(index[-1])
             if seen <= skip:

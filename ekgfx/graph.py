@@ -22,6 +22,7 @@ from ekgfx.functional import functionalize
 from ekgfx.in_place import overwritable, overwritable_with_gradients
 from ekgfx.leaf import Leaves
 from ekgfx.nodes import bind, first_names, op_name, owner, rename_modules
+from ekgfx.returns import Returns
 from ekgfx.rules import Call, Effect, Rule, lookup, unknown
 from ekgfx.rules.registry import TensorDims
 
@@ -63,6 +64,7 @@ class AxisGraph:
         inputs: placeholder names of the user's inputs, in order.
         decomposed: PyTorch made the graph functional, so some operators are others than those that the model calls.
         leaves: the modules that run as they are, with their calls.
+        returns: what the model returns, and which of it matters; None for a program that returns it as it is.
         unknown_ops: operators without a rule (or whose rule does not hold) → number of uses.
     """
 
@@ -73,8 +75,10 @@ class AxisGraph:
         example: Example,
         leaves: Leaves | None = None,
         decompose: bool = False,
+        returns: Returns | None = None,
     ) -> None:
         self.model = model
+        self.returns = returns
         self.leaves = leaves or Leaves()
         self.graph, program, self.decomposed = functionalize(program, decompose)
         self.example = example
@@ -110,7 +114,19 @@ class AxisGraph:
     def assuming(self, rules: Mapping[str, Rule]) -> "AxisGraph":
         """The same graph analysed anew, with other rules for the operators of these names."""
         other = object.__new__(AxisGraph)
-        for name in ("model", "leaves", "graph", "example", "in_spec", "out_spec", "weights", "constants", "inputs"):
+        same = (
+            "model",
+            "leaves",
+            "returns",
+            "graph",
+            "example",
+            "in_spec",
+            "out_spec",
+            "weights",
+            "constants",
+            "inputs",
+        )
+        for name in same:
             setattr(other, name, getattr(self, name))
         other.rules = rules
         other._start()
@@ -126,11 +142,18 @@ class AxisGraph:
             elif node.op == "call_function":
                 self._operation(node)
             elif node.op == "output":
-                for out in node.all_input_nodes:
-                    for dims in listed(self.dims.get(out.name, ())):
+                values = cast(list[Any], node.args[0])
+                for out in values if self.returns is None else self.returns.mattering(values):
+                    for dims in listed(self.dims.get(getattr(out, "name", ""), ())):
                         for dim in dims:
                             freeze(dim, "output of the model")
         self._freeze_unused()
+
+    def returned(self, leaves: list[Any]) -> Any:
+        """The model's output, from the values that its graph returns."""
+        if self.returns is None:
+            return pytree.tree_unflatten(leaves, self.out_spec)
+        return self.returns.frame.filled(leaves)
 
     def _freeze_unused(self) -> None:
         """What the graph does not read is not understood: other uses (in training, say) may exist."""

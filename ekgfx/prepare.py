@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ekgfx.batches import Inputs, device_of, unpacked
 from ekgfx.data import Data
 from ekgfx.errors import DataError
-from ekgfx.evaluation import batch_statistics, device_of
+from ekgfx.evaluation import batch_statistics
 from ekgfx.finetune import finetune
-from ekgfx.loss import at_least_single, check_classes, logits_themselves
+from ekgfx.loss import at_least_single, check_classes
+from ekgfx.outputs import logits_of
 
 LR = 1e-3
 """Constant learning rate of the one epoch; no augmentation."""
@@ -84,8 +86,9 @@ def hardness_order(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     """
     losses = []
     with batch_statistics(model), torch.no_grad():
-        for images, labels, *_ in batches:
-            output = at_least_single(logits_themselves(model(images)))
+        for batch in batches:
+            images, labels, _ = unpacked(batch)
+            output = at_least_single(logits_of(Inputs.of(images).onto(model).into(model)))
             check_classes(output, labels)
             losses.append(functional.cross_entropy(output, labels, reduction="none"))
     return torch.cat(losses).cpu().argsort(descending=True, stable=True)

@@ -12,7 +12,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,19 +20,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ekgfx.batches import Inputs
 from ekgfx.cost import Cost, Products, cost_of, evaluate, mac_table
-from ekgfx.errors import EkgfxError
+from ekgfx.errors import EkgfxError, TraceError
 from ekgfx.graph import AxisGraph, Example
 from ekgfx.groups import Groups, find_groups
 from ekgfx.leaf import as_operators, evaluation_mode, find_leaves, record
 from ekgfx.obstacle import explained, unknown_sizes
 from ekgfx.plan import Plan
+from ekgfx.returns import as_choice, tensors_returned
 from ekgfx.rules.registry import passing
 from ekgfx.sliced import SubNetwork
 
 
 class TracedModel(AxisGraph):
     """A traced model: its axis graph, and the questions that can be asked of it."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The places of the outputs that matter; none named where all do."""
+        return () if self.returns is None else self.returns.choice
 
     @cached_property
     def groups(self) -> Groups:
@@ -79,26 +86,33 @@ class TracedModel(AxisGraph):
 
 def trace(
     model: nn.Module,
-    example_inputs: Tensor | Sequence[Any],
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
     kwargs: dict[str, Any] | None = None,
     *,
     leaf: Sequence[str | type[nn.Module]] = (),
+    outputs: str | int | Sequence[str | int] | None = None,
 ) -> TracedModel:
     """Trace a model in evaluation mode.
 
     Args:
         model: any module that `torch.export` can follow; neither its weights nor its modes are changed.
-        example_inputs: one tensor or a tuple of positional arguments; if all tensors share their leading size it is the
-            batch (a batch of one is doubled, so that the batch can be told from other sizes of one).
+        example_inputs: one tensor, a tuple of positional arguments, or a mapping of arguments by name; if all tensors
+            share their leading size it is the batch (a batch of one is doubled, so that the batch can be told from
+            other sizes of one).
         kwargs: keyword arguments.
         leaf: modules that run as they are, by name, glob (`*` also matches dots) or class: their Python may depend on
             values. All positions of their inputs, outputs and parameters stay.
+        outputs: which of the model's outputs matter: keys, fields or indices ("logits", 0, "aux.0"), or globs. The
+            others come out as well, but narrower where what they show is cut. By default all keep their positions.
 
     Raises:
         TraceError: the model's forward cannot be turned into a graph; the message says where.
     """
-    args = tuple(example_inputs) if not isinstance(example_inputs, Tensor) else (example_inputs,)
-    return _traced(model, _at_least_two((args, dict(kwargs or {}))), find_leaves(model, leaf))
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"trace takes a torch.nn.Module, not a {type(model).__name__}")
+    inputs = Inputs.of(example_inputs)
+    example = _at_least_two((inputs.args, {**inputs.kwargs, **(kwargs or {})}))
+    return _traced(model, example, find_leaves(model, leaf), outputs=as_choice(outputs))
 
 
 def retrace(model: nn.Module, source: TracedModel) -> TracedModel:
@@ -107,15 +121,17 @@ def retrace(model: nn.Module, source: TracedModel) -> TracedModel:
     Raises:
         TraceError: as `trace`.
     """
-    return _traced(model, source.example, list(source.leaves), source.decomposed)
+    return _traced(model, source.example, list(source.leaves), source.decomposed, source.outputs)
 
 
-def _traced(model: nn.Module, example: Example, names: list[str], decompose: bool = False) -> TracedModel:
+def _traced(
+    model: nn.Module, example: Example, names: list[str], decompose: bool = False, outputs: tuple[str, ...] = ()
+) -> TracedModel:
     args, named = example
     with evaluation_mode(model):
         try:
             leaves = record(model, names, args, named)
-            with torch.no_grad(), as_operators(model, leaves), _quiet():
+            with torch.no_grad(), as_operators(model, leaves), tensors_returned(model, outputs) as returns, _quiet():
                 program = torch.export.export(model, *example, strict=False)
         except EkgfxError:
             raise
@@ -124,7 +140,7 @@ def _traced(model: nn.Module, example: Example, names: list[str], decompose: boo
         problem = unknown_sizes(model, program)
         if problem is not None:
             raise problem
-        return TracedModel(model, program, example, leaves, decompose)
+        return TracedModel(model, program, example, leaves, decompose, returns[-1])
 
 
 @contextlib.contextmanager

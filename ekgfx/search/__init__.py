@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ekgfx.errors import BudgetError, DataError, RecipeError
-from ekgfx.loss import cross_entropy, logits_themselves
+from ekgfx.loss import cross_entropy
+from ekgfx.outputs import Logits, finder, logits_of
 from ekgfx.plan import Plan
 from ekgfx.search import ekg, global_, importance_peers, uniform
 from ekgfx.search.details import AUTHORS, PAPER, Details, authors_cost
@@ -79,7 +80,7 @@ def search(
     min_width: float = 0.0,
     ignore: Sequence[str] = (),
     loss: Callable[[Any, Any], Tensor] = cross_entropy,
-    logits: Callable[[Any], Tensor] = logits_themselves,
+    logits: Logits = logits_of,
     rescale: bool | None = None,
     details: Details = PAPER,
     seed: int = 0,
@@ -94,9 +95,10 @@ def search(
 
     Args:
         traced: the model; neither its weights nor its running averages are changed.
-        batches: validation batches on the model's device: `(images, labels, …)`, `(images, None, …)` or images; images
-            may be a tuple of inputs. Without labels, the unpruned network's soft predictions are the labels. They are
-            read once and held. `uniform` and `global` with an importance of the weights alone need none.
+        batches: validation batches: `(images, labels, …)`, `(images, None, …)` or images; images may be a tuple of
+            inputs or a mapping of them by name, and a batch a mapping with labels in it. Without labels, the unpruned
+            network's soft predictions are the labels. They are read once and held on the model's device. `uniform` and
+            `global` with an importance of the weights alone need none.
         flops, params, latency: the budget: fraction of the MACs, the parameters or the milliseconds that is kept; for
             milliseconds with `table`, the layers' timings (`ekgfx.export.measure_layers`). Or `cost`, any function of
             a plan, with `budget`, the fraction of it that is kept. Exactly one of the four.
@@ -111,8 +113,9 @@ def search(
         align: kept channels are a multiple of this where the group is at least that wide.
         min_width: least width ratio of every group.
         ignore: glob patterns of groups, parameters or modules that keep all their channels.
-        loss: label loss, `loss(output, target)` → mean over the batch.
-        logits: logits B × K × … in a model's output, which the knowledge is compared with.
+        loss: label loss, `loss(output, target)` → mean over the batch; cross-entropy is that of the logits.
+        logits: where the logits B × K × …, which the knowledge is compared with, are in a model's output: a function of
+            it, or a key, a field or an index. By default they are found, where it is clear (`ekgfx.outputs.logits_of`).
         rescale: whether cut kernels of convolutions and linear layers keep their norm (recorded in the plan). None: as
             the authors do where the model has BatchNorm, which cancels the factor almost everywhere; without it the
             factor would change what the network computes, and they are left alone.
@@ -152,8 +155,8 @@ def search(
     computing = Computing(bytes_of(cache), early_stop, amp, channels_last)
     problem = Problem(
         traced=traced,
-        batches=tuple(map(computing.prepared, validation_batches(batches))),
-        objective=Objective(loss, logits, details.batch_size),
+        batches=tuple(map(computing.prepared, validation_batches(batches, traced.model))),
+        objective=Objective(loss, finder(logits), details.batch_size),
         budget=asked,
         rules=width_rules(traced, ignored_groups(traced.groups, ignore), align, min_width),
         guided=knowledge != "none",

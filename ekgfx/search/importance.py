@@ -47,7 +47,7 @@ def taylor(problem: Problem, plan: Plan, knowledge: Knowledge | None, keeper: Ke
             continue
         scores = dict(zip((g.name for g in groups), found[number].split([g.size for g in groups]), strict=True))
         with torch.enable_grad():
-            output, values = network.run(batch.inputs, capture=gates if keeper is None else gates | keeper.wanted)
+            output, values = network.run(*batch.inputs, capture=gates if keeper is None else gates | keeper.wanted)
             target = None if knowledge is None else knowledge[number]
             negative = problem.objective.terms(output, batch.target, target)[1]
         if keeper is not None:

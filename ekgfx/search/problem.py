@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 
 from ekgfx.axes import membership
-from ekgfx.channels_last import channels_last
 from ekgfx.errors import BudgetError
 from ekgfx.groups import ChannelGroup
 from ekgfx.plan import Plan
@@ -72,12 +71,7 @@ class Computing:
         """A batch in the memory format that is computed in."""
         if not self.channels_last:
             return batch
-        return batch._replace(
-            inputs=tuple(
-                channels_last(value) if isinstance(value, torch.Tensor) and value.dim() == 4 else value
-                for value in batch.inputs
-            )
-        )
+        return batch._replace(inputs=batch.inputs.channels_last())
 
 
 @dataclass(frozen=True)

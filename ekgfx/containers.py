@@ -7,7 +7,7 @@ tensors are found in their attributes, and a value with other tensors in their p
 import copy
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -33,19 +33,32 @@ class Frame:
     places: tuple[str, ...]
 
     @classmethod
-    def of(cls, value: Any) -> tuple[Self, list[Tensor]]:
-        """The frame of a value, and the tensors that were in it."""
-        found: dict[str, Tensor] = {}
+    def of(cls, value: Any, kind: type = Tensor) -> tuple[Self, list[Any]]:
+        """The frame of a value, and the tensors (or values of another kind) that were in it."""
+        places: list[str] = []
+        tensors: list[Any] = []
 
-        def taken(place: str, tensor: Tensor) -> Slot:
-            found[place] = tensor
-            return Slot(len(found) - 1)
+        def taken(place: str, tensor: Any) -> Slot:
+            places.append(place)
+            tensors.append(tensor)
+            return Slot(len(tensors) - 1)
 
-        return cls(mapped(value, taken), tuple(found)), list(found.values())
+        return cls(mapped(value, taken, kind), tuple(places)), tensors
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is made of Python's own tuples, lists, dicts and values alone."""
+        return _plain(self.value)
 
     def filled(self, tensors: Sequence[Any]) -> Any:
         """A value of the same kind with these tensors."""
         return mapped(self.value, lambda _, slot: tensors[slot.index], Slot)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in a value, in order."""
+    tensors: list[Tensor] = Frame.of(value)[1]
+    return tensors
 
 
 def tensors_by_place(value: Any) -> dict[str, Tensor]:
@@ -60,10 +73,31 @@ def mapped(value: Any, change: Callable[[str, Any], Any], kind: type = Tensor) -
     return _mapped(value, change, kind, "", ())
 
 
+def atoms(value: Any) -> Iterator[Any]:
+    """What a value is made of: everything in it that has no parts."""
+    names, parts, _ = ([], [], None) if _whole(value) else _opened(value)
+    if not names and not isinstance(value, tuple | list | Mapping):
+        yield value
+    for part in parts:
+        yield from atoms(part)
+
+
+def _plain(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return all(map(_plain, value))
+    if type(value) is dict:
+        return all(map(_plain, value.values()))
+    return isinstance(value, (Slot, *_PLAIN)) or not any(True for _ in _opened(value)[0])
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, (*_PLAIN, Tensor)) or callable(value)
+
+
 def _mapped(value: Any, change: Callable[[str, Any], Any], kind: type, place: str, above: tuple[int, ...]) -> Any:
     if isinstance(value, kind):
         return change(place, value)
-    if isinstance(value, _PLAIN) or callable(value) or id(value) in above:
+    if _whole(value) or id(value) in above:
         return value
     names, parts, rebuilt = _opened(value)
     inside = (*above, id(value))

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from itertools import compress
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ekgfx.containers import Frame
 from ekgfx.errors import TraceError
@@ -35,6 +35,19 @@ def as_choice(outputs: Any) -> tuple[str, ...]:
     return tuple(map(str, (outputs,) if isinstance(outputs, str | int) else outputs))
 
 
+class Holder(nn.Module):
+    """Puts tensors into a value of the class that a module returned: the last step of the graph in its place."""
+
+    NAME = "_returned"
+
+    def __init__(self, frame: Frame) -> None:
+        super().__init__()
+        self.frame = frame
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.frame.filled(tensors)
+
+
 @contextmanager
 def tensors_returned(model: nn.Module, choice: Sequence[str]) -> Iterator[list[Returns]]:
     """While this is open, the model returns the tensors of its output alone, in a list; what they were in is in the
@@ -44,22 +57,48 @@ def tensors_returned(model: nn.Module, choice: Sequence[str]) -> Iterator[list[R
     """
     seen: list[Returns] = []
 
-    def flattened(module: nn.Module, inputs: Any, output: Any) -> list[Tensor]:
+    def flattened(output: Any) -> list[Any]:
         frame, tensors = Frame.of(output)
-        for place in choice:
-            if not any(_is_in(known, place) for known in frame.places):
-                raise TraceError(
-                    f"outputs={place!r} is not in what {type(model).__name__} returns: "
-                    f"{', '.join(frame.places) or 'one tensor'}"
-                )
-        seen[:] = [Returns(frame, tuple(choice))]
+        seen[:] = [_chosen(frame, choice, model)]
         return tensors
 
-    handle = model.register_forward_hook(flattened)
+    if isinstance(model, fx.GraphModule):  # export interprets its graph, without hooks
+        with _graph_that_returns(model) as frame:
+            seen[:] = [_chosen(frame, choice, model)]
+            yield seen
+        return
+    handle = model.register_forward_hook(lambda module, inputs, output: flattened(output))
     try:
         yield seen
     finally:
         handle.remove()
+
+
+@contextmanager
+def _graph_that_returns(model: fx.GraphModule) -> Iterator[Frame]:
+    """While this is open, the graph returns the nodes of its output in a list; gives what they were in."""
+    *_, output = model.graph.nodes
+    value = output.args[0]
+    frame, nodes = Frame.of(value, fx.Node)
+    last = nodes[0] if isinstance(value, fx.Node) else None
+    holder = model.get_submodule(str(last.target)) if last is not None and last.op == "call_module" else None
+    if isinstance(holder, Holder) and last is not None:
+        frame, nodes = holder.frame, list(last.args)
+    try:
+        output.args = (nodes,)
+        yield frame
+    finally:
+        output.args = (value,)
+
+
+def _chosen(frame: Frame, choice: Sequence[str], model: nn.Module) -> Returns:
+    for place in choice:
+        if not any(_is_in(known, place) for known in frame.places):
+            raise TraceError(
+                f"outputs={place!r} is not in what {type(model).__name__} returns: "
+                f"{', '.join(frame.places) if any(frame.places) else 'one tensor'}"
+            )
+    return Returns(frame, tuple(choice))
 
 
 def _is_in(place: str, choice: str) -> bool:

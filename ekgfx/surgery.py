@@ -3,7 +3,7 @@
 import copy
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from ekgfx.declared import attributes_of, declare
 from ekgfx.errors import EkgfxError, PruneError
 from ekgfx.graphed import replace_modules
 from ekgfx.leaf import evaluation_mode
-from ekgfx.plan import Plan
+from ekgfx.plan import Plan, as_plan, remember, rounds_of
 from ekgfx.signature import Part, parts_of
 from ekgfx.sliced import SubNetwork, slice_weights, slices
-from ekgfx.trace import TracedModel, retrace, trace
+from ekgfx.trace import TracedModel, check_traced, retrace, trace
 from ekgfx.verify import compare_outputs, compare_shapes
 
 MOST_TRIALS = 16
@@ -38,26 +38,30 @@ def prune(
 ) -> nn.Module:
     """The model that `plan` leaves: a new module of the same class; `model` itself is not changed.
 
+    The result says by which plans it was made, in this round and in those before (`Plan.of`), and `save` records them.
+
     Args:
         model: the module to cut; its current weights are taken.
-        plan: kept channels per group.
+        plan: kept channels per group, or a search's result, or {group: kept channels}.
         traced: the traced model (of this module, or of another one built the same way).
-        example_inputs: where no traced model is at hand, inputs to trace with.
+        example_inputs: where no traced model is at hand, inputs to trace with, as `trace` takes them.
         verify: trace the result again, compare the shape of every operator with the prediction, and its output with the
             sliced graph's.
         inplace: cut `model` itself, one tensor after the other, and return it (a graph, where its class cannot express
             the cut): at no time do all weights exist twice. `traced` tells no more of it then; gradients are dropped.
 
     Raises:
-        PlanError: the plan does not fit the model.
+        PlanError: the plan, or the traced model, does not fit the model.
         PruneError: the result is not what was predicted.
     """
+    plan, rounds = as_plan(plan), rounds_of(model)
     if traced is None:
         if example_inputs is None:
             raise PruneError(
                 "prune needs the traced model or example inputs to trace with: pass traced= or example_inputs="
             )
-        traced = trace(model, example_inputs, leaf=plan.leaf)
+        traced = trace(model, example_inputs, leaf=plan.leaf, outputs=plan.outputs or None)
+    check_traced(traced, "prune")
     source = traced if traced.model is model else traced.rebound(model)
     kept = source.groups.kept(plan)
     parts = parts_of(source, [name for name, _ in model.named_modules()]) if inplace and verify else None
@@ -72,7 +76,10 @@ def prune(
     predicted = _Prediction(source, plan, kept, weights, parts)
     choices = correct(pruned, source, predicted.counts)
     declare(pruned, before, source, predicted.counts)
-    return _settle(pruned, choices, predicted) if verify else pruned
+    pruned = _settle(pruned, choices, predicted) if verify else pruned
+    told = replace(plan, structure=source.groups.digest, leaf=tuple(source.leaves), outputs=source.outputs)
+    remember(pruned, (*rounds, told))
+    return pruned
 
 
 def _cut(model: nn.Module, weights: Mapping[str, Tensor], source: TracedModel) -> nn.Module:

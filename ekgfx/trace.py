@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ekgfx.batches import Inputs
 from ekgfx.cost import Cost, Products, cost_of, evaluate, mac_table
-from ekgfx.errors import EkgfxError, TraceError
+from ekgfx.errors import EkgfxError, PlanError, TraceError
 from ekgfx.graph import AxisGraph, Example
 from ekgfx.groups import Groups, find_groups
 from ekgfx.leaf import as_operators, evaluation_mode, find_leaves, record
@@ -70,9 +70,21 @@ class TracedModel(AxisGraph):
         return total
 
     def rebound(self, model: nn.Module) -> "TracedModel":
-        """The same graph over the weights of another module that was built the same way."""
+        """The same graph over the weights of another module that was built the same way.
+
+        Raises PlanError where the other has not all of the weights, or has them in other shapes.
+        """
         other = copy.copy(self)
         other.model = model
+        named = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
+        for name, dims in self.weight_dims().items():
+            shape, found = tuple(dim.size for dim in dims), named.get(name)
+            if found is None or tuple(found.shape) != shape:
+                has = "no" if found is None else f"{tuple(found.shape)} as"
+                raise PlanError(
+                    f"the traced model is another one than this {type(model).__name__}, which has {has} {name!r} "
+                    f"(traced: {shape}); trace the model that is pruned"
+                )
         return other
 
     @cached_property
@@ -113,6 +125,14 @@ def trace(
     inputs = Inputs.of(example_inputs)
     example = _at_least_two((inputs.args, {**inputs.kwargs, **(kwargs or {})}))
     return _traced(model, example, find_leaves(model, leaf), outputs=as_choice(outputs))
+
+
+def check_traced(value: object, caller: str) -> None:
+    """TraceError where `value` is no traced model, but the model itself, say."""
+    if not isinstance(value, TracedModel):
+        raise TraceError(
+            f"{caller} takes a traced model, not a {type(value).__name__}: traced = ekgfx.trace(model, example_inputs)"
+        )
 
 
 def retrace(model: nn.Module, source: TracedModel) -> TracedModel:

@@ -24,7 +24,7 @@ from ekgfx.files import checksum, read_json, write_json
 from ekgfx.loss import at_least_single, default_temperature
 from ekgfx.outputs import Logits, finder, logits_of
 from ekgfx.search.result import SearchResult
-from ekgfx.trace import TracedModel
+from ekgfx.trace import TracedModel, check_traced
 from ekgfx.typed import read
 
 SAVE_EVERY = 5.0
@@ -77,6 +77,7 @@ def build_bank(
         RunError: the folder holds the bank of another search, or cannot be written.
         DataError: the batches are missing, or not in index order.
     """
+    check_traced(traced, "build_bank")
     if isinstance(batches, Iterator):
         raise DataError("the bank reads the batches once per teacher; give a list or a DataLoader, not an iterator")
     picked = pick_teachers(result.losses[:-1] or result.losses, teachers) if knowledge == "ensemble" else [0]

@@ -80,7 +80,8 @@ class Problem:
 
     rules: the widths of every group that may shrink, by name. batches: validation data, empty where the strategy needs
     none. ensemble: whether the knowledge follows the accepted sub-networks (eq. 8). guided: whether the reward has a
-    knowledge term at all. rescale: cut kernels keep their norm. computing: how candidates are computed.
+    knowledge term at all. rescale: cut kernels keep their norm. computing: how candidates are computed. seed: of what
+    is drawn at random.
     """
 
     traced: TracedModel
@@ -92,11 +93,13 @@ class Problem:
     ensemble: bool
     rescale: bool
     computing: Computing = Computing()
+    seed: int = 0
 
     def full(self) -> Plan:
         """Θ₀ as a plan."""
         traced = self.traced
-        return Plan(structure=traced.groups.digest, rescale=self.rescale, leaf=tuple(traced.leaves))
+        leaf = tuple(traced.leaves)
+        return Plan(structure=traced.groups.digest, rescale=self.rescale, leaf=leaf, outputs=traced.outputs)
 
     def kept(self, plan: Plan, group: str) -> tuple[int, ...]:
         """The channels that `group` keeps under a plan."""

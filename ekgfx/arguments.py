@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ekgfx.errors import PlanError
+from ekgfx.errors import DataError, PlanError
 from ekgfx.graph import AxisGraph
 
 _CONSTANT = (bool, int, float, str, type(None))
@@ -36,6 +36,17 @@ def arranged(graph: AxisGraph, args: tuple[Any, ...], kwargs: Mapping[str, Any])
                 "it is called"
             )
     return leaves
+
+
+def check_inputs(graph: AxisGraph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """DataError for inputs of another number of dimensions, or another kind of numbers, than the example's; PlanError
+    as `arranged`."""
+    for old, new in zip(pytree.tree_leaves(graph.example), arranged(graph, args, kwargs), strict=True):
+        if isinstance(old, Tensor) and (new.ndim, new.is_floating_point()) != (old.ndim, old.is_floating_point()):
+            raise DataError(
+                f"a batch has {_brief(new)} ({new.dtype}), the model was traced with {_brief(old)} ({old.dtype}); give "
+                "batches of such inputs, in a list or a DataLoader: [(images, labels), …]"
+            )
 
 
 def _like_the_example(graph: AxisGraph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -69,7 +69,7 @@ class Inputs(NamedTuple):
 
         def moved(place: str, value: Tensor) -> Tensor:
             dtype = half if half is not None and value.is_floating_point() else value.dtype
-            return value.to(device, dtype, non_blocking=True)
+            return value if value.is_meta else value.to(device, dtype, non_blocking=True)
 
         args, kwargs = mapped(self.args, moved), mapped(self.kwargs, moved)
         parameters = inspect.signature(model.forward).parameters.values() if kwargs else ()

@@ -141,7 +141,7 @@ def _names(value: Any, count: int) -> list[str]:
     if isinstance(value, Mapping):
         known = list(map(str, value))
     else:
-        known = list(getattr(value, "_fields", ())) or _fields(value)
+        known = list(getattr(type(value), "_fields", ())) or _fields(value)
     return known if len(known) == count else list(map(str, range(count)))
 
 

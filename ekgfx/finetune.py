@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekgfx.batches import Inputs, device_of, each_batch, of_view, own_share, side_by_side, to_device, unpacked
+from ekgfx.batches import Inputs, device_of, each_batch, half_of, of_view, own_share, side_by_side, to_device, unpacked
 from ekgfx.data import Data
 from ekgfx.distributed import ALONE, Team, team
 from ekgfx.errors import DataError, RecipeError, RunError, TrainingError
@@ -128,6 +128,12 @@ class _Trainer:
         self.mates = mates
         self.model, self.objective, self.logits, self.training, self.views = model, objective, logits, training, views
         self.device = device_of(model)
+        half = half_of(model)
+        if training.amp is not None and half is not None:
+            raise RecipeError(
+                f"amp={training.amp!r} computes in half precision on weights that are not, and these are {half}; train "
+                "model.float() with amp, or leave amp out"
+            )
         if training.channels_last:
             model.to(memory_format=torch.channels_last)
         self.optimizer = training.optimizer_of(model)

@@ -42,8 +42,8 @@ def cross_entropy(output: Any, target: Tensor) -> Tensor:
     if not is_classes(target, logits):
         raise DataError(
             f"labels of shape {tuple(target.shape)} ({target.dtype}) do not fit logits of shape {tuple(logits.shape)}: "
-            "cross-entropy takes one whole number for every sample (and position), or probabilities of the logits' "
-            "shape; pass other labels, logits=… with the classes in dim 1, or loss=…"
+            "cross-entropy takes one whole number for every sample (and position), or probabilities (floats) of the "
+            "logits' shape; pass other labels, logits=… with the classes in dim 1, or loss=…"
         )
     return functional.cross_entropy(logits, target.long())
 
@@ -69,7 +69,7 @@ def check_classes(logits: Tensor, target: Any) -> None:
 
 def is_classes(target: Any, logits: Tensor) -> bool:
     """Whether `target` holds one class for every position of logits B × K × …"""
-    integers = isinstance(target, Tensor) and not target.is_floating_point()
+    integers = isinstance(target, Tensor) and not target.is_floating_point() and target.dtype != torch.bool
     return integers and target.shape == logits.shape[:1] + logits.shape[2:]
 
 

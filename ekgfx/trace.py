@@ -110,7 +110,7 @@ def trace(
         model: any module that `torch.export` can follow; neither its weights nor its modes are changed.
         example_inputs: one tensor, a tuple of positional arguments, or a mapping of arguments by name; if all tensors
             share their leading size it is the batch (a batch of one is doubled, so that the batch can be told from
-            other sizes of one).
+            other sizes of one). Moved to the model's device.
         kwargs: keyword arguments.
         leaf: modules that run as they are, by name, glob (`*` also matches dots) or class: their Python may depend on
             values. All positions of their inputs, outputs and parameters stay.
@@ -122,8 +122,9 @@ def trace(
     """
     if not isinstance(model, nn.Module):
         raise TraceError(f"trace takes a torch.nn.Module, not a {type(model).__name__}")
-    inputs = Inputs.of(example_inputs)
-    example = _at_least_two((inputs.args, {**inputs.kwargs, **(kwargs or {})}))
+    args, named = Inputs.of(example_inputs)
+    args, named = Inputs(args, {**named, **(kwargs or {})}).onto(model)
+    example = _at_least_two((args, named))
     return _traced(model, example, find_leaves(model, leaf), outputs=as_choice(outputs))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ekgfx.arguments import check_inputs
 from ekgfx.bank.rows import RowFormat, Rows, infidelity
 from ekgfx.bank.store import FORMAT, MANIFEST, Bank, read_manifest, rows_file
 from ekgfx.bank.teachers import pick_teachers
@@ -164,7 +165,9 @@ class _Teacher:
             if (turn - 1) % mates.size != mates.rank:
                 continue
             with torch.no_grad():
-                output = inputs.onto(self.traced.model).into(network)
+                inputs = inputs.onto(self.traced.model)
+                check_inputs(self.traced, *inputs)
+                output = inputs.into(network)
             yield index, at_least_single(self.logits(output))
         if not seen and not shared:  # of several processes some may have nothing to do
             raise DataError("the memory bank got no batches")

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ekgfx.arguments import check_inputs
 from ekgfx.errors import BudgetError, DataError, RecipeError
 from ekgfx.loss import cross_entropy
 from ekgfx.outputs import Logits, finder, logits_of
@@ -170,6 +171,8 @@ def search(
         seed=seed,
     )
     problem.check_reachable()
+    for batch in problem.batches:
+        check_inputs(traced, *batch.inputs)
     if not problem.batches and (strategy == "ekg" or importance in NEEDS_DATA):
         raise DataError(f"strategy {strategy!r} with importance {importance!r} needs validation batches; pass some")
     recorder = Recorder(problem, on_step)

@@ -86,7 +86,7 @@ class Study:
         before, _ = judge(self.problem.network(plan), batches, objective, self.knowledge)
         pruned = ekgfx.prune(self.traced.model, plan, self.traced)
         calibrate(pruned, self.data.loader("train", 128, subset=self.train), limit=8)
-        held = [(batch.inputs[0], batch.target) for batch in batches]
+        held = [(batch.inputs.args[0], batch.target) for batch in batches]
         curved = landscape.spectrum(pruned, held, steps=asked.steps, tolerance=asked.tolerance, seed=asked.seed)
         looked = time.monotonic() - start
         ekgfx.finetune(

@@ -1,6 +1,5 @@
 """BatchNorm's running statistics, estimated anew for a network that was cut."""
 
-import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ekgfx.batches import Inputs, each_batch, unpacked
 from ekgfx.errors import DataError
-from ekgfx.evaluation import device_of, to_device
 from ekgfx.leaf import evaluation_mode
 from ekgfx.mixing import Mixture, warn
 
@@ -53,12 +52,12 @@ def calibrate(model: Model, batches: Iterable[Any], *, limit: int | None = None)
     if not norms:
         log.info("%s has no norm whose running statistics can be estimated", type(model).__name__)
         return model
-    device, mixture, known, number = device_of(model), Mixture(), None, 0
+    mixture, known, number = Mixture(), None, 0
     with evaluation_mode(model), torch.no_grad(), _estimating(norms) as seen:
-        for number, batch in enumerate(islice(batches, limit), 1):
-            inputs, labels = _inputs(batch)
+        for number, batch in enumerate(islice(each_batch(batches), limit), 1):
+            inputs, labels, _ = unpacked(batch)
             try:
-                output = _run(model, inputs, device)
+                output = Inputs.of(inputs).onto(model).into(model)
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
@@ -127,28 +126,3 @@ def _check_finite(norms: Mapping[str, nn.Module]) -> None:
     for name, norm in norms.items():
         if not all(value.isfinite().all() for value in _averages(norm).values()):
             raise DataError(f"the statistics of {name} are not finite; check the images and the weights for NaN")
-
-
-def _inputs(batch: Any) -> tuple[Any, Any]:
-    """The model's inputs in a batch, and its labels where it has some."""
-    if isinstance(batch, Tensor | Mapping):
-        return batch, batch.get("labels", batch.get("label")) if isinstance(batch, Mapping) else None
-    return batch[0], batch[1] if len(batch) > 1 else None
-
-
-def _run(model: nn.Module, inputs: Any, device: torch.device) -> Any:
-    """The model's output for a tensor, several arguments, or keyword arguments; a dictionary of which the model's
-    forward names nothing is its argument."""
-    inputs = _moved(inputs, device)
-    if isinstance(inputs, Mapping):
-        parameters = inspect.signature(model.forward).parameters
-        every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        named = {name: value for name, value in inputs.items() if every or name in parameters}
-        return model(**named) if named else model(inputs)
-    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _moved(each, device) for key, each in value.items()}
-    return to_device(value, device)

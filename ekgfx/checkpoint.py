@@ -4,6 +4,7 @@ A folder with run.json, plan.json and model.safetensors is enough: the original 
 source, pruned by the plan, and filled with the weights.
 """
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,14 +17,18 @@ from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 
 from ekgfx import trust
+from ekgfx.batches import Inputs
 from ekgfx.errors import ModelError, PlanError, RunError
 from ekgfx.files import read_json
-from ekgfx.plan import Plan
+from ekgfx.plan import Plan, as_plan, rounds_of
 from ekgfx.run import FORMAT, MANIFEST, Run, check_format, read_manifest, verify
 from ekgfx.source import Built, Source
 from ekgfx.surgery import prune
 from ekgfx.trace import silently_traced
 from ekgfx.typed import read
+
+Example = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""Inputs to trace a model with, as `trace` takes them."""
 
 WEIGHTS = "model.safetensors"
 PLAN = "plan.json"
@@ -33,33 +38,50 @@ def save(
     pruned: nn.Module,
     path: str | Path,
     *,
-    plan: Plan,
+    plan: Plan | Sequence[Plan] | None = None,
     source: Source | None = None,
-    example_inputs: tuple[Tensor, ...] | None = None,
+    example_inputs: Example | None = None,
 ) -> None:
     """Writes a pruned model to the folder `path` (a new one, or that of a run).
 
     Args:
         pruned: what `prune(model, plan)` returned, in any state of training.
-        plan: the plan it was pruned by.
+        plan: the plan it was pruned by, which a pruned module knows itself, with those of earlier rounds. Where it does
+            not (its weights were loaded into another instance, say), a series of plans tells several rounds.
         source: how to build the original model (`ekgfx.source.parse`); without it `load` needs `model=`.
         example_inputs: what the original is traced with when it is loaded; needed only where neither the source nor
             the factory given to `load` says it.
 
     Raises:
         RunError: the folder is used by another process, holds other files, or cannot be written.
+        PlanError: the module was pruned by another plan, or says nothing of it and none is given.
     """
     path = Path(path)
+    *earlier, last = _rounds(pruned, plan)
     with Run.reopen(path) if (path / MANIFEST).exists() else Run.create(path, status="done") as run:
-        run.update(**origin(source, example_inputs))
-        write_plan(run, plan)
-        write_weights(run, pruned, plan)
+        run.update(**origin(source, example_inputs, earlier))
+        write_plan(run, last)
+        write_weights(run, pruned, last)
+
+
+def _rounds(pruned: nn.Module, plan: Plan | Sequence[Plan] | None) -> tuple[Plan, ...]:
+    """The plans that a module was pruned by, oldest first, as it knows them or is said."""
+    known = rounds_of(pruned)
+    given = known if plan is None else (as_plan(plan),) if isinstance(plan, Plan) else tuple(map(as_plan, plan))
+    if not given:
+        raise PlanError(f"this {type(pruned).__name__} does not say what it was pruned by: pass plan=")
+    last = known[len(known) - len(given) :]
+    if not known or (len(given) == 1 and len(known) > 1 and given[0].alike(Plan.of(pruned))):
+        return given
+    if len(last) < len(given) or not all(a.alike(b) for a, b in zip(last, given, strict=True)):
+        raise PlanError(f"this {type(pruned).__name__} was pruned by another plan than the one given; leave plan= out")
+    return known
 
 
 def load(
     path: str | Path,
-    model: Callable[[], Any] | None = None,
-    example_inputs: tuple[Tensor, ...] | None = None,
+    model: nn.Module | Callable[[], Any] | None = None,
+    example_inputs: Example | None = None,
     *,
     also: Sequence[Any] = (),
 ) -> nn.Module:
@@ -67,8 +89,10 @@ def load(
 
     Args:
         path: a run, or what `save` wrote.
-        model: builds the original (unpruned) model, or `(model, example_inputs)`; by default the recorded source does.
-        example_inputs: inputs to trace the original with, where nothing else says them.
+        model: builds the original (unpruned) model, or `(model, example_inputs)`; or the original itself, which is left
+            as it is; by default the recorded source builds it.
+        example_inputs: inputs to trace the original with, where nothing else says them: a tensor, a tuple, or a mapping
+            of inputs by name.
         also: further calls, as in `trace`, where the plan was made with such.
 
     Raises:
@@ -96,19 +120,27 @@ def recorded_source(manifest: Mapping[str, Any], path: Path) -> Source | None:
     return source
 
 
-def origin(source: Source | None, example_inputs: tuple[Tensor, ...] | None) -> dict[str, Any]:
-    """Entries of run.json that say how to build the model before its last pruning.
+def origin(source: Source | None, example_inputs: Example | None, earlier: Sequence[Plan] = ()) -> dict[str, Any]:
+    """Entries of run.json that say how to build the model before its last pruning. earlier: plans of the rounds before.
 
     Where the source is itself a run, its source and plan are copied: the new run stays whole when the old one is gone.
     """
-    described, ancestors = None if source is None else source.describe(), []
+    described, ancestors = None if source is None else source.describe(), [plan.to_json() for plan in earlier]
     if source is not None and source.is_run:
         parent = read_manifest(Path(source.model))
         described = parent.get("source")
-        ancestors = [*parent.get("ancestors", []), read_plan(Path(source.model)).to_json()]
-    inputs = None if example_inputs is None else [[list(x.shape), str(x.dtype)] for x in example_inputs]
+        parents = [*parent.get("ancestors", []), read_plan(Path(source.model)).to_json()]
+        ancestors = max(parents, ancestors, key=len)  # rounds after the run's, where the module knows of them
+    inputs = None if example_inputs is None else Inputs.of(example_inputs)
+    facts: dict[str, Any] = {"inputs": None if inputs is None else [_kind(value) for value in inputs.args]}
+    if inputs is not None and inputs.kwargs:
+        facts["named_inputs"] = {name: _kind(value) for name, value in inputs.kwargs.items()}
     signed = {} if described is None else trust.sign(described["model"])
-    return {"source": described, "ancestors": ancestors, "inputs": inputs, **signed}
+    return {"source": described, "ancestors": ancestors, **facts, **signed}
+
+
+def _kind(value: Tensor) -> list[Any]:
+    return [list(value.shape), str(value.dtype)]
 
 
 def write_plan(run: Run, plan: Plan, **facts: Any) -> None:
@@ -161,14 +193,19 @@ def _rebuild(path: Path, original: Built, also: Sequence[Any] = ()) -> Built:
             f"the plan of {path} was made of a model that was traced with {plan.also} further calls, not {len(also)}: "
             "pass those of ekgfx.trace(…, also=[…]) as also="
         )
-    for step in [*map(Plan.from_json, manifest.get("ancestors", [])), plan]:
+    steps, done = [*map(Plan.from_json, manifest.get("ancestors", [])), plan], rounds_of(model)
+    if all(a.alike(b) for a, b in zip(done, steps, strict=False)):  # of a model that was built from an earlier round
+        steps = steps[len(done) :]
+    for step in steps:
         try:
             inputs, leaf, unused = original.example_inputs, step.leaf, step.unused
             model = prune(model, step, silently_traced(model, inputs, leaf=leaf, also=also, unused=unused))
         except PlanError as error:
             raise PlanError(f"{path} was not made from this {type(original.model).__name__}: {error}") from error
     load_tensors(model, weights)
-    return replace(original, model=model.eval(), weights_origin=f"run {path.name}", leaf=plan.leaf)
+    return replace(
+        original, model=model.eval(), weights_origin=f"run {path.name}", leaf=plan.leaf, outputs=plan.outputs
+    )
 
 
 def _check_metadata(weights: Path, plan: Plan) -> None:
@@ -194,19 +231,24 @@ def _recorded(path: Path) -> Built:
         return source.without_weights().build()
 
 
-def _called(path: Path, build: Callable[[], Any], example_inputs: tuple[Tensor, ...] | None) -> Built:
+def _called(path: Path, build: nn.Module | Callable[[], Any], example_inputs: Example | None) -> Built:
+    if not callable(build):
+        raise ModelError(f"model= takes the original module or a function that builds it, not a {type(build).__name__}")
     with torch.random.fork_rng(devices=[]):
-        made = build()
+        made = copy.deepcopy(build) if isinstance(build, nn.Module) else build()
     model, own = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise ModelError(f"model= must build a module, or (module, example_inputs); it made a {type(made).__name__}")
-    inputs = example_inputs or own
+    inputs: Any = own if example_inputs is None else example_inputs
     if inputs is None:
-        recorded = read_manifest(path).get("inputs")
+        manifest = read_manifest(path)
+        recorded, named = manifest.get("inputs"), manifest.get("named_inputs")
         if recorded is None:
             raise RunError(f"nothing says what the model at {path} takes: pass example_inputs=")
-        inputs = tuple(_example(shape, type_name) for shape, type_name in recorded)
-    return Built(model.eval(), inputs, f"as {build!r} makes them")
+        inputs = tuple(_example(*kind) for kind in recorded)
+        if named:
+            inputs = {name: _example(*kind) for name, kind in named.items()}
+    return Built(model.eval(), inputs, f"as {type(model).__name__} has them")
 
 
 def _example(shape: list[int], type_name: str) -> Tensor:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ekgfx.batches import Inputs, device_of, each_batch, to_device, unpacked
 from ekgfx.errors import DataError
 from ekgfx.leaf import evaluation_mode
-from ekgfx.loss import check_classes, cross_entropy, is_classes, logits_themselves
+from ekgfx.loss import check_classes, cross_entropy, is_classes, label_loss
+from ekgfx.outputs import Logits, finder, logits_of
 
 
 @dataclass(frozen=True)
@@ -27,22 +29,26 @@ def evaluate(
     batches: Iterable[Any],
     *,
     loss: Callable[[Any, Any], Tensor] = cross_entropy,
-    logits: Callable[[Any], Tensor] = logits_themselves,
+    logits: Logits = logits_of,
 ) -> Metrics:
     """The model's loss and accuracy, in evaluation mode; its own mode is put back.
 
-    batches: `(images, labels, …)` with labels. Raises DataError when there are none, or labels don't fit the model.
+    batches: `(images, labels, …)` or mappings, with labels (`ekgfx.batches`). loss, logits: as in `finetune`. Raises
+    DataError when there are none, or labels don't fit the model.
     """
     device = device_of(model)
+    find = finder(logits)
+    loss = label_loss(loss, find)
     total, right = torch.zeros((), device=device), torch.zeros((), device=device)
     samples = classified = 0
     with evaluation_mode(model), torch.no_grad():
-        for batch in batches:
-            if batch[1] is None:
+        for batch in each_batch(batches):
+            images, labels, _ = unpacked(batch)
+            if labels is None:
                 raise DataError("data without labels cannot be evaluated; give data with labels")
-            images, target = to_device(batch[0], device), to_device(batch[1], device)
-            output = model(*images) if isinstance(images, tuple | list) else model(images)
-            found = logits(output)
+            target = to_device(labels, device)
+            output = Inputs.of(images).onto(model).into(model)
+            found = find(output)
             check_classes(found, target)
             total += loss(output, target) * len(found)
             samples += len(found)
@@ -68,17 +74,3 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
         finally:
             for norm, tracked in zip(norms, tracking, strict=True):
                 norm.track_running_stats = tracked
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter lies; the CPU for a model without any."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """A tensor, or a tuple or list of them, on `device`; anything else as it is."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, tuple | list):
-        return tuple(to_device(each, device) for each in value)
-    return value

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekgfx.batches import of_view, own_share, side_by_side, unpacked
+from ekgfx.batches import Inputs, device_of, each_batch, half_of, of_view, own_share, side_by_side, to_device, unpacked
 from ekgfx.data import Data
 from ekgfx.distributed import ALONE, Team, team
 from ekgfx.errors import DataError, RecipeError, RunError, TrainingError
-from ekgfx.evaluation import device_of, evaluate, to_device
-from ekgfx.loss import EKGLoss, KnowledgeSource, LabelLoss, check_classes, cross_entropy, logits_themselves
+from ekgfx.evaluation import evaluate
+from ekgfx.loss import EKGLoss, KnowledgeSource, LabelLoss, check_classes, cross_entropy
 from ekgfx.mixing import watched
+from ekgfx.outputs import Logits, finder, logits_of
 from ekgfx.parallel import SharedNorms, add_gradients
 from ekgfx.training import Training
 from ekgfx.training_state import load_state, save_state
@@ -47,7 +48,7 @@ def finetune(
     bank: KnowledgeSource | None = None,
     temperature: float | None = None,
     loss: Callable[[Any, Any], Tensor] = cross_entropy,
-    logits: Callable[[Any], Tensor] = logits_themselves,
+    logits: Logits = logits_of,
     test: Iterable[Any] | None = None,
     subset: Any = None,
     checkpoint: str | Path | None = None,
@@ -61,10 +62,14 @@ def finetune(
     Args:
         model: trained on the device it is on; left in evaluation mode.
         data: a data set (`ekgfx.data.load`), or batches to iterate once per epoch: `(images, labels, index)`, where
-            images are B × …, or with `views=V` V × B × … or a tuple of V. Labels may be None with a bank.
+            images are B × …, or with `views=V` V × B × … or a tuple of V; a tuple of inputs, or a mapping of them by
+            name (also with the labels and the index in it, as the data sets of transformers give it). Labels may be
+            None with a bank.
         bank: the memory bank; None trains on the labels alone.
         temperature: T of the guidance; 4 below 1000 classes and 10 from there on.
-        loss, logits: label loss of one view, and the logits in a model's output.
+        loss: label loss of one view, `loss(output, labels)`; cross-entropy is that of the logits.
+        logits: where the logits are in a model's output: a function of it, or a key, a field or an index. By default
+            they are found, where it is clear (`ekgfx.outputs.logits_of`).
         test: batches to evaluate on after every epoch, such as `data.loader("test", 256)`.
         subset: indices into the data set's training split; all of it if None.
         checkpoint: file to save to after every epoch, and to go on from where it exists: training that was interrupted
@@ -86,8 +91,8 @@ def finetune(
     mates = team() if parallel else ALONE
     trainer = _Trainer(
         model,
-        LabelLoss(loss) if bank is None else EKGLoss(bank, temperature, loss, logits, parallel),
-        logits,
+        LabelLoss(loss, logits) if bank is None else EKGLoss(bank, temperature, loss, logits, parallel),
+        finder(logits),
         training,
         views=training.views or (1 if bank is None else 2),
         mates=mates,
@@ -124,6 +129,12 @@ class _Trainer:
         self.mates = mates
         self.model, self.objective, self.logits, self.training, self.views = model, objective, logits, training, views
         self.device = device_of(model)
+        half = half_of(model)
+        if training.amp is not None and half is not None:
+            raise RecipeError(
+                f"amp={training.amp!r} computes in half precision on weights that are not, and these are {half}; train "
+                "model.float() with amp, or leave amp out"
+            )
         if training.channels_last:
             model.to(memory_format=torch.channels_last)
         self.optimizer = training.optimizer_of(model)
@@ -151,14 +162,14 @@ class _Trainer:
     def _update(self, batch: Any, check: bool) -> Tensor:
         images, labels, index = unpacked(batch)
         if self.views == 1:
-            shown, samples = to_device(images, self.device), None
+            shown, samples = Inputs.of(images).onto(self.model), None
         else:
-            shown, samples = side_by_side(images, self.device)
-        if self.training.channels_last and isinstance(shown, Tensor) and shown.dim() == 4:
-            shown = shown.contiguous(memory_format=torch.channels_last)
+            shown, samples = side_by_side(images, self.model)
+        if self.training.channels_last:
+            shown = shown.channels_last()
         labels = to_device(labels, self.device)
         with self._precision():
-            output = self.model(*shown) if isinstance(shown, tuple) else self.model(shown)
+            output = shown.into(self.model)
         outputs = [output] if samples is None else [of_view(output, samples, view) for view in range(self.views)]
         if check:
             check_classes(self.logits(outputs[0]), labels)
@@ -218,8 +229,9 @@ def _batches(data: Data | Iterable[Any], trainer: _Trainer, subset: Any) -> Call
     mates = trainer.mates
     if not isinstance(data, Data):
         if mates.size > 1:
-            return lambda epoch: (own_share(batch, trainer.views, mates) for batch in data)
-        return lambda epoch: data if epoch > 1 else watched(data, lambda batch: unpacked(batch)[1], "training batches")
+            return lambda epoch: (own_share(batch, trainer.views, mates) for batch in each_batch(data))
+        labels = lambda batch: unpacked(batch)[1]  # noqa: E731
+        return lambda epoch: each_batch(data if epoch > 1 else watched(data, labels, "training batches"))
     training = trainer.training
     size = data.size("train") if subset is None else len(subset)
     if min(training.batch_size, size) < mates.size:

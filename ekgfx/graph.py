@@ -22,6 +22,7 @@ from ekgfx.functional import functionalize
 from ekgfx.in_place import overwritable, overwritable_with_gradients
 from ekgfx.leaf import Leaves
 from ekgfx.nodes import bind, first_names, op_name, owner, rename_modules
+from ekgfx.returns import Returns
 from ekgfx.rules import Call, Effect, Rule, lookup, unknown
 from ekgfx.rules.applied import applied
 from ekgfx.rules.registry import TensorDims, ours
@@ -68,6 +69,7 @@ class AxisGraph:
         decomposed: PyTorch made the graph functional, so some operators are others than those that the model calls.
         leaves: the modules that run as they are, with their calls.
         state: what modules held beside weights when they were traced (caches, integers).
+        returns: what the model returns, and which of it matters; None for a program that returns it as it is.
         unknown_ops: operators without a rule (or whose rule does not hold) → number of uses.
         uncounted_ops: operators that cost multiplications, but whose rule does not say how many → number of uses.
         failed_rules: those of them that have a rule → why it does not hold (its first failure).
@@ -90,6 +92,7 @@ class AxisGraph:
         leaves: Leaves | None = None,
         decompose: bool = False,
         state: State | None = None,
+        returns: Returns | None = None,
         *,
         way: Way = Way(),  # noqa: B008  frozen
         others: Sequence["AxisGraph"] | None = (),
@@ -98,6 +101,7 @@ class AxisGraph:
         """others: None makes one of those graphs, which the first one starts."""
         self.model = model
         self.state = state or {}
+        self.returns = returns
         self.leaves = leaves or Leaves()
         self.graph, program, self.decomposed = functionalize(program, decompose, way.training)
         self.example, self.way = example, way
@@ -154,7 +158,7 @@ class AxisGraph:
     def _blank(self, rules: Mapping[str, Rule]) -> "AxisGraph":
         other = object.__new__(AxisGraph)
         for name in (
-            *("model", "state", "leaves", "graph", "example", "way"),
+            *("model", "state", "leaves", "returns", "graph", "example", "way"),
             *("in_spec", "out_spec", "weights", "constants"),
         ):
             setattr(other, name, getattr(self, name))
@@ -178,10 +182,11 @@ class AxisGraph:
             elif node.op == "call_function":
                 self._operation(node)
             elif node.op == "output":
-                for out in node.all_input_nodes:
-                    if out not in node.meta.get("updates", {}):
+                values, updates = cast(list[Any], node.args[0]), node.meta.get("updates", {})
+                for out in values if self.returns is None else self.returns.mattering(values):
+                    if isinstance(out, fx.Node) and out not in updates:
                         self._output(out)
-                for value, buffer in node.meta.get("updates", {}).items():
+                for value, buffer in updates.items():
                     for old, new in zip(self.dims[buffer.name], self.dims[value.name], strict=True):
                         unify(old, new, f"update of {self.weights.get(buffer.name, buffer.name)}")
 
@@ -189,6 +194,12 @@ class AxisGraph:
         for dims in listed(self.dims.get(node.name, ())):
             for dim in dims:
                 freeze(dim, "output of the model" if self.way == Way() else f"output of the model in {self.way}")
+
+    def returned(self, leaves: list[Any]) -> Any:
+        """The model's output, from the values that its graph returns."""
+        if self.returns is None:
+            return pytree.tree_unflatten(leaves, self.out_spec)
+        return self.returns.frame.filled(leaves)
 
     def _placeholder(self, node: fx.Node, shared: dict[str, Dims]) -> Dims:
         value = node.meta.get("val")

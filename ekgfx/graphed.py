@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from ekgfx import leaf
 from ekgfx.attributes import STANDARD
 from ekgfx.axes import Axis, Expr, Prod, Sum, axes, count
+from ekgfx.containers import tensors_in
+from ekgfx.errors import PruneError
 from ekgfx.graph import AxisGraph, Operation
+from ekgfx.returns import Holder
 from ekgfx.signature import Part
 
 LAYERS = (*STANDARD, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -48,8 +50,13 @@ def _graph_module(cut: nn.Module, part: Part, graph: AxisGraph, counts: Mapping[
     made: dict[str, Any] = {}
     for name, node in part.arguments:
         placeholder = new.placeholder(name) if node else new.placeholder(name, default_value=None)
-        if node:
+        if isinstance(node, fx.Node):
             made[node.name] = placeholder
+        elif node:
+            inside = new.call_function(tensors_in, (placeholder,))
+            for i, each in enumerate(node):
+                if each is not None:
+                    made[each.name] = new.call_function(operator.getitem, (inside, i))
     batch = _BatchSize(new, graph, part.inputs, made, counts)
     for name, constant in graph.constants.items():
         if any(node.name == name for node in part.constants):
@@ -57,7 +64,12 @@ def _graph_module(cut: nn.Module, part: Part, graph: AxisGraph, counts: Mapping[
             made[name] = new.get_attr(f"_{name}")
     for node in part.nodes:
         made[node.name] = _copy(node, part, graph, new, made, batch)
-    new.output(pytree.tree_map_only(fx.Node, lambda n: made[n.name], part.output))
+    returned = [made[node.name] for node in part.returned]
+    if part.frame.plain:
+        new.output(part.frame.filled(returned))
+    else:
+        cut.add_module(Holder.NAME, Holder(part.frame))
+        new.output(new.call_module(Holder.NAME, tuple(returned)))
     module = fx.GraphModule(cut, new, class_name=f"{type(cut).__name__}Graph")
     state = {**dict(cut.named_parameters()), **{n: t for n, t in cut.named_buffers() if n in cut.state_dict()}}
     for name, tensor in state.items():
@@ -130,9 +142,11 @@ def _copy(node: fx.Node, part: Part, graph: AxisGraph, new: fx.Graph, made: dict
 def _call_of_leaf(operation: Operation, path: str, graph: AxisGraph, new: fx.Graph, made: dict[str, Any]) -> fx.Node:
     """The leaf itself is called, with the example's arguments where they are no tensors."""
     inputs = [made[node.name] for node in operation.args["inputs"]]
+    if not graph.leaves[operation.args["module"]][operation.args["number"]].arguments.plain:
+        raise PruneError(f"{operation.args['module']} takes what a graph cannot make")
     positional, named = graph.leaves.arguments(operation.args, inputs)
     called = new.call_module(operation.args["module"].removeprefix(f"{path}." if path else ""), positional, named)
-    return new.call_function(leaf.tensors_of, (called,))
+    return new.call_function(tensors_in, (called,))
 
 
 def _recomputed(

@@ -1,7 +1,7 @@
 """What the stages of a job share: the run, its settings, the model, the data, and somebody to report to."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from ekgfx.distributed import local_device
 from ekgfx.errors import DataError, RecipeError, TrainingError
 from ekgfx.evaluation import evaluate
 from ekgfx.finetune import Epoch
+from ekgfx.outputs import finder, logits_of
 from ekgfx.plan import Plan
 from ekgfx.recipe import Recipe, parse
 from ekgfx.run import Run
@@ -121,8 +122,9 @@ class Job:
         """The unpruned model's graph; it reads the model's weights whenever a sub-network is made."""
         model = self.built.model
         self.report.stage("trace")
-        leaf = (*self.built.leaf, *self.recipe.leaf)
-        traced = silently_traced(model, self.built.example_inputs, leaf=leaf, unused=self.recipe.unused)
+        leaf, outputs = (*self.built.leaf, *self.recipe.leaf), (*self.built.outputs, *self.recipe.outputs) or None
+        unused = self.recipe.unused
+        traced = silently_traced(model, self.built.example_inputs, leaf=leaf, unused=unused, outputs=outputs)
         for note in traced.notes:
             self.report.note(note)
         self.run.update(notes=list(traced.notes))
@@ -140,13 +142,18 @@ class Job:
         """The data set; None where the model's input is no image and the search needs none."""
         if self.recipe.data is None and not self.needs_data:
             return None
-        return open_data(self.recipe.data or LABEL_FREE, self.built, self.recipe.seed).to(self.device)
+        return open_data(self.recipe.data or LABEL_FREE, self.built, self.recipe.seed, self.logits).to(self.device)
 
     @property
     def needs_data(self) -> bool:
         """Whether the settings ask for anything that looks at data."""
         asked = self.recipe.search
         return asked.strategy == "ekg" or asked.importance in NEEDS_DATA or self.recipe.finetune.epochs > 0
+
+    @property
+    def logits(self) -> Callable[[Any], Tensor]:
+        """What finds the logits in the model's output."""
+        return logits_of if self.recipe.logits is None else finder(self.recipe.logits)
 
     @property
     def labelled(self) -> bool:
@@ -164,7 +171,7 @@ class Job:
             return Score(None, None, None, cost.macs, cost.params)
         batches = self.data.loader("test", self.batch_size).mixed()
         if self.labelled:
-            metrics = evaluate(model, batches)
+            metrics = evaluate(model, batches, logits=self.logits)
             if not math.isfinite(metrics.loss):
                 raise TrainingError(
                     f"the loss on {self.data.spec} is {metrics.loss}: check the weights ({self.built.weights_origin}), "
@@ -173,7 +180,11 @@ class Job:
             return Score(metrics.accuracy, metrics.loss, None, cost.macs, cost.params)
         if self.random:
             return Score(None, None, None, cost.macs, cost.params)
-        agreement = 1.0 if plan is None else evaluate(model, predicted(self.built.model, batches)).accuracy
+        agreement = (
+            1.0
+            if plan is None
+            else evaluate(model, predicted(self.built.model, batches, self.logits), logits=self.logits).accuracy
+        )
         return Score(None, None, agreement, cost.macs, cost.params)
 
     def keep_score(self, name: str, model: nn.Module, plan: Plan | None) -> None:
@@ -184,22 +195,25 @@ class Job:
             self.run.update(results={**results, name: asdict(self.score(model, plan))})
 
 
-def open_data(spec: str, built: Built, seed: int) -> data.Data:
+def open_data(spec: str, built: Built, seed: int, find: Callable[[Any], Tensor] = logits_of) -> data.Data:
     """A data set in the form the model takes; DataError when the model takes no images or has other classes."""
     if built.example_inputs[0].ndim != 4 or len(built.example_inputs) != 1:
         shapes = ", ".join("x".join(map(str, value.shape)) for value in built.example_inputs)
         raise DataError(f"the model takes {shapes}, not images: use --search uniform --importance magnitude, or Python")
     with untouched(built.model), torch.no_grad():
         output = built.model(built.example_inputs[0])
-    classes = output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
+    found = find(output)
+    classes = found.shape[1] if found.ndim == 2 else None
     return data.load(spec, classes=classes, seed=seed, **built.data_options)
 
 
-def predicted(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+def predicted(
+    model: nn.Module, batches: Iterable[Any], find: Callable[[Any], Tensor] = logits_of
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches whose labels are the model's own top classes."""
     for batch in batches:
         with torch.no_grad():
-            yield batch.images, model(batch.images).argmax(1)
+            yield batch.images, find(model(batch.images)).argmax(1)
 
 
 def pick_device(name: str) -> torch.device:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ekgfx.batches import Inputs, device_of, each_batch, to_device, unpacked
 from ekgfx.errors import DataError, TrainingError
-from ekgfx.evaluation import device_of, to_device
 from ekgfx.leaf import evaluation_mode
 from ekgfx.loss import cross_entropy
 
@@ -94,7 +94,7 @@ def spectrum(
         TrainingError: the loss is not finite.
     """
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    held = _held(batches, device_of(model))
+    held = _held(batches, model)
     size = sum(weight.numel() for weight in weights)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(size, generator=generator, dtype=weights[0].dtype).to(weights[0].device)
@@ -118,15 +118,16 @@ def hessian_product(
     """H·v for the Hessian of the mean loss over all samples in `weights`, by differentiating the product of gradient
     and v (Pearlmutter 1994). vector: as long as all weights together."""
     product = torch.zeros_like(vector)
-    samples = sum(_samples(images) for images, _ in batches)
+    held = [(Inputs.of(images), target) for images, target in batches]
+    samples = sum(images.samples for images, _ in held)
     pieces = [
         part.view_as(weight) for part, weight in zip(vector.split([w.numel() for w in weights]), weights, strict=True)
     ]
-    for images, target in batches:
+    for images, target in held:
         # Fused attention kernels cannot be differentiated twice.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            output = model(*images) if isinstance(images, tuple) else model(images)
-            value = loss(output, target) * (_samples(images) / samples)
+            output = images.into(model)
+            value = loss(output, target) * (images.samples / samples)
             if not torch.isfinite(value):
                 raise TrainingError(f"the loss is {value.item()}; check the weights, and the images for NaN")
             gradients = torch.autograd.grad(value, weights, create_graph=True, allow_unused=True)
@@ -190,7 +191,7 @@ def surface(
 
     Raises DataError when there is no batch.
     """
-    held = _held(batches, device_of(model))
+    held = _held(batches, model)
     generator = torch.Generator().manual_seed(seed)
     centre = [parameter.detach().clone() for parameter in model.parameters()]
     first, second = (filter_normalized(centre, generator) for _ in range(2))
@@ -261,23 +262,21 @@ def _ritz(diagonal: Sequence[float], beside: Sequence[float]) -> tuple[list[floa
     return values.tolist(), (vectors[-1].abs() * beside[-1]).tolist()
 
 
-def _held(batches: Iterable[Any], device: torch.device) -> list[tuple[Any, Any]]:
-    held = [(to_device(batch[0], device), to_device(batch[1], device)) for batch in batches]
+def _held(batches: Iterable[Any], model: nn.Module) -> list[tuple[Inputs, Any]]:
+    held = []
+    for images, labels, _ in map(unpacked, each_batch(batches)):
+        held.append((Inputs.of(images).onto(model), to_device(labels, device_of(model))))
     if not held:
         raise DataError("there is no batch to look at the loss on")
     return held
 
 
-def _samples(images: Any) -> int:
-    return len(images[0]) if isinstance(images, tuple) else len(images)
-
-
-def _mean_loss(model: nn.Module, batches: Sequence[tuple[Any, Any]], loss: Loss) -> float:
+def _mean_loss(model: nn.Module, batches: Sequence[tuple[Inputs, Any]], loss: Loss) -> float:
     total = 0.0
     for images, target in batches:
-        output = model(*images) if isinstance(images, tuple) else model(images)
-        total += float(loss(output, target)) * _samples(images)
-    return total / sum(_samples(images) for images, _ in batches)
+        output = images.into(model)
+        total += float(loss(output, target)) * images.samples
+    return total / sum(images.samples for images, _ in batches)
 
 
 @contextmanager

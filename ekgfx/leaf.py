@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from ekgfx.axes import ONE, Axis, axes
+from ekgfx.containers import Frame, atoms, tensors_in
 from ekgfx.errors import TraceError
 from ekgfx.rules.registry import Call, Effect, opaque, rule
 from ekgfx.untouched import untouched
@@ -67,14 +67,12 @@ def stays_whole(call: Call) -> Effect:
 class LeafCall:
     """One call of a leaf in the example's forward, as far as it is not tensors.
 
-    arguments: leaves of its (args, kwargs), None for tensors; output: leaves of its result, likewise.
+    arguments: its (args, kwargs); output: its result.
     results: type and shape of every tensor of its result. macs: what it computed, over the whole batch.
     """
 
-    arguments: tuple[Any, ...]
-    arguments_spec: pytree.TreeSpec
-    output: tuple[Any, ...]
-    output_spec: pytree.TreeSpec
+    arguments: Frame
+    output: Frame
     results: tuple[tuple[str, tuple[int, ...]], ...]
     macs: int
 
@@ -88,12 +86,12 @@ class Leaves(dict[str, list[LeafCall]]):
         positional, named = self.arguments(args, args["inputs"])
         state = dict(zip(_state(module), args["state"], strict=True))
         with untouched(module), evaluation_mode(module):
-            return tensors_of(functional_call(module, state, positional, named))
+            return tensors_in(functional_call(module, state, positional, named))
 
     def arguments(self, args: Mapping[str, Any], inputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the module of the operator is called with, `inputs` in place of tensors."""
         call = self[args["module"]][args["number"]]
-        positional, named = pytree.tree_unflatten(_filled(call.arguments, inputs), call.arguments_spec)
+        positional, named = call.arguments.filled(inputs)
         return positional, named
 
 
@@ -130,18 +128,15 @@ def record(model: nn.Module, names: Sequence[str], args: tuple[Any, ...], kwargs
     def noting(name: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
         with FlopCounterMode(display=False) as counter:
             output = forward(*args, **kwargs)
-        given, given_spec = pytree.tree_flatten((args, kwargs))
-        leaves, spec = pytree.tree_flatten(output)
-        for value, verb in (*((v, "takes") for v in given), *((v, "returns") for v in leaves)):
+        for value, verb in (*((v, "takes") for v in atoms((args, kwargs))), *((v, "returns") for v in atoms(output))):
             if not isinstance(value, _PLAIN):
                 raise TraceError(
-                    f"leaf {name!r} {verb} a {type(value).__name__}: use tensors, numbers, strings or containers "
-                    "of these; name the module around it as leaf, which works with what is in it"
+                    f"leaf {name!r} {verb} a {type(value).__name__}: use tensors, numbers, strings, or containers and "
+                    "objects that hold these; name the module around it as leaf, which works with what is in it"
                 )
-        results = tuple((str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in leaves if isinstance(t, Tensor))
-        calls[name].append(
-            LeafCall(_others(given), given_spec, _others(leaves), spec, results, counter.get_total_flops() // 2)
-        )
+        given, (made, tensors) = Frame.of((args, kwargs))[0], Frame.of(output)
+        results = tuple((str(t.dtype).removeprefix("torch."), tuple(t.shape)) for t in tensors)
+        calls[name].append(LeafCall(given, made, results, counter.get_total_flops() // 2))
         return output
 
     if names:
@@ -160,9 +155,9 @@ def as_operators(model: nn.Module, leaves: Leaves) -> Iterator[None]:
         number = numbers[name] % len(calls)  # export runs the model's forward more than once
         numbers[name] += 1
         call, module = calls[number], model.get_submodule(name)
-        inputs, state = tensors_of((args, kwargs)), list(_state(module).values())
+        inputs, state = tensors_in((args, kwargs)), list(_state(module).values())
         made = torch.ops.ekgfx.leaf(inputs, state, name, number, json.dumps(call.results), call.macs)
-        return pytree.tree_unflatten(_filled(call.output, made), call.output_spec)
+        return call.output.filled(made)
 
     with _replaced_forwards(model, [name for name, calls in leaves.items() if calls], operator):
         yield
@@ -197,29 +192,5 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in nested containers, in order."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _others(leaves: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(_TENSOR if isinstance(value, Tensor) else value for value in leaves)
-
-
-def _filled(leaves: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
-    following = iter(tensors)
-    return [next(following) if value is _TENSOR else value for value in leaves]
-
-
 def _state(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-class _Tensor:
-    """Stands for a tensor among other values; the one there is survives copies."""
-
-    def __reduce__(self) -> str:
-        return "_TENSOR"
-
-
-_TENSOR = _Tensor()

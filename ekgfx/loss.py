@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ekgfx.errors import DataError, TrainingError
+from ekgfx.outputs import Logits, finder, logits_of
 from ekgfx.parallel import summed
 
 MANY_CLASSES = 1000
@@ -27,11 +28,31 @@ def at_least_single(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
-def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    """CE(target, output), mean over samples and positions. output: logits B × K × …; target: classes (integers,
-    B × …) or probabilities (B × K × …)."""
-    output = at_least_single(output)
-    return functional.cross_entropy(output, target.to(output.dtype) if target.is_floating_point() else target)
+def cross_entropy(output: Any, target: Tensor) -> Tensor:
+    """CE(target, output), mean over samples and positions. output: logits B × K × …, or a model's output that they are
+    found in (`ekgfx.outputs.logits_of`); target: classes (integers, B × …) or probabilities (B × K × …).
+
+    Raises DataError for a target of another shape or kind.
+    """
+    logits = at_least_single(logits_of(output))
+    if not isinstance(target, Tensor):
+        raise DataError(f"cross-entropy takes labels as numbers, not as a {type(target).__name__}; pass loss=…")
+    if target.is_floating_point() and target.shape == logits.shape:
+        return functional.cross_entropy(logits, target.to(logits.dtype))
+    if not is_classes(target, logits):
+        raise DataError(
+            f"labels of shape {tuple(target.shape)} ({target.dtype}) do not fit logits of shape {tuple(logits.shape)}: "
+            "cross-entropy takes one whole number for every sample (and position), or probabilities (floats) of the "
+            "logits' shape; pass other labels, logits=… with the classes in dim 1, or loss=…"
+        )
+    return functional.cross_entropy(logits, target.long())
+
+
+def label_loss(loss: Callable[[Any, Any], Tensor], logits: Callable[[Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+    """The label loss of a model's output: a loss of the user's own sees all of it, cross-entropy the logits in it."""
+    if loss is not cross_entropy or logits is logits_of:
+        return loss
+    return lambda output, target: cross_entropy(logits(output), target)
 
 
 def check_classes(logits: Tensor, target: Any) -> None:
@@ -48,16 +69,8 @@ def check_classes(logits: Tensor, target: Any) -> None:
 
 def is_classes(target: Any, logits: Tensor) -> bool:
     """Whether `target` holds one class for every position of logits B × K × …"""
-    integers = isinstance(target, Tensor) and not target.is_floating_point()
+    integers = isinstance(target, Tensor) and not target.is_floating_point() and target.dtype != torch.bool
     return integers and target.shape == logits.shape[:1] + logits.shape[2:]
-
-
-def logits_themselves(output: Any) -> Tensor:
-    """The output, which must be one tensor of logits, B × K × …"""
-    if isinstance(output, Tensor) and output.dim() >= 2:
-        return output
-    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    raise DataError(f"the model returns {shape}, not logits of shape batch × classes; pass logits=…, and loss=…")
 
 
 def default_temperature(classes: int) -> float:
@@ -119,7 +132,8 @@ class EKGLoss(nn.Module):
         bank: the memory bank.
         temperature: T; by default 4 below 1000 classes and 10 from there on.
         loss: the label loss of one view, `loss(output, labels)` → mean over the batch.
-        logits: the logits B × C × … in a model's output; by default the output itself.
+        logits: where the logits B × C × … are in a model's output: a function of it, or a key, a field or an index; by
+            default they are found (`ekgfx.outputs.logits_of`).
         parallel: whether all processes of torchrun compute it together, each on its part of the batch.
 
     `outputs`: what the model gave for each augmented view of the same images (a list, or a tensor V × B × C).
@@ -132,15 +146,20 @@ class EKGLoss(nn.Module):
         bank: KnowledgeSource,
         temperature: float | None = None,
         loss: Callable[[Any, Any], Tensor] = cross_entropy,
-        logits: Callable[[Any], Tensor] = logits_themselves,
+        logits: Logits = logits_of,
         parallel: bool = False,
     ) -> None:
         super().__init__()
         self.total = summed if parallel else torch.clone
-        self.bank, self.temperature, self.loss, self.logits = bank, temperature, loss, logits
+        self.bank, self.temperature, self.logits = bank, temperature, finder(logits)
+        self.loss = label_loss(loss, self.logits)
 
     def forward(self, outputs: Sequence[Any] | Tensor, labels: Any, index: Tensor) -> Tensor:
         views = [at_least_single(self.logits(output)).movedim(1, -1) for output in outputs]
+        if not len(index) and len(views[0]):
+            raise DataError(
+                "the memory bank is asked by sample, and a batch says of none which it is; give (images, labels, index)"
+            )
         bank = self.bank.logits(index).to(views[0]).movedim(2, -1)
         if bank[:, 0].shape != views[0].shape:
             raise TrainingError(
@@ -155,9 +174,9 @@ class EKGLoss(nn.Module):
 class LabelLoss(nn.Module):
     """The label loss over one or more views: fine-tuning without knowledge. Called as `EKGLoss` is."""
 
-    def __init__(self, loss: Callable[[Any, Any], Tensor] = cross_entropy) -> None:
+    def __init__(self, loss: Callable[[Any, Any], Tensor] = cross_entropy, logits: Logits = logits_of) -> None:
         super().__init__()
-        self.loss = loss
+        self.loss = label_loss(loss, finder(logits))
 
     def forward(self, outputs: Sequence[Any] | Tensor, labels: Any, index: Tensor) -> Tensor:
         if labels is None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ekgfx.axes import Axis
+from ekgfx.batches import Inputs
 from ekgfx.graph import AxisGraph, Operation
 from ekgfx.sliced import BATCH_NORM, SubNetwork
 
@@ -70,13 +71,11 @@ class Observer(SubNetwork):
         return super().compute(operation, args, counts, spare)
 
 
-def statistics(
-    graph: AxisGraph, kept: Mapping[Axis, Tensor], batches: Iterable[tuple[Any, ...]], **manner: Any
-) -> Statistics:
-    """What the BatchNorms of a sub-network normalize on `batches` (tuples of inputs), each by the batch's statistics
+def statistics(graph: AxisGraph, kept: Mapping[Axis, Tensor], batches: Iterable[Inputs], **manner: Any) -> Statistics:
+    """What the BatchNorms of a sub-network normalize on `batches`, each by the batch's statistics
     as in the search; over all samples, so that their number in a batch hardly counts."""
     network = Observer(graph, kept, **manner)
     with torch.no_grad():
         for inputs in batches:
-            network(*inputs)
+            inputs.into(network)
     return {name: (found.mean.float().cpu(), found.var.float().cpu()) for name, found in network.moments.items()}

@@ -115,6 +115,7 @@ def prepare(job: Job) -> None:
             train_per_class=asked.train_per_class,
             val_per_class=asked.val_per_class,
             batch_size=job.batch_size,
+            logits=job.logits,
             seed=recipe.seed,
         )
     with job.run.replacing(DENSE) as partial:
@@ -183,6 +184,7 @@ def fill_bank(job: Job, result: SearchResult) -> KnowledgeSource:
         asked.teachers,
         knowledge="single" if asked.knowledge == "single" else "ensemble",
         top_k=asked.top_k,
+        logits=job.logits,
         on_progress=lambda progress: job.report.bank(progress, samples),
         parallel=True,
     )
@@ -198,6 +200,7 @@ def fit(job: Job, model: nn.Module, asked: Training, file: str, **options: Any) 
         model,
         job.data,
         test=test,
+        logits=job.logits,
         checkpoint=job.run.path / file,
         on_epoch=lambda epoch: job.report.epoch(epoch, asked.epochs),
         on_batch=lambda number: job.report.batch(number, batches),

@@ -74,6 +74,7 @@ def find_plan(job: Job) -> SearchResult:
         align=align_of(job, table),
         min_width=asked.min_width,
         ignore=asked.ignore,
+        logits=job.logits,
         rescale=asked.rescale,
         seed=job.recipe.seed,
         cache=asked.cache,
@@ -138,6 +139,6 @@ def hardest_first(job: Job, batches: Loader, chosen: Tensor) -> Tensor:
     """The samples `chosen`, which are those of `batches`, in the order that the search takes them. It is kept: rounding
     differs between machines, and a search that goes on must see the same batches."""
     if not job.run.has(VALIDATION):
-        order = team().told(step_zero.hardness_order(job.built.model, batches))
+        order = team().told(step_zero.hardness_order(job.built.model, batches, job.logits))
         job.run.write_json(VALIDATION, {"samples": chosen[order].tolist()})
     return torch.tensor(job.run.read(VALIDATION)["samples"])

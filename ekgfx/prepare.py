@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ekgfx.batches import Inputs, device_of, unpacked
 from ekgfx.data import Data
 from ekgfx.errors import DataError
-from ekgfx.evaluation import batch_statistics, device_of
+from ekgfx.evaluation import batch_statistics
 from ekgfx.finetune import finetune
-from ekgfx.loss import at_least_single, check_classes, logits_themselves
+from ekgfx.loss import at_least_single, check_classes
+from ekgfx.outputs import Logits, finder, logits_of
 
 LR = 1e-3
 """Constant learning rate of the one epoch; no augmentation."""
@@ -37,6 +39,7 @@ def prepare(
     batch_size: int = 256,
     val_batch_size: int | None = None,
     hardest_first: bool = False,
+    logits: Logits = logits_of,
     seed: int = 0,
 ) -> Prepared:
     """Draw a sub-training and a disjoint validation set per class from the training set, and train `model`, in place,
@@ -45,6 +48,7 @@ def prepare(
     train_per_class: 0 leaves the model as it is, as data without labels does (they count as one class).
     batch_size: of the epoch. val_batch_size: of the validation batches, whose statistics BatchNorm takes (None: of the
     same size).
+    logits: where the logits are in the model's output, as in `finetune`.
     hardest_first: order the validation images as `hardness_order` does, rather than at random.
     The defaults are the paper's. Batches of 64, the hardest first, make a search shorter, at some cost in accuracy.
     """
@@ -60,20 +64,21 @@ def prepare(
             batch_size=batch_size,
             schedule="constant",
             augment=False,
+            logits=logits,
             seed=seed,
         )
     model.eval()
     data = data.to(device)
     val_batch_size = val_batch_size or batch_size
     if hardest_first and data.classes and len(val):
-        val = val[hardness_order(model, data.loader("train", val_batch_size, subset=val))]
+        val = val[hardness_order(model, data.loader("train", val_batch_size, subset=val), logits)]
     batches = tuple((batch.images, batch.labels) for batch in data.loader("train", val_batch_size, subset=val))
     if not batches:
         raise DataError(f"{data.name} gave no validation images; ask for at least one per class")
     return Prepared(batches, train, val)
 
 
-def hardness_order(model: nn.Module, batches: Iterable[Any]) -> Tensor:
+def hardness_order(model: nn.Module, batches: Iterable[Any], logits: Logits = logits_of) -> Tensor:
     """Positions of the samples in `batches` by their loss, the largest first, with BatchNorm on the batch's statistics
     as in the search.
 
@@ -84,8 +89,9 @@ def hardness_order(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     """
     losses = []
     with batch_statistics(model), torch.no_grad():
-        for images, labels, *_ in batches:
-            output = at_least_single(logits_themselves(model(images)))
+        for batch in batches:
+            images, labels, _ = unpacked(batch)
+            output = at_least_single(finder(logits)(Inputs.of(images).onto(model).into(model)))
             check_classes(output, labels)
             losses.append(functional.cross_entropy(output, labels, reduction="none"))
     return torch.cat(losses).cpu().argsort(descending=True, stable=True)

@@ -17,7 +17,7 @@ import yaml
 
 from ekgfx.errors import RecipeError
 from ekgfx.typed import did_you_mean, read
-from ekgfx.units import bytes_of
+from ekgfx.units import bytes_of, fraction_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Search:
     target: str | None = None
     latency_table: str | None = None
     strategy: Literal["ekg", "global", "uniform"] = "ekg"
-    importance: Literal["taylor", "magnitude", "fpgm", "bn-scale", "hessian", "lamp"] = "taylor"
+    importance: Literal["taylor", "magnitude", "fpgm", "bn-scale", "hessian", "lamp", "random"] = "taylor"
     knowledge: Literal["ensemble", "single", "none"] = "ensemble"
     step: float = 0.2
     accept: int | None = None
@@ -102,7 +102,10 @@ class Search:
         for key in BUDGETS:
             kept = getattr(self, key)
             if kept is not None and not 0 < kept < 1:
-                raise RecipeError(f"{key} is the fraction to keep, between 0 and 1 (0.55 keeps 55%); got {kept}")
+                hint = f"; did you mean {kept:g}%?" if 1 < kept < 100 else ""
+                raise RecipeError(
+                    f"{key} is the fraction to keep, between 0 and 1 (0.55 keeps 55%); got {kept:g}{hint}"
+                )
         given = {key: getattr(self, key) for key in BUDGETS if getattr(self, key) is not None}
         if len(given) > 1:
             said = " and ".join(f"{key} {kept}" for key, kept in given.items())
@@ -132,8 +135,9 @@ class Recipe:
     """Everything `ekgfx prune` needs to know. `ekgfx prune --help` says what the settings mean.
 
     `leaf`: modules that run as they are, by name or glob. `unused`: parameters or modules that nothing uses, likewise.
-    `data`: None takes `photos`, label-free. `pretrain`: training of the model before it is pruned. `measured`: what
-    this recipe gave, and where.
+    `outputs`: which of the model's outputs matter (all by default); `logits`: where the logits are in them, by key,
+    field or index. `data`: None takes `photos`, label-free. `pretrain`: training of the model before it is pruned.
+    `measured`: what this recipe gave, and where.
     """
 
     model: str | None = None
@@ -144,6 +148,8 @@ class Recipe:
     classes: int | None = None
     leaf: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    logits: str | None = None
     data: str | None = None
     seed: int = 0
     device: str = "auto"
@@ -159,8 +165,16 @@ class Recipe:
 
 def parse(settings: object, where: str = "the recipe") -> Recipe:
     """A Recipe from nested plain values, strictly: RecipeError names an unknown key or a value of another type."""
-    recipe: Recipe = read(Recipe, settings, where, RecipeError)
+    recipe: Recipe = read(Recipe, _with_fractions(settings), where, RecipeError)
     return recipe
+
+
+def _with_fractions(settings: object) -> object:
+    """The settings with budgets written as 55% as numbers."""
+    if not isinstance(settings, Mapping) or not isinstance(asked := settings.get("search"), Mapping):
+        return settings
+    budgets = {key: fraction_of(asked[key]) for key in BUDGETS if isinstance(asked.get(key), str)}
+    return {**settings, "search": {**asked, **budgets}}
 
 
 def names() -> list[str]:

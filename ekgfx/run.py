@@ -44,6 +44,7 @@ _ENTRIES: dict[str, Any] = {
     "source": Mapping[str, Any] | None,
     "ancestors": tuple[str, ...],
     "inputs": tuple[tuple[Any, ...], ...] | None,
+    "named_inputs": Mapping[str, tuple[Any, ...]],
     "weights": str,
     "device": str,
 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ekgfx.containers import Frame, tensors_in
 from ekgfx.errors import PruneError
 from ekgfx.graph import AxisGraph
 from ekgfx.nodes import callers
@@ -25,7 +26,8 @@ class Part:
 
     weights: placeholders of its weights → what the module itself calls them. inputs: nodes outside that it reads.
     constants: constants of the graph that it reads. arguments: (name, node) in the order of forward, no node for what
-    is no tensor. output: what forward returns, with nodes in place of tensors.
+    holds no tensor, and the nodes in a row for what holds tensors but is none. frame and returned: what forward
+    returns, without its tensors, and the nodes of these.
     """
 
     path: str
@@ -33,8 +35,9 @@ class Part:
     weights: dict[str, str]
     inputs: list[fx.Node]
     constants: list[fx.Node]
-    arguments: list[tuple[str, fx.Node | None]]
-    output: Any
+    arguments: list[tuple[str, fx.Node | list[fx.Node | None] | None]]
+    frame: Frame
+    returned: list[fx.Node]
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any], Any]
@@ -106,20 +109,29 @@ def _part(graph: AxisGraph, path: str, nodes: list[fx.Node], called: Call | None
     def find(value: Any, among: Sequence[fx.Node]) -> fx.Node | None:
         for node in among:
             own = values[node.name]
-            if isinstance(own, Tensor) and own.shape == value.shape and torch.allclose(own, value, equal_nan=True):
+            if isinstance(own, Tensor) and own.shape == value.shape and own.dtype == value.dtype and _same(own, value):
                 return node
         return None
 
     args, kwargs, returned = called
     names = _parameter_names(graph.model.get_submodule(path), len(args))
     given = [*zip(names, args, strict=False), *kwargs.items()]
-    arguments = [(name, find(value, inputs) if isinstance(value, Tensor) else None) for name, value in given]
-    missing = {n.name for n in inputs} - {node.name for _, node in arguments if node}
+    arguments: list[tuple[str, Any]] = []
+    for name, value in given:
+        taken = [find(tensor, inputs) for tensor in tensors_in(value)]
+        arguments.append((name, (taken[0] if isinstance(value, Tensor) else taken) if taken else None))
+    missing = {n.name for n in inputs} - {n.name for n in pytree.tree_leaves([node for _, node in arguments]) if n}
     known = [*reversed(_results(nodes)), *inputs]
-    output = pytree.tree_map_only(Tensor, lambda t: find(t, known), returned)
-    if missing or any(leaf is None for leaf in pytree.tree_leaves(output)):
+    frame, tensors = Frame.of(returned)
+    made = [node for tensor in tensors if (node := find(tensor, known)) is not None]
+    if missing or len(made) < len(tensors):
         raise PruneError(f"the inputs and outputs of {path or 'the model'} are not all values of the graph")
-    return Part(path, nodes, weights, inputs, [n for n in outside if n.name in graph.constants], arguments, output)
+    constants = [n for n in outside if n.name in graph.constants]
+    return Part(path, nodes, weights, inputs, constants, arguments, frame, made)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, equal_nan=True) if a.is_floating_point() or a.is_complex() else torch.equal(a, b)
 
 
 def _own_weights(graph: AxisGraph, path: str) -> dict[str, str]:

@@ -11,12 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 
 from ekgfx import leaf
+from ekgfx.arguments import arranged
 from ekgfx.axes import Axis, Expr, axes, counted, positions
 from ekgfx.channels_last import batch_norm
-from ekgfx.errors import PlanError
 from ekgfx.graph import AxisGraph, Operation
 from ekgfx.in_place import in_place_twin
 from ekgfx.sizes import check_shapes
@@ -59,7 +58,7 @@ class GraphRunner:
         """The model's output, and the values of the nodes named in `capture` (still attached for autograd).
 
         Raises:
-            PlanError: the inputs do not have the traced structure, or the graph does not hold for their shapes.
+            PlanError: the inputs are not those that were traced, or the graph does not hold for their shapes.
         """
         wanted = set(capture)
         inputs = self.inputs(args, kwargs or {})
@@ -119,20 +118,15 @@ class GraphRunner:
         """The model's arguments by placeholder.
 
         Raises:
-            PlanError: they don't have the traced structure, or the graph does not hold for their shapes.
+            PlanError: they are not those that were traced, or the graph does not hold for their shapes.
         """
         check_shapes(self.graph, args, kwargs, lambda: SubNetwork(self.graph, {}))
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if len(leaves) != len(self.graph.inputs):
-            raise PlanError(
-                f"the model was traced with {len(self.graph.inputs)} inputs, it was called with {len(leaves)} ({spec})"
-            )
-        return dict(zip(self.graph.inputs, leaves, strict=True))
+        return dict(zip(self.graph.inputs, arranged(self.graph, args, kwargs), strict=True))
 
     def output(self, node: fx.Node, values: Mapping[str, Any]) -> Any:
         """The model's output from the values that the graph's output node reads."""
         leaves = [_load(value, values) for value in cast(list[Any], node.args[0])]
-        return pytree.tree_unflatten(leaves[len(leaves) - self.graph.out_spec.num_leaves :], self.graph.out_spec)
+        return self.graph.returned(leaves[len(leaves) - self.graph.out_spec.num_leaves :])
 
 
 def _load(value: Any, values: Mapping[str, Any]) -> Any:

@@ -36,15 +36,18 @@ class Built:
     interpolation: str | None = None
     leaf: tuple[str, ...] = ()
     """Modules that have to run as they are, where the model is a run that says so."""
+    outputs: tuple[str, ...] = ()
+    """Outputs that matter, where the model is a run that says so."""
 
     @property
     def data_options(self) -> dict[str, Any]:
-        """What `ekgfx.data.load` should know of the model: image_size, mean, std, crop_pct, interpolation."""
+        """What `ekgfx.data.load` should know of the model: image_size, channels, mean, std, crop_pct, interpolation."""
         options: dict[str, Any] = {"crop_pct": self.crop_pct, "interpolation": self.interpolation}
         if self.normalization is not None:
             options["mean"], options["std"] = self.normalization
         if self.example_inputs[0].ndim == 4:
             options["image_size"] = tuple(self.example_inputs[0].shape[2:])
+            options["channels"] = self.example_inputs[0].shape[1]
         return {key: value for key, value in options.items() if value is not None}
 
 

@@ -21,10 +21,10 @@ from ekgfx.errors import EkgfxError, EkgfxWarning, PruneError
 from ekgfx.graph import AxisGraph
 from ekgfx.graphed import replace_modules
 from ekgfx.leaf import evaluation_mode
-from ekgfx.plan import Plan
+from ekgfx.plan import Plan, as_plan, remember, rounds_of
 from ekgfx.signature import Part, parts_of
 from ekgfx.sliced import SubNetwork, slice_tensor, slice_weights, slices
-from ekgfx.trace import TracedModel, retrace, trace
+from ekgfx.trace import TracedModel, check_traced, retrace, trace
 from ekgfx.unseen import keep_apart
 from ekgfx.untouched import State, deep_copy
 from ekgfx.verify import compare_outputs, compare_shapes, trains
@@ -48,11 +48,13 @@ def prune(
 ) -> nn.Module:
     """The model that `plan` leaves: a new module of the same class; `model` itself is not changed.
 
+    The result says by which plans it was made, in this round and in those before (`Plan.of`), and `save` records them.
+
     Args:
         model: the module to cut; its current weights are taken.
-        plan: kept channels per group.
+        plan: kept channels per group, or a search's result, or {group: kept channels}.
         traced: the traced model (of this module, or of another one built the same way).
-        example_inputs: where no traced model is at hand, inputs to trace with.
+        example_inputs: where no traced model is at hand, inputs to trace with, as `trace` takes them.
         verify: trace the result again in every way in which the model was traced, compare the shape of every operator
             with the prediction, and its output with the sliced graph's; run it forward and backward in training mode.
         inplace: cut `model` itself, one tensor after the other, and return it (a graph, where its class cannot express
@@ -63,15 +65,17 @@ def prune(
 
     Raises:
         DataError: the batches to calibrate on cannot be used.
-        PlanError: the plan does not fit the model.
+        PlanError: the plan, or the traced model, does not fit the model.
         PruneError: the result is not what was predicted.
     """
+    plan, rounds = as_plan(plan), rounds_of(model)
     if traced is None:
         if example_inputs is None:
             raise PruneError(
                 "prune needs the traced model or example inputs to trace with: pass traced= or example_inputs="
             )
-        traced = trace(model, example_inputs, leaf=plan.leaf, unused=plan.unused)
+        traced = trace(model, example_inputs, leaf=plan.leaf, unused=plan.unused, outputs=plan.outputs or None)
+    check_traced(traced, "prune")
     source = traced if traced.model is model else traced.rebound(model)
     kept = source.groups.kept(plan)
     parts = parts_of(source, [name for name, _ in model.named_modules()]) if inplace and verify else None
@@ -90,6 +94,7 @@ def prune(
     pruned = _settle(pruned, choices, predicted) if verify else pruned
     if source.unseen:
         keep_apart(pruned, ((p.parameter, p.dim) for group in source.groups.values() for p in group.places))
+    remember(pruned, (*rounds, replace(plan, structure=source.groups.digest, **source.options)))
     return pruned if calibrate is None else calibrated(pruned, calibrate)
 
 

@@ -12,7 +12,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -22,14 +22,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ekgfx import sizes, unseen
+from ekgfx.batches import Inputs
 from ekgfx.cost import Cost, Products, cost_of, evaluate, mac_table
-from ekgfx.errors import EkgfxError, EkgfxWarning, TraceError
+from ekgfx.errors import EkgfxError, EkgfxWarning, PlanError, TraceError
 from ekgfx.graph import AxisGraph, Example
 from ekgfx.groups import Groups, find_groups
 from ekgfx.leaf import Leaves, as_operators, find_leaves, record
 from ekgfx.observe import observe
 from ekgfx.obstacle import explained, unknown_sizes
 from ekgfx.plan import Plan
+from ekgfx.returns import Returns, as_choice, tensors_returned
 from ekgfx.rules.registry import passing
 from ekgfx.sliced import SubNetwork
 from ekgfx.untouched import State, differing, put, state_of, untouched
@@ -45,6 +47,11 @@ class TracedModel(AxisGraph):
 
     notes: tuple[str, ...] = ()
     trains: bool = False
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The places of the outputs that matter; none named where all do."""
+        return () if self.returns is None else self.returns.choice
 
     @cached_property
     def groups(self) -> Groups:
@@ -78,7 +85,7 @@ class TracedModel(AxisGraph):
     def options(self) -> dict[str, Any]:
         """What a plan must know of how the model was traced."""
         also = len({graph.way.number for graph in self.others} - {0})
-        return {"leaf": tuple(self.leaves), "unused": self.unused, "also": also}
+        return {"leaf": tuple(self.leaves), "unused": self.unused, "also": also, "outputs": self.outputs}
 
     def changed(self, model: nn.Module) -> State:
         """What the modules of `model` (this one, or another built the same way) have otherwise than these had when they
@@ -86,11 +93,23 @@ class TracedModel(AxisGraph):
         return differing(state_of(model), self.state)
 
     def rebound(self, model: nn.Module) -> "TracedModel":
-        """The same graphs over the weights of another module that was built the same way."""
+        """The same graphs over the weights of another module that was built the same way.
+
+        Raises PlanError where the other has not all of the weights, or has them in other shapes.
+        """
         other = copy.copy(self)
         other.model, other.others = model, tuple(map(copy.copy, self.others))
         for graph in other.others:
             graph.model = model
+        named = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
+        for name, dims in self.weight_dims().items():
+            shape, found = tuple(dim.size for dim in dims), named.get(name)
+            if found is None or tuple(found.shape) != shape:
+                has = "no" if found is None else f"{tuple(found.shape)} as"
+                raise PlanError(
+                    f"the traced model is another one than this {type(model).__name__}, which has {has} {name!r} "
+                    f"(traced: {shape}); trace the model that is pruned"
+                )
         return other
 
     @cached_property
@@ -104,12 +123,13 @@ class TracedModel(AxisGraph):
 
 def trace(
     model: nn.Module,
-    example_inputs: Tensor | Sequence[Any],
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
     kwargs: dict[str, Any] | None = None,
     *,
     leaf: Sequence[str | type[nn.Module]] = (),
     also: Sequence[Any] = (),
     unused: Sequence[str] = (),
+    outputs: str | int | Sequence[str | int] | None = None,
 ) -> TracedModel:
     """Trace a model in evaluation mode, and in training mode where it calls other functions there.
 
@@ -118,11 +138,14 @@ def trace(
 
     Args:
         model: any module that `torch.export` can follow; it is left as it was, also where its forward keeps something.
-        example_inputs: one tensor or a tuple of positional arguments; if all tensors share their leading size it is the
-            batch (a batch of one is doubled, so that the batch can be told from other sizes of one).
+        example_inputs: one tensor, a tuple of positional arguments, or a mapping of arguments by name; if all tensors
+            share their leading size it is the batch (a batch of one is doubled, so that the batch can be told from
+            other sizes of one). Moved to the model's device.
         kwargs: keyword arguments.
         leaf: modules that run as they are, by name, glob (`*` also matches dots) or class: their Python may depend on
             values. All positions of their inputs, outputs and parameters stay.
+        outputs: which of the model's outputs matter: keys, fields or indices ("logits", 0, "aux.0"), or globs. The
+            others come out as well, but narrower where what they show is cut. By default all keep their positions.
         also: further calls that the pruned model must stand, each of them one of: a tensor or a tuple of positional
             arguments; a dict of keyword arguments, with the example inputs; `(args, kwargs)`; the name of a method of
             the model, alone (with the example inputs) or followed by its arguments: `("project", features)`.
@@ -135,7 +158,7 @@ def trace(
     Example:
         >>> traced = trace(model, images, also=[{"task": "depth"}, ("project", features)])
     """
-    traced = silently_traced(model, example_inputs, kwargs, leaf=leaf, also=also, unused=unused)
+    traced = silently_traced(model, example_inputs, kwargs, leaf=leaf, also=also, unused=unused, outputs=outputs)
     for note in traced.notes:
         warnings.warn(note, EkgfxWarning, stacklevel=2)
     return traced
@@ -143,20 +166,32 @@ def trace(
 
 def silently_traced(
     model: nn.Module,
-    example_inputs: Tensor | Sequence[Any],
+    example_inputs: Tensor | Sequence[Any] | Mapping[str, Any],
     kwargs: dict[str, Any] | None = None,
     *,
     leaf: Sequence[str | type[nn.Module]] = (),
     also: Sequence[Any] = (),
     unused: Sequence[str] = (),
+    outputs: str | int | Sequence[str | int] | None = None,
 ) -> TracedModel:
     """As `trace`, for those who say themselves what `notes` hold."""
-    args = tuple(example_inputs) if not isinstance(example_inputs, Tensor) else (example_inputs,)
-    example = _at_least_two((args, dict(kwargs or {})))
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"trace takes a torch.nn.Module, not a {type(model).__name__}")
+    args, named = Inputs.of(example_inputs)
+    args, named = Inputs(args, {**named, **(kwargs or {})}).onto(model)
+    example = _at_least_two((args, named))
     calls = [_further(model, entry, example, number) for number, entry in enumerate(also, 1)]
-    traced = _traced(model, [(Way(), example), *calls], find_leaves(model, leaf), unused)
+    traced = _traced(model, [(Way(), example), *calls], find_leaves(model, leaf), unused, as_choice(outputs))
     sizes.settle(traced, lambda: SubNetwork(traced, {}))
     return traced
+
+
+def check_traced(value: object, caller: str) -> None:
+    """TraceError where `value` is no traced model, but the model itself, say."""
+    if not isinstance(value, TracedModel):
+        raise TraceError(
+            f"{caller} takes a traced model, not a {type(value).__name__}: traced = ekgfx.trace(model, example_inputs)"
+        )
 
 
 def retrace(model: nn.Module, source: TracedModel, state: State | None = None) -> TracedModel:
@@ -169,13 +204,18 @@ def retrace(model: nn.Module, source: TracedModel, state: State | None = None) -
         TraceError: as `trace`.
     """
     first, *others = (
-        _graph(model, graph.way, graph.example, list(source.leaves), graph.decomposed, state) for graph in source.graphs
+        _graph(model, graph.way, graph.example, list(source.leaves), graph.decomposed, state, _choice(graph))
+        for graph in source.graphs
     )
     again = TracedModel(model, **{**first, "others": [AxisGraph(model, **other) for other in others]})
     for new, old in zip(again.graphs, source.graphs, strict=True):
         if old.batch_assumed:
             sizes.assume_batch(new)
     return again
+
+
+def _choice(graph: AxisGraph) -> tuple[str, ...]:
+    return () if graph.returns is None else graph.returns.choice
 
 
 def _further(model: nn.Module, entry: Any, example: Example, number: int) -> tuple[Way, Example]:
@@ -204,14 +244,18 @@ def _further(model: nn.Module, entry: Any, example: Example, number: int) -> tup
 
 
 def _traced(
-    model: nn.Module, calls: Sequence[tuple[Way, Example]], names: list[str], unused: Sequence[str]
+    model: nn.Module,
+    calls: Sequence[tuple[Way, Example]],
+    names: list[str],
+    unused: Sequence[str],
+    outputs: tuple[str, ...],
 ) -> TracedModel:
     """The model in each of the ways, and in training mode where that is another one."""
     made: list[Any] = []
     notes: list[str] = []
     trains = False
     for way, example in calls:
-        made.append(_graph(model, way, example, names))
+        made.append(_graph(model, way, example, names, outputs=outputs))
         training = replace(way, training=True)
         there, here = observe(model, training, *example), observe(model, way, *example)
         trains |= way == Way() and there.error is None
@@ -219,7 +263,7 @@ def _traced(
             notes.append(f"{training} was not traced: {_short(there.error)}")
         elif not there.same(here):
             try:
-                made.append(_graph(model, training, example, names))
+                made.append(_graph(model, training, example, names, outputs=outputs))
             except TraceError as error:
                 notes.append(f"{training} was not traced: {error}")
     first, *others = made
@@ -237,32 +281,37 @@ def _graph(
     names: list[str],
     decompose: bool = False,
     state: State | None = None,
+    outputs: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """What an `AxisGraph` of the model in one of its ways is made from, beside the model."""
     with untouched(model), seeded(model), way.entered(model):
         put(model, state or {})
         try:
-            leaves, program = _exported(model, names, example)
+            leaves, returns, program = _exported(model, names, example, outputs, way == Way())
         except TraceError:
             if not _fills_caches(model, *example):
                 raise
-            leaves, program = _exported(model, names, example)
+            leaves, returns, program = _exported(model, names, example, outputs, way == Way())
         return {
             "program": program,
             "example": example,
             "leaves": leaves,
             "decompose": decompose,
             "state": state_of(model),
+            "returns": returns,
             "way": way,
             "others": None,
         }
 
 
-def _exported(model: nn.Module, names: list[str], example: Example) -> tuple[Leaves, torch.export.ExportedProgram]:
+def _exported(
+    model: nn.Module, names: list[str], example: Example, outputs: tuple[str, ...], strict: bool
+) -> tuple[Leaves, Returns, torch.export.ExportedProgram]:
     with untouched(model):
         try:
             leaves = record(model, names, *example)
-            with torch.no_grad(), as_operators(model, leaves), _quiet():
+            returned = tensors_returned(model, outputs, strict)
+            with torch.no_grad(), as_operators(model, leaves), returned as returns, _quiet():
                 program = torch.export.export(model, *example, strict=False)
         except EkgfxError:
             raise
@@ -271,7 +320,7 @@ def _exported(model: nn.Module, names: list[str], example: Example) -> tuple[Lea
         problem = unknown_sizes(model, program)
         if problem is not None:
             raise problem
-        return leaves, program
+        return leaves, returns[-1], program
 
 
 def _fills_caches(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -38,6 +38,16 @@ def percent(fraction: float | None) -> str:
     return "–" if fraction is None else f"{100 * fraction:.2f}%"
 
 
+def fraction_of(value: float | str | None) -> float | None:
+    """A fraction as a number: 0.55, "0.55" and "55%" are one; None stays None. RecipeError for other text."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d*\.?\d+|\d+\.)\s*(%?)\s*", value)
+    if match is None:
+        raise RecipeError(f"{value[:80]!r} is no fraction; write what is kept as 0.55 or 55%")
+    return float(match[1]) / 100 if match[2] else float(match[1])
+
+
 def bytes_of(size: str | int) -> int:
     """A number of bytes: 2147483648, "2GiB", "500 MB", "0". RecipeError for anything else."""
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*", str(size))

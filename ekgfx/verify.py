@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ekgfx.axes import ONE, Axis, Dims, Expr, Prod, Sum, axes, count, resolve
+from ekgfx.containers import tensors_by_place
 from ekgfx.errors import PruneError
 from ekgfx.graph import AxisGraph, Operation
 from ekgfx.plan import Plan
@@ -121,15 +122,14 @@ def relative_error(a: Any, b: Any) -> float:
     Where both are the same infinity, or both no number, they agree; where one of them is, the error is infinite.
     """
     worst = 0.0
-    for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
-        if isinstance(x, Tensor):
-            if x.shape != y.shape:
-                raise PruneError(f"outputs have different shapes: {tuple(x.shape)} and {tuple(y.shape)}")
-            if x.numel():
-                x, y = (t.int() if t.dtype == torch.bool else t for t in (x, y))
-                off = torch.where((x == y) | (x != x) & (y != y), 0, (x - y).abs())
-                size = y.abs().nan_to_num(0, 0).max().item()
-                worst = max(worst, off.nan_to_num(math.inf, math.inf).max().item() / max(size, TINY))
+    for x, y in zip(tensors_by_place(a).values(), tensors_by_place(b).values(), strict=True):
+        if x.shape != y.shape:
+            raise PruneError(f"outputs have different shapes: {tuple(x.shape)} and {tuple(y.shape)}")
+        if x.numel():
+            x, y = (t.int() if t.dtype == torch.bool else t for t in (x, y))
+            off = torch.where((x == y) | (x != x) & (y != y), 0, (x - y).abs())
+            size = y.abs().nan_to_num(0, 0).max().item()
+            worst = max(worst, off.nan_to_num(math.inf, math.inf).max().item() / max(size, TINY))
     return worst
 
 

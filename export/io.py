@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from ekgfx.containers import tensors_by_place
 from ekgfx.errors import ExportError
 
 PRECISION = "ekgfx.precision"
@@ -67,17 +67,12 @@ def named_tensors(output: object) -> dict[str, Tensor]:
     places joined by "_". Other values (None, numbers) are left out: they are the same for every input.
     """
     found: dict[str, Tensor] = {}
-    for path, leaf in pytree.tree_flatten_with_path(output)[0]:
-        if isinstance(leaf, Tensor):
-            found[_place(path)] = leaf
+    for place, tensor in tensors_by_place(output).items():
+        name = place.replace(".", "_")
+        found[f"output_{name}".rstrip("_") if not name or name[0].isdigit() else name] = tensor
     if not found:
         raise ExportError(f"the model returns no tensor but {type(output).__name__}; return the tensors to export")
     return found
-
-
-def _place(path: tuple) -> str:
-    names = [pytree.keystr((key,)).strip("[].'\"") for key in path]
-    return "_".join(["output", *names] if not names or names[0].isdigit() else names)
 
 
 def device_of(model: nn.Module) -> torch.device:

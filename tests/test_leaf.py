@@ -3,6 +3,7 @@
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -173,26 +174,56 @@ def test_containers_go_in_and_come_out() -> None:
 
 
 class Box:
-    """No container that PyTorch knows: what is in it would go unnoticed."""
+    """No container that PyTorch knows; its tensors are in its attributes."""
+
+    def __init__(self, content: Tensor) -> None:
+        self.content = content
+
+
+class Sealed:
+    """What is in it would go unnoticed."""
+
+    __slots__ = ("content",)
 
     def __init__(self, content: Tensor) -> None:
         self.content = content
 
 
 class Boxing(nn.Module):
-    def forward(self, x: Tensor) -> Box:
-        return Box(x * 2 if x.sum() > 0 else x)
+    def __init__(self, box: type) -> None:
+        super().__init__()
+        self.box = box
+
+    def forward(self, box: Any) -> Any:
+        x = box.content
+        return self.box(x * 2 if x.sum() > 0 else x)
 
 
 class Unboxing(nn.Module):
-    def __init__(self) -> None:
+    """Hands a Box to a leaf, and takes one from it."""
+
+    def __init__(self, box: type = Box) -> None:
         super().__init__()
-        self.boxing = Boxing()
+        self.up, self.boxing, self.down = nn.Linear(4, 6), Boxing(box), nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.boxing(x).content
+        return self.down(self.boxing(Box(x)).content.sum(1, keepdim=True) * self.up(x))
 
 
-def test_tensors_in_unknown_objects_are_refused_rather_than_frozen() -> None:
-    with pytest.raises(TraceError, match=r"^leaf 'boxing' returns a Box: use tensors, numbers"):
-        ekgfx.trace(Unboxing(), torch.randn(2, 4), leaf=["boxing"])
+def test_tensors_in_attributes_of_objects_go_through_leaves() -> None:
+    torch.manual_seed(0)
+    model = Unboxing().double().eval()
+    traced = ekgfx.trace(model, torch.randn(2, 4, dtype=torch.float64), leaf=["boxing"])
+    plan = ekgfx.Plan({"up": (0, 5)})
+    pruned = ekgfx.prune(model, plan, traced)
+    for sign in (1, -1):
+        x = sign * torch.rand(3, 4, dtype=torch.float64)
+        half = model.up(x) * torch.tensor([1, 0, 0, 0, 0, 1])
+        want = model.down((2 if sign > 0 else 1) * x.sum(1, keepdim=True) * half)
+        assert torch.allclose(pruned(x), want, atol=1e-12)
+        assert torch.allclose(traced.subnetwork(plan)(x), want, atol=1e-12)
+
+
+def test_tensors_that_cannot_be_seen_are_refused_rather_than_frozen() -> None:
+    with pytest.raises(TraceError, match=r"^leaf 'boxing' returns a Sealed: use tensors, numbers"):
+        ekgfx.trace(Unboxing(Sealed), torch.randn(2, 4), leaf=["boxing"])

@@ -14,11 +14,11 @@ from ekgfx.loss import (
     check_classes,
     default_temperature,
     guided_loss,
-    logits_themselves,
     softened_kl,
     teacher_knowledge,
     useful_teachers,
 )
+from ekgfx.outputs import logits_of
 from tests.reference import Reference
 
 
@@ -123,5 +123,5 @@ def test_errors() -> None:
         check_classes(torch.randn(2, 4), torch.tensor([0, 7]))
     with pytest.raises(DataError, match="label -1"):
         check_classes(torch.randn(2, 4), torch.tensor([0, -1]))
-    with pytest.raises(DataError, match="returns dict, not logits"):
-        logits_themselves({"out": torch.randn(2, 4)})
+    with pytest.raises(DataError, match="not clear in what the model returns, a dict of boxes 2×4, scores 2×4"):
+        logits_of({"boxes": torch.randn(2, 4), "scores": torch.randn(2, 4)})

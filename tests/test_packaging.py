@@ -27,14 +27,14 @@ FOLDERS = {"ekgfx": ROOT / "ekgfx", "ekgfx.export": ROOT / "export", "ekgfx.reci
 PIPE = """
 errors
 units distributed
-parallel
-typed trust files
-run recipe target models weights data axes functional channels_last untouched carried
+parallel containers
+typed trust files outputs
+run recipe target models weights data axes functional channels_last untouched carried batches returns
 rules
 leaf nodes source in_place
 ways
 graph unseen observe
-plan cost sizes
+plan cost sizes arguments
 groups sliced obstacle segments
 trace
 mixing norms

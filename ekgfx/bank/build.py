@@ -14,21 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ekgfx.arguments import check_inputs
 from ekgfx.axes import Axis
 from ekgfx.bank.rows import RowFormat, Rows, infidelity
 from ekgfx.bank.store import FORMAT, MANIFEST, Bank, read_manifest, rows_file
 from ekgfx.bank.teachers import pick_teachers
+from ekgfx.batches import Inputs, each_batch, unpacked
 from ekgfx.data import Loader
 from ekgfx.distributed import ALONE, Team, team
 from ekgfx.errors import DataError, RunError
-from ekgfx.evaluation import device_of
 from ekgfx.files import checksum, read_json, write_json
-from ekgfx.loss import at_least_single, default_temperature, logits_themselves
+from ekgfx.loss import at_least_single, default_temperature
 from ekgfx.mixing import even, mixed
 from ekgfx.norms import Settled, Statistics, statistics
+from ekgfx.outputs import Logits, finder, logits_of
 from ekgfx.search.result import SearchResult
 from ekgfx.sliced import BATCH_NORM
-from ekgfx.trace import TracedModel
+from ekgfx.trace import TracedModel, check_traced
 from ekgfx.typed import read
 
 SAVE_EVERY = 5.0
@@ -58,7 +60,7 @@ def build_bank(
     *,
     knowledge: Literal["ensemble", "single"] = "ensemble",
     top_k: int | None = None,
-    logits: Callable[[Any], Tensor] = logits_themselves,
+    logits: Logits = logits_of,
     on_progress: Callable[[Progress], None] | None = None,
     parallel: bool = False,
 ) -> Bank:
@@ -68,15 +70,16 @@ def build_bank(
         traced: the model that was searched, with the same weights.
         result: the search's result; its history gives the teachers.
         batches: un-augmented training batches in index order, iterated once per teacher: `(images, labels, index)`, or
-            `(images, labels)` or images, numbered from 0. (A loader of `ekgfx.data` may have any order.) They may be
-            sorted by class: a teacher's BatchNorms take their statistics once, of 1,024 samples drawn from all of them;
-            where there are BatchNorms, batches that are no loader of `ekgfx.data` are read once more for that.
+            `(images, labels)` or images, numbered from 0, or mappings (`ekgfx.batches`). (A loader of `ekgfx.data` may
+            have any order.) They may be sorted by class: a teacher's BatchNorms take their statistics once, of 1,024
+            samples drawn from all of them; where there are BatchNorms, batches that are no loader of `ekgfx.data` are
+            read once more for that.
         path: folder for the bank; None keeps it in memory. A bank that was interrupted goes on where it stopped.
         teachers: K.
         knowledge: "ensemble" takes K sub-networks of the history, "single" the unpruned network alone.
         top_k: keep only the k largest logits of each sample. What any storage loses is recorded for every teacher:
             `infidelity`, the mean KL_T of the stored from the full prediction.
-        logits: the logits B × C × … in a model's output.
+        logits: where the logits B × C × … are in a model's output, as in `search`.
         on_progress: called after every batch.
         parallel: all processes of torchrun call this together and share the batches out; the first writes the bank, the
             same bytes as if it had been alone, and all open it (so its folder must be one that they all see).
@@ -85,11 +88,12 @@ def build_bank(
         RunError: the folder holds the bank of another search, or cannot be written.
         DataError: the batches are missing, or not in index order.
     """
+    check_traced(traced, "build_bank")
     if isinstance(batches, Iterator):
         raise DataError("the bank reads the batches once per teacher; give a list or a DataLoader, not an iterator")
     picked = pick_teachers(result.losses[:-1] or result.losses, teachers) if knowledge == "ensemble" else [0]
     batches = batches.in_order() if isinstance(batches, Loader) else batches
-    networks = [_Teacher(traced, result, step, logits) for step in picked]
+    networks = [_Teacher(traced, result, step, finder(logits)) for step in picked]
     row = _row_format(networks[0], batches, top_k)
     sample = cache(lambda: _sample(traced, batches))
     mates = team() if parallel else ALONE
@@ -158,8 +162,7 @@ class _Teacher:
 
     def statistics(self, batches: Iterable[Any]) -> Statistics:
         """Of its BatchNorms, on mixed batches."""
-        device = device_of(self.traced.model)
-        inputs = (tuple(value.to(device) for value in _inputs(batch, 0)[0]) for batch in batches)
+        inputs = (_inputs(batch, 0)[0].onto(self.traced.model) for batch in batches)
         return statistics(self.traced, self.kept, inputs, rescale=self.rescale)
 
     def answers(self, batches: Iterable[Any], skip: int = 0, mates: Team = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
@@ -173,7 +176,7 @@ class _Teacher:
                 seen, batches = skip, _rest(batches, skip)
             if mates.size > 1:
                 batches, mates = batches.dealt(mates.rank, mates.size), ALONE
-        for batch in batches:
+        for batch in each_batch(batches):
             inputs, index = _inputs(batch, seen)
             if int(index[0]) <= last or (index.diff() <= 0).any():
                 raise DataError(
@@ -189,7 +192,9 @@ class _Teacher:
             if (turn - 1) % mates.size != mates.rank:
                 continue
             with torch.no_grad():
-                output = network(*(value.to(network.device, non_blocking=True) for value in inputs))
+                inputs = inputs.onto(self.traced.model)
+                check_inputs(self.traced, *inputs)
+                output = inputs.into(network)
             yield index, at_least_single(self.logits(output))
         if not seen and not shared:  # of several processes some may have nothing to do
             raise DataError("the memory bank got no batches")
@@ -203,7 +208,16 @@ def _sample(traced: TracedModel, batches: Iterable[Any]) -> Iterable[Any]:
         drawn = batches.mixed(STATISTICS)
         drawn.batch_size = even(len(drawn.indices) or 1, batches.batch_size)
         return drawn
-    return [(inputs,) for inputs in mixed((_inputs(batch, 0)[0] for batch in batches), STATISTICS)]
+    names: list[str] = []
+
+    def values(batch: Any) -> tuple[Any, ...]:
+        inputs, _ = _inputs(batch, 0)
+        names[:] = inputs.kwargs
+        return (*inputs.args, *inputs.kwargs.values())
+
+    samples = mixed(map(values, each_batch(batches)), STATISTICS)
+    positional = len(samples[0]) - len(names) if samples else 0
+    return [(Inputs(each[:positional], dict(zip(names, each[positional:], strict=True))),) for each in samples]
 
 
 def _rest(loader: Loader, skip: int) -> Loader:
@@ -213,13 +227,11 @@ def _rest(loader: Loader, skip: int) -> Loader:
         raise RunError(_OTHER_SIZE) from error
 
 
-def _inputs(batch: Any, seen: int) -> tuple[tuple[Tensor, ...], Tensor]:
+def _inputs(batch: Any, seen: int) -> tuple[Inputs, Tensor]:
     """A batch's inputs and its sample indices, counted on from `seen` where it has none."""
-    images = batch if isinstance(batch, Tensor) else batch[0]
-    inputs = tuple(images) if isinstance(images, tuple | list) else (images,)
-    if isinstance(batch, Tensor) or len(batch) < 3:
-        return inputs, torch.arange(seen, seen + len(inputs[0]))
-    return inputs, batch[2].cpu()
+    images, _, index = unpacked(batch)
+    inputs = Inputs.of(images)
+    return inputs, index.cpu() if len(index) else torch.arange(seen, seen + inputs.samples)
 
 
 def _row_format(teacher: _Teacher, batches: Iterable[Any], top_k: int | None) -> RowFormat:

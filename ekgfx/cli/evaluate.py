@@ -21,8 +21,9 @@ def evaluate(model: str, batch_size: int, as_json: bool, **asked: Any) -> None:
 
     subject = look(model, **asked)
     built = subject.built
-    metrics = measure(built.model, subject.data.loader("test", batch_size).mixed())
-    cost = silently_traced(built.model, built.example_inputs, leaf=built.leaf).cost()
+    metrics = measure(built.model, subject.data.loader("test", batch_size).mixed(), logits=subject.logits)
+    outputs = built.outputs or None
+    cost = silently_traced(built.model, built.example_inputs, leaf=built.leaf, outputs=outputs).cost()
     if as_json:
         click.echo(json.dumps({"model": model, "data": subject.spec, **asdict(metrics), **asdict(cost)}))
         return

@@ -54,6 +54,7 @@ def landscape(
     weights: str,
     input: str | None,
     classes: int | None,
+    logits: str | None,
     device: str,
     loss: str | None,
     output: Path | None,
@@ -70,7 +71,15 @@ def landscape(
     from ekgfx.errors import DataError
 
     judge = None if loss is None else source.find_function(loss)
-    subject = look(model, data=data, weights=weights, input=input, classes=classes, device=device)
+    typed: dict[str, Any] = {
+        "data": data,
+        "weights": weights,
+        "input": input,
+        "classes": classes,
+        "logits": logits,
+        "device": device,
+    }
+    subject = look(model, **typed)
     if subject.data.classes is None and judge is None:
         raise DataError(f"{subject.spec} has no labels, and the loss needs them; give data with labels, or --loss")
     settings = {"model": model, "data": subject.spec, "loss": loss or "cross-entropy", "device": device, **asked}
@@ -88,12 +97,13 @@ def _measure(subject: Subject, judge: Any, asked: dict[str, Any]) -> dict[str, A
     import torch
 
     from ekgfx import landscape as measures
+    from ekgfx.loss import cross_entropy, label_loss
 
     network, images = subject.built.model, subject.data
     draw = torch.Generator().manual_seed(asked["seed"])
     order = torch.randperm(images.size(asked["split"]), generator=draw)[: asked["images"]]
     batches = [batch[:2] for batch in images.loader(asked["split"], asked["batch_size"], subset=order)]
-    options = {"seed": asked["seed"], **({} if judge is None else {"loss": judge})}
+    options = {"seed": asked["seed"], "loss": label_loss(cross_entropy, subject.logits) if judge is None else judge}
     with _progress("Hessian-vector products", asked["products"]) as advance:
         curved = measures.spectrum(
             network,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import click
 
 from ekgfx import recipe
+from ekgfx.units import fraction_of
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -22,7 +23,15 @@ def setting(key: str, *flags: str, help: str, metavar: str | None = None) -> Dec
     many = typing.get_origin(hint) is tuple
     shown = "" if many or default is None or default == "" else f"  [default: {default}]"
     name = key.replace(".", "__")
-    return click.option(name, *flags, type=_type(hint), multiple=many, default=None, metavar=metavar, help=help + shown)
+    return click.option(
+        name,
+        *flags,
+        type=_Fraction() if metavar == "FRACTION" else _type(hint),
+        multiple=many,
+        default=None,
+        metavar=metavar,
+        help=help + shown,
+    )
 
 
 def given(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -37,6 +46,15 @@ class _Number(click.ParamType):
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int | str:
         return int(value) if str(value).isdecimal() else str(value)
+
+
+class _Fraction(click.ParamType):
+    """A fraction, also in percent; the library says what is none."""
+
+    name = "fraction"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float | None:
+        return fraction_of(value)
 
 
 def _type(hint: Any) -> Any:

@@ -15,7 +15,12 @@ from ekgfx.run import Run, fresh_path
 @click.command()
 @click.argument("model", required=False)
 @click.option("--recipe", metavar="NAME|FILE", help="Start from a recipe; every other flag overrides it.")
-@setting("search.flops", "--flops", metavar="FRACTION", help="Budget: fraction of the MACs to keep; 0.55 removes 45%.")
+@setting(
+    "search.flops",
+    "--flops",
+    metavar="FRACTION",
+    help="Budget: fraction of the MACs to keep; 0.55 (or 55%) removes 45%.",
+)
 @setting("search.params", "--params", metavar="FRACTION", help="Budget: fraction of the parameters to keep.")
 @setting("search.latency", "--latency", metavar="FRACTION", help="Budget: fraction of the time on --target to keep.")
 @setting(
@@ -41,6 +46,10 @@ from ekgfx.run import Run, fresh_path
 @setting("classes", "--classes", help="Number of classes to build the model with.")
 @setting("leaf", "--leaf", metavar="GLOB", help="Modules without a graph, which run as they are, whole; repeatable.")
 @setting("unused", "--unused", metavar="GLOB", help="Parameters or modules that nothing uses; repeatable.")
+@setting("outputs", "--outputs", metavar="PLACE", help="Outputs that matter, by key, field or index; repeatable.")
+@setting(
+    "logits", "--logits", metavar="PLACE", help="Where the logits are in the model's output, where it is not clear."
+)
 @setting("search.strategy", "--search", help="How widths are found.")
 @setting("search.importance", "--importance", help="Which channels go first.")
 @setting("search.knowledge", "--knowledge", help="What the search's reward compares with.")
@@ -183,8 +192,8 @@ def _preview(asked: Recipe) -> None:
     from ekgfx.trace import silently_traced
 
     built = source.parse(asked.model or "", "none", asked.input, asked.classes).build()
-    leaf = (*built.leaf, *asked.leaf)
-    traced = silently_traced(built.model, built.example_inputs, leaf=leaf, unused=asked.unused)
+    leaf, outputs = (*built.leaf, *asked.leaf), (*built.outputs, *asked.outputs) or None
+    traced = silently_traced(built.model, built.example_inputs, leaf=leaf, unused=asked.unused, outputs=outputs)
     for note in traced.notes:
         out.print(note)
     table_here = timing.known_table(asked.search, traced) if asked.search.latency is not None else None

@@ -17,18 +17,23 @@ _PARAMETERS = (
     click.option("--weights", metavar="auto|none|FILE", default="auto", help="Weights of MODEL, where it is no run."),
     click.option("--input", metavar="SHAPE", help="Shape of the example input, such as 1x3x32x32."),
     click.option("--classes", type=int, help="Number of classes to build the model with."),
+    click.option(
+        "--logits", metavar="PLACE", help="Where the logits are in the model's output, where it is not clear."
+    ),
     click.option("--device", metavar="auto|cpu|cuda[:N]", default="auto", help="Where to compute."),
 )
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and its data, both on the device; spec: how the data were named; run: where the model is one."""
+    """A model and its data, both on the device; spec: how the data were named; run: where the model is one; logits:
+    finds them in the model's output."""
 
     built: "Built"
     data: "Data"
     spec: str
     run: Path | None
+    logits: Callable[[Any], Any]
 
 
 def parameters(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,13 +43,23 @@ def parameters(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def look(model: str, *, data: str | None, weights: str, input: str | None, classes: int | None, device: str) -> Subject:
+def look(
+    model: str,
+    *,
+    data: str | None,
+    weights: str,
+    input: str | None,
+    classes: int | None,
+    logits: str | None,
+    device: str,
+) -> Subject:
     """Builds the model, or loads the run, and opens the data. DataError when neither names any; what the run and the
     sources of models and data refuse."""
     from dataclasses import replace
 
     from ekgfx import job, source
     from ekgfx.errors import DataError
+    from ekgfx.outputs import finder, logits_of
     from ekgfx.run import read_manifest
 
     asked = source.parse(model, weights, input, classes)
@@ -55,6 +70,8 @@ def look(model: str, *, data: str | None, weights: str, input: str | None, class
     spec = data or settings.get("data")
     if spec is None:
         raise DataError(f"nothing to judge {model} on: give --data with labels, such as --data folder:DIR")
-    images = job.open_data(spec, built, settings.get("seed", 0)).to(place)
+    place_of_logits = logits or settings.get("logits")
+    find = logits_of if place_of_logits is None else finder(place_of_logits)
+    images = job.open_data(spec, built, settings.get("seed", 0), find).to(place)
     inputs = tuple(value.to(place) for value in built.example_inputs)
-    return Subject(replace(built, model=built.model.to(place), example_inputs=inputs), images, spec, run)
+    return Subject(replace(built, model=built.model.to(place), example_inputs=inputs), images, spec, run, find)

@@ -66,6 +66,22 @@ class Arrays:
         return Arrays(self.images[index], None if self.labels is None else self.labels[index])
 
 
+LUMA = 299, 587, 114
+"""Parts of red, green and blue in grey, per mille (ITU-R 601-2, as Pillow's mode L)."""
+
+
+def in_grey(arrays: Arrays) -> Arrays:
+    """The same samples with images of one channel, where they have three."""
+    images = arrays.images
+    if images.shape[1] != len(LUMA):
+        return arrays
+    total = sum(part * images[:, c : c + 1].to(torch.float32) for c, part in enumerate(LUMA)) / sum(LUMA)
+    assert isinstance(total, Tensor)
+    return Arrays(
+        total.round().to(images.dtype) if images.dtype == torch.uint8 else total.to(images.dtype), arrays.labels
+    )
+
+
 def read_npz(files: Sequence[Path]) -> Arrays:
     """Files with `images` (N×H×W×C: uint8, or float on [0, 1]; N×H×W for one channel) and, optionally, `labels` (N)."""
     parts = [_read_one_npz(file) for file in files]

@@ -30,11 +30,16 @@ class Geometry:
     crop_pct: float
     interpolation: str
 
+    @property
+    def channels(self) -> int:
+        """3, or 1 for images in grey."""
+        return len(self.mean)
+
     def transform(self, views: Views) -> Any:
         """timm's evaluation transform, or its training transform: random resized crop and flip, and in several views a
         jitter of brightness, contrast and saturation."""
         return create_transform(
-            input_size=(3, *self.size),
+            input_size=(self.channels, *self.size),
             is_training=views.augment,
             color_jitter=JITTER if views.count > 1 else 0.0,
             interpolation=self.interpolation,
@@ -51,6 +56,7 @@ class _Decoder(Dataset):
     def __init__(self, source: ImageSource, geometry: Geometry, views: Views) -> None:
         self.source = source
         self.transform = geometry.transform(views)
+        self.grey = geometry.channels == 1
         self.views = views
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int] | DataError:
@@ -58,6 +64,7 @@ class _Decoder(Dataset):
             image, label = self.source.read(index)
         except DataError as error:
             return error
+        image = image.convert("L") if self.grey else image
         shown = []
         for view in range(self.views.count):
             with seeded(mixed_seed(self.views.seed, index, view)):

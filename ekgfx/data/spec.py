@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ekgfx.data.arrays import Arrays, ArraySplit, read_cifar_binary, read_digits, read_npz, read_photos
+from ekgfx.data.arrays import Arrays, ArraySplit, in_grey, read_cifar_binary, read_digits, read_npz, read_photos
 from ekgfx.data.augment import Augmentation
 from ekgfx.data.base import Data, Split, check_labels, holdout
 from ekgfx.data.images import Geometry, ImageSplit
@@ -37,6 +37,7 @@ class Request:
     crop_pct: float
     interpolation: str
     seed: int
+    channels: int | None = None
 
     def folder(self) -> Path:
         path = Path(self.rest).expanduser()
@@ -45,13 +46,21 @@ class Request:
         return path
 
     def geometry(self) -> Geometry:
-        mean, std = self.normalization(IMAGENET, 3)
+        channels = self.channels or 3
+        if channels not in (1, 3):
+            raise DataError(
+                f"the model takes images of {channels} channels, and image files ({self.spec}) have 3, or 1 in grey: "
+                "give arrays (npz:DIR), or your own batches in Python"
+            )
+        mean, std = self.normalization(IMAGENET, channels)
         return Geometry(self.size or (224, 224), mean, std, self.crop_pct, self.interpolation)
 
     def normalization(
         self, default: tuple[tuple[float, ...], tuple[float, ...]], channels: int
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         mean, std = self.mean or default[0], self.std or default[1]
+        if self.channels == 1:  # of colours, where that is what is known
+            mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
         if not len(mean) == len(std) == channels:
             raise DataError(
                 f"the images of {self.spec} have {channels} channels, but the model is fed {len(mean)} "
@@ -70,6 +79,7 @@ def load(
     crop_pct: float = 0.875,
     interpolation: str = "bicubic",
     seed: int = 0,
+    channels: int | None = None,
 ) -> Data:
     """Opens a data set.
 
@@ -81,6 +91,7 @@ def load(
         crop_pct, interpolation: of timm's evaluation transform, for image files
         seed: of photos' crops. A set that comes without a split always has the same fifth of each class as its test
             set, so that no run trains on what another one is tested on
+        channels: of the images that the model takes: with 1, coloured ones are made grey; as they are if None
 
     Raises:
         DataError: an unknown spec, a missing folder, unusable files, labels or class count.
@@ -99,12 +110,18 @@ def load(
         crop_pct=crop_pct,
         interpolation=interpolation,
         seed=seed,
+        channels=channels,
     )
     data = OPENERS[kind](request)
     if classes is not None and data.classes is not None and classes != data.classes:
         raise DataError(
             f"{spec} has {data.classes} classes, but the model has {classes} outputs: use a model with {data.classes} "
             "(--classes), or other data"
+        )
+    if channels is not None and data.input_shape[0] != channels:
+        raise DataError(
+            f"the images of {spec} have {data.input_shape[0]} channels, but the model takes {channels}: use other "
+            f"data, or a model for {data.input_shape[0]}-channel images"
         )
     return data
 
@@ -129,7 +146,8 @@ def _array_data(
     classes: int | None,
 ) -> Data:
     """Data in memory. Left open (None): augmentation and normalization follow the images, classes the labels."""
-    read = cache(read)
+    given = read
+    read = cache(read if request.channels != 1 else lambda split: in_grey(given(split)))
     sample = read("test")  # the smaller split; the other one is read when it is needed
     channels, height, width = sample.images.shape[1:]
     if augmentation is None:
@@ -229,7 +247,7 @@ def _image_data(request: Request, name: str, sources: dict[str, ImageSource], cl
         return lambda: ImageSplit(sources[split], geometry, classes, f"{request.spec} ({split})")
 
     openers = {split: opener(split) for split in ("train", "test")}
-    return Data(name, request.spec, classes, (3, *geometry.size), geometry.mean, geometry.std, openers)
+    return Data(name, request.spec, classes, (geometry.channels, *geometry.size), geometry.mean, geometry.std, openers)
 
 
 def _folder(request: Request) -> Data:

@@ -9,14 +9,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ekgfx.arguments import check_inputs
 from ekgfx.errors import BudgetError, DataError, RecipeError
-from ekgfx.loss import cross_entropy, logits_themselves
+from ekgfx.loss import cross_entropy
+from ekgfx.outputs import Logits, finder, logits_of
 from ekgfx.plan import Plan
 from ekgfx.search import ekg, global_, importance_peers, uniform
 from ekgfx.search.company import check_mixed
 from ekgfx.search.details import AUTHORS, PAPER, Details, authors_cost
-from ekgfx.search.ignore import ignored_groups
-from ekgfx.search.importance import Criterion, taylor
+from ekgfx.search.ignore import Ignored, as_patterns, ignored_groups
+from ekgfx.search.importance import Criterion, at_random, taylor
 from ekgfx.search.latency import LayerTable, Price
 from ekgfx.search.problem import Budget, Computing, Problem, quicker_channels_last, width_rules
 from ekgfx.search.recorder import Recorder
@@ -30,8 +32,8 @@ from ekgfx.search.reward import (
     validation_batches,
 )
 from ekgfx.sliced import BATCH_NORM
-from ekgfx.trace import TracedModel
-from ekgfx.units import bytes_of
+from ekgfx.trace import TracedModel, check_traced
+from ekgfx.units import bytes_of, fraction_of
 
 __all__ = [
     "AUTHORS",
@@ -57,6 +59,7 @@ IMPORTANCE: Mapping[str, Criterion] = {
     "bn-scale": importance_peers.bn_scale,
     "hessian": importance_peers.hessian,
     "lamp": importance_peers.lamp,
+    "random": at_random,
 }
 NEEDS_DATA = ("taylor", "hessian")
 
@@ -65,12 +68,12 @@ def search(
     traced: TracedModel,
     batches: Iterable[Any] = (),
     *,
-    flops: float | None = None,
-    params: float | None = None,
-    latency: float | None = None,
+    flops: float | str | None = None,
+    params: float | str | None = None,
+    latency: float | str | None = None,
     table: LayerTable | None = None,
     cost: Callable[[Plan], float] | None = None,
-    budget: float | None = None,
+    budget: float | str | None = None,
     strategy: Strategy = "ekg",
     importance: str = "taylor",
     knowledge: KnowledgeMode = "ensemble",
@@ -78,9 +81,9 @@ def search(
     accept: int = 1,
     align: int = 1,
     min_width: float = 0.0,
-    ignore: Sequence[str] = (),
+    ignore: Ignored | Sequence[Ignored] = (),
     loss: Callable[[Any, Any], Tensor] = cross_entropy,
-    logits: Callable[[Any], Tensor] = logits_themselves,
+    logits: Logits = logits_of,
     rescale: bool | None = None,
     details: Details = PAPER,
     seed: int = 0,
@@ -95,17 +98,17 @@ def search(
 
     Args:
         traced: the model; neither its weights nor its running averages are changed.
-        batches: validation batches on the model's device: `(images, labels, …)`, `(images, None, …)` or images; images
-            may be a tuple of inputs. Without labels, the unpruned network's soft predictions are the labels. Every
-            batch should mix the classes, since BatchNorm takes its statistics; a warning is logged where they are
-            sorted. They are read once and held. `uniform` and `global` with an importance of the weights alone need
-            none.
-        flops, params, latency: the budget: fraction of the MACs, the parameters or the milliseconds that is kept; for
-            milliseconds with `table`, the layers' timings (`ekgfx.export.measure_layers`). Or `cost`, any function of
-            a plan, with `budget`, the fraction of it that is kept. Exactly one of the four.
+        batches: validation batches: `(images, labels, …)`, `(images, None, …)` or images; images may be a tuple of
+            inputs or a mapping of them by name, and a batch a mapping with labels in it. Without labels, the unpruned
+            network's soft predictions are the labels. Every batch should mix the classes, since BatchNorm takes its
+            statistics; a warning is logged where they are sorted. They are read once and held on the model's device.
+            `uniform` and `global` with an importance of the weights alone need none.
+        flops, params, latency: the budget: fraction of the MACs, the parameters or the milliseconds that is kept (0.55
+            or "55%"); for milliseconds with `table`, the layers' timings (`ekgfx.export.measure_layers`). Or `cost`,
+            any function of a plan, with `budget`, the fraction of it that is kept. Exactly one of the four.
         strategy: "ekg"; "uniform" (one width for all groups), "global" (one threshold for all channels).
         importance: which channels go first: "taylor" (the paper's), or torch-pruning's "magnitude" (L1), "fpgm",
-            "bn-scale", "hessian", "lamp".
+            "bn-scale", "hessian", "lamp"; or "random", the baseline: any channels, as `seed` draws them.
         knowledge: what the reward compares with: the running "ensemble" of the sub-networks found so far, the "single"
             unpruned network, or "none".
         step: r, the width ratio that a group made by one layer loses at once.
@@ -113,14 +116,16 @@ def search(
             shorter (see `quick_accept`), and its history too.
         align: kept channels are a multiple of this where the group is at least that wide.
         min_width: least width ratio of every group.
-        ignore: glob patterns of groups, parameters or modules that keep all their channels.
-        loss: label loss, `loss(output, target)` → mean over the batch.
-        logits: logits B × K × … in a model's output, which the knowledge is compared with.
+        ignore: groups, parameters or modules that keep all their channels: glob patterns of their names, the modules
+            themselves, or classes of modules.
+        loss: label loss, `loss(output, target)` → mean over the batch; cross-entropy is that of the logits.
+        logits: where the logits B × K × …, which the knowledge is compared with, are in a model's output: a function of
+            it, or a key, a field or an index. By default they are found, where it is clear (`ekgfx.outputs.logits_of`).
         rescale: whether cut kernels of convolutions and linear layers keep their norm (recorded in the plan). None: as
             the authors do where the model has BatchNorm, which cancels the factor almost everywhere; without it the
             factor would change what the network computes, and they are left alone.
         details: departures from the paper, for comparisons with the authors' program.
-        seed: for networks that draw random numbers; everything else is deterministic.
+        seed: for networks that draw random numbers and for the importance "random"; all else is deterministic.
         cache: memory for values of the current network that its candidates go on from (bytes, or as "2GiB"); only time
             depends on it.
         early_stop: whether a candidate is left when it cannot be the best any more. The plan and the accepted steps do
@@ -139,6 +144,7 @@ def search(
         TrainingError: the loss is not finite.
         RecipeError: an option has an unknown value, or the table is of another model.
     """
+    check_traced(traced, "search")
     _check_option("strategy", strategy, STRATEGIES)
     _check_option("importance", importance, IMPORTANCE)
     _check_option("knowledge", knowledge, get_args(KnowledgeMode))
@@ -148,6 +154,7 @@ def search(
             "a step in (0, 1], and a least width in [0, 1)"
         )
     history = as_steps(resume_from or ())
+    ignore = as_patterns(traced, ignore)
     _check_option("amp", amp or "bf16", ("bf16", "fp16"))
     asked = find_budget(traced, flops=flops, params=params, latency=latency, table=table, cost=cost, budget=budget)
     early_stop = details == PAPER if early_stop is None else early_stop
@@ -155,16 +162,19 @@ def search(
     computing = Computing(bytes_of(cache), early_stop, amp, channels_last)
     problem = Problem(
         traced=traced,
-        batches=tuple(map(computing.prepared, validation_batches(batches))),
-        objective=Objective(loss, logits, details.batch_size),
+        batches=tuple(map(computing.prepared, validation_batches(batches, traced.model))),
+        objective=Objective(loss, finder(logits), details.batch_size),
         budget=asked,
         rules=width_rules(traced, ignored_groups(traced.groups, ignore), align, min_width),
         guided=knowledge != "none",
         ensemble=knowledge == "ensemble",
         rescale=_has_batch_norm(traced) if rescale is None else rescale,
         computing=computing,
+        seed=seed,
     )
     problem.check_reachable()
+    for batch in problem.batches:
+        check_inputs(traced, *batch.inputs)
     if not problem.batches and (strategy == "ekg" or importance in NEEDS_DATA):
         raise DataError(f"strategy {strategy!r} with importance {importance!r} needs validation batches; pass some")
     recorder = Recorder(problem, on_step)
@@ -223,14 +233,15 @@ def _measure_unpruned(problem: Problem) -> tuple[Problem, Measure, Knowledge]:
 def find_budget(
     traced: TracedModel,
     *,
-    flops: float | None = None,
-    params: float | None = None,
-    latency: float | None = None,
+    flops: float | str | None = None,
+    params: float | str | None = None,
+    latency: float | str | None = None,
     table: LayerTable | None = None,
     cost: Callable[[Plan], float] | None = None,
-    budget: float | None = None,
+    budget: float | str | None = None,
 ) -> Budget:
     """The one budget that is given, see `search`. BudgetError for none, several, or a half of one."""
+    flops, params, latency, budget = map(fraction_of, (flops, params, latency, budget))
     given = sum(keep is not None for keep in (flops, params, latency, budget))
     if given != 1 or (cost is None) != (budget is None) or (table is None) != (latency is None):
         raise BudgetError(

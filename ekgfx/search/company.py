@@ -30,4 +30,4 @@ def check_mixed(problem: Problem, batches: Sequence[ValidationBatch], unpruned: 
 def _predicted(problem: Problem, batch: ValidationBatch) -> Tensor:
     network = SubNetwork(problem.traced, {}, channels_last=problem.computing.channels_last)
     with torch.no_grad():
-        return at_least_single(problem.objective.logits(network(*batch.inputs)))
+        return at_least_single(problem.objective.logits(batch.inputs.into(network)))

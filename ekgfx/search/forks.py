@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ekgfx.axes import Axis, Expr, axes
+from ekgfx.batches import Inputs
 from ekgfx.cost import evaluate, mac_table
 from ekgfx.graph import AxisGraph
 from ekgfx.sliced import SubNetwork, slice_weights
@@ -186,10 +187,10 @@ class Walk:
     them reads or that was kept, and forgets what none of those to come reads."""
 
     def __init__(
-        self, forks: Forks, network: SubNetwork, inputs: tuple[Any, ...], ahead: Sequence[Fork], kept: Mapping[str, Any]
+        self, forks: Forks, network: SubNetwork, inputs: Inputs, ahead: Sequence[Fork], kept: Mapping[str, Any]
     ) -> None:
         """ahead: the forks to come, by `at`. kept: values that are known already, by node."""
-        self.network, self.inputs = network, network.inputs(inputs, {})
+        self.network, self.inputs = network, network.inputs(*inputs)
         reads = set().union(*(fork.reads for fork in ahead))
         self.left = forks.demanded(reads, kept)
         self.values = {name: kept[name] for name in reads & kept.keys()} | {
@@ -234,9 +235,9 @@ class Branch(SubNetwork):
         cut = slice_weights(current.graph, kept, rescale=rescale, names=self.fork.weights)
         super().__init__(current.graph, kept, weights={**current.weights, **cut}, **current.manner)
 
-    def go_on(self, inputs: tuple[Any, ...], read: Mapping[str, Any]) -> Any:
+    def go_on(self, inputs: Inputs, read: Mapping[str, Any]) -> Any:
         """The model's output for a batch. read: the current network's values that the fork reads."""
-        values = self.follow(self.fork.nodes, self.inputs(inputs, {}), dict(read), self.fork.dying)
+        values = self.follow(self.fork.nodes, self.inputs(*inputs), dict(read), self.fork.dying)
         return self.output(self._end, values)
 
 

@@ -4,8 +4,11 @@ import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from torch import nn
+
 from ekgfx.errors import PlanError
 from ekgfx.groups import ChannelGroup, Groups
+from ekgfx.trace import TracedModel
 
 
 def names_of(group: ChannelGroup) -> set[str]:
@@ -15,6 +18,32 @@ def names_of(group: ChannelGroup) -> set[str]:
         parts = place.parameter.split(".")
         names.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
     return names
+
+
+Ignored = str | nn.Module | type[nn.Module]
+"""A glob pattern, a module of the model, or a class of modules."""
+
+
+def as_patterns(traced: TracedModel, ignore: Ignored | Sequence[Ignored]) -> tuple[str, ...]:
+    """The patterns, with modules and classes as the names of those modules of theirs that hold what can be pruned.
+
+    Raises PlanError for a module that is not the model's, or a class of which it has none.
+    """
+    prunable = set().union(*map(names_of, traced.groups.values()))
+    found: list[str] = []
+    for each in (ignore,) if isinstance(ignore, str | nn.Module | type) else ignore:
+        if isinstance(each, str):
+            found.append(each)
+            continue
+        if not isinstance(each, nn.Module | type):
+            raise PlanError(f"ignore takes names, modules and classes of modules, not a {type(each).__name__}")
+        named = traced.model.named_modules(remove_duplicate=False)
+        names = [name for name, m in named if m is each or (isinstance(each, type) and isinstance(m, each))]
+        if not names:
+            kind = (each if isinstance(each, type) else type(each)).__name__
+            raise PlanError(f"ignore: this {kind} is no module of the traced {type(traced.model).__name__}")
+        found += [name for name in names if name in prunable] or names
+    return tuple(found)
 
 
 def ignored_groups(groups: Groups, patterns: Sequence[str]) -> frozenset[str]:
@@ -28,7 +57,7 @@ def ignored_groups(groups: Groups, patterns: Sequence[str]) -> frozenset[str]:
         matched = {name for name, names in known.items() if any(fnmatchcase(other, pattern) for other in names)}
         if not matched:
             raise PlanError(
-                f"--ignore {pattern!r} matches no prunable group, parameter or module{_nearest(pattern, known)}"
+                f"ignore {pattern!r} matches no prunable group, parameter or module{_nearest(pattern, known)}"
             )
         ignored |= matched
     return frozenset(ignored)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ekgfx.axes import Axis, membership, positions
+from ekgfx.data.base import generator
 from ekgfx.distributed import team
 from ekgfx.groups import ChannelGroup
 from ekgfx.plan import Plan
@@ -47,7 +48,7 @@ def taylor(problem: Problem, plan: Plan, knowledge: Knowledge | None, keeper: Ke
             continue
         scores = dict(zip((g.name for g in groups), found[number].split([g.size for g in groups]), strict=True))
         with torch.enable_grad():
-            output, values = network.run(batch.inputs, capture=gates if keeper is None else gates | keeper.wanted)
+            output, values = network.run(*batch.inputs, capture=gates if keeper is None else gates | keeper.wanted)
             target = None if knowledge is None else knowledge[number]
             negative = problem.objective.terms(output, batch.target, target)[1]
         if keeper is not None:
@@ -71,6 +72,16 @@ def taylor(problem: Problem, plan: Plan, knowledge: Knowledge | None, keeper: Ke
     whole = sum(team().gathered(torch.stack(found)))  # batch after batch, whoever computed them
     assert isinstance(whole, Tensor)
     return dict(zip((g.name for g in groups), whole.split([g.size for g in groups]), strict=True))
+
+
+def at_random(problem: Problem, plan: Plan, knowledge: Knowledge | None) -> Scores:
+    """The baseline of every comparison: numbers drawn once for all channels, the same at every step of a search."""
+    draw = generator(problem.seed, 4)
+    drawn = {
+        group.name: torch.rand(group.size, dtype=torch.float64, generator=draw)
+        for group in problem.traced.groups.values()
+    }
+    return {name: drawn[name] for name in problem.rules}
 
 
 Place = tuple[str, int]

@@ -77,7 +77,7 @@ def hessian(problem: Problem, plan: Plan, knowledge: Knowledge | None) -> Scores
     samples = sum(batch.samples for batch in problem.batches)
     for number, batch in enumerate(problem.batches):
         with torch.enable_grad():
-            output = network(*batch.inputs)
+            output = batch.inputs.into(network)
         target = None if knowledge is None else knowledge[number]
         for sample in range(batch.samples):
             with torch.enable_grad():

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 
 from ekgfx.axes import membership
-from ekgfx.channels_last import channels_last
 from ekgfx.errors import BudgetError
 from ekgfx.groups import ChannelGroup
 from ekgfx.plan import Plan
@@ -72,12 +71,7 @@ class Computing:
         """A batch in the memory format that is computed in."""
         if not self.channels_last:
             return batch
-        return batch._replace(
-            inputs=tuple(
-                channels_last(value) if isinstance(value, torch.Tensor) and value.dim() == 4 else value
-                for value in batch.inputs
-            )
-        )
+        return batch._replace(inputs=batch.inputs.channels_last())
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,8 @@ class Problem:
 
     rules: the widths of every group that may shrink, by name. batches: validation data, empty where the strategy needs
     none. ensemble: whether the knowledge follows the accepted sub-networks (eq. 8). guided: whether the reward has a
-    knowledge term at all. rescale: cut kernels keep their norm. computing: how candidates are computed.
+    knowledge term at all. rescale: cut kernels keep their norm. computing: how candidates are computed. seed: of what
+    is drawn at random.
     """
 
     traced: TracedModel
@@ -98,6 +93,7 @@ class Problem:
     ensemble: bool
     rescale: bool
     computing: Computing = Computing()
+    seed: int = 0
 
     def full(self) -> Plan:
         """Θ₀ as a plan."""

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ekgfx.batches import Inputs, device_of, each_batch, to_device, unpacked
 from ekgfx.errors import DataError, TrainingError
-from ekgfx.loss import at_least_single, check_classes, cross_entropy, is_classes, logits_themselves
+from ekgfx.loss import at_least_single, check_classes, cross_entropy, is_classes, label_loss
+from ekgfx.outputs import logits_of
 
 KnowledgeMode = Literal["ensemble", "single", "none"]
 """What the reward compares with: the running ensemble of the sub-networks found, the unpruned network, or nothing."""
@@ -27,13 +29,13 @@ Network = Callable[..., Any]
 class ValidationBatch(NamedTuple):
     """inputs: the model's arguments, dim 0 the samples. target: what `loss` takes; None until it is known."""
 
-    inputs: tuple[Any, ...]
+    inputs: Inputs
     target: Any
 
     @property
     def samples(self) -> int:
         """B, the samples of this batch."""
-        return next(value.shape[0] for value in self.inputs if isinstance(value, Tensor))
+        return self.inputs.samples
 
 
 class Evaluation(NamedTuple):
@@ -54,12 +56,12 @@ class Objective:
     """
 
     loss: Callable[[Any, Any], Tensor] = cross_entropy
-    logits: Callable[[Any], Tensor] = logits_themselves
+    logits: Callable[[Any], Tensor] = logits_of
     batch_size: int | None = None
 
     def terms(self, output: Any, target: Any, knowledge: Tensor | None) -> tuple[Tensor, Tensor]:
         """Label loss, and −ℛ = CE(labels, O) + CE(softmax(T), O), each the mean over this batch (eq. 4)."""
-        loss = self.loss(output, target)
+        loss = label_loss(self.loss, self.logits)(output, target)
         if knowledge is None:
             return loss, loss
         return loss, loss + cross_entropy(self.logits(output), knowledge.softmax(1))
@@ -125,7 +127,7 @@ def evaluate(
     found, logits = [], []
     with torch.no_grad():
         for number, batch in enumerate(batches):
-            output = network(*batch.inputs)
+            output = batch.inputs.into(network)
             if check:
                 check_classes(at_least_single(objective.logits(output)), batch.target)
             terms, answer = judge(objective, batches, knowledge, number, output)
@@ -148,7 +150,7 @@ def least_terms(
     least = []
     for number, batch in enumerate(batches):
         soft = [] if knowledge is None else [knowledge[number].softmax(1).double()]
-        label = probabilities(batch.target, soft[0]) if soft and objective.logits is logits_themselves else None
+        label = probabilities(batch.target, soft[0]) if soft and objective.logits is logits_of else None
         if label is not None:
             terms = [2 * mean_entropy((soft[0] + label) / 2)]
         else:
@@ -178,12 +180,12 @@ def ensemble_knowledge(knowledge: Knowledge, members: int, logits: Sequence[Tens
     return tuple((old * members + new) / (members + 1) for old, new in zip(knowledge, logits, strict=True))
 
 
-def validation_batches(batches: Iterable[Any]) -> tuple[ValidationBatch, ...]:
-    """Batches as the search wants them: (images | tuple of inputs, target, …); a bare tensor has no target.
+def validation_batches(batches: Iterable[Any], model: nn.Module | None = None) -> tuple[ValidationBatch, ...]:
+    """Batches as the search wants them, from any that `ekgfx.batches` knows; as a model takes them, where one is given.
 
-    Raises DataError when some have targets and some do not.
+    Raises DataError for what is no batch, and when some have targets and some do not.
     """
-    found = tuple(map(_validation_batch, batches))
+    found = tuple(_validation_batch(batch, model) for batch in each_batch(batches))
     if len({batch.target is None for batch in found}) > 1:
         raise DataError("some validation batches have labels and some have none; give labels for all or for none")
     return found
@@ -195,11 +197,14 @@ def label_free(
     """The batches with the network's soft predictions as labels: softmax(O(D_val; Θ₀)) where `network` is Θ₀."""
     with torch.no_grad():
         return tuple(
-            batch._replace(target=at_least_single(objective.logits(network(*batch.inputs))).softmax(1))
+            batch._replace(target=at_least_single(objective.logits(batch.inputs.into(network))).softmax(1))
             for batch in batches
         )
 
 
-def _validation_batch(batch: Any) -> ValidationBatch:
-    images, target = (batch, None) if isinstance(batch, Tensor) else (batch[0], batch[1])
-    return ValidationBatch(tuple(images) if isinstance(images, tuple | list) else (images,), target)
+def _validation_batch(batch: Any, model: nn.Module | None) -> ValidationBatch:
+    images, target, _ = unpacked(batch)
+    inputs = Inputs.of(images)
+    if model is None:
+        return ValidationBatch(inputs, target)
+    return ValidationBatch(inputs.onto(model), to_device(target, device_of(model)))

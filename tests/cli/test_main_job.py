@@ -230,3 +230,42 @@ def test_search_without_data_takes_any_input(ekgfx, tmp_path):
     done = ekgfx("prune", "net.py:make", *arguments)
     assert done.code == 0, done.err
     assert library.load(tmp_path / "run").a.out_features == 7  # 16 → 27·w + 3 of 243 parameters, at most half
+
+
+HEADS = """
+import torch
+from torch import nn
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.body = nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Conv2d(16, 12, 3)
+        self.main, self.aux = nn.Linear(12, 10), nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu()
+        return {"main": self.main(self.body(x).relu().mean((2, 3))), "aux": self.aux(x.mean((2, 3)))}
+
+def make():
+    return Heads(), torch.randn(1, 1, 8, 8)
+"""
+
+
+def test_a_model_that_returns_a_dict_in_two_rounds(ekgfx, tmp_path):
+    """The logits are asked for where they are not clear; two runs are rounds of one original."""
+    (tmp_path / "heads.py").write_text(HEADS)
+    options = ("--data", "digits", "--search", "uniform", "--importance", "random")
+    refused = ekgfx("prune", "heads.py:make", "--flops", "60%", *options)
+    assert refused.code == 2 and "a dict of main 1×10, aux 1×10; pass logits='main'" in refused.err
+    first = ("--logits", "main", "--epochs", "1", "--batch-size", "512", "-o", "first")
+    assert ekgfx("prune", "heads.py:make", "--flops", "60%", *options, *first).code == 0
+    assert ekgfx("prune", "first", "--flops", "0.8", *options, "--logits", "main", "-o", "second").code == 0
+    assert ekgfx("eval", "second", "--json").code == 0
+    namespace: dict = {}
+    exec(HEADS, namespace)
+    original = namespace["Heads"]()
+    again = library.load(tmp_path / "second", original, torch.randn(2, 1, 8, 8))
+    recorded = library.load(tmp_path / "second")
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(again(x)["main"], recorded(x)["main"])
+    assert len(library.Plan.of(again).kept["stem"]) == again.stem.out_channels < 16

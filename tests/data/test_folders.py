@@ -103,3 +103,22 @@ def test_unusable_folders_are_explained(photos_of, tmp_path: Path, places: list[
     photos_of(*places)
     with pytest.raises(DataError, match=message):
         data.load(f"folder:{tmp_path}", classes=classes)
+
+
+def test_a_model_of_one_channel_is_fed_in_grey(photos_of) -> None:
+    """The grey of Pillow's mode L, whatever the files hold, normalized by the mean of what is known of the colours."""
+    spec = f"folder:{photos_of(*(f'{name}/{i}.jpg' for name in 'ab' for i in range(5)))}"
+    options = {"image_size": 32, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    (grey,), (colour,) = (data.load(spec, channels=c, **options).loader("train", 8) for c in (1, 3))
+    assert grey.images.shape == (8, 1, 32, 32)
+    luma = (colour.images * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    assert (grey.images - luma).abs().max() < 3 / 255
+    augmented = next(iter(data.load(spec, channels=1).loader("train", 4, augment=True, views=2)))
+    assert augmented.images.shape == (2, 4, 1, 224, 224)
+    assert data.load(spec, channels=1).mean == pytest.approx((0.449,), abs=1e-3)
+    with pytest.raises(DataError, match="takes images of 4 channels, and image files"):
+        data.load(spec, channels=4)
+    photos = data.load("photos", channels=1, image_size=32)
+    assert next(iter(photos.loader("test", 2))).images.shape == (2, 1, 32, 32)
+    with pytest.raises(DataError, match="the images of digits have 1 channels, but the model takes 3"):
+        data.load("digits", channels=3)

@@ -16,6 +16,7 @@ from timm.models.nest import Nest
 from torch import nn
 
 from ekgfx.errors import ExportError
+from tests.test_containers import Named, Registered
 
 from .nets import Classifier, Detector, FixedBatch, LearnedBias, Mystery, Windows, mystery
 
@@ -303,3 +304,19 @@ def test_nothing_is_printed(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_an_output_class_that_pytorch_does_not_know_by_names(tmp_path):
+    """As those of diffusers, which are registered without names for their parts, and those that are not at all."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, output):
+            super().__init__()
+            self.body, self.output = nn.Linear(5, 3), output
+
+        def forward(self, x):
+            return self.output(sample=self.body(x), twice=[2 * x])
+
+    for output in (Registered, Named):
+        path = to_onnx(Wrapped(output).eval(), torch.randn(2, 5), tmp_path / "net.onnx")
+        assert [value.name for value in onnx.load(path).graph.output] == ["sample", "twice_0"]

@@ -146,7 +146,7 @@ def test_groups_without_an_activation_take_their_parameters() -> None:
     parameters = [traced.tensor(parameter) for parameter in group.producers]
     expected = torch.zeros(group.size, dtype=torch.float64)
     for batch in bare.batches:
-        loss = F.cross_entropy(bare.network(Plan())(*batch.inputs), batch.target) * batch.samples / 24
+        loss = F.cross_entropy(batch.inputs.into(bare.network(Plan())), batch.target) * batch.samples / 24
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             expected += (gradient * parameter).abs().flatten(1).sum(1).detach().double()
     torch.testing.assert_close(scores[name], expected, rtol=1e-4, atol=1e-9)

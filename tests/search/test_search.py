@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -157,8 +158,10 @@ def test_dense_tasks_bring_their_own_loss_and_logits() -> None:
     result = search(traced, [(images, target)], flops=0.6, loss=dice_like, logits=lambda output: output["out"])
     assert traced.cost(result.plan).macs <= 0.6 * traced.cost().macs
     assert result.final.accuracy is not None
-    with pytest.raises(DataError, match="pass logits"):
-        search(traced, [(images, target)], flops=0.6)
+    assert (
+        search(traced, [(images, target)], flops=0.6, logits="out").plan
+        == search(traced, [(images, target)], flops=0.6).plan
+    )
 
 
 def test_several_inputs() -> None:
@@ -243,12 +246,67 @@ def test_uniform_is_one_ratio_and_global_one_threshold() -> None:
     assert min(kept) >= max(gone) * 0.999
 
 
-@pytest.mark.parametrize("importance", ["taylor", "magnitude", "fpgm", "bn-scale", "hessian", "lamp"])
+@pytest.mark.parametrize("importance", ["taylor", "magnitude", "fpgm", "bn-scale", "hessian", "lamp", "random"])
 def test_every_importance_drives_every_strategy(importance: str) -> None:
     traced = nets.cnn()
     for strategy in STRATEGIES:
         result = search(traced, nets.batches(12, 12), flops=0.85, strategy=strategy, importance=importance)
         assert result.kept_fraction <= 0.85
+
+
+def test_random_channels_are_drawn_once_by_the_seed() -> None:
+    """The baseline: the same whatever the strategy, the widths or the global generator; other channels for other seeds,
+    and at a smaller width some of those at a larger one."""
+    traced = nets.cnn()
+
+    def kept(**options: Any) -> dict[str, set[int]]:
+        torch.rand(int(torch.randint(9, ())))
+        plan = search(traced, strategy="uniform", importance="random", **options).plan
+        return {name: set(indices) for name, indices in plan.kept.items()}
+
+    half, more = kept(flops=0.4), kept(flops=0.7)
+    assert kept(flops=0.4) == half != kept(flops=0.4, seed=1)
+    assert all(half[name] <= more[name] for name in half)
+    assert any(half[name] != set(range(len(half[name]))) for name in half)  # they are no first channels
+    last = search(traced, nets.batches(), flops=0.5, importance="random")
+    alone = search(traced, nets.batches(), flops=0.5, importance="random", resume_from=last.steps[:2])
+    assert alone.plan == last.plan
+    order = kept(flops=0.4, ignore=next(iter(half)))
+    assert all(order[name] <= half[name] or half[name] <= order[name] for name in order if name in half)
+
+
+@pytest.mark.parametrize("keep", ["55%", " 55 %", "0.55", ".55", 0.55])
+def test_a_budget_as_people_write_it(keep: float | str) -> None:
+    traced = nets.cnn()
+    asked = search(traced, flops=keep, strategy="uniform", importance="magnitude")
+    assert asked.settings["budget"]["keep"] == 0.55
+    for wrong, says in (
+        ("half", "'half' is no fraction; write what is kept as 0.55 or 55%"),
+        (55, "did you mean 0.55?"),
+    ):
+        with pytest.raises((RecipeError, BudgetError), match=re.escape(says)):
+            search(traced, flops=wrong, strategy="uniform", importance="magnitude")
+
+
+def test_modules_and_classes_are_ignored_as_their_names_are() -> None:
+    model = models.Residual().double()
+    traced = ekgfx.trace(model, models.example(models.Residual))
+
+    def cut(ignore: Any) -> set[str]:
+        found = search(traced, params=0.95, strategy="uniform", importance="magnitude", ignore=ignore)
+        assert all(isinstance(name, str) for name in found.settings["ignore"])
+        return {name for name, kept in found.plan.kept.items() if len(kept) < traced.groups[name].size}
+
+    assert cut(model.head) == cut([model.head]) == cut("head") == cut([nn.Linear]) == {"a"}  # the head is in the stem's
+    with pytest.raises(BudgetError, match="nothing can be pruned"):
+        cut([nn.Conv2d, nn.Linear])
+    for wrong, says in (
+        (nn.GRU, "this GRU is no module of the traced Residual"),
+        (nn.Linear(1, 1), "this Linear is no module"),
+        ([3], "not a int"),
+    ):
+        with pytest.raises(PlanError, match=says):
+            cut(wrong)
 
 
 def test_accepting_several_candidates_shortens_the_search() -> None:

@@ -40,7 +40,7 @@ trace
 mixing norms
 loss verify signature graphed declared attributes
 evaluation calibrate surgery transfer
-search training training_state batches
+search training training_state
 finetune bank
 prepare checkpoint export landscape
 hub

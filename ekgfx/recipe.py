@@ -131,7 +131,8 @@ class Export:
 class Recipe:
     """Everything `ekgfx prune` needs to know. `ekgfx prune --help` says what the settings mean.
 
-    `leaf`: modules that run as they are, by name or glob. `data`: None takes `photos`, label-free. `pretrain`: training
+    `ema`: of a weights file with several state dicts, the moving average. `leaf`: modules that run as they are, by name
+    or glob. `data`: None takes `photos`, label-free. `pretrain`: training
     of the model before it is pruned. `measured`: what this recipe gave, and where.
     """
 
@@ -139,6 +140,7 @@ class Recipe:
     description: str = ""
     measured: str = ""
     weights: str = "auto"
+    ema: bool = False
     input: str | None = None
     classes: int | None = None
     leaf: tuple[str, ...] = ()

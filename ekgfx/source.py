@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ekgfx.errors import EkgfxError, ModelError
+from ekgfx.recipe import Recipe
 from ekgfx.weights import create_pretrained, load_weights
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
@@ -58,6 +59,8 @@ class Source:
     input: str | None = None
     """Shapes of the example inputs, such as "1x3x32x32" or "1x3x32x32,1x10"."""
     classes: int | None = None
+    ema: bool = False
+    """Of a file with several state dicts, take the moving average of the weights."""
 
     def build(self) -> Built:
         """Builds the model, in evaluation mode. Random weights come from torch's global generator.
@@ -75,8 +78,8 @@ class Source:
             model, inputs = _call_factory(self)
             origin = f"as {self.model} makes them"
         if file is not None:
-            load_weights(model, file)
-            origin = f"file {file.name}"
+            taken = load_weights(model, file, ema=self.ema)
+            origin = f"file {file.name}" + (f" ({taken})" if taken else "")
         config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}  # timm's protocol, also ours
         return Built(
             model.eval(),
@@ -118,7 +121,9 @@ class Source:
         return cls(**description)
 
 
-def parse(model: str, weights: str = "auto", input: str | None = None, classes: int | None = None) -> Source:
+def parse(
+    model: str, weights: str = "auto", input: str | None = None, classes: int | None = None, ema: bool = False
+) -> Source:
     """Reads a MODEL argument; paths become absolute.
 
     Raises:
@@ -143,7 +148,12 @@ def parse(model: str, weights: str = "auto", input: str | None = None, classes: 
             if not path.is_file():
                 raise ModelError(f"no such file: '{place}' (in MODEL '{model}')")
             model = f"{path}:{factory}"
-    return Source(model, weights, input, classes)
+    return Source(model, weights, input, classes, ema)
+
+
+def of_recipe(recipe: Recipe) -> Source:
+    """The source of a recipe's model, as `parse` reads it."""
+    return parse(recipe.model or "", recipe.weights, recipe.input, recipe.classes, recipe.ema)
 
 
 def _unknown_form(model: str) -> str:

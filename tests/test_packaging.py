@@ -29,7 +29,7 @@ errors
 units distributed
 parallel
 typed trust files
-run recipe target models weights data axes functional in_place channels_last
+run recipe target models weight_files weight_fit weights data axes functional in_place channels_last
 rules
 leaf nodes source
 graph

@@ -18,10 +18,13 @@ from ekgfx.errors import EkgfxError
 
 
 class _Notes(logging.Handler):
-    """Shows the library's warnings as they are, on stderr."""
+    """Shows the library's warnings and notes as they are, on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.secho(f"{record.levelname.lower()}: {record.getMessage()}", err=True, fg="yellow")
+        if record.levelno < logging.WARNING:
+            click.echo(f"note: {record.getMessage()}", err=True)
+        else:
+            click.secho(f"{record.levelname.lower()}: {record.getMessage()}", err=True, fg="yellow")
 
 
 _NOTES = _Notes()
@@ -37,7 +40,9 @@ def cli(context: click.Context) -> None:
 
     Start with: ekgfx prune --recipe quickstart
     """
-    logging.getLogger("ekgfx").addHandler(_NOTES)
+    log = logging.getLogger("ekgfx")
+    log.addHandler(_NOTES)
+    log.setLevel(logging.INFO)
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 

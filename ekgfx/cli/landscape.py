@@ -52,6 +52,7 @@ def landscape(
     model: str,
     data: str | None,
     weights: str,
+    ema: bool,
     input: str | None,
     classes: int | None,
     device: str,
@@ -70,7 +71,7 @@ def landscape(
     from ekgfx.errors import DataError
 
     judge = None if loss is None else source.find_function(loss)
-    subject = look(model, data=data, weights=weights, input=input, classes=classes, device=device)
+    subject = look(model, data=data, weights=weights, ema=ema, input=input, classes=classes, device=device)
     if subject.data.classes is None and judge is None:
         raise DataError(f"{subject.spec} has no labels, and the loss needs them; give data with labels, or --loss")
     settings = {"model": model, "data": subject.spec, "loss": loss or "cross-entropy", "device": device, **asked}

@@ -22,6 +22,8 @@ def setting(key: str, *flags: str, help: str, metavar: str | None = None) -> Dec
     many = typing.get_origin(hint) is tuple
     shown = "" if many or default is None or default == "" else f"  [default: {default}]"
     name = key.replace(".", "__")
+    if hint is bool and not any("/" in flag for flag in flags):
+        return click.option(name, *flags, is_flag=True, default=None, help=help)
     return click.option(name, *flags, type=_type(hint), multiple=many, default=None, metavar=metavar, help=help + shown)
 
 

@@ -1,5 +1,6 @@
 """`ekgfx prune`: the main job, from flags to a run directory and one table."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from ekgfx.run import Run, fresh_path
     help="folder:DIR, cifar10:DIR, cifar100:DIR, npz:DIR, timm:NAME[@ROOT], digits or photos.",
 )
 @setting("weights", "--weights", metavar="auto|none|FILE", help="Weights of MODEL.")
+@setting("ema", "--ema", help="Of a file with several state dicts, take the moving average.")
 @setting("input", "--input", metavar="SHAPE", help="Shape of the example input, such as 1x3x32x32 (comma: several).")
 @setting("classes", "--classes", help="Number of classes to build the model with.")
 @setting("leaf", "--leaf", metavar="GLOB", help="Modules without a graph, which run as they are, whole; repeatable.")
@@ -136,7 +138,7 @@ def _run(recipe: str | None, changes: dict[str, Any], output: Path | None, resum
             raise RecipeError(f"--resume takes its settings from {resume}; leave the other flags out")
         return Run.reopen(resume)
     asked = _settings(recipe, changes)
-    model_source = source.parse(asked.model or "", asked.weights, asked.input, asked.classes)
+    model_source = source.of_recipe(asked)
     table = asked.search.latency_table
     places = {
         "model": model_source.model,
@@ -181,7 +183,7 @@ def _preview(asked: Recipe) -> None:
     from ekgfx.cli.render import change, human, out, table
     from ekgfx.planning import smallest
 
-    built = source.parse(asked.model or "", "none", asked.input, asked.classes).build()
+    built = source.of_recipe(replace(asked, weights="none")).build()
     traced = ekgfx.trace(built.model, built.example_inputs, leaf=(*built.leaf, *asked.leaf))
     table_here = timing.known_table(asked.search, traced) if asked.search.latency is not None else None
     if asked.search.latency is not None and table_here is None:

@@ -15,6 +15,7 @@ _PARAMETERS = (
     click.argument("model"),
     click.option("--data", metavar="SPEC", help="Data with labels  [default: the run's]"),
     click.option("--weights", metavar="auto|none|FILE", default="auto", help="Weights of MODEL, where it is no run."),
+    click.option("--ema", is_flag=True, help="Of a file with several state dicts, take the moving average."),
     click.option("--input", metavar="SHAPE", help="Shape of the example input, such as 1x3x32x32."),
     click.option("--classes", type=int, help="Number of classes to build the model with."),
     click.option("--device", metavar="auto|cpu|cuda[:N]", default="auto", help="Where to compute."),
@@ -38,7 +39,9 @@ def parameters(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def look(model: str, *, data: str | None, weights: str, input: str | None, classes: int | None, device: str) -> Subject:
+def look(
+    model: str, *, data: str | None, weights: str, ema: bool, input: str | None, classes: int | None, device: str
+) -> Subject:
     """Builds the model, or loads the run, and opens the data. DataError when neither names any; what the run and the
     sources of models and data refuse."""
     from dataclasses import replace
@@ -47,7 +50,7 @@ def look(model: str, *, data: str | None, weights: str, input: str | None, class
     from ekgfx.errors import DataError
     from ekgfx.run import read_manifest
 
-    asked = source.parse(model, weights, input, classes)
+    asked = source.parse(model, weights, input, classes, ema)
     place = job.pick_device(device)
     built = asked.build()
     run = Path(model) if asked.is_run else None

@@ -32,6 +32,18 @@ def given(parameters: dict[str, Any]) -> dict[str, Any]:
     return {name.replace("__", "."): value for name, value in parameters.items() if value not in (None, ())}
 
 
+class _Amount(click.ParamType):
+    """A fraction, or an amount as text, which the recipe knows or refuses."""
+
+    name = "amount"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float | str:
+        try:
+            return float(value)
+        except ValueError:
+            return str(value)
+
+
 class _Number(click.ParamType):
     """A whole number, or a word that the recipe knows or refuses."""
 
@@ -49,6 +61,8 @@ def _type(hint: Any) -> Any:
         typing.get_origin(part) is Literal for part in arguments
     ):  # `int | Literal["auto"] | None`
         return _Number()
+    if {float, str} <= set(arguments):
+        return _Amount()
     if origin is not None:  # `int | None`, `tuple[str, ...]`
         return _type(arguments[0])
     return hint

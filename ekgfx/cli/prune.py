@@ -16,9 +16,9 @@ from ekgfx.run import Run, fresh_path
 @click.command()
 @click.argument("model", required=False)
 @click.option("--recipe", metavar="NAME|FILE", help="Start from a recipe; every other flag overrides it.")
-@setting("search.flops", "--flops", metavar="FRACTION", help="Budget: fraction of the MACs to keep; 0.55 removes 45%.")
-@setting("search.params", "--params", metavar="FRACTION", help="Budget: fraction of the parameters to keep.")
-@setting("search.latency", "--latency", metavar="FRACTION", help="Budget: fraction of the time on --target to keep.")
+@setting("search.flops", "--flops", metavar="BUDGET", help="MACs to keep: a fraction (0.55), or an amount (2.0G).")
+@setting("search.params", "--params", metavar="BUDGET", help="Parameters to keep: 0.6, or 5M.")
+@setting("search.latency", "--latency", metavar="BUDGET", help="Time on --target to keep: 0.6, or 8ms.")
 @setting(
     "search.target",
     "--target",
@@ -161,8 +161,10 @@ def _settings(name: str | None, changes: dict[str, Any]) -> Recipe:
     asked = recipes.override(base, changes)
     if asked.model is None:
         raise RecipeError("nothing to prune: name a MODEL (such as timm:resnet50), or a --recipe")
-    if all(getattr(asked.search, key) is None for key in recipes.BUDGETS):
-        raise RecipeError("no budget: give --flops, --params or --latency, the fraction to keep (0.55 removes 45%)")
+    if not asked.search.budgets:
+        raise RecipeError(
+            "no budget: give --flops, --params or --latency, the fraction to keep (0.55 removes 45%) or an amount"
+        )
     timing.check_settings(asked.search)
     return asked
 
@@ -181,7 +183,7 @@ def _preview(asked: Recipe) -> None:
     import ekgfx
     from ekgfx import source, timing
     from ekgfx.cli.render import change, human, out, table
-    from ekgfx.planning import smallest
+    from ekgfx.planning import budget_of, smallest
 
     built = source.of_recipe(replace(asked, weights="none")).build()
     traced = ekgfx.trace(built.model, built.example_inputs, leaf=(*built.leaf, *asked.leaf))
@@ -204,6 +206,6 @@ def _preview(asked: Recipe) -> None:
     full, floor = traced.cost(), traced.cost(least)
     out.print(f"\nsmallest sub-network: MACs {change(full.macs, floor.macs)}")
     out.print(f"                      parameters {change(full.params, floor.params)}")
-    unit = next(unit for key, unit in recipes.BUDGETS.items() if getattr(asked.search, key) is not None)
-    where = f"search {asked.search.strategy} on {asked.data or 'photos'}"
-    out.print(f"budget: {100 * asked.search.keep:.1f}% of the {unit}; {where}")
+    budget = budget_of(traced, asked.search, table_here)
+    parts = [f"{part.keep:.1%} of the {part.unit}" for part in budget.parts or (budget,)]
+    out.print(f"budget: {' and '.join(parts)}; search {asked.search.strategy} on {asked.data or 'photos'}")

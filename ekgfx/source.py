@@ -6,7 +6,6 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ekgfx import named
 from ekgfx.errors import EkgfxError, ModelError
 from ekgfx.recipe import Recipe
 from ekgfx.weights import create_pretrained, load_weights
@@ -133,21 +133,14 @@ def parse(
         _shapes(input)
     if weights not in ("auto", "none"):
         weights = str(Path(weights).expanduser().absolute())
+    named.check_model(model)
+    place, _, factory = model.rpartition(":")
     if model.startswith("timm:"):
-        _check_timm_name(model.removeprefix("timm:"))
+        _check_tag(model.removeprefix("timm:"))
     elif Path(model).is_dir():
-        if not (Path(model) / "run.json").is_file():
-            raise ModelError(f"'{model}' is a folder but no run: it has no run.json")
         model = str(Path(model).absolute())
-    else:
-        place, _, factory = model.rpartition(":")
-        if not place or not factory:
-            raise ModelError(_unknown_form(model))
-        if place.endswith(".py"):
-            path = Path(place).expanduser().absolute()
-            if not path.is_file():
-                raise ModelError(f"no such file: '{place}' (in MODEL '{model}')")
-            model = f"{path}:{factory}"
+    elif place.endswith(".py"):
+        model = f"{Path(place).expanduser().absolute()}:{factory}"
     return Source(model, weights, input, classes, ema)
 
 
@@ -156,25 +149,10 @@ def of_recipe(recipe: Recipe) -> Source:
     return parse(recipe.model or "", recipe.weights, recipe.input, recipe.classes, recipe.ema)
 
 
-def _unknown_form(model: str) -> str:
-    import timm
-
-    forms = "use timm:NAME, package.module:factory, path/file.py:factory or a run directory"
-    if timm.is_model(model):
-        return f"unknown model '{model}': did you mean 'timm:{model}'?"
-    if model.endswith(".py"):
-        return f"'{model}' names no factory: use {model}:FACTORY"
-    return f"unknown model '{model}': {forms}"
-
-
-def _check_timm_name(name: str) -> None:
+def _check_tag(name: str) -> None:
     import timm
 
     architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        close = get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(f'timm:{other}' for other in close)}?" if close else "see timm.list_models()"
-        raise ModelError(f"timm has no model '{name}': {hint}")
     tags = [other.partition(".")[2] for other in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
         raise ModelError(f"timm has no weights '{tag}' for {architecture}: use one of {', '.join(tags) or 'none'}")
@@ -236,9 +214,7 @@ def _find(module: ModuleType, name: str, model: str, kind: str = "factory") -> C
     known = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
     if name in known:
         return known[name]
-    close = get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else "it must be a function (or class) of that module"
-    raise ModelError(f"no {kind} '{name}' in {model.rpartition(':')[0]}: {hint}")
+    raise ModelError(named.no_function(name, known, model.rpartition(":")[0], kind))
 
 
 def _import(place: str) -> ModuleType:

@@ -28,7 +28,7 @@ PIPE = """
 errors
 units distributed
 parallel
-typed trust files
+typed trust files named
 run recipe target models weight_files weight_fit weights data axes functional in_place channels_last
 rules
 leaf nodes source

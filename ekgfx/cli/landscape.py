@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ekgfx import named
 from ekgfx.cli.subject import Subject, look, parameters
 
 FORMATS = ("png", "svg", "pdf")
@@ -66,6 +67,9 @@ def landscape(
     The Hessian is that of the mean loss over the images in all weights, in evaluation mode; its extreme eigenvalues
     come from the Lanczos iteration, with error bounds. The surface lies along two random filter-normalized directions.
     """
+    named.check_model(model)
+    named.check_weights(weights)
+    named.check_data(data)
     from ekgfx import source
     from ekgfx.cli.render import out
     from ekgfx.errors import DataError

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ekgfx import named
+
 if TYPE_CHECKING:
     from ekgfx.data import Data
     from ekgfx.source import Built
@@ -44,6 +46,9 @@ def look(
 ) -> Subject:
     """Builds the model, or loads the run, and opens the data. DataError when neither names any; what the run and the
     sources of models and data refuse."""
+    named.check_model(model)
+    named.check_weights(weights)
+    named.check_data(data)
     from dataclasses import replace
 
     from ekgfx import job, source

@@ -6,9 +6,7 @@ from typing import Any
 
 from ekgfx.cli.render import change, human, out, percent, table
 from ekgfx.files import read_json
-from ekgfx.run import read_manifest
-
-ROWS = {"before": "before", "searched": "after search", "finetuned": "after fine-tuning"}
+from ekgfx.run import STAGES, read_manifest
 
 
 def show(path: Path) -> None:
@@ -21,7 +19,7 @@ def show(path: Path) -> None:
     kept: Mapping[str, float] = promise.get("milliseconds", {})
     cases = list(dict.fromkeys(case for case, _ in latency))
     rows = []
-    for name, title in ROWS.items():
+    for name, title in STAGES.items():
         if name in results:
             score, network = results[name], "dense" if name == "before" else "pruned"
             times = [f"{latency[case, network]:.3g} ms" for case in cases]
@@ -33,7 +31,7 @@ def show(path: Path) -> None:
         columns.insert(4, promise["target"] + (" (predicted)" if promise["measured"] is None else ""))
     out.print()
     out.print(table(None, columns, rows, numbers=range(1, len(columns))))
-    first, last = results["before"], next(results[name] for name in reversed(ROWS) if name in results)
+    first, last = results["before"], next(results[name] for name in reversed(STAGES) if name in results)
     out.print(f"\nMACs {change(first['macs'], last['macs'])}")
     out.print(f"parameters {change(first['params'], last['params'])}")
     if kept:

@@ -6,9 +6,10 @@ from xml.etree.ElementTree import Element
 from ekgfx.recipe import BUDGETS
 from ekgfx.report import charts
 from ekgfx.report.charts import Line
-from ekgfx.report.facts import STAGES, Facts
+from ekgfx.report.facts import Facts
 from ekgfx.report.markup import element
 from ekgfx.report.parts import figure, section, table
+from ekgfx.run import STAGES
 from ekgfx.units import duration, percent
 
 

@@ -61,7 +61,10 @@ DIGITS = ("ekgfx.models:digits_cnn", "--data", "digits")
         (["prune", *DIGITS], "no budget: give --flops, --params or --latency"),
         (["prune", *DIGITS, "--flops", "55"], "flops is the fraction to keep, between 0 and 1"),
         (["prune", *DIGITS, "--flops", "half"], "'half' is not a valid float"),
-        (["prune", *DIGITS, "--flops", "9G"], "a budget of 9G asks for nothing: the model has 1"),
+        (
+            ["prune", *DIGITS, "--flops", "9G"],
+            "a budget of 9G asks for nothing: the model has 471 k of MACs; give less",
+        ),
         (["prune", *DIGITS, "--params", "5x"], "'5x' is not a valid float and no amount; give the fraction to keep"),
         (["prune", *DIGITS, "--latency", "0.5"], "a latency budget needs the place that it holds for: give --target"),
         (["prune", *DIGITS, "--latency", "0.5", "--target", "npu"], "unknown target 'npu'"),

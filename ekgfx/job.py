@@ -104,7 +104,7 @@ class Job:
     def built(self) -> Built:
         """The unpruned model on the device, with the weights that the search works on once they are known."""
         self.report.stage("build the model")
-        asked = source.parse(self.recipe.model or "", self.recipe.weights, self.recipe.input, self.recipe.classes)
+        asked = source.of_recipe(self.recipe)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)  # for random weights: the same when the run goes on
             if self.run.has(DENSE):

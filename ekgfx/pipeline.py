@@ -6,6 +6,7 @@ the same plan as one that was not.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -19,10 +20,10 @@ from ekgfx.calibrate import calibrate
 from ekgfx.distributed import team
 from ekgfx.errors import DataError, RecipeError, RunError
 from ekgfx.finetune import Epoch, finetune
-from ekgfx.job import DENSE, Job, Report
+from ekgfx.job import DENSE, LABEL_FREE, Job, Report, open_data, pick_device
 from ekgfx.loss import KnowledgeSource
 from ekgfx.planning import align_of, find_plan, smallest
-from ekgfx.recipe import Training, override
+from ekgfx.recipe import Recipe, Training, override
 from ekgfx.run import Run
 from ekgfx.search import SearchResult
 from ekgfx.surgery import prune
@@ -82,8 +83,7 @@ def finetune_job(run: Run, report: Report, changes: Mapping[str, Any]) -> None:
             f"the run at {run.path} has no pruned network yet; finish it with `ekgfx prune --resume {run.path}`"
         )
     asked = override(job.recipe, changes)
-    if not asked.finetune.epochs:
-        raise RecipeError("no epochs to fine-tune for: give --epochs")
+    check_finetune(job, asked)
     results = run.manifest.get("results", {})
     if asked != job.recipe:
         (run.path / TUNING).unlink(missing_ok=True)
@@ -92,6 +92,27 @@ def finetune_job(run: Run, report: Report, changes: Mapping[str, Any]) -> None:
     run.update(settings=asked.to_json(), results=kept, status="running")
     run.drop(*delivery.FILES)  # they are of the network before
     prune_job(run, report)
+
+
+def check_finetune(job: Job, asked: Recipe) -> None:
+    """Refuses settings that a fine-tuning of the run could not go on with, while the run is as it was."""
+    wanted = asked.finetune
+    if wanted.epochs < 1:
+        raise RecipeError(f"no epochs to fine-tune for ({wanted.epochs}): give --epochs")
+    for key, value, least in (("batch_size", wanted.batch_size, 1), ("teachers", wanted.teachers, 0)):
+        if value < least:
+            raise RecipeError(f"finetune.{key} {value}: use at least {least}")
+    if not 0 < wanted.lr < math.inf:
+        raise RecipeError(f"finetune.lr {wanted.lr}: a learning rate is above 0")
+    pick_device(asked.device)
+    images = open_data(asked.data or LABEL_FREE, job.built, asked.seed)
+    for split in ("train", "test"):
+        images.size(split)
+    if images.classes is None and (wanted.knowledge == "none" or not wanted.teachers):
+        raise DataError(NO_TEACHERS)
+
+
+NO_TEACHERS = "fine-tuning without labels needs the memory bank: give data with labels, or teachers"
 
 
 def prepare(job: Job) -> None:
@@ -153,7 +174,7 @@ def train(job: Job, pruned: nn.Module, result: SearchResult) -> None:
     if asked.knowledge != "none" and asked.teachers:
         teachers = fill_bank(job, result)
     elif not job.labelled:
-        raise DataError("fine-tuning without labels needs the memory bank: give data with labels, or teachers")
+        raise DataError(NO_TEACHERS)
     job.report.stage("fine-tune")
     epochs = fit(job, pruned, asked, TUNING, bank=teachers, temperature=asked.temperature, parallel=True)
     if not team().first:

@@ -17,7 +17,7 @@ from ekgfx.run import Run
 from ekgfx.search import SearchResult, Step, find_budget, search
 from ekgfx.search.effort import quick_accept
 from ekgfx.search.latency import LayerTable
-from ekgfx.search.problem import Problem
+from ekgfx.search.problem import Budget, Problem
 from ekgfx.search.reward import Objective
 from ekgfx.trace import TracedModel
 
@@ -35,13 +35,18 @@ def smallest(traced: TracedModel, asked: Search, align: int, table: LayerTable |
         BudgetError: nothing can be pruned, or even this sub-network is beyond the budget.
     """
     rules = timing.rules_of(traced, asked, align)
-    budget = find_budget(traced, flops=asked.flops, params=asked.params, latency=asked.latency, table=table)
+    budget = budget_of(traced, asked, table)
     Problem(traced, (), Objective(), budget, rules, False, False, False).check_reachable()
     return Plan(
         {name: tuple(range(rule.minimum)) for name, rule in rules.items()},
         traced.groups.digest,
         **traced.options,
     )
+
+
+def budget_of(traced: TracedModel, asked: Search, table: LayerTable | None) -> Budget:
+    """The budget of a job, or all of several. BudgetError for an amount that the unpruned model is within."""
+    return find_budget(traced, flops=asked.flops, params=asked.params, latency=asked.latency, table=table)
 
 
 def find_plan(job: Job) -> SearchResult:
@@ -53,12 +58,13 @@ def find_plan(job: Job) -> SearchResult:
     team().same(job.built.model)  # each process trained it; GPUs may differ in the last bit
     batches = validation_batches(job)
     job.report.stage("search")
+    table = timing.layer_table(job)
+    keep = budget_of(traced, asked, table).keep
 
     def on_step(step: Step) -> None:
         job.run.append(HISTORY, step.to_json())
-        job.report.step(step, asked.keep)
+        job.report.step(step, keep)
 
-    table = timing.layer_table(job)
     result = search(
         traced,
         batches,
@@ -70,7 +76,7 @@ def find_plan(job: Job) -> SearchResult:
         importance=asked.importance,
         knowledge=asked.knowledge,
         step=asked.step,
-        accept=pace(job, batches),
+        accept=pace(job, batches, keep),
         align=align_of(job, table),
         min_width=asked.min_width,
         ignore=asked.ignore,
@@ -96,13 +102,13 @@ def align_of(job: Job, table: LayerTable | None) -> int:
     return timing.alignment(job.recipe.search, table, job.device.type, job.recipe.export.fp16)
 
 
-def pace(job: Job, batches: list[Any]) -> int:
+def pace(job: Job, batches: list[Any], keep: float) -> int:
     """How many candidates a step of the search takes together."""
     asked = job.recipe.search
     if asked.accept is not None or job.labelled or asked.strategy != "ekg":
         return asked.accept or 1
     samples = sum(len(batch.images) for batch in batches)
-    together = quick_accept(job.traced, samples, asked.keep, step=asked.step)
+    together = quick_accept(job.traced, samples, keep, step=asked.step)
     if together > 1:
         job.report.note(
             f"a step takes its {together} best candidates together, for time's sake (--accept 1: one, as the paper)"

@@ -17,7 +17,7 @@ import yaml
 
 from ekgfx.errors import RecipeError
 from ekgfx.typed import did_you_mean, read
-from ekgfx.units import bytes_of, fraction_of
+from ekgfx.units import budget_of, bytes_of, fraction_of
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ BUDGETS = {"flops": "MACs", "params": "parameters", "latency": "latency"}
 
 @dataclass(frozen=True)
 class Search:
-    """The budget (kept fraction of MACs, of parameters or of latency) and the way to it; `ekgfx.search` says what the
-    options mean. Latency is that of `target`, such as cuda:fp16:batch=64, or of where the file `latency_table` was
-    measured. `align`: a number of channels, or "auto" for what the target's hardware computes at once (None: "auto"
-    under a latency budget, else 1).
+    """The budgets (MACs, parameters, latency: kept fraction, or an amount such as "2.0G", "5M" or "8ms"), all of which
+    must hold, and the way to them; `ekgfx.search` says what the options mean. Latency is that of `target`, such as
+    cuda:fp16:batch=64, or of where the file `latency_table` was measured. `align`: a number of channels, or "auto" for
+    what the target's hardware computes at once (None: "auto" under a latency budget, else 1).
 
     Before a guided search the model is trained for an epoch on `train_per_class` images of each class (step 0 of the
     paper; 0 leaves it out). Candidates are judged on `val_per_class` images of each class, or on `images` images where
@@ -73,9 +73,9 @@ class Search:
     `channels_last`: as in training, for the evaluation of candidates (None: channels last on the CPU).
     """
 
-    flops: float | None = None
-    params: float | None = None
-    latency: float | None = None
+    flops: float | str | None = None
+    params: float | str | None = None
+    latency: float | str | None = None
     target: str | None = None
     latency_table: str | None = None
     strategy: Literal["ekg", "global", "uniform"] = "ekg"
@@ -99,23 +99,14 @@ class Search:
     channels_last: bool | None = None
 
     def __post_init__(self) -> None:
-        for key in BUDGETS:
-            kept = getattr(self, key)
-            if kept is not None and not 0 < kept < 1:
-                hint = f"; did you mean {kept:g}%?" if 1 < kept < 100 else ""
-                raise RecipeError(
-                    f"{key} is the fraction to keep, between 0 and 1 (0.55 keeps 55%); got {kept:g}{hint}"
-                )
-        given = {key: getattr(self, key) for key in BUDGETS if getattr(self, key) is not None}
-        if len(given) > 1:
-            said = " and ".join(f"{key} {kept}" for key, kept in given.items())
-            raise RecipeError(f"one budget at a time: got {said}; leave one out")
+        for key, asked in self.budgets.items():
+            budget_of(key, asked)
         bytes_of(self.cache)
 
     @property
-    def keep(self) -> float:
-        """The budget: the fraction that is kept of whatever it is about; 1 where none is given."""
-        return next((kept for key in BUDGETS if (kept := getattr(self, key)) is not None), 1.0)
+    def budgets(self) -> dict[str, float | str]:
+        """The budgets that are given, by their keys."""
+        return {key: asked for key in BUDGETS if (asked := getattr(self, key)) is not None}
 
 
 @dataclass(frozen=True)
@@ -134,16 +125,17 @@ class Export:
 class Recipe:
     """Everything `ekgfx prune` needs to know. `ekgfx prune --help` says what the settings mean.
 
-    `leaf`: modules that run as they are, by name or glob. `unused`: parameters or modules that nothing uses, likewise.
-    `outputs`: which of the model's outputs matter (all by default); `logits`: where the logits are in them, by key,
-    field or index. `data`: None takes `photos`, label-free. `pretrain`: training of the model before it is pruned.
-    `measured`: what this recipe gave, and where.
+    `ema`: of a weights file with several state dicts, the moving average. `leaf`: modules that run as they are, by name
+    or glob. `unused`: parameters or modules that nothing uses, likewise. `outputs`: which of the model's outputs matter
+    (all by default); `logits`: where the logits are in them, by key, field or index. `data`: None takes `photos`,
+    label-free. `pretrain`: training of the model before it is pruned. `measured`: what this recipe gave, and where.
     """
 
     model: str | None = None
     description: str = ""
     measured: str = ""
     weights: str = "auto"
+    ema: bool = False
     input: str | None = None
     classes: int | None = None
     leaf: tuple[str, ...] = ()
@@ -173,7 +165,7 @@ def _with_fractions(settings: object) -> object:
     """The settings with budgets written as 55% as numbers."""
     if not isinstance(settings, Mapping) or not isinstance(asked := settings.get("search"), Mapping):
         return settings
-    budgets = {key: fraction_of(asked[key]) for key in BUDGETS if isinstance(asked.get(key), str)}
+    budgets = {key: fraction_of(asked[key]) for key in BUDGETS if str(asked.get(key)).endswith("%")}
     return {**settings, "search": {**asked, **budgets}}
 
 

@@ -33,6 +33,8 @@ from ekgfx.typed import read
 
 FORMAT = 1
 MANIFEST = "run.json"
+STAGES = {"before": "before", "searched": "after search", "finetuned": "after fine-tuning"}
+"""The keys of run.json's results, in order, and what they are called."""
 _ENTRIES: dict[str, Any] = {
     "created": str,
     "command": tuple[str, ...],

@@ -6,7 +6,6 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ekgfx import named
 from ekgfx.errors import EkgfxError, ModelError
+from ekgfx.recipe import Recipe
 from ekgfx.weights import create_pretrained, load_weights
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
@@ -61,6 +62,8 @@ class Source:
     input: str | None = None
     """Shapes of the example inputs, such as "1x3x32x32" or "1x3x32x32,1x10"."""
     classes: int | None = None
+    ema: bool = False
+    """Of a file with several state dicts, take the moving average of the weights."""
 
     def build(self) -> Built:
         """Builds the model, in evaluation mode. Random weights come from torch's global generator.
@@ -78,8 +81,8 @@ class Source:
             model, inputs = _call_factory(self)
             origin = f"as {self.model} makes them"
         if file is not None:
-            load_weights(model, file)
-            origin = f"file {file.name}"
+            taken = load_weights(model, file, ema=self.ema)
+            origin = f"file {file.name}" + (f" ({taken})" if taken else "")
         config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}  # timm's protocol, also ours
         return Built(
             model.eval(),
@@ -121,7 +124,9 @@ class Source:
         return cls(**description)
 
 
-def parse(model: str, weights: str = "auto", input: str | None = None, classes: int | None = None) -> Source:
+def parse(
+    model: str, weights: str = "auto", input: str | None = None, classes: int | None = None, ema: bool = False
+) -> Source:
     """Reads a MODEL argument; paths become absolute.
 
     Raises:
@@ -131,43 +136,26 @@ def parse(model: str, weights: str = "auto", input: str | None = None, classes: 
         _shapes(input)
     if weights not in ("auto", "none"):
         weights = str(Path(weights).expanduser().absolute())
+    named.check_model(model)
+    place, _, factory = model.rpartition(":")
     if model.startswith("timm:"):
-        _check_timm_name(model.removeprefix("timm:"))
+        _check_tag(model.removeprefix("timm:"))
     elif Path(model).is_dir():
-        if not (Path(model) / "run.json").is_file():
-            raise ModelError(f"'{model}' is a folder but no run: it has no run.json")
         model = str(Path(model).absolute())
-    else:
-        place, _, factory = model.rpartition(":")
-        if not place or not factory:
-            raise ModelError(_unknown_form(model))
-        if place.endswith(".py"):
-            path = Path(place).expanduser().absolute()
-            if not path.is_file():
-                raise ModelError(f"no such file: '{place}' (in MODEL '{model}')")
-            model = f"{path}:{factory}"
-    return Source(model, weights, input, classes)
+    elif place.endswith(".py"):
+        model = f"{Path(place).expanduser().absolute()}:{factory}"
+    return Source(model, weights, input, classes, ema)
 
 
-def _unknown_form(model: str) -> str:
-    import timm
-
-    forms = "use timm:NAME, package.module:factory, path/file.py:factory or a run directory"
-    if timm.is_model(model):
-        return f"unknown model '{model}': did you mean 'timm:{model}'?"
-    if model.endswith(".py"):
-        return f"'{model}' names no factory: use {model}:FACTORY"
-    return f"unknown model '{model}': {forms}"
+def of_recipe(recipe: Recipe) -> Source:
+    """The source of a recipe's model, as `parse` reads it."""
+    return parse(recipe.model or "", recipe.weights, recipe.input, recipe.classes, recipe.ema)
 
 
-def _check_timm_name(name: str) -> None:
+def _check_tag(name: str) -> None:
     import timm
 
     architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        close = get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(f'timm:{other}' for other in close)}?" if close else "see timm.list_models()"
-        raise ModelError(f"timm has no model '{name}': {hint}")
     tags = [other.partition(".")[2] for other in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
         raise ModelError(f"timm has no weights '{tag}' for {architecture}: use one of {', '.join(tags) or 'none'}")
@@ -229,9 +217,7 @@ def _find(module: ModuleType, name: str, model: str, kind: str = "factory") -> C
     known = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
     if name in known:
         return known[name]
-    close = get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else "it must be a function (or class) of that module"
-    raise ModelError(f"no {kind} '{name}' in {model.rpartition(':')[0]}: {hint}")
+    raise ModelError(named.no_function(name, known, model.rpartition(":")[0], kind))
 
 
 def _import(place: str) -> ModuleType:

@@ -147,13 +147,14 @@ def keep_promise(job: Job, plan: Plan, pruned: nn.Module) -> None:
         return
     table = LayerTable.from_json(job.run.read(FILE))
     price = Price(job.traced, table)
-    predicted = price(plan) / price.dense
-    measured = None
+    predicted, measured = price(plan) / price.dense, None
+    times: Mapping[str, float] = {"dense": price.dense, "pruned": price(plan)}
     if here(table):
         job.report.stage(f"time the network on {table.target}")
-        measured = _ratio(job, pruned, parse(table.target))
+        times = _times(job, pruned, parse(table.target))
+        measured = times["pruned"] / times["dense"]
         job.report.note(f"latency kept: {measured:.1%} measured, {predicted:.1%} predicted")
-    job.run.update(latency={**facts, "predicted": predicted, "measured": measured})
+    job.run.update(latency={**facts, "predicted": predicted, "measured": measured, "milliseconds": times})
 
 
 def here(table: LayerTable) -> bool:
@@ -167,15 +168,15 @@ def here(table: LayerTable) -> bool:
     return facts.get(key) == table.environment.get(key)
 
 
-def _ratio(job: Job, pruned: nn.Module, target: Target) -> float:
+def _times(job: Job, pruned: nn.Module, target: Target) -> Mapping[str, float]:
+    """Milliseconds of a run of the dense and of the pruned network."""
     inputs = job.built.example_inputs
     with tempfile.TemporaryDirectory() as folder:
         files = {
             name: to_onnx(model, inputs, Path(folder) / f"{name}.onnx", fp16=fp16(target))
             for name, model in {"dense": job.built.model, "pruned": pruned}.items()
         }
-        times = whole_runs(files, inputs, target)
-    return times["pruned"] / times["dense"]
+        return whole_runs(files, inputs, target)
 
 
 def check_settings(asked: Search) -> None:

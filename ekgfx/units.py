@@ -7,6 +7,40 @@ from ekgfx.errors import RecipeError
 UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 """Bytes in a unit of memory."""
 
+_COUNTS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_TIMES = {"us": 1e-3, "µs": 1e-3, "ms": 1.0, "s": 1e3}
+AMOUNTS = {"flops": _COUNTS, "params": {**_COUNTS, "B": 1e9}, "latency": _TIMES}
+"""Units of a budget that is an amount: of MACs per sample, parameters, milliseconds of a run."""
+_EXAMPLES = {"flops": "2.0G", "params": "5M", "latency": "8ms"}
+
+
+def budget_of(kind: str, value: float | str) -> tuple[float, bool]:
+    """A budget: a fraction to keep, in (0, 1), or an amount such as "2.0G", "5M" or "8ms".
+
+    kind: "flops", "params" or "latency". Returns the number (of MACs, parameters or milliseconds for an amount), and
+    whether it is an amount. RecipeError for anything else.
+    """
+    text, example = str(value).strip(), _EXAMPLES[kind]
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{0,18})?|\.\d{1,18})\s*([a-zA-Zµ]+)", text)
+    if match is not None and match[2] in AMOUNTS[kind]:
+        amount = float(match[1]) * AMOUNTS[kind][match[2]]
+        if amount > 0:
+            return amount, True
+    try:
+        fraction = fraction_of(text)
+    except RecipeError:
+        raise RecipeError(
+            f"{kind}: {text[:80]!r} is no fraction and no amount; write what is kept as 0.55 or 55%, or an amount such "
+            f"as {example}"
+        ) from None
+    if fraction is None or not 0 < fraction < 1:
+        hint = f"; did you mean {fraction:g}%?" if fraction is not None and 1 < fraction < 100 else ""
+        raise RecipeError(
+            f"{kind} is the fraction to keep, between 0 and 1 (0.55 keeps 55%), or an amount such as {example}; "
+            f"got {text[:80]}{hint}"
+        )
+    return fraction, False
+
 
 def human(value: float) -> str:
     """Three significant digits and a prefix: 4.12 G, 11.7 M, 940."""

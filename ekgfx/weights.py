@@ -1,24 +1,22 @@
-"""Weights: from a file, strictly, without pickle; or timm's pre-trained ones, not waiting for a hub that is away."""
+"""Weights: from a file, strictly; or timm's pre-trained ones, not waiting for a hub that is away."""
 
 import logging
-import pickle  # for the name of an exception; nothing is unpickled
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ekgfx.errors import ModelError
-from ekgfx.models import tensorflow_state_dict
+from ekgfx.weight_files import read_file
+from ekgfx.weight_fit import differences, fits_of, plain, told
 
 log = logging.getLogger("ekgfx")
 
@@ -26,81 +24,48 @@ PROBE_SECONDS = 6.0
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """State dict of a .safetensors, .npz or PyTorch file (.pth, .pt, .th, .bin; only tensors are read from those).
-
-    A PyTorch file may hold the state dict under "state_dict" or "model", with names that begin with "module.". A .npz
-    of the EKG authors' TensorFlow variables is translated.
+    """The state dict of a file in any of the forms that `ekgfx.weight_files` reads: of several the first one, without a
+    "module." that all names begin with.
 
     Raises:
         ModelError: no such file, cut short, damaged, or of another kind.
     """
-    if file.suffix not in READERS:
-        raise ModelError(f"weights '{file}': use auto, none, or a file that ends in {', '.join(READERS)}")
-    if not file.is_file():
-        raise ModelError(f"weights '{file}': no such file")
-    try:
-        return READERS[file.suffix](file)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"weights '{file}' hold more than tensors, which is refused: {reason}") from error
-    except ModelError:
-        raise
-    except Exception as error:  # what a library makes of damaged bytes may be anything
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"weights '{file}' cannot be read (cut short or damaged?): {reason}") from error
+    state = {plain(name): tensor for name, tensor in next(iter(read_file(file).state_dicts.values())).items()}
+    wrapped = all(name.startswith("module.") for name in state)
+    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in state.items()}
 
 
-def _read_npz(file: Path) -> dict[str, Tensor]:
-    with file.open("rb") as content, np.load(content) as arrays:  # allow_pickle is off by default
-        variables = {name: arrays[name] for name in arrays.files}
-    if all(name.endswith(":0") for name in variables):
-        return tensorflow_state_dict(variables)
-    return {name: torch.from_numpy(array) for name, array in variables.items()}
-
-
-def _read_torch(file: Path) -> dict[str, Tensor]:
-    content: Any = torch.load(file, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ModelError(f"weights '{file}' hold no state dict (a mapping of names to tensors)")
-    return {name.removeprefix("module."): value for name, value in content.items()}
-
-
-READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
-    ".safetensors": load_file,
-    ".npz": _read_npz,
-    ".pth": _read_torch,
-    ".pt": _read_torch,
-    ".th": _read_torch,
-    ".bin": _read_torch,
-}
-
-
-def load_weights(model: nn.Module, file: Path) -> None:
+def load_weights(model: nn.Module, file: Path, *, ema: bool = False) -> str:
     """Copies a file's weights into the model, converted to the model's types (half precision to the model's float).
 
+    A file may hold several state dicts, at any place and with any prefix of their names, such as "module." or "model.".
+    The one that fits is taken; of several, the first that is no moving average, or, with `ema`, that is one.
+
+    Returns:
+        Which ones were taken, in words; empty where the file holds nothing but the model's own names.
+
     Raises:
-        ModelError: the file's names or shapes are not exactly the model's (BatchNorm's batch counters may be missing).
+        ModelError: the file cannot be read, or names or shapes are not exactly the model's (counters may be missing).
     """
-    state = read_weights(file)
-    own = model.state_dict()
-    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in state if name not in own]
-    reshaped = [
-        f"{name} is {tuple(state[name].shape)}, the model's {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    differences = [
-        f"{len(found)} {kind}: {', '.join(found[:3])}{' …' if len(found) > 3 else ''}"
-        for kind, found in (("missing", missing), ("unknown", unexpected), ("of another shape", reshaped))
-        if found
-    ]
-    if differences:
-        raise ModelError(f"weights '{file}' are not those of this {type(model).__name__}: {'; '.join(differences)}")
-    model.load_state_dict(state, strict=False)  # what may be missing was checked above
+    contents = read_file(file)
+    fits = [fit for place, state in contents.state_dicts.items() for fit in fits_of(model, place, state)]
+    asked = [fit for fit in fits if fit.averaged] if ema else fits
+    if not asked:
+        raise ModelError(
+            f"weights '{file}' hold no moving average (EMA), but {', '.join(map(str, fits))}; leave --ema out"
+        )
+    best = max(asked, key=lambda fit: (fit.exact, fit.fitting, not fit.averaged, -len(fit.unknown)))
+    if not best.exact:
+        raise ModelError(f"weights '{file}' are not those of this {type(model).__name__}: {differences(model, best)}")
+    try:
+        model.load_state_dict(dict(best.state), strict=False)  # what may be missing was checked above
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"weights '{file}' cannot be copied into this {type(model).__name__}: {reason}") from error
+    taken = told(best, [fit for fit in fits if fit is not best and fit.exact], contents.others)
+    if taken:
+        log.info("weights %s: %s", file.name, taken)
+    return taken
 
 
 def create_pretrained(name: str, options: Mapping[str, Any]) -> tuple[nn.Module, str]:

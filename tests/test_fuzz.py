@@ -5,6 +5,7 @@ Each target is fed changed forms of a valid file. `pytest -m sweep tests/test_fu
 in all. (Whole runs: test_fuzz_runs.py.)
 """
 
+import argparse
 import copy
 import io
 import json
@@ -31,6 +32,7 @@ from ekgfx.data.sources import decode
 from ekgfx.models import digits_cnn
 from ekgfx.plan import Plan
 from ekgfx.training_state import load_state, save_state
+from ekgfx.weight_files import read_file
 from ekgfx.weights import load_weights
 from tests.fuzzing import MEMORY, SECONDS, bounded, mutants, of_bytes, of_json, refused
 
@@ -79,6 +81,18 @@ def use_plan(file: Path) -> None:
 
 def write_npz(file: Path) -> None:
     np.savez_compressed(file, **{name: value.numpy() for name, value in network().state_dict().items()})
+
+
+def write_checkpoint(file: Path) -> None:
+    """As timm and Lightning write them."""
+    state = network().state_dict()
+    average = {f"model.module.{name}": tensor for name, tensor in state.items()}
+    content = {"epoch": 3, "state_dict": state, "ema": average, "args": argparse.Namespace(lr=0.1, model="digits")}
+    torch.save(content, file)
+
+
+def write_old(file: Path) -> None:
+    torch.save({"net": network().state_dict(), "best": 0.5}, file, _use_new_zipfile_serialization=False)
 
 
 def write_images(file: Path) -> None:
@@ -134,6 +148,11 @@ TARGETS = [
         of_bytes,
         lambda file: load_weights(copy.deepcopy(network()), file),
     ),
+    Target(
+        "w.ckpt", saved("w.ckpt", write_checkpoint), of_bytes, lambda file: load_weights(digits_cnn(), file, ema=True)
+    ),
+    Target("whole.pt", saved("whole.pt", lambda file: torch.save(network(), file)), of_bytes, read_file),
+    Target("old.pth", saved("old.pth", write_old), of_bytes, read_file),
     Target(
         "state.safetensors",
         saved("state.safetensors", write_state),

@@ -28,8 +28,9 @@ PIPE = """
 errors
 units distributed
 parallel containers
-typed trust files outputs
-run recipe target models weights data axes functional channels_last untouched carried batches returns
+typed trust files outputs named
+run recipe target models weight_files weight_fit weights data axes functional channels_last
+untouched carried batches returns
 rules
 leaf nodes source in_place
 ways

@@ -6,7 +6,7 @@ import yaml
 from ekgfx import recipe
 from ekgfx.errors import RecipeError
 from ekgfx.recipe import Recipe
-from ekgfx.units import bytes_of
+from ekgfx.units import budget_of, bytes_of
 
 
 def written(tmp_path, text: str) -> str:
@@ -48,7 +48,13 @@ def test_shipped_recipes_load_and_survive_json(name):
         ("model: [", "is not YAML"),
         ("model: !!python/object/apply:os.system [ls]", "is not YAML: could not determine a constructor"),
         ("search: {flops: 55}", "flops is the fraction to keep, between 0 and 1 .*; got 55"),
-        ("search: {flops: 0.5, params: 0.5}", "one budget at a time"),
+        (
+            "search: {flops: half}",
+            "flops: 'half' is no fraction and no amount; .* 0.55 or 55%, or .* such as 2.0G",
+        ),
+        ("search: {params: 5ms}", "params: '5ms' is no fraction and no amount; .* such as 5M"),
+        ("search: {latency: 0ms}", "latency: '0ms' is not"),
+        ("search: {flops: true}", "search.flops in .* must be text; got True"),
         ("a: &a [*a]", "unknown key a in"),
     ],
 )
@@ -71,6 +77,29 @@ def test_flags_win_over_the_recipe():
     assert (changed.search.flops, changed.search.align, changed.seed) == (0.7, 8, 1)
     with pytest.raises(RecipeError, match="must be one of"):
         recipe.override(base, {"search.strategy": "best"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "meant"),
+    [
+        ("flops", 0.55, (0.55, False)),
+        ("flops", "0.55", (0.55, False)),
+        ("flops", "2.0G", (2e9, True)),
+        ("flops", ".5 T", (5e11, True)),
+        ("params", "5M", (5e6, True)),
+        ("params", "1B", (1e9, True)),
+        ("latency", "8ms", (8.0, True)),
+        ("latency", "500us", (0.5, True)),
+        ("latency", "1.5 s", (1500.0, True)),
+    ],
+)
+def test_budgets_are_fractions_or_amounts(kind, asked, meant):
+    assert budget_of(kind, asked) == pytest.approx(meant)
+    assert recipe.parse({"search": {kind: asked}}).search.budgets == {kind: asked}
+
+
+def test_several_budgets_may_be_given():
+    assert recipe.parse({"search": {"flops": 0.5, "params": "5M"}}).search.budgets == {"flops": 0.5, "params": "5M"}
 
 
 @pytest.mark.parametrize(

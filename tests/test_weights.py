@@ -93,7 +93,7 @@ def test_unusable_weight_files_are_explained(net: nn.Module, data_dir: Path, tmp
         "object.npz": "cannot be read",
         "list.pth": "hold no state dict",
         "missing.pth": "no such file",
-        "weights.onnx": r"use auto, none, or a file that ends in \.safetensors, \.npz, \.pth",
+        "weights.onnx": r"use auto, none, or a file that was written by torch\.save, safetensors or numpy\.savez",
     }
     for name, message in expected.items():
         with pytest.raises(ModelError, match=message):

@@ -1,6 +1,7 @@
 """The command line: parses, calls the library, renders. One file per command; torch is imported when a command runs."""
 
 import logging
+import re
 import sys
 
 import click
@@ -14,21 +15,39 @@ from ekgfx.cli.landscape import landscape
 from ekgfx.cli.prune import prune
 from ekgfx.cli.recipes import recipes
 from ekgfx.cli.report import report
+from ekgfx.cli.runs import compare, list_runs
 from ekgfx.errors import EkgfxError
+
+LONGEST = 1000
+"""Most characters of an error."""
+_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 class _Notes(logging.Handler):
-    """Shows the library's warnings as they are, on stderr."""
+    """Shows the library's warnings and notes as they are, on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.secho(f"{record.levelname.lower()}: {record.getMessage()}", err=True, fg="yellow")
+        if record.levelno < logging.WARNING:
+            click.echo(f"note: {record.getMessage()}", err=True)
+        else:
+            click.secho(f"{record.levelname.lower()}: {record.getMessage()}", err=True, fg="yellow")
 
 
 _NOTES = _Notes()
 
 
+class _Group(click.Group):
+    """Lists its commands with the whole first sentence of each."""
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self.commands[name].get_short_help_str(200)) for name in sorted(self.commands)])
+
+
 @click.group(
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, invoke_without_command=True
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    invoke_without_command=True,
 )
 @click.version_option(__version__)
 @click.pass_context
@@ -37,12 +56,14 @@ def cli(context: click.Context) -> None:
 
     Start with: ekgfx prune --recipe quickstart
     """
-    logging.getLogger("ekgfx").addHandler(_NOTES)
+    log = logging.getLogger("ekgfx")
+    log.addHandler(_NOTES)
+    log.setLevel(logging.INFO)
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for command in (groups, prune, finetune, evaluate, export, landscape, report, recipes):
+for command in (groups, prune, finetune, evaluate, export, landscape, report, recipes, list_runs, compare):
     cli.add_command(command)
 
 
@@ -59,11 +80,12 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error))
     except OSError as error:
         _fail(f"cannot use {error.filename}: {error.strerror or error}" if error.filename else str(error))
-    except (KeyboardInterrupt, click.Abort):
-        print("ekgfx: stopped", file=sys.stderr)
+    except (KeyboardInterrupt, click.Abort) as error:
+        print("; ".join(["ekgfx: stopped", *map(str, error.args)]), file=sys.stderr)
         sys.exit(130)
 
 
 def _fail(message: str) -> None:
-    print(f"ekgfx: {' '.join(message.split())}", file=sys.stderr)
+    plain = " ".join(_COLOURS.sub("", message).split())  # a library's message may be coloured, a name endless
+    print(f"ekgfx: {plain if len(plain) <= LONGEST else f'{plain[:700]} … {plain[-250:]}'}", file=sys.stderr)
     sys.exit(2)

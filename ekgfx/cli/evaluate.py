@@ -15,11 +15,11 @@ from ekgfx.cli.subject import look, parameters
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def evaluate(model: str, batch_size: int, as_json: bool, **asked: Any) -> None:
     """Accuracy and loss of MODEL (or a run) on the test split, its MACs and parameters."""
+    subject = look(model, **asked)
     from ekgfx.cli.render import human, out, percent, table
     from ekgfx.evaluation import evaluate as measure
     from ekgfx.trace import silently_traced
 
-    subject = look(model, **asked)
     built = subject.built
     metrics = measure(built.model, subject.data.loader("test", batch_size).mixed(), logits=subject.logits)
     outputs = built.outputs or None

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from ekgfx.files import replacing
-from ekgfx.run import Run, newest
+from ekgfx.run import MANIFEST, Run, newest, read_manifest
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
@@ -51,6 +51,18 @@ def export(
     opset: int | None,
 ) -> None:
     """Write the network of RUN (the newest one by default) as ONNX, check it against PyTorch and time it."""
+    if run is None and file and (Path(file) / MANIFEST).is_file():
+        run, file = Path(file), None  # --onnx takes a file, and RUN stood behind it
+    if file and Path(file).suffix != ".onnx":
+        raise click.BadParameter(
+            f"{file!r}: a file's name ends in .onnx, and a run has a {MANIFEST}", param_hint="--onnx"
+        )
+    if file and not Path(file).absolute().parent.is_dir():
+        raise click.BadParameter(f"{file!r}: no such folder as {Path(file).parent}", param_hint="--onnx")
+    if run is None:
+        run = newest()
+        click.echo(f"run {run}, the newest one", err=True)
+    read_manifest(run)
     from ekgfx.checkpoint import load_run
     from ekgfx.cli.progress import Terminal
     from ekgfx.cli.render import out
@@ -58,7 +70,7 @@ def export(
     from ekgfx.export import latency_table, parity_text
     from ekgfx.recipe import Export
 
-    with Run.reopen(newest() if run is None else run) as opened, Terminal() as terminal:
+    with Run.reopen(run) as opened, Terminal() as terminal:
         asked = Export(True, fp16, batches, providers, opset, not no_latency)
         made = export_run(opened, load_run(opened.path), asked, terminal)
         written = opened.path / made.files["pruned"]

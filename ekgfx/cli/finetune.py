@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
+from ekgfx import named
 from ekgfx.cli.options import given, setting, tensorboard
-from ekgfx.run import Run
+from ekgfx.run import Run, read_manifest
 
 
 @click.command()
@@ -22,8 +23,13 @@ from ekgfx.run import Run
 @tensorboard
 def finetune(run: Path, tensorboard: bool, **flags: Any) -> None:
     """Fine-tune the network of RUN with its memory bank, or go on where that was interrupted."""
+    changes = given(flags)
+    read_manifest(run)
+    named.check_data(changes.get("data"))
+    if "data" in changes:
+        changes["data"] = named.absolute(changes["data"])
     from ekgfx.cli.work import work
     from ekgfx.pipeline import finetune_job
 
     with Run.reopen(run) as opened:
-        work(opened, lambda report: finetune_job(opened, report, given(flags)), tensorboard=tensorboard)
+        work(opened, lambda report: finetune_job(opened, report, changes), tensorboard=tensorboard)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ekgfx import named
+
 if TYPE_CHECKING:
     from ekgfx.trace import TracedModel
 
@@ -15,6 +17,10 @@ if TYPE_CHECKING:
 @click.argument("model")
 @click.option("--why", is_flag=True, help="Also say which dimensions cannot be pruned, and why.")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON, one object, on stdout.")
+@click.option(
+    "--weights", metavar="auto|none|FILE", default="none", help="Weights of MODEL; groups don't depend on them."
+)
+@click.option("--ema", is_flag=True, help="Of a file with several state dicts, take the moving average.")
 @click.option(
     "--input", metavar="SHAPE", help="Shape of the example input, such as 1x3x224x224 (comma: several inputs)."
 )
@@ -26,6 +32,8 @@ def groups(
     model: str,
     why: bool,
     as_json: bool,
+    weights: str,
+    ema: bool,
     input: str | None,
     classes: int | None,
     leaf: tuple[str, ...],
@@ -35,12 +43,14 @@ def groups(
     """Show the coupled channel groups of MODEL.
 
     MODEL is timm:NAME, package.module:factory, path/file.py:factory or a run directory. Weights don't matter here and
-    are not fetched.
+    are not fetched; with --weights it is tried whether they fit.
     """
+    named.check_model(model)
+    named.check_weights(weights)
     from ekgfx import source
     from ekgfx.trace import silently_traced
 
-    built = source.parse(model, "none", input, classes).build()
+    built = source.parse(model, weights, input, classes, ema).build()
     traced = silently_traced(built.model, built.example_inputs, leaf=(*built.leaf, *leaf), unused=unused)
     if svg is not None:
         from ekgfx.report import drawing

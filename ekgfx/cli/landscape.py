@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ekgfx import named
 from ekgfx.cli.subject import Subject, look, parameters
 
 FORMATS = ("png", "svg", "pdf")
@@ -52,6 +53,7 @@ def landscape(
     model: str,
     data: str | None,
     weights: str,
+    ema: bool,
     input: str | None,
     classes: int | None,
     logits: str | None,
@@ -66,6 +68,9 @@ def landscape(
     The Hessian is that of the mean loss over the images in all weights, in evaluation mode; its extreme eigenvalues
     come from the Lanczos iteration, with error bounds. The surface lies along two random filter-normalized directions.
     """
+    named.check_model(model)
+    named.check_weights(weights)
+    named.check_data(data)
     from ekgfx import source
     from ekgfx.cli.render import out
     from ekgfx.errors import DataError
@@ -74,6 +79,7 @@ def landscape(
     typed: dict[str, Any] = {
         "data": data,
         "weights": weights,
+        "ema": ema,
         "input": input,
         "classes": classes,
         "logits": logits,

@@ -2,11 +2,12 @@
 
 import typing
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import click
 
 from ekgfx import recipe
+from ekgfx.errors import RecipeError
 from ekgfx.units import fraction_of
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -23,20 +24,26 @@ def setting(key: str, *flags: str, help: str, metavar: str | None = None) -> Dec
     many = typing.get_origin(hint) is tuple
     shown = "" if many or default is None or default == "" else f"  [default: {default}]"
     name = key.replace(".", "__")
-    return click.option(
-        name,
-        *flags,
-        type=_Fraction() if metavar == "FRACTION" else _type(hint),
-        multiple=many,
-        default=None,
-        metavar=metavar,
-        help=help + shown,
-    )
+    if hint is bool and not any("/" in flag for flag in flags):
+        return click.option(name, *flags, is_flag=True, default=None, help=help)
+    return click.option(name, *flags, type=_type(hint), multiple=many, default=None, metavar=metavar, help=help + shown)
 
 
 def given(parameters: dict[str, Any]) -> dict[str, Any]:
     """The settings that were typed, by dotted key; None and empty tuples were not."""
     return {name.replace("__", "."): value for name, value in parameters.items() if value not in (None, ())}
+
+
+class _Amount(click.ParamType):
+    """A fraction, or an amount as text, which the recipe knows or refuses."""
+
+    name = "amount"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float | str:
+        try:
+            return cast(float, fraction_of(str(value)))
+        except RecipeError:
+            return str(value)
 
 
 class _Number(click.ParamType):
@@ -48,15 +55,6 @@ class _Number(click.ParamType):
         return int(value) if str(value).isdecimal() else str(value)
 
 
-class _Fraction(click.ParamType):
-    """A fraction, also in percent; the library says what is none."""
-
-    name = "fraction"
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float | None:
-        return fraction_of(value)
-
-
 def _type(hint: Any) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
@@ -65,6 +63,8 @@ def _type(hint: Any) -> Any:
         typing.get_origin(part) is Literal for part in arguments
     ):  # `int | Literal["auto"] | None`
         return _Number()
+    if {float, str} <= set(arguments):
+        return _Amount()
     if origin is not None:  # `int | None`, `tuple[str, ...]`
         return _type(arguments[0])
     return hint

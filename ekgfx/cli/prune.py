@@ -1,28 +1,28 @@
 """`ekgfx prune`: the main job, from flags to a run directory and one table."""
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ekgfx import named
 from ekgfx import recipe as recipes
 from ekgfx.cli.options import given, setting, tensorboard
 from ekgfx.errors import RecipeError
 from ekgfx.recipe import Recipe
-from ekgfx.run import Run, fresh_path
+from ekgfx.run import Run, fresh_path, read_manifest
+
+log = logging.getLogger("ekgfx")
 
 
 @click.command()
 @click.argument("model", required=False)
 @click.option("--recipe", metavar="NAME|FILE", help="Start from a recipe; every other flag overrides it.")
-@setting(
-    "search.flops",
-    "--flops",
-    metavar="FRACTION",
-    help="Budget: fraction of the MACs to keep; 0.55 (or 55%) removes 45%.",
-)
-@setting("search.params", "--params", metavar="FRACTION", help="Budget: fraction of the parameters to keep.")
-@setting("search.latency", "--latency", metavar="FRACTION", help="Budget: fraction of the time on --target to keep.")
+@setting("search.flops", "--flops", metavar="BUDGET", help="MACs to keep: a fraction (0.55, 55%), or an amount (2.0G).")
+@setting("search.params", "--params", metavar="BUDGET", help="Parameters to keep: 0.6, 60%, or 5M.")
+@setting("search.latency", "--latency", metavar="BUDGET", help="Time on --target to keep: 0.6, 60%, or 8ms.")
 @setting(
     "search.target",
     "--target",
@@ -42,6 +42,7 @@ from ekgfx.run import Run, fresh_path
     help="folder:DIR, cifar10:DIR, cifar100:DIR, npz:DIR, timm:NAME[@ROOT], digits or photos.",
 )
 @setting("weights", "--weights", metavar="auto|none|FILE", help="Weights of MODEL.")
+@setting("ema", "--ema", help="Of a file with several state dicts, take the moving average.")
 @setting("input", "--input", metavar="SHAPE", help="Shape of the example input, such as 1x3x32x32 (comma: several).")
 @setting("classes", "--classes", help="Number of classes to build the model with.")
 @setting("leaf", "--leaf", metavar="GLOB", help="Modules without a graph, which run as they are, whole; repeatable.")
@@ -118,40 +119,46 @@ def prune(
     Without --data the search runs label-free on photographs: the network's own predictions stand for labels, and
     no accuracy can be measured.
     """
+    changes = given(flags) | ({} if model is None else {"model": model})
+    asked = None
+    if resume is None:
+        asked = _settings(recipe, changes)
+        if dry_run:
+            return _preview(asked)
+    elif changes or recipe or output or dry_run:
+        raise RecipeError(f"--resume takes its settings from {resume}; leave the other flags out")
+    else:
+        read_manifest(resume)
     from ekgfx.cli.work import work
     from ekgfx.distributed import copied, joined
     from ekgfx.job import Silent
     from ekgfx.pipeline import follow_job, prune_job
 
-    changes = given(flags) | ({} if model is None else {"model": model})
-    if dry_run and resume is None:
-        return _preview(_settings(recipe, changes))
     with joined() as mates:
         if not mates.first:
             with copied(Path(mates.told(None))) as copy, Run.reopen(copy) as ours:
                 mates.heard("copied")
                 return follow_job(ours, Silent())
-        with _run(recipe, changes, output, resume, dry_run) as run:
+        with _run(asked, output, resume) as run:
             mates.told(str(run.path))
             mates.heard("copied")
             work(run, lambda report: prune_job(run, report), tensorboard=tensorboard)
 
 
-def _run(recipe: str | None, changes: dict[str, Any], output: Path | None, resume: Path | None, dry_run: bool) -> Run:
+def _run(asked: Recipe | None, output: Path | None, resume: Path | None) -> Run:
     """The run to work on: a new one, or the one to go on with."""
-    from ekgfx import source, trust
+    from ekgfx import source, timing, trust
 
     if resume is not None:
-        if changes or recipe or output or dry_run:
-            raise RecipeError(f"--resume takes its settings from {resume}; leave the other flags out")
         return Run.reopen(resume)
-    asked = _settings(recipe, changes)
-    model_source = source.parse(asked.model or "", asked.weights, asked.input, asked.classes)
+    assert asked is not None
+    timing.check_settings(asked.search)
+    model_source = source.of_recipe(asked)
     table = asked.search.latency_table
     places = {
         "model": model_source.model,
         "weights": model_source.weights,
-        "data": absolute(asked.data),
+        "data": named.absolute(asked.data),
         "search.latency_table": None if table is None else str(Path(table).expanduser().absolute()),
     }
     settings = recipes.override(asked, places).to_json()
@@ -160,8 +167,7 @@ def _run(recipe: str | None, changes: dict[str, Any], output: Path | None, resum
 
 
 def _settings(name: str | None, changes: dict[str, Any]) -> Recipe:
-    from ekgfx import timing
-
+    """What is asked for, with all that can be seen to be wrong without importing torch refused."""
     base = recipes.load(name) if name else Recipe()
     budgets = [f"search.{key}" for key in recipes.BUDGETS]
     if any(key in changes for key in budgets):  # a budget typed replaces the recipe's
@@ -169,29 +175,31 @@ def _settings(name: str | None, changes: dict[str, Any]) -> Recipe:
     asked = recipes.override(base, changes)
     if asked.model is None:
         raise RecipeError("nothing to prune: name a MODEL (such as timm:resnet50), or a --recipe")
-    if all(getattr(asked.search, key) is None for key in recipes.BUDGETS):
-        raise RecipeError("no budget: give --flops, --params or --latency, the fraction to keep (0.55 removes 45%)")
-    timing.check_settings(asked.search)
+    if not asked.search.budgets:
+        raise RecipeError(
+            "no budget: give --flops, --params or --latency, the fraction to keep (0.55 removes 45%) or an amount"
+        )
+    named.check_model(asked.model)
+    named.check_weights(asked.weights)
+    settings = read_manifest(Path(asked.model)).get("settings", {}) if Path(asked.model).is_dir() else {}
+    if asked.data is None and settings.get("data"):
+        asked = recipes.override(asked, {"data": settings["data"]})
+        log.info("data: %s, the run's; --data takes others", asked.data)
+    named.check_data(asked.data)
     return asked
-
-
-def absolute(spec: str | None) -> str | None:
-    """A data SPEC that means the same from another working directory."""
-    if spec is None:
-        return None
-    kind, colon, place = spec.partition(":")
-    name, at, root = place.rpartition("@") if kind == "timm" else ("", "", place)
-    return f"{kind}{colon}{name}{at}{Path(root).expanduser().absolute()}" if root and (at or kind != "timm") else spec
 
 
 def _preview(asked: Recipe) -> None:
     """What --dry-run says: every group with the fewest channels it may come down to, and how far the budget is."""
-    from ekgfx import source, timing
+    from ekgfx import timing
+
+    timing.check_settings(asked.search)
+    from ekgfx import source
     from ekgfx.cli.render import change, human, out, table
-    from ekgfx.planning import smallest
+    from ekgfx.planning import budget_of, smallest
     from ekgfx.trace import silently_traced
 
-    built = source.parse(asked.model or "", "none", asked.input, asked.classes).build()
+    built = source.of_recipe(replace(asked, weights="none")).build()
     leaf, outputs = (*built.leaf, *asked.leaf), (*built.outputs, *asked.outputs) or None
     traced = silently_traced(built.model, built.example_inputs, leaf=leaf, unused=asked.unused, outputs=outputs)
     for note in traced.notes:
@@ -215,6 +223,6 @@ def _preview(asked: Recipe) -> None:
     full, floor = traced.cost(), traced.cost(least)
     out.print(f"\nsmallest sub-network: MACs {change(full.macs, floor.macs)}")
     out.print(f"                      parameters {change(full.params, floor.params)}")
-    unit = next(unit for key, unit in recipes.BUDGETS.items() if getattr(asked.search, key) is not None)
-    where = f"search {asked.search.strategy} on {asked.data or 'photos'}"
-    out.print(f"budget: {100 * asked.search.keep:.1f}% of the {unit}; {where}")
+    budget = budget_of(traced, asked.search, table_here)
+    parts = [f"{part.keep:.1%} of the {part.unit}" for part in budget.parts or (budget,)]
+    out.print(f"budget: {' and '.join(parts)}; search {asked.search.strategy} on {asked.data or 'photos'}")

@@ -15,7 +15,10 @@ def report(run: Path | None, output: Path | None) -> None:
 
     The page needs no network and runs no scripts. A run that is still going can be looked at too.
     """
-    from ekgfx.report import write
-    from ekgfx.run import newest
+    from ekgfx.run import newest, read_manifest
 
-    click.echo(write(newest() if run is None else run, output))
+    run = newest() if run is None else run
+    read_manifest(run)
+    from ekgfx.report import write
+
+    click.echo(write(run, output))

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ekgfx import named
+
 if TYPE_CHECKING:
     from ekgfx.data import Data
     from ekgfx.source import Built
@@ -15,6 +17,7 @@ _PARAMETERS = (
     click.argument("model"),
     click.option("--data", metavar="SPEC", help="Data with labels  [default: the run's]"),
     click.option("--weights", metavar="auto|none|FILE", default="auto", help="Weights of MODEL, where it is no run."),
+    click.option("--ema", is_flag=True, help="Of a file with several state dicts, take the moving average."),
     click.option("--input", metavar="SHAPE", help="Shape of the example input, such as 1x3x32x32."),
     click.option("--classes", type=int, help="Number of classes to build the model with."),
     click.option(
@@ -48,6 +51,7 @@ def look(
     *,
     data: str | None,
     weights: str,
+    ema: bool,
     input: str | None,
     classes: int | None,
     logits: str | None,
@@ -55,6 +59,9 @@ def look(
 ) -> Subject:
     """Builds the model, or loads the run, and opens the data. DataError when neither names any; what the run and the
     sources of models and data refuse."""
+    named.check_model(model)
+    named.check_weights(weights)
+    named.check_data(data)
     from dataclasses import replace
 
     from ekgfx import job, source
@@ -62,7 +69,7 @@ def look(
     from ekgfx.outputs import finder, logits_of
     from ekgfx.run import read_manifest
 
-    asked = source.parse(model, weights, input, classes)
+    asked = source.parse(model, weights, input, classes, ema)
     place = job.pick_device(device)
     built = asked.build()
     run = Path(model) if asked.is_run else None

@@ -6,9 +6,7 @@ from typing import Any
 
 from ekgfx.cli.render import change, human, out, percent, table
 from ekgfx.files import read_json
-from ekgfx.run import read_manifest
-
-ROWS = {"before": "before", "searched": "after search", "finetuned": "after fine-tuning"}
+from ekgfx.run import STAGES, read_manifest
 
 
 def show(path: Path) -> None:
@@ -17,19 +15,29 @@ def show(path: Path) -> None:
     results: Mapping[str, Mapping[str, Any]] = manifest.get("results", {})
     quality = "agreement" if any(score["agreement"] is not None for score in results.values()) else "accuracy"
     latency = _medians(path)
+    promise = manifest.get("latency", {})
+    kept: Mapping[str, float] = promise.get("milliseconds", {})
     cases = list(dict.fromkeys(case for case, _ in latency))
     rows = []
-    for name, title in ROWS.items():
+    for name, title in STAGES.items():
         if name in results:
             score, network = results[name], "dense" if name == "before" else "pruned"
-            times = (f"{latency[case, network]:.3g} ms" for case in cases)
+            times = [f"{latency[case, network]:.3g} ms" for case in cases]
+            if kept:
+                times.insert(0, f"{kept[network]:.3g} ms")
             rows.append((title, percent(score[quality]), human(score["macs"]), human(score["params"]), *times))
-    columns = ("", quality, "MACs", "parameters", *(f"ONNX, {case}" for case in cases))
+    columns = ["", quality, "MACs", "parameters", *(f"ONNX, {case}" for case in cases)]
+    if kept:
+        columns.insert(4, promise["target"] + (" (predicted)" if promise["measured"] is None else ""))
     out.print()
     out.print(table(None, columns, rows, numbers=range(1, len(columns))))
-    first, last = results["before"], next(results[name] for name in reversed(ROWS) if name in results)
+    first, last = results["before"], next(results[name] for name in reversed(STAGES) if name in results)
     out.print(f"\nMACs {change(first['macs'], last['macs'])}")
     out.print(f"parameters {change(first['params'], last['params'])}")
+    if kept:
+        dense, pruned = kept["dense"], kept["pruned"]
+        share = pruned / dense
+        out.print(f"latency {dense:.3g} ms → {pruned:.3g} ms ({share:.1%} kept, {1 - share:.1%} removed)")
     if quality == "agreement":
         out.print(
             "agreement: test images for which the network says what the unpruned one says (no labels, no accuracy)"

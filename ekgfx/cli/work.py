@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import click
-
 from ekgfx.cli.progress import Terminal
 from ekgfx.cli.render import notes
 from ekgfx.cli.summary import show
@@ -18,12 +16,15 @@ def work(run: Run, job: Callable[[Terminal], Any], *, tensorboard: bool = False)
     try:
         with _watch(run, tensorboard) as terminal:
             job(terminal)
-    except (KeyboardInterrupt, TeamError):
+    except (KeyboardInterrupt, TeamError) as error:
         run.update(status="interrupted")
-        click.echo(f"stopped; go on with: ekgfx prune --resume {run.path}", err=True)
-        raise
+        go_on = f"go on with: ekgfx prune --resume {run.path}"
+        if isinstance(error, TeamError):
+            raise TeamError(f"{error}; {go_on}") from error
+        raise KeyboardInterrupt(go_on) from error
     except EkgfxError as error:
-        run.fail(str(error))
+        if run.manifest.get("status") == "running":  # else it was refused before anything of the run was changed
+            run.fail(str(error))
         raise
     show(run.path)
 

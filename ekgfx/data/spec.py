@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
 from torch import Tensor
 
+from ekgfx import named
 from ekgfx.data.arrays import Arrays, ArraySplit, in_grey, read_cifar_binary, read_digits, read_npz, read_photos
 from ekgfx.data.augment import Augmentation
 from ekgfx.data.base import Data, Split, check_labels, holdout
@@ -40,10 +40,7 @@ class Request:
     channels: int | None = None
 
     def folder(self) -> Path:
-        path = Path(self.rest).expanduser()
-        if not self.rest or not path.is_dir():
-            raise DataError(f"no such folder: '{self.rest}' (in --data {self.spec})")
-        return path
+        return Path(self.rest).expanduser()
 
     def geometry(self) -> Geometry:
         channels = self.channels or 3
@@ -96,9 +93,8 @@ def load(
     Raises:
         DataError: an unknown spec, a missing folder, unusable files, labels or class count.
     """
+    named.check_data(spec)
     kind, _, rest = spec.partition(":")
-    if kind not in OPENERS:
-        raise DataError(_unknown(spec, kind))
     size = (image_size, image_size) if isinstance(image_size, int) else image_size and (image_size[0], image_size[1])
     request = Request(
         spec=spec,
@@ -124,17 +120,6 @@ def load(
             f"data, or a model for {data.input_shape[0]}-channel images"
         )
     return data
-
-
-def _unknown(spec: str, kind: str) -> str:
-    close = get_close_matches(kind, OPENERS, n=1)
-    if close:
-        hint = f"did you mean '{spec.replace(kind, close[0], 1)}'?"
-    elif Path(spec).is_dir():
-        hint = f"did you mean 'folder:{spec}'?"
-    else:
-        hint = "use folder:DIR, cifar10:DIR, cifar100:DIR, npz:DIR, timm:NAME[@ROOT], digits or photos"
-    return f"unknown data '{spec}': {hint}"
 
 
 def _array_data(

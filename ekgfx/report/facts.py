@@ -19,11 +19,10 @@ from ekgfx.files import read_json, read_lines
 from ekgfx.finetune import Epoch
 from ekgfx.job import Score
 from ekgfx.recipe import Recipe, parse
-from ekgfx.run import read_manifest, verify
+from ekgfx.run import STAGES, read_manifest, verify
 from ekgfx.search import SearchResult, Step
 from ekgfx.typed import read
 
-STAGES = {"before": "before", "searched": "after search", "finetuned": "after fine-tuning"}
 SAMPLES = 20_000
 """Most samples that the teachers' agreement is counted on."""
 

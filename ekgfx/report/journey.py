@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from xml.etree.ElementTree import Element
 
+from ekgfx.recipe import BUDGETS
 from ekgfx.report import charts
 from ekgfx.report.charts import Line
-from ekgfx.report.facts import STAGES, Facts
+from ekgfx.report.facts import Facts
 from ekgfx.report.markup import element
 from ekgfx.report.parts import figure, section, table
+from ekgfx.run import STAGES
 from ekgfx.units import duration, percent
 
 
@@ -63,7 +65,8 @@ def _budget(facts: Facts) -> tuple[str, float | None]:
     told = facts.search.settings.get("budget") if facts.search else None
     if isinstance(told, Mapping) and isinstance(told.get("unit"), str) and type(told.get("keep")) is float:
         return told["unit"], told["keep"]
-    return ("MACs", asked.flops) if asked.flops else ("parameters", asked.params)
+    key, keep = next(iter(asked.budgets.items()), ("flops", None))
+    return BUDGETS[key], keep if isinstance(keep, float) else None
 
 
 _TEACHERS = {

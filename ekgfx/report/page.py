@@ -9,11 +9,12 @@ from xml.etree.ElementTree import Element
 import yaml
 
 from ekgfx.job import Score
-from ekgfx.report.facts import STAGES, Facts
+from ekgfx.report.facts import Facts
 from ekgfx.report.journey import knowledge, search, training
 from ekgfx.report.markup import document, element
 from ekgfx.report.parts import section, share, table
 from ekgfx.report.savings import latency, layers, times, widths
+from ekgfx.run import STAGES
 from ekgfx.units import change, human, percent
 
 

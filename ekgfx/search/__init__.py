@@ -33,7 +33,7 @@ from ekgfx.search.reward import (
 )
 from ekgfx.sliced import BATCH_NORM
 from ekgfx.trace import TracedModel, check_traced
-from ekgfx.units import bytes_of, fraction_of
+from ekgfx.units import budget_of, bytes_of, fraction_of, human
 
 __all__ = [
     "AUTHORS",
@@ -104,8 +104,9 @@ def search(
             statistics; a warning is logged where they are sorted. They are read once and held on the model's device.
             `uniform` and `global` with an importance of the weights alone need none.
         flops, params, latency: the budget: fraction of the MACs, the parameters or the milliseconds that is kept (0.55
-            or "55%"); for milliseconds with `table`, the layers' timings (`ekgfx.export.measure_layers`). Or `cost`,
-            any function of a plan, with `budget`, the fraction of it that is kept. Exactly one of the four.
+            or "55%"), or an amount ("2.0G" MACs per sample, "5M" parameters, "8ms"); for milliseconds with `table`, the
+            layers' timings (`ekgfx.export.measure_layers`). Or `cost`, any function of a plan, with `budget`, the
+            fraction of it that is kept. At least one; of several, all must hold.
         strategy: "ekg"; "uniform" (one width for all groups), "global" (one threshold for all channels).
         importance: which channels go first: "taylor" (the paper's), or torch-pruning's "magnitude" (L1), "fpgm",
             "bn-scale", "hessian", "lamp"; or "random", the baseline: any channels, as `seed` draws them.
@@ -240,23 +241,37 @@ def find_budget(
     cost: Callable[[Plan], float] | None = None,
     budget: float | str | None = None,
 ) -> Budget:
-    """The one budget that is given, see `search`. BudgetError for none, several, or a half of one."""
-    flops, params, latency, budget = map(fraction_of, (flops, params, latency, budget))
-    given = sum(keep is not None for keep in (flops, params, latency, budget))
-    if given != 1 or (cost is None) != (budget is None) or (table is None) != (latency is None):
+    """The budget that is given, or all of several, see `search`. BudgetError for none, a half of one, or one that the
+    unpruned model is within."""
+    given = {"flops": flops, "params": params, "latency": latency}
+    budget = fraction_of(budget)
+    none = all(asked is None for asked in (*given.values(), budget))
+    if none or (cost is None) != (budget is None) or (table is None) != (latency is None):
         raise BudgetError(
             "give one budget: flops=…, params=…, latency=… with table=…, or cost=… with budget=…, the fraction that is "
-            "kept"
+            "kept; several of them must all hold"
         )
-    if latency is not None and table is not None:
+    costs: dict[str, tuple[Callable[[Plan], float], str]] = {
+        "flops": (lambda plan: traced.cost(plan).macs, "MACs"),
+        "params": (lambda plan: traced.cost(plan).params, "parameters"),
+    }
+    parts = []
+    if table is not None:
         price = Price(traced, table)
-        return Budget.of(price, latency, "latency", full=price.dense, weighed=True)
-    if flops is not None:
-        return Budget.of(lambda plan: traced.cost(plan).macs, flops, "MACs")
-    if params is not None:
-        return Budget.of(lambda plan: traced.cost(plan).params, params, "parameters")
-    assert cost is not None and budget is not None
-    return Budget.of(cost, budget, "cost")
+        costs["latency"] = price, "latency"
+    for key, asked in given.items():
+        if asked is None:
+            continue
+        measure, unit = costs[key]
+        full = price.dense if key == "latency" else measure(Plan())
+        keep, amount = budget_of(key, asked) if isinstance(asked, str) else (asked, False)
+        if amount and keep >= full:
+            raise BudgetError(f"a budget of {asked} asks for nothing: the model has {human(full)} of {unit}; give less")
+        keep = keep / full if amount else keep
+        parts.append(Budget.of(measure, keep, unit, full=full, weighed=key == "latency"))
+    if cost is not None and budget is not None:
+        parts.append(Budget.of(cost, budget, "cost"))
+    return Budget.all_of(parts)
 
 
 def _check_option(name: str, value: str, known: Iterable[str]) -> None:

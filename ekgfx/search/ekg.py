@@ -124,7 +124,11 @@ def propose(
             return None
     if rule.kept(width) >= len(order):
         return None
-    if problem.budget.fraction(cut(rule.kept(width))) < problem.budget.keep:
+    if problem.budget.weighed and problem.budget.met(cut(rule.kept(width))):
+        # Time does not always fall with the width: off the hardware's grain a narrower layer may take longer.
+        counts = range(rule.kept(width), len(order), rule.align)
+        width = next(count for count in reversed(counts) if problem.budget.met(cut(count))) / rule.size
+    elif problem.budget.fraction(cut(rule.kept(width))) < problem.budget.keep:
         width = details.last_width(rule, width, len(order), lambda count: problem.budget.met(cut(count)))
     count = rule.kept(width)
     removed = tuple(sorted(order[count:]))

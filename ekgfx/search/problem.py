@@ -22,13 +22,28 @@ from ekgfx.trace import TracedModel
 class Budget:
     """How much of a cost may stay. cost: of a plan, in any unit; unit: its name; keep: target fraction of `full`, the
     cost of the unpruned model. weighed: whether a step of the search weighs what a candidate loses against the cost
-    that it saves (see `ekgfx.search.ranking.ranking_of`)."""
+    that it saves (see `ekgfx.search.ranking.ranking_of`). parts: where several budgets must hold, each of them."""
 
     cost: Callable[[Plan], float]
     full: float
     keep: float
     unit: str
     weighed: bool = False
+    parts: tuple["Budget", ...] = ()
+
+    @classmethod
+    def all_of(cls, parts: Sequence["Budget"]) -> "Budget":
+        """All of several budgets: the cost is that of the part which is furthest beyond its target, in the scale of the
+        tightest one, so that the unpruned model has cost 1 and each part holds where this holds."""
+        if len(parts) == 1:
+            return parts[0]
+        keep = min(part.keep for part in parts)
+
+        def cost(plan: Plan) -> float:
+            return keep * max(part.fraction(plan) / part.keep for part in parts)
+
+        unit = " and ".join(part.unit for part in parts)
+        return cls(cost, 1.0, keep, unit, any(part.weighed for part in parts), tuple(parts))
 
     @classmethod
     def of(
@@ -131,10 +146,12 @@ class Problem:
         least = self.full()
         for name, rule in self.rules.items():
             least = least.with_kept(name, range(rule.minimum))
-        if not self.budget.met(least):
+        for budget in self.budget.parts or (self.budget,):
+            if budget.met(least):
+                continue
             raise BudgetError(
-                f"cannot keep only {self.budget.keep:.1%} of the {self.budget.unit}: with every group at its least "
-                f"width {self.budget.fraction(least):.1%} are left; raise the budget, lower align or min_width, or "
+                f"cannot keep only {budget.keep:.1%} of the {budget.unit}: with every group at its least "
+                f"width {budget.fraction(least):.1%} are left; raise the budget, lower align or min_width, or "
                 "ignore fewer groups"
             )
 

@@ -55,7 +55,8 @@ def ranking_of(problem: Problem, plan: Plan, knowledge: Knowledge | None, strict
     looks best. Under a weighed budget the greedy step therefore minimises the reward lost per millisecond saved, which
     is the greedy rule for a knapsack: over the steps that a budget allows, the losses add up to the least. A candidate
     whose reward rises loses less than nothing: there more gain and more saving are both better, and they multiply. One
-    that loses no more than rounding may is the better the more it saves.
+    that loses no more than rounding may is the better the more it saves. What a step saves beyond the budget counts for
+    nothing: the last one is not taken for being large.
 
     strict: rewards that differ by whatever are different, and the first of equals is best, as in the authors' program.
     """
@@ -64,9 +65,18 @@ def ranking_of(problem: Problem, plan: Plan, knowledge: Knowledge | None, strict
     def saved(candidate: Plan) -> float:
         return before - problem.budget.cost(candidate)
 
-    among_equals = (lambda _: 0.0) if strict else saved
     if not problem.budget.weighed:
-        return Ranking(by_reward, among_equals, tie)
+        return Ranking(by_reward, (lambda _: 0.0) if strict else saved, tie)
+    needed = before - problem.budget.keep * problem.budget.full
+
+    def useful(candidate: Plan) -> float:
+        """What it saves, as far as the budget asks for it: nothing is gained by going beyond."""
+        return min(saved(candidate), needed)
+
+    def among_equals(candidate: Plan) -> float:
+        """Of those that reach the budget, the one that goes least beyond."""
+        return 0.0 if strict else useful(candidate) - max(saved(candidate) - needed, 0.0) * TIE
+
     now = evaluate(problem.network(plan), problem.batches, problem.objective, knowledge)[0].reward
     rounding = tie * abs(now)
 
@@ -74,7 +84,7 @@ def ranking_of(problem: Problem, plan: Plan, knowledge: Knowledge | None, strict
         lost = now + negative
         if abs(lost) <= rounding:
             lost = rounding
-        return lost / saved(candidate) if lost > 0 else lost * saved(candidate)
+        return lost / useful(candidate) if lost > 0 else lost * useful(candidate)
 
     return Ranking(by_loss_per_saving, among_equals, tie)
 

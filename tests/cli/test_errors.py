@@ -60,8 +60,15 @@ DIGITS = ("ekgfx.models:digits_cnn", "--data", "digits")
         (["prune"], "nothing to prune: name a MODEL"),
         (["prune", *DIGITS], "no budget: give --flops, --params or --latency"),
         (["prune", *DIGITS, "--flops", "55"], "flops is the fraction to keep, between 0 and 1"),
-        (["prune", *DIGITS, "--flops", "half"], "'half' is no fraction; write what is kept as 0.55 or 55%"),
-        (["prune", *DIGITS, "--flops", "0.5", "--params", "0.5"], "one budget at a time"),
+        (
+            ["prune", *DIGITS, "--flops", "half"],
+            "'half' is no fraction and no amount; write what is kept as 0.55",
+        ),
+        (
+            ["prune", *DIGITS, "--flops", "9G"],
+            "a budget of 9G asks for nothing: the model has 471 k of MACs; give less",
+        ),
+        (["prune", *DIGITS, "--params", "5x"], "'5x' is no fraction and no amount"),
         (["prune", *DIGITS, "--latency", "0.5"], "a latency budget needs the place that it holds for: give --target"),
         (["prune", *DIGITS, "--latency", "0.5", "--target", "npu"], "unknown target 'npu'"),
         (

@@ -137,7 +137,8 @@ def test_interrupt_says_how_to_go_on(tiny, tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert f"go on with: ekgfx prune --resume {run}" in said.decode()
+    assert said.decode().splitlines()[-1] == f"ekgfx: stopped; go on with: ekgfx prune --resume {run}"
+    assert said.decode().count("stopped") == 1
     assert "Traceback" not in said.decode()
     assert read_manifest(run)["status"] == "interrupted"
 

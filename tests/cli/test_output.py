@@ -115,7 +115,7 @@ def test_change_says_kept_and_removed():
     ],
 )
 def test_data_means_the_same_when_a_run_goes_on_elsewhere(spec, meant, tmp_path, monkeypatch):
-    from ekgfx.cli.prune import absolute
+    from ekgfx.named import absolute
 
     monkeypatch.chdir(tmp_path)
     assert absolute(spec) == (meant and meant.replace("HERE", str(tmp_path)))

@@ -186,11 +186,49 @@ def test_a_step_goes_on_to_the_next_stair() -> None:
     assert len(removed) > 1
 
 
+@pytest.mark.parametrize("keep", [0.95, 0.8, 0.7])
+def test_what_goes_beyond_the_budget_counts_for_nothing(keep: float) -> None:
+    """The last step, on a staircase of 4 channels: of those that reach the budget, the one that loses least."""
+    made = nets.cnn()
+    table = table_of(made, tile=4, grain=2)
+    result = search(made, nets.batches(), latency=keep, table=table, align=4, early_stop=False)
+    price, last = Price(made, table), result.steps[-1]
+    before = made.groups.widths(result.plans[-2])
+    reached = [
+        candidate.measure.reward
+        for candidate in last.candidates
+        if price.of_widths({**before, candidate.group: candidate.kept}) <= keep * price.dense
+    ]
+    assert last.measure.reward >= max(reached) - 1e-5 * abs(max(reached))
+
+
+def test_a_step_gives_back_what_the_budget_leaves() -> None:
+    """Time need not fall with the width: the widest that holds is found, also behind narrower ones that do not."""
+    made = nets.cnn()
+    table = table_of(made, tile=1, grain=4)
+    price = Price(made, table)
+    result = search(made, nets.batches(), latency=0.8, table=table)
+    (group,) = result.steps[-1].removed
+    widths = made.groups.widths(result.plan)
+    before = made.groups.widths(result.plans[-2])
+    for count in range(widths[group] + 1, before[group]):
+        assert price.of_widths({**before, group: count}) > 0.8 * price.dense
+
+
+def test_milliseconds_and_macs_together() -> None:
+    made = nets.cnn()
+    table = table_of(made, tile=4, grain=2)
+    price = Price(made, table)
+    result = search(made, nets.batches(), latency=f"{0.8 * price.dense}ms", flops=0.6, table=table, align=2)
+    assert price(result.plan) <= 0.8 * price.dense * (1 + 1e-9)
+    assert made.cost(result.plan).macs <= 0.6 * made.cost().macs
+
+
 def test_latency_needs_its_table(traced: TracedModel) -> None:
     for budget in (
         {"latency": 0.5},
         {"flops": 0.5, "table": table_of(traced, count=2)},
-        {"latency": 0.5, "flops": 0.5},
+        {"latency": 0.5, "flops": 0.5},  # of which each must hold, and one cannot be priced
     ):
         with pytest.raises(BudgetError, match="give one budget"):
             search(traced, strategy="uniform", importance="magnitude", **budget)

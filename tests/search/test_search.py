@@ -353,8 +353,10 @@ def test_errors_say_what_to_do() -> None:
         search(traced, batches, flops=55)
     with pytest.raises(BudgetError, match="give one budget"):
         search(traced, batches)
-    with pytest.raises(BudgetError, match="give one budget"):
-        search(traced, batches, flops=0.5, params=0.5)
+    with pytest.raises(BudgetError, match="a budget of 1G asks for nothing: the model has .* of MACs; give less"):
+        search(traced, batches, flops="1G")
+    with pytest.raises(BudgetError, match=r"cannot keep only 0.1% of the parameters: with every group"):
+        search(traced, batches, flops=0.9, params=0.001)
     with pytest.raises(BudgetError, match=r"cannot keep only 0.1% of the MACs: .* width \d+\.\d% are left"):
         search(traced, batches, flops=0.001)
     with pytest.raises(BudgetError, match="nothing can be pruned"):
@@ -392,3 +394,18 @@ def test_sorted_validation_batches_are_told_of(labelled: bool, caplog: pytest.Lo
         ekgfx.search(traced, batches, flops=0.7)
         assert len(caplog.records) == said, caplog.text
         assert all("the validation batches of the search: they come sorted" in text for text in caplog.messages)
+
+
+@pytest.mark.parametrize("strategy", ["ekg", "uniform", "global"])
+def test_of_several_budgets_all_hold(strategy: str) -> None:
+    """Whichever is the tighter one; amounts and fractions mean the same."""
+    traced, batches = nets.cnn(), nets.batches()
+    full = traced.cost()
+    for flops, params in ((0.5, 0.8), (0.8, 0.5)):
+        result = search(traced, batches, flops=flops, params=params, strategy=strategy)
+        cost = traced.cost(result.plan)
+        assert cost.macs <= flops * full.macs and cost.params <= params * full.params
+        assert result.kept_fraction <= min(flops, params) == result.settings["budget"]["keep"]
+        assert result.settings["budget"]["unit"] == "MACs and parameters"
+        amounts = {"flops": f"{flops * full.macs / 1e3:.6f}k", "params": f"{params * full.params / 1e3:.6f}k"}
+        assert search(traced, batches, **amounts, strategy=strategy).plan.kept == result.plan.kept

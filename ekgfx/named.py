@@ -1,0 +1,137 @@
+"""What a command names, looked at before torch is imported: a wrong name is answered at once, not after seconds."""
+
+import ast
+import importlib.util
+import re
+import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+
+from ekgfx.errors import DataError, ModelError
+
+DATA_KINDS = ("folder", "cifar10", "cifar100", "npz", "timm", "digits", "photos")
+_IN_FOLDERS = ("folder", "cifar10", "cifar100", "npz")
+_FORMS = "use timm:NAME, package.module:factory, path/file.py:factory or a run directory"
+
+
+def check_model(model: str) -> None:
+    """Raises ModelError for a MODEL of an unknown form, a timm model or a file that does not exist, or a folder that is
+    no run; says what was probably meant."""
+    if model.startswith("timm:"):
+        return _check_timm(model.removeprefix("timm:"))
+    if Path(model).is_dir():
+        if not (Path(model) / "run.json").is_file():
+            raise ModelError(f"'{model}' is a folder but no run: it has no run.json")
+        return None
+    place, _, factory = model.rpartition(":")
+    if not place or not factory:
+        raise ModelError(_unknown_form(model))
+    if not place.endswith(".py"):
+        package = place.partition(".")[0]
+        if package not in sys.modules and (not package or importlib.util.find_spec(package) is None):
+            raise ModelError(f"cannot import '{place}': ModuleNotFoundError: No module named '{package}'")
+        return None
+    file = Path(place).expanduser()
+    if not file.is_file():
+        raise ModelError(f"no such file: '{place}' (in MODEL '{model}')")
+    names = _defined(file)
+    if names is not None and factory not in names:
+        raise ModelError(no_function(factory, names, place))
+    return None
+
+
+def no_function(name: str, known: Iterable[str], place: str, kind: str = "factory") -> str:
+    """Says that a file or module has no such function, and what was probably meant."""
+    close = get_close_matches(name, list(known), n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else "it must be a function (or class) of that module"
+    return f"no {kind} '{name}' in {place}: {hint}"
+
+
+def check_weights(weights: str) -> None:
+    """Raises ModelError for a weights file that does not exist."""
+    if weights not in ("auto", "none") and not Path(weights).expanduser().exists():
+        raise ModelError(f"weights '{weights}': no such file (else use auto or none)")
+
+
+def check_data(spec: str | None) -> None:
+    """Raises DataError for data of an unknown kind, or in a folder that does not exist."""
+    if spec is None:
+        return
+    kind, _, rest = spec.partition(":")
+    if kind not in DATA_KINDS:
+        raise DataError(_unknown_data(spec, kind))
+    if kind in _IN_FOLDERS and (not rest or not Path(rest).expanduser().is_dir()):
+        raise DataError(f"no such folder: '{rest}' (in --data {spec})")
+
+
+def absolute(spec: str | None) -> str | None:
+    """A data SPEC that means the same from another working directory."""
+    if spec is None:
+        return None
+    kind, colon, place = spec.partition(":")
+    name, at, root = place.rpartition("@") if kind == "timm" else ("", "", place)
+    return f"{kind}{colon}{name}{at}{Path(root).expanduser().absolute()}" if root and (at or kind != "timm") else spec
+
+
+def _defined(file: Path) -> set[str] | None:
+    """The names that a Python file defines at its top, as its text says; None where only running it would tell."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError, RecursionError):
+        return None  # importing it says what is wrong
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names.update((alias.asname or alias.name.partition(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            names.update(part.id for part in ast.walk(node) if isinstance(part, ast.Name))
+        elif not isinstance(node, ast.Expr):
+            return None  # defined under a condition, or otherwise
+    return None if {"*", "__getattr__"} & names else names
+
+
+def _unknown_form(model: str) -> str:
+    if model in timm_names():
+        return f"unknown model '{model}': did you mean 'timm:{model}'?"
+    if model.endswith(".py"):
+        return f"'{model}' names no factory: use {model}:FACTORY"
+    return f"unknown model '{model}': {_FORMS}"
+
+
+def _check_timm(name: str) -> None:
+    architecture = name.partition(".")[0]
+    if architecture in timm_names() or ("timm" in sys.modules and sys.modules["timm"].is_model(architecture)):
+        return
+    close = get_close_matches(architecture, timm_names(), n=3)
+    hint = f"did you mean {' or '.join(f'timm:{other}' for other in close)}?" if close else "see timm.list_models()"
+    raise ModelError(f"timm has no model '{name}': {hint}")
+
+
+def _unknown_data(spec: str, kind: str) -> str:
+    close = get_close_matches(kind, DATA_KINDS, n=1)
+    if close:
+        hint = f"did you mean '{spec.replace(kind, close[0], 1)}'?"
+    elif Path(spec).is_dir():
+        hint = f"did you mean 'folder:{spec}'?"
+    else:
+        hint = "use folder:DIR, cifar10:DIR, cifar100:DIR, npz:DIR, timm:NAME[@ROOT], digits or photos"
+    return f"unknown data '{spec}': {hint}"
+
+
+@cache
+def timm_names() -> frozenset[str]:
+    """The architectures of the installed timm, and the old names that it still takes, as its source names them."""
+    found = importlib.util.find_spec("timm")
+    if found is None or found.origin is None:
+        return frozenset()
+    names: set[str] = set()
+    for file in (Path(found.origin).parent / "models").rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        names.update(re.findall(r"@register_model\s+def (\w+)", text))
+        for block in re.findall(r"register_model_deprecations\(__name__, \{(.*?)\}\)", text, re.DOTALL):
+            names.update(re.findall(r"""^\s*['"](\w+)['"]\s*:""", block, re.MULTILINE))
+    return frozenset(names)

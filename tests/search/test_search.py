@@ -281,7 +281,7 @@ def test_a_budget_as_people_write_it(keep: float | str) -> None:
     asked = search(traced, flops=keep, strategy="uniform", importance="magnitude")
     assert asked.settings["budget"]["keep"] == 0.55
     for wrong, says in (
-        ("half", "'half' is no fraction; write what is kept as 0.55 or 55%"),
+        ("half", "'half' is no fraction and no amount; write what is kept as 0.55 or 55%"),
         (55, "did you mean 0.55?"),
     ):
         with pytest.raises((RecipeError, BudgetError), match=re.escape(says)):

@@ -53,7 +53,6 @@ def _over(call: Call, statistics: bool = False, sums: bool = False) -> Effect:
     "aten.aminmax.default",
     "aten.max.default",
     "aten.min.default",
-    "aten.median.default",
 )
 def statistic(call: Call) -> Effect:
     """Means, variances, norms and extremes, as hand-written normalizations use them: taken over the kept positions."""

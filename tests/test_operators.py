@@ -60,6 +60,8 @@ case("local response norm of an even window", zeroed=False)(
 case("maxout", (6, "a> >b"), (2, "a>"), zeroed=False)(lambda s, x: x.unflatten(1, (6, 2)).max(2)[0].repeat(1, 2, 1, 1))
 case("CBAM", zeroed=False)(lambda s, x: x * (x.mean(1, keepdim=True) + x.max(1, keepdim=True)[0]).sigmoid())
 
+case("mean by hand", zeroed=False)(lambda s, x: x - x.sum(1, keepdim=True) / x.shape[1])
+
 # Sums over channels: what is cut takes nothing but its own part away.
 case("L2 norm by hand")(lambda s, x: x / (x.pow(2).sum(1, keepdim=True).sqrt() + 1e-3))
 case("norm")(lambda s, x: x / (x.norm(dim=1, keepdim=True) + 1))

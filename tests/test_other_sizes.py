@@ -50,6 +50,7 @@ FOLLOW: dict[str, Callable[[Tokens, Tensor], Tensor]] = {
     "a grid of both": lambda s, x: x[torch.meshgrid(torch.arange(len(x)), torch.arange(4), indexing="ij")],
     "full": lambda s, x: x + torch.full((len(x), 1, 1), 0.5),
     "noise": lambda s, x: x + 0 * torch.randn(len(x), 1, 1),
+    "the mean of the batch by hand": lambda s, x: x - x.sum(0) / len(x),
     "counted from one": lambda s, x: x * torch.arange(1, len(x) + 1).view(-1, 1, 1),
     "counted in threes": lambda s, x: x * torch.arange(1, 3 * len(x), 3).view(-1, 1, 1),
     "counted through": lambda s, x: x + torch.arange(len(x) * 4).view(len(x), 4, 1),

@@ -21,6 +21,7 @@ def _over(call: Call, statistics: bool = False, sums: bool = False) -> Effect:
         [out] * len(call.shapes) if len(call.shapes) > 1 else out,
         statistics=statistics and bool(cut),
         sums=[("self", None, d) for d in cut if sums],
+        summed=tuple(x[d] for d in gone) if sums else (),
         macs=(),
     )
 

@@ -212,7 +212,7 @@ def scatter(call: Call) -> Effect:
 
     One dimension is indexed; the others are those of the index, where it is as long."""
     x, dim = call["self"], call["dim"] % len(call["self"])
-    others: list[Dims] = [call["index"], *([call["src"]] if call.args.get("src") is not None else [])]
+    others: list[Dims] = [dims for name in ("index", "src") if (dims := call.args.get(name)) is not None]
     call.freeze(x[dim], *(dims[dim] for dims in others), why="indexed")
     for d, dims in enumerate(zip(x, *others, strict=True)):
         if d != dim and all(e.size == dims[0].size for e in dims):

@@ -175,6 +175,7 @@ class AxisGraph:
         self.checked_shapes: set[str] = set()  # of inputs, see sliced.check_shapes
         self.batch = Axis(0, "batch", frozen="batch dimension", batch=True)
         self.dims: dict[str, Any] = {}  # Dims, or a list of them
+        self.summed: dict[str, Dims] = {}
         self.operations: list[Operation] = []
         for node in self.graph.nodes:
             if node.op == "placeholder":
@@ -239,6 +240,7 @@ class AxisGraph:
         if effect.macs is None and rule is not None and self._multiplies(node, rule, effect):
             self.uncounted_ops[call.op] = self.uncounted_ops.get(call.op, 0) + 1
         self.operations.append(Operation(node, args, effect))
+        self.summed[node.name] = effect.summed
         out = effect.out
         several = isinstance(node.meta["val"], list | tuple)
         self.dims[node.name] = out if several else out[0] if isinstance(out, list) else out
@@ -275,6 +277,7 @@ class AxisGraph:
             if isinstance(dims, list):
                 return [TensorDims(d) for d in dims]
             said = TensorDims(dims)
+            said.summed = self.summed.get(value.name, ())
             said.mask = getattr(value.meta.get("val"), "dtype", None) is torch.bool
             return said
         if isinstance(value, list | tuple):

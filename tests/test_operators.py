@@ -60,6 +60,8 @@ case("local response norm of an even window", zeroed=False)(
 case("maxout", (6, "a> >b"), (2, "a>"), zeroed=False)(lambda s, x: x.unflatten(1, (6, 2)).max(2)[0].repeat(1, 2, 1, 1))
 case("CBAM", zeroed=False)(lambda s, x: x * (x.mean(1, keepdim=True) + x.max(1, keepdim=True)[0]).sigmoid())
 
+case("mean by hand", zeroed=False)(lambda s, x: x - x.sum(1, keepdim=True) / x.shape[1])
+
 # Sums over channels: what is cut takes nothing but its own part away.
 case("L2 norm by hand")(lambda s, x: x / (x.pow(2).sum(1, keepdim=True).sqrt() + 1e-3))
 case("norm")(lambda s, x: x / (x.norm(dim=1, keepdim=True) + 1))
@@ -94,6 +96,20 @@ case("tensordot", (12, "a> >p"), (12, "p.weight:0 >b"))(
 case("inner", (12, "a> >p"), (12, "p.weight:0 >b"))(
     lambda s, x: torch.inner(x.permute(0, 2, 3, 1), s.p.weight[:, :, 0, 0]).permute(0, 3, 1, 2)
 )
+
+# What is cut need not be zero where it is summed: the sum is over the kept ones.
+case("softmax by hand", zeroed=False)(lambda s, x: x.exp() / x.exp().sum(1, keepdim=True))
+case("running sum of gates", zeroed=False)(lambda s, x: x.sigmoid().cumsum(1))
+case("dot product of gates", (12, "a> >p p> >b"), zeroed=False)(
+    lambda s, x: x * (x.sigmoid() * s.p(x).sigmoid()).sum(1, keepdim=True)
+)
+case("cosine similarity of gates", (12, "a> >p p> >b"), zeroed=False)(
+    lambda s, x: x * over_channels(F.cosine_similarity(x.sigmoid(), s.p(x).exp(), dim=1))
+)
+case("distances of gates", (12, "a> >p p> >b"), zeroed=False)(
+    lambda s, x: x * torch.cdist(x.sigmoid().flatten(2).mT, s.p(x).exp().flatten(2).mT).sum(1).view(-1, 1, 8, 8)
+)
+case("distance of gates", (12, "a> >p p> >b"), zeroed=False)(lambda s, x: x * torch.dist(x.sigmoid(), s.p(x).exp()))
 
 # What is indexed is space; the channels pass.
 case("index_add")(lambda s, x: torch.zeros_like(x).index_add(2, torch.arange(8), x))

@@ -55,9 +55,10 @@ def equal_pieces(call: Call) -> Effect:
 def tensor_split(call: Call) -> Effect:
     """Pieces that differ by one position at most, as `chunk` where they don't; or between given bounds, which stay."""
     x, dim = call["self"], call["dim"] % len(call["self"])
-    if "sections" in call.args and x[dim].size % call["sections"] == 0:
-        piece = call.fresh(x[dim].size // call["sections"])
-        call.unify(x[dim], Prod((call.constant(call["sections"], "number of pieces"), piece)))
+    pieces = call.args.get("sections")
+    if pieces is not None and x[dim].size % pieces == 0:
+        piece = call.fresh(x[dim].size // pieces)
+        call.unify(x[dim], Prod((call.constant(pieces, "number of pieces"), piece)))
         return Effect([_replace(x, dim, piece)] * len(call.shapes))
     call.freeze(x[dim], why="uneven pieces")
     return Effect([_replace(x, dim, call.constant(s[dim], "uneven pieces")) for s in call.shapes])
@@ -211,7 +212,7 @@ def scatter(call: Call) -> Effect:
 
     One dimension is indexed; the others are those of the index, where it is as long."""
     x, dim = call["self"], call["dim"] % len(call["self"])
-    others: list[Dims] = [call["index"], *([call["src"]] if call.args.get("src") is not None else [])]
+    others: list[Dims] = [dims for name in ("index", "src") if (dims := call.args.get(name)) is not None]
     call.freeze(x[dim], *(dims[dim] for dims in others), why="indexed")
     for d, dims in enumerate(zip(x, *others, strict=True)):
         if d != dim and all(e.size == dims[0].size for e in dims):

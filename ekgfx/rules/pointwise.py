@@ -1,6 +1,6 @@
 """Operators that compute each output position from the inputs at the same position."""
 
-from ekgfx.axes import ONE, Dims, Expr
+from ekgfx.axes import ONE, Dims, Expr, Prod, fixed
 from ekgfx.rules.registry import Call, Effect, Memory, rule
 
 
@@ -76,6 +76,15 @@ def broadcast(call: Call, *tensors: Dims) -> Dims:
 def pointwise(call: Call) -> Effect:
     out = broadcast(call, *call.tensors())
     return Effect([out] * len(call.shapes) if len(call.shapes) > 1 else out, carries=True)
+
+
+@rule("aten.div.Tensor")
+def divide(call: Call) -> Effect:
+    """A sum divided by the number of its terms is a mean: of those that are kept, or that the batch has."""
+    terms, number = Prod(tuple(getattr(call["self"], "summed", ()))), call["other"]
+    if type(number) is not int or number != terms.size or all(map(fixed, terms.factors)):
+        return pointwise(call)
+    return Effect(call["self"], sizes={"other": terms}, carries=True, statistics=True)
 
 
 @rule("aten.broadcast_tensors.default")

@@ -21,6 +21,7 @@ def _over(call: Call, statistics: bool = False, sums: bool = False) -> Effect:
         [out] * len(call.shapes) if len(call.shapes) > 1 else out,
         statistics=statistics and bool(cut),
         sums=[("self", None, d) for d in cut if sums],
+        summed=tuple(x[d] for d in gone) if sums else (),
         macs=(),
     )
 
@@ -53,7 +54,6 @@ def _over(call: Call, statistics: bool = False, sums: bool = False) -> Effect:
     "aten.aminmax.default",
     "aten.max.default",
     "aten.min.default",
-    "aten.median.default",
 )
 def statistic(call: Call) -> Effect:
     """Means, variances, norms and extremes, as hand-written normalizations use them: taken over the kept positions."""

@@ -32,6 +32,7 @@ class Effect:
         weight, what is cut of them need not be zero, and must not contribute.
     statistics: the value depends on which positions take part, as a mean does: cutting differs from zeroing.
     macs: its multiply-accumulates over the whole batch; empty where it has none, None where the rule does not know.
+    summed: the dimensions that a plain sum is over; divided by their size it is a mean.
     """
 
     out: Dims | list[Dims]
@@ -41,6 +42,7 @@ class Effect:
     sums: Sequence[tuple[str, int | None, int]] = ()
     statistics: bool = False
     macs: Products | None = None
+    summed: Dims = ()
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,11 @@ class Call:
 class TensorDims(tuple[Expr, ...]):
     """The dimensions of a tensor argument; a type of its own, so that no tuple of integers is mistaken for it.
 
-    mask: it is a tensor of truth values.
+    mask: it is a tensor of truth values. summed: the dimensions that it is the sum over.
     """
 
     mask: bool = False
+    summed: Dims = ()
 
 
 def is_dims(value: object) -> bool:

@@ -9,6 +9,7 @@ import yaml
 
 from ekgfx import recipe
 from ekgfx.cli import render
+from ekgfx.rules.registry import _RULES
 from tests.cli.conftest import environment
 
 
@@ -76,6 +77,33 @@ def test_an_unknown_operator_is_reported_once_with_what_it_costs(ekgfx, tmp_path
     assert " ".join(shown.split()).count(line) == 1  # a: 4·8 + 8, b: 8·2
     facts = json.loads(ekgfx("groups", "custom.py:net", "--json").out)
     assert facts["unknown_ops"] == {"ekgfx_cli_test.double.default": {"uses": 2, "parameters": 4 * 8 + 8 + 8 * 2}}
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        ("return Effect(())", "is not understood: the rule does not hold here, it says an output of shape (), the"),
+        (
+            "return Effect(call['x'], sums=[('x', None, -1)])",
+            "counts as 0 MACs (2 uses): its rule does not say what it",
+        ),
+    ],
+)
+def test_a_rule_that_fails_or_does_not_say_its_cost_is_reported(ekgfx, tmp_path, body, line):
+    rule = f"""
+import ekgfx
+from ekgfx.rules import Effect
+
+@ekgfx.rule("ekgfx_cli_test.double.default", replace=True)
+def rule(call):
+    {body}
+"""
+    (tmp_path / "custom.py").write_text(CUSTOM + rule)
+    try:
+        shown = " ".join(ekgfx("groups", "custom.py:net").out.split())
+    finally:
+        _RULES.pop("ekgfx_cli_test.double.default", None)
+    assert shown.count(f"ekgfx_cli_test.double.default {line}") == 1
 
 
 def test_recipes_shows_the_whole_recipe(ekgfx):

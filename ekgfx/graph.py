@@ -167,7 +167,8 @@ class AxisGraph:
                 for out in node.all_input_nodes:
                     if out not in node.meta.get("updates", {}):
                         self._output(out)
-                for value, buffer in node.meta.get("updates", {}).items():
+                updates = node.meta.get("updates", {}).items()
+                for value, buffer in ((value, buffer) for value, buffer in updates if buffer is not None):
                     for old, new in zip(self.dims[buffer.name], self.dims[value.name], strict=True):
                         unify(old, new, f"update of {self.weights.get(buffer.name, buffer.name)}")
 

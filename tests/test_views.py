@@ -228,7 +228,7 @@ class Discarding(Auxiliary):
 
 def test_what_is_computed_for_nobody_is_cut_with_the_trunk_too() -> None:
     pruned, twin, traced = cut(ready(Discarding()))
-    assert {name: group.size for name, group in traced.groups.items()} >= {"a.0": 6, "b.0": 10}
+    assert {"a.0", "b.0"} <= set(traced.groups)
     assert type(pruned) is Discarding
     assert traced.notes == ()
     same(pruned, twin, images(3))

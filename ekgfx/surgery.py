@@ -178,8 +178,10 @@ def _settle(pruned: nn.Module, choices: list[Choice], predicted: _Prediction) ->
         elif not path:
             break
         problem = _problem(pruned, predicted)
-    if problem is not None and problem.way != predicted.source.way and replaced:
-        places = ", ".join(sorted(path or "the model" for path in replaced))
+    modules = pruned.named_modules()
+    graphs = [n for n, m in modules if isinstance(m, torch.fx.GraphModule) and type(m) is not classes.get(n)]
+    if problem is not None and problem.way != predicted.source.way and graphs:
+        places = ", ".join(path or "the model" for path in graphs)
         warnings.warn(
             f"graphs of {predicted.source.way} stand for {places}, and {problem.way} differs: {problem.text}",
             EkgfxWarning,
@@ -195,6 +197,8 @@ def _replace(
 ) -> bool:
     """Replace the module at `path` and all others of its class by their graphs; False if that cannot be done."""
     alike = [name for name, kind in classes.items() if kind is classes[path] and name not in replaced]
+    if way != predicted.source.way:
+        alike = [name for name in alike if name == path or not predicted.source.operations_of.get(name)]
     replaced.update(alike)
     try:
         replace_modules(pruned, predicted.parts_of(alike, way), predicted.graph(way), predicted.counts)

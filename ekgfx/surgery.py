@@ -168,8 +168,10 @@ def _settle(pruned: nn.Module, choices: list[Choice], predicted: _Prediction) ->
     problem = first
     classes = {name: type(module) for name, module in pruned.named_modules()}
     replaced = set[str]()
+    stands_in = False  # some graph of the first way
     while problem is not None and "" not in replaced:
         path, way = problem.module, problem.way
+        stands_in |= way == predicted.source.way
         while path and (path in replaced or not _replace(pruned, path, classes, predicted, replaced, way)):
             path = path.rpartition(".")[0]
         if not path and way == predicted.source.way:
@@ -180,7 +182,7 @@ def _settle(pruned: nn.Module, choices: list[Choice], predicted: _Prediction) ->
         problem = _problem(pruned, predicted)
     modules = pruned.named_modules()
     graphs = [n for n, m in modules if isinstance(m, torch.fx.GraphModule) and type(m) is not classes.get(n)]
-    if problem is not None and problem.way != predicted.source.way and graphs:
+    if problem is not None and problem.way != predicted.source.way and stands_in and graphs:
         places = ", ".join(path or "the model" for path in graphs)
         warnings.warn(
             f"graphs of {predicted.source.way} stand for {places}, and {problem.way} differs: {problem.text}",

@@ -1,5 +1,6 @@
 """Make an exported graph purely functional, so that activations can be kept, reused and differentiated."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ def functionalize(
         if updates:
             _note_updates(graph, program)
     _canonical_batch_norm(graph)
+    signature = program.graph_signature
+    _keep_readers(graph, {*signature.inputs_to_parameters, *signature.inputs_to_buffers})
     graph.eliminate_dead_code()
     graph.lint()
     return graph, program, decompose
@@ -114,11 +117,31 @@ def _replace_in_place(graph: fx.Graph, updates: bool = False) -> bool:
     return True
 
 
-def _output_first(graph: fx.Graph, updates: dict[fx.Node, fx.Node]) -> None:
-    """Let the graph return new values of buffers before its outputs. updates: new value → placeholder."""
+def _output_first(graph: fx.Graph, updates: Mapping[fx.Node, fx.Node | None]) -> None:
+    """Let the graph return further values before its outputs. updates: new value → placeholder of a buffer, or None."""
     (output,) = graph.find_nodes(op="output")
     output.args = ((*updates, *output.args[0]),)
-    output.meta["updates"] = updates
+    output.meta["updates"] = {**updates, **output.meta.get("updates", {})}
+
+
+def _keep_readers(graph: fx.Graph, weights: set[str]) -> None:
+    """Keep what the model computes with weights that nothing else reads, though nobody reads the result: its Python
+    computes it too, and must be able to once it has been cut."""
+    (output,) = graph.find_nodes(op="output")
+    live = _ancestors(output)
+    ends = [n for n in graph.nodes if n.op == "call_function" and not n.users and getattr(n.meta.get("val"), "ndim", 0)]
+    kept = [n for n in ends if any(a.op == "placeholder" and a.name in weights for a in _ancestors(n) - live)]
+    if kept:
+        _output_first(graph, dict.fromkeys(kept))
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found, ahead = {node}, [node]
+    while ahead:
+        new = set(ahead.pop().all_input_nodes) - found
+        found |= new
+        ahead += new
+    return found
 
 
 def _note_updates(graph: fx.Graph, program: ExportedProgram) -> None:

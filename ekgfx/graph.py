@@ -187,7 +187,7 @@ class AxisGraph:
                 for out in values if self.returns is None else self.returns.mattering(values):
                     if isinstance(out, fx.Node) and out not in updates:
                         self._output(out)
-                for value, buffer in updates.items():
+                for value, buffer in ((value, buffer) for value, buffer in updates.items() if buffer is not None):
                     for old, new in zip(self.dims[buffer.name], self.dims[value.name], strict=True):
                         unify(old, new, f"update of {self.weights.get(buffer.name, buffer.name)}")
 

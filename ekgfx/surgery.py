@@ -189,8 +189,10 @@ def _settle(pruned: nn.Module, choices: list[Choice], predicted: _Prediction) ->
     problem = first
     classes = {name: type(module) for name, module in pruned.named_modules()}
     replaced = set[str]()
+    stands_in = False  # some graph of the first way
     while problem is not None and "" not in replaced:
         path, way = problem.module, problem.way
+        stands_in |= way == predicted.source.way
         while path and (path in replaced or not _replace(pruned, path, classes, predicted, replaced, way)):
             path = path.rpartition(".")[0]
         if not path and way == predicted.source.way:
@@ -199,8 +201,10 @@ def _settle(pruned: nn.Module, choices: list[Choice], predicted: _Prediction) ->
         elif not path:
             break
         problem = _problem(pruned, predicted)
-    if problem is not None and problem.way != predicted.source.way and replaced:
-        places = ", ".join(sorted(path or "the model" for path in replaced))
+    modules = pruned.named_modules()
+    graphs = [n for n, m in modules if isinstance(m, torch.fx.GraphModule) and type(m) is not classes.get(n)]
+    if problem is not None and problem.way != predicted.source.way and stands_in and graphs:
+        places = ", ".join(path or "the model" for path in graphs)
         warnings.warn(
             f"graphs of {predicted.source.way} stand for {places}, and {problem.way} differs: {problem.text}",
             EkgfxWarning,
@@ -216,6 +220,8 @@ def _replace(
 ) -> bool:
     """Replace the module at `path` and all others of its class by their graphs; False if that cannot be done."""
     alike = [name for name, kind in classes.items() if kind is classes[path] and name not in replaced]
+    if way != predicted.source.way:
+        alike = [name for name in alike if name == path or not predicted.source.operations_of.get(name)]
     replaced.update(alike)
     try:
         replace_modules(pruned, predicted.parts_of(alike, way), predicted.graph(way), predicted.counts)

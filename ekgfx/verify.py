@@ -216,11 +216,25 @@ def compare_outputs(pruned: nn.Module, network: SubNetwork, args: tuple, kwargs:
 
 def trains(pruned: nn.Module, way: Way, args: tuple, kwargs: Mapping[str, Any]) -> None:
     """Run a module forward and backward in training mode; nothing of it is changed. Raises what it raises."""
-    parameters = [parameter for parameter in pruned.parameters() if parameter.requires_grad]
-    with torch.enable_grad(), replace(way, training=True).entered(pruned), undisturbed(pruned):
-        outputs = [t for t in pytree.tree_leaves(pruned(*args, **kwargs)) if isinstance(t, Tensor) and t.requires_grad]
-        if outputs and parameters:
-            torch.autograd.grad([t.abs().sum() for t in outputs], parameters, allow_unused=True)
+    held = [(parameter, parameter.grad) for parameter in pruned.parameters() if parameter.requires_grad]
+    hooks = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter, _ in held]
+    for parameter, _ in held:
+        parameter.grad = None
+    try:
+        with torch.enable_grad(), replace(way, training=True).entered(pruned), undisturbed(pruned):
+            outputs = (t for t in pytree.tree_leaves(pruned(*args, **kwargs)) if isinstance(t, Tensor))
+            if wanted := [t.abs().sum() for t in outputs if t.requires_grad]:
+                torch.autograd.backward(wanted)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, gradient in held:
+            parameter.grad = gradient
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    """No more than one gradient exists at a time."""
+    parameter.grad = None
 
 
 def perturb(model: nn.Module, seed: int = 0) -> None:

@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 
 import ekgfx
 from ekgfx.errors import EkgfxWarning, PlanError, PruneError, TraceError
-from ekgfx.verify import mask_tensor, perturb, relative_error
+from ekgfx.verify import mask_tensor, perturb, relative_error, trains
+from ekgfx.ways import Way
 
 pytestmark = pytest.mark.filterwarnings("ignore::ekgfx.errors.EkgfxWarning")
 
@@ -214,6 +215,32 @@ def test_a_head_that_is_switched_off_was_not_seen() -> None:
     traced = ekgfx.trace(ready(Auxiliary(on=False)), images())
     assert list(traced.groups) == ["b.0"], "aux may read the 6 channels of a"
     assert "nothing that was traced uses aux" in traced.notes[0]
+
+
+class Discarding(Auxiliary):
+    """Computes its auxiliary head always, and looks at the result in no mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        middle = self.a(x)
+        self.aux(middle)
+        return self.head(self.b(middle).mean((2, 3)))
+
+
+def test_what_is_computed_for_nobody_is_cut_with_the_trunk_too() -> None:
+    pruned, twin, traced = cut(ready(Discarding()))
+    assert {"a.0", "b.0"} <= set(traced.groups)
+    assert type(pruned) is Discarding
+    assert traced.notes == ()
+    same(pruned, twin, images(3))
+    same(pruned, twin, images(3), training=True)
+
+
+def test_training_for_verification_leaves_gradients_alone() -> None:
+    model = ready(Auxiliary())
+    model(images()).sum().backward()
+    before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    trains(model, Way(), (images(),), {})
+    assert all(p.grad is b or torch.equal(p.grad, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
 class Keeping(Trunk):

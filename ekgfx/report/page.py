@@ -102,7 +102,13 @@ def _results(facts: Facts) -> Element | None:
     said = f"MACs {change(first.macs, last.macs)}; parameters {change(first.params, last.params)}."
     if quality == "agreement":
         said += " Agreement: test images for which the network says what the unpruned one says; there are no labels."
-    return section("Result", element("p", said), table(header, rows))
+    found = facts.manifest.get("notes")
+    notes = (
+        [element("p", note, class_="facts") for note in found if isinstance(note, str)]
+        if isinstance(found, list)
+        else []
+    )
+    return section("Result", element("p", said), table(header, rows), *notes)
 
 
 def _reproduce(facts: Facts) -> Element:

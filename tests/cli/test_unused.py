@@ -24,6 +24,8 @@ def test_a_run_remembers_what_is_unused(ekgfx) -> None:
     settings = ("--data", "digits", "--flops", "0.8", "--epochs", "1", "-o")
     assert ekgfx("prune", place, *settings, "whole").code == 0
     assert ekgfx("prune", place, *settings, "free", "--unused", "project").code == 0
+    assert ekgfx("report", "whole").code == 0
+    assert "nothing that was traced uses project" in Path("whole/report.html").read_text()
     notes = {name: json.loads(Path(name, "run.json").read_text())["notes"] for name in ("whole", "free")}
     assert "uses project" in notes["whole"][0] and notes["free"] == []
     for run in ("whole", "free"):

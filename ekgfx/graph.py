@@ -24,6 +24,7 @@ from ekgfx.leaf import Leaves
 from ekgfx.nodes import bind, first_names, op_name, owner, rename_modules
 from ekgfx.rules import Call, Effect, Rule, lookup, unknown
 from ekgfx.rules.registry import TensorDims
+from ekgfx.tables import is_table
 from ekgfx.untouched import State
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a model
@@ -59,7 +60,8 @@ class AxisGraph:
         graph: the functional fx graph.
         operations: the operators in order.
         dims: the dimensions of every node's output (a list of them where an operator returns several tensors).
-        weights: placeholder name → qualified name of the parameter or buffer.
+        weights: placeholder name → qualified name of the parameter, buffer or table.
+        tables: names of the weights that are plain tensors.
         constants: placeholder name → tensor constant.
         inputs: placeholder names of the user's inputs, in order.
         decomposed: PyTorch made the graph functional, so some operators are others than those that the model calls.
@@ -87,6 +89,7 @@ class AxisGraph:
         self.weights: dict[str, str] = {}
         self.constants: dict[str, Tensor] = {}
         self.inputs: list[str] = []
+        self.tables: set[str] = set()
         canonical = first_names(model.named_parameters(remove_duplicate=False))
         rename_modules(self.graph, first_names(model.named_modules(remove_duplicate=False)))
         # By position: a copied graph renames what is called as a Python builtin is (`forward(self, input)`).
@@ -95,6 +98,9 @@ class AxisGraph:
             match spec.kind:
                 case InputKind.PARAMETER | InputKind.BUFFER:
                     self.weights[name] = canonical.get(spec.target, spec.target)
+                case InputKind.CONSTANT_TENSOR if is_table(model, spec.target, program.constants[spec.target]):
+                    self.weights[name] = spec.target
+                    self.tables.add(spec.target)
                 case InputKind.CONSTANT_TENSOR:
                     self.constants[name] = program.constants[spec.target]
                 case InputKind.USER_INPUT:
@@ -116,7 +122,7 @@ class AxisGraph:
         other = object.__new__(AxisGraph)
         for name in ("model", "leaves", "graph", "example", "in_spec", "out_spec", "weights", "constants", "inputs"):
             setattr(other, name, getattr(self, name))
-        other.rules = rules
+        other.rules, other.tables, other.state = rules, self.tables, self.state
         other._start()
         return other
 

@@ -29,7 +29,7 @@ errors
 units distributed
 parallel
 typed trust files
-run recipe target models weights data axes functional in_place channels_last untouched carried
+run recipe target models weights data axes functional in_place channels_last untouched carried tables
 rules
 leaf nodes source
 graph

@@ -26,6 +26,7 @@ from ekgfx.returns import Returns
 from ekgfx.rules import Call, Effect, Rule, lookup, unknown
 from ekgfx.rules.applied import applied
 from ekgfx.rules.registry import TensorDims, ours
+from ekgfx.tables import is_table
 from ekgfx.unseen import released, settle, unread
 from ekgfx.untouched import State
 from ekgfx.ways import Way
@@ -63,7 +64,8 @@ class AxisGraph:
         graph: the functional fx graph.
         operations: the operators in order.
         dims: the dimensions of every node's output (a list of them where an operator returns several tensors).
-        weights: placeholder name → qualified name of the parameter or buffer.
+        weights: placeholder name → qualified name of the parameter, buffer or table.
+        tables: names of the weights that are plain tensors.
         constants: placeholder name → tensor constant.
         inputs: placeholder names of the user's inputs, in order.
         decomposed: PyTorch made the graph functional, so some operators are others than those that the model calls.
@@ -110,6 +112,7 @@ class AxisGraph:
         self.weights: dict[str, str] = {}
         self.constants: dict[str, Tensor] = {}
         self.inputs: list[str] = []
+        self.tables: set[str] = set()
         canonical = first_names(model.named_parameters(remove_duplicate=False))
         canonical |= first_names(model.named_buffers(remove_duplicate=False))
         rename_modules(self.graph, first_names(model.named_modules(remove_duplicate=False)))
@@ -119,6 +122,9 @@ class AxisGraph:
             match spec.kind:
                 case InputKind.PARAMETER | InputKind.BUFFER:
                     self.weights[name] = canonical.get(spec.target, spec.target)
+                case InputKind.CONSTANT_TENSOR if is_table(model, spec.target, program.constants[spec.target]):
+                    self.weights[name] = spec.target
+                    self.tables.add(spec.target)
                 case InputKind.CONSTANT_TENSOR:
                     self.constants[name] = program.constants[spec.target]
                 case InputKind.USER_INPUT:
@@ -162,7 +168,7 @@ class AxisGraph:
             *("in_spec", "out_spec", "weights", "constants"),
         ):
             setattr(other, name, getattr(self, name))
-        other.inputs, other.rules = self.inputs, rules
+        other.inputs, other.rules, other.tables = self.inputs, rules, self.tables
         return other
 
     # -- the one pass of the rules over the graph ------------------------------------------------------------------

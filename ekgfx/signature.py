@@ -139,6 +139,8 @@ def _own_weights(graph: AxisGraph, path: str) -> dict[str, str]:
     module = graph.model.get_submodule(path)
     tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     local = {id(tensor): name for name, tensor in reversed(tensors)}
+    start = f"{path}." if path else ""
+    local |= {id(graph.tensor(name)): name[len(start) :] for name in graph.tables if name.startswith(start)}
     return {
         placeholder: local[id(graph.tensor(name))]
         for placeholder, name in graph.weights.items()

@@ -112,7 +112,9 @@ class GraphRunner:
 
     def _weight(self, placeholder: str) -> Tensor:
         name = self.graph.weights.get(placeholder)
-        return self.weights[name] if name is not None else self.graph.constants[placeholder].to(self.device)
+        if name is None:
+            return self.graph.constants[placeholder].to(self.device)
+        return self.weights[name].to(self.device) if name in self.graph.tables else self.weights[name]
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The model's arguments by placeholder.

@@ -351,8 +351,10 @@ def _quiet() -> Iterator[None]:
         handler.addFilter(passes)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
-            # Recurrent layers keep a list of their own parameters, and look at it anew in every forward.
-            warnings.filterwarnings("ignore", message=r"The tensor attributes? self\..* assigned during export")
+            # What a forward keeps is put back; recurrent layers look at a list of their own parameters in each.
+            warnings.filterwarnings(
+                "ignore", message=r"The tensor attributes? self\..*(was|were) assigned during export"
+            )
             yield
         sys.stderr.write(printed.getvalue())  # what the user's own forward says
     finally:

@@ -74,6 +74,8 @@ def cifar_folder() -> dict:
     return {"Network": digits_cnn}
 
 
+# Pages about a library that is no dependency; where it is not installed, their blocks are not run.
+ABOUT = {"docs/yolo.md": "ultralytics"}
 GIVEN: dict[str, Callable[[], dict]] = {
     "README.md": digits_batches,
     "docs/ekg.md": digits_batches,
@@ -101,6 +103,8 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("page", [page for page in having("python") if page != "CONTRIBUTING.md"])
 def test_python(page, folder, capsys):
+    if page in ABOUT:
+        pytest.importorskip(ABOUT[page], reason=f"{page} is about {ABOUT[page]}, which is not installed")
     names = GIVEN.get(page, dict)()
     for number, text in enumerate(blocks(ROOT / page, "python")):
         for shown, run in INSTEAD.get(page, {}).items():

@@ -30,7 +30,7 @@ units distributed
 parallel containers
 typed trust files outputs named
 run recipe target models weight_files weight_fit weights data axes functional channels_last
-untouched carried batches returns
+untouched carried tables batches returns
 rules
 leaf nodes source in_place
 ways

@@ -88,9 +88,8 @@ def test_training_goes_on_as_that_of_the_masked_network(name: str, inplace: bool
     other = OPTIMIZERS[name](twin)
     traced = ekgfx.trace(net, batches(1, seed=2)[0][0])
     mask = masked(twin, ekgfx.trace(twin, batches(1, seed=2)[0][0]))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     ekgfx.transfer(optimizer, net, ekgfx.Plan(), traced)  # a plan that leaves all changes nothing
-    state = copy.deepcopy(optimizer.state_dict())
-    other.load_state_dict(state)
 
     pruned = ekgfx.prune(net, PLAN, traced, inplace=inplace)
     assert ekgfx.transfer(optimizer, pruned, PLAN, traced) is optimizer

@@ -28,17 +28,17 @@ PIPE = """
 errors
 units distributed
 parallel
-typed trust files
+typed trust files containers
 run recipe target models weights data axes functional in_place channels_last
 rules
-leaf nodes source
+leaf nodes source returns batches outputs
 graph
-plan cost
+plan cost arguments
 groups sliced obstacle segments
 trace
 loss verify signature graphed declared attributes
 evaluation surgery
-search training training_state batches
+search training training_state
 finetune bank
 prepare checkpoint export landscape
 hub

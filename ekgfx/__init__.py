@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ekgfx.checkpoint import load, save
     from ekgfx.finetune import finetune
     from ekgfx.loss import EKGLoss
+    from ekgfx.patched import Replacement, replaced
     from ekgfx.plan import Plan
     from ekgfx.rules import rule
     from ekgfx.search import search
@@ -26,6 +27,8 @@ __all__ = [
     "TracedModel",
     "search",
     "prune",
+    "replaced",
+    "Replacement",
     "build_bank",
     "finetune",
     "save",
@@ -45,6 +48,8 @@ _HOMES = {
     "TracedModel": "trace",
     "search": "search",
     "prune": "surgery",
+    "replaced": "patched",
+    "Replacement": "patched",
     "build_bank": "bank",
     "finetune": "finetune",
     "save": "checkpoint",

@@ -1,30 +1,26 @@
 """Cut a model for real: the same class with smaller tensors, checked against what the graph predicts."""
 
 import copy
-import itertools
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ekgfx.attributes import Choice, correct
+from ekgfx.attributes import correct
 from ekgfx.axes import Axis
+from ekgfx.calls import hollow
 from ekgfx.declared import attributes_of, declare
-from ekgfx.errors import EkgfxError, PruneError
-from ekgfx.graphed import replace_modules
+from ekgfx.errors import PruneError
 from ekgfx.leaf import evaluation_mode
+from ekgfx.patched import replaced
 from ekgfx.plan import Plan
-from ekgfx.signature import Part, parts_of
-from ekgfx.sliced import SubNetwork, slice_weights, slices
-from ekgfx.trace import TracedModel, retrace, trace
-from ekgfx.verify import compare_outputs, compare_shapes
-
-MOST_TRIALS = 16
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
+from ekgfx.settle import Prediction, settle
+from ekgfx.sliced import slice_weights, slices
+from ekgfx.trace import TracedModel, trace
 
 
 def prune(
@@ -35,6 +31,7 @@ def prune(
     *,
     verify: bool = True,
     inplace: bool = False,
+    graphs: Literal["warn", "forbid", "allow"] = "warn",
 ) -> nn.Module:
     """The model that `plan` leaves: a new module of the same class; `model` itself is not changed.
 
@@ -45,12 +42,14 @@ def prune(
         example_inputs: where no traced model is at hand, inputs to trace with.
         verify: trace the result again, compare the shape of every operator with the prediction, and its output with the
             sliced graph's.
-        inplace: cut `model` itself, one tensor after the other, and return it (a graph, where its class cannot express
-            the cut): at no time do all weights exist twice. `traced` tells no more of it then; gradients are dropped.
+        inplace: cut `model` itself, one tensor after the other, and return it: at no time do all weights exist twice.
+            `traced` tells no more of it then; gradients are dropped.
+        graphs: where a module's own Python cannot express the cut (`view(-1, 16 * 5 * 5)`), a forward made from the
+            traced graph takes its place: "warn" says so once, "allow" does not, "forbid" raises. `replaced` lists them.
 
     Raises:
         PlanError: the plan does not fit the model.
-        PruneError: the result is not what was predicted.
+        PruneError: the result is not what was predicted, or a forward would have to be replaced and graphs="forbid".
     """
     if traced is None:
         if example_inputs is None:
@@ -60,7 +59,7 @@ def prune(
         traced = trace(model, example_inputs, leaf=plan.leaf)
     source = traced if traced.model is model else traced.rebound(model)
     kept = source.groups.kept(plan)
-    parts = parts_of(source, [name for name, _ in model.named_modules()]) if inplace and verify else None
+    twin = hollow(model) if inplace and verify else None
     before = attributes_of(model)
     with torch.no_grad():
         if inplace:
@@ -69,10 +68,26 @@ def prune(
             weights = slice_weights(source, kept, rescale=plan.rescale)
             pruned = _cut(model, weights, source)
         _recompute(pruned)
-    predicted = _Prediction(source, plan, kept, weights, parts)
-    choices = correct(pruned, source, predicted.counts)
+    predicted = Prediction(source, plan, kept, weights, before, twin)
+    correct(pruned, source, predicted.counts)
     declare(pruned, before, source, predicted.counts)
-    return _settle(pruned, choices, predicted) if verify else pruned
+    if verify:
+        settle(pruned, predicted, may_replace=graphs != "forbid")
+        if graphs == "warn":
+            _tell(pruned)
+    return pruned
+
+
+def _tell(pruned: nn.Module) -> None:
+    """Say once which modules' forward was replaced."""
+    found = replaced(pruned)
+    if found:
+        shown = "; ".join(map(str, found[:3])) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+        warnings.warn(
+            f"the forward of {len(found)} module{'s' * (len(found) > 1)} was replaced, since the user's Python cannot "
+            f"express the cut (ekgfx.replaced(pruned) lists them): {shown}",
+            stacklevel=3,
+        )
 
 
 def _cut(model: nn.Module, weights: Mapping[str, Tensor], source: TracedModel) -> nn.Module:
@@ -106,141 +121,3 @@ def _recompute(pruned: nn.Module) -> None:
             for hook in module._forward_pre_hooks.values():
                 if isinstance(hook, WeightNorm | SpectralNorm):
                     hook(module, ())
-
-
-@dataclass(frozen=True)
-class _Prediction:
-    """What a cut module must be: the sliced graph on `weights`, the cut tensors themselves.
-
-    parts: what each module does, where it can no longer be observed, since the original has been cut itself.
-    """
-
-    source: TracedModel
-    plan: Plan
-    kept: Mapping[Axis, Tensor]
-    weights: Mapping[str, Tensor]
-    parts: Mapping[str, Part | PruneError] | None
-
-    @property
-    def counts(self) -> dict[Axis, int]:
-        return {axis: len(index) for axis, index in self.kept.items()}
-
-    def parts_of(self, paths: list[str]) -> list[Part]:
-        """What the modules at these paths do. Raises PruneError: that cannot be said of one of them."""
-        known = self.parts if self.parts is not None else parts_of(self.source, paths)
-        found = []
-        for path in paths:
-            if isinstance(part := known[path], PruneError):
-                raise part
-            found.append(part)
-        return found
-
-
-def _settle(pruned: nn.Module, choices: list[Choice], predicted: _Prediction) -> nn.Module:
-    """Make the cut module what was predicted: settle the open choices, then replace what cannot express it.
-
-    A module whose Python cannot give the predicted shapes is replaced, with all of its class, by its part of the graph;
-    where that does not help, its parent is, up to the model itself.
-    """
-    first: _Problem | None = None
-    for trial in itertools.islice(_assignments(pruned, choices), MOST_TRIALS):
-        _take(pruned, trial)
-        problem = _problem(pruned, predicted)
-        if problem is None:
-            return pruned
-        first = first or problem
-    _take(pruned, next(_assignments(pruned, choices)))
-    problem = first
-    classes = {name: type(module) for name, module in pruned.named_modules()}
-    replaced = set[str]()
-    while problem is not None and "" not in replaced:
-        path = problem.module
-        while path and (path in replaced or not _replace(pruned, path, classes, predicted, replaced)):
-            path = path.rpartition(".")[0]
-        if not path:
-            replaced.add("")
-            pruned = replace_modules(pruned, predicted.parts_of([""]), predicted.source, predicted.counts)
-        problem = _problem(pruned, predicted)
-    if problem is not None:
-        raise PruneError(f"the pruned {type(pruned).__name__} is not what was predicted: {problem.text}")
-    return pruned
-
-
-def _replace(
-    pruned: nn.Module, path: str, classes: Mapping[str, type], predicted: _Prediction, replaced: set[str]
-) -> bool:
-    """Replace the module at `path` and all others of its class by their graphs; False if that cannot be done."""
-    alike = [name for name, kind in classes.items() if kind is classes[path] and name not in replaced]
-    replaced.update(alike)
-    try:
-        replace_modules(pruned, predicted.parts_of(alike), predicted.source, predicted.counts)
-    except (PruneError, AttributeError):  # an inner module of one replaced before is no module any more
-        return False
-    return True
-
-
-def _take(pruned: nn.Module, trial: dict[Choice, int]) -> None:
-    for choice, value in trial.items():
-        choice.take(pruned, value)
-
-
-def _assignments(pruned: nn.Module, choices: list[Choice]) -> Any:
-    """Every way to settle the choices, those closest to 'all changed' first; modules of one class share theirs."""
-    kinds: dict[tuple, list[Choice]] = {}
-    for choice in choices:
-        kinds.setdefault((type(pruned.get_submodule(choice.module)), choice.attribute, choice.position), []).append(
-            choice
-        )
-    ranks = [range(max(len(c.values) for c in members)) for members in kinds.values()]
-    for ways in sorted(itertools.product(*ranks), key=sum) if len(ranks) < 8 else [(0,) * len(ranks)]:
-        yield {
-            c: c.values[min(way, len(c.values) - 1)]
-            for way, members in zip(ways, kinds.values(), strict=True)
-            for c in members
-        }
-
-
-@dataclass(frozen=True)
-class _Problem:
-    """What is wrong with a cut module, and the module in which it shows ('' if that is not known)."""
-
-    text: str
-    module: str = ""
-
-
-def _problem(pruned: nn.Module, predicted: _Prediction) -> _Problem | None:
-    """Trace the cut module again and compare it with the prediction; None if all agrees."""
-    source, plan = predicted.source, predicted.plan
-    args, kwargs = source.example
-    try:
-        again = retrace(pruned, source)
-        difference = compare_shapes(source, plan, again)
-    except EkgfxError as error:
-        return _Problem(str(error), _failing_module(pruned, args, kwargs))
-    if difference is not None:
-        return _Problem(str(difference), difference.module)
-    if again.cost() != source.cost(plan):
-        return _Problem(f"it costs {again.cost()}, predicted were {source.cost(plan)}")
-    off = compare_outputs(pruned, SubNetwork(source, predicted.kept, weights=predicted.weights), args, kwargs)
-    dtype = next((p.dtype for p in pruned.parameters()), torch.float32)
-    if not off <= TOLERANCE.get(dtype, 0.05):
-        return _Problem(f"its output differs from the sliced graph's by {off:.1e} (relative)")
-    return None
-
-
-def _failing_module(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str:
-    """Name of the innermost module whose forward raises, '' if none does."""
-    running: list[str] = []
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda _, __, n=name: running.append(n)))
-        handles.append(module.register_forward_hook(lambda *_: running.pop() and None))
-    try:
-        with torch.no_grad(), evaluation_mode(model):
-            model(*args, **kwargs)
-    except Exception:  # noqa: BLE001  whatever the user's forward raises; its place is what is wanted
-        return running[-1]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return ""

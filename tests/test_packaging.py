@@ -36,8 +36,10 @@ graph
 plan cost
 groups sliced obstacle segments
 trace
-loss verify signature graphed declared attributes
-evaluation surgery
+loss verify attributes calls patched
+evaluation declared rewrite
+settle
+surgery
 search training training_state batches
 finetune bank
 prepare checkpoint export landscape

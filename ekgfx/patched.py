@@ -89,11 +89,11 @@ def name_space(forward: Forward) -> dict[str, Any]:
 _numbers = itertools.count()
 
 
-def _class(base: type, forward: Forward) -> type:
+def _class(base: Any, forward: Forward) -> type:
     file = f"<forward of {base.__qualname__} replaced by ekgfx, {next(_numbers)}>"
     space = name_space(forward)
     linecache.cache[file] = (len(forward.source), None, forward.source.splitlines(True), file)
-    exec(compile(forward.source, file, "exec"), space)  # noqa: S102  our own code, made from the exported graph
+    exec(compile(forward.source, file, "exec"), space)  # our own code, made from the exported graph
     function = space["forward"]
     function.__defaults__ = base.forward.__defaults__
     function.__kwdefaults__ = base.forward.__kwdefaults__

@@ -12,7 +12,7 @@ import operator
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -143,7 +143,7 @@ class _Writer:
                     texts.append("/")
         return texts
 
-    def _accessor(self, path: pytree.KeyPath) -> str:
+    def _accessor(self, path: tuple[Any, ...]) -> str:
         """How the forward reads what its caller passed at this place of (args, kwargs)."""
         first, key, *rest = path
         if first.idx == 0:
@@ -329,7 +329,7 @@ class _Writer:
             held = value.meta.get("val")
             if not isinstance(held, torch.SymInt):
                 return self._value(value)
-            old = held.node.hint
+            old = cast(int, held.node.hint)
             new = self.widths.argument(node, name, position, old)
             expr = _scaled(held.node.expr, old, new)
             return f"{self._size(value, held.node.expr)} * {new} // {old}" if expr is None else self._size(value, expr)

@@ -13,7 +13,7 @@ import itertools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -266,8 +266,8 @@ class _Widths:
                 self._follow(step, source)
             elif step in self.operations:
                 self.dims[step] = source.dims.get(self.operations[step].name)
-            elif step.target is operator.getitem and isinstance(self.dims.get(step.args[0]), list):
-                self.dims[step] = self.dims[step.args[0]][step.args[1]]
+            elif step.target is operator.getitem and isinstance(self.dims.get(cast(fx.Node, step.args[0])), list):
+                self.dims[step] = self.dims[cast(fx.Node, step.args[0])][step.args[1]]
         self._pass(call.returned, call.results)
 
     def _pass(self, before: Values | None, after: Values | None) -> None:
@@ -424,6 +424,6 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def _forbidden(path: str, module: nn.Module, text: str) -> str:
     return (
         f"{path or 'the model'} ({type(module).__name__}) cannot express the cut, and graphs='forbid' lets nothing "
-        f"stand in place of its forward: {text}; keep its widths (ignore=), name it as leaf=, or let it read the width from "
-        "an attribute or with -1 instead of computing it from another tensor"
+        f"stand in place of its forward: {text}; keep its widths (ignore=), name it as leaf=, or let it read the width "
+        "from an attribute or with -1 instead of computing it from another tensor"
     )

@@ -1,8 +1,8 @@
-"""A module that cannot express its cut becomes a graph; the model around it, and what it shares, stay."""
+"""A module that cannot express its cut gets another forward; its class, and the model around it, stay."""
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import ekgfx
 from ekgfx.verify import check_masked, check_pruned, perturb
@@ -47,14 +47,16 @@ def traced() -> ekgfx.TracedModel:
     return ekgfx.trace(model, torch.randn(2, 4, 5, dtype=torch.float64))
 
 
-def test_only_what_cannot_express_the_cut_becomes_a_graph(traced: ekgfx.TracedModel) -> None:
+def test_only_what_cannot_express_the_cut_gets_another_forward(traced: ekgfx.TracedModel) -> None:
     stream = next(group for group in traced.groups.values() if group.size == 8)
     plan = ekgfx.Plan({stream.name: (0, 2, 3, 5, 6)})
     x = torch.randn(3, 4, 5, dtype=torch.float64)
     assert check_masked(traced, plan, (x,)) < 1e-12
-    pruned = ekgfx.prune(traced.model, plan, traced)
+    with pytest.warns(UserWarning, match="blocks.0"):
+        pruned = ekgfx.prune(traced.model, plan, traced)
     assert type(pruned) is Shares and type(pruned.position) is nn.Linear
-    assert all(isinstance(block, fx.GraphModule) for block in pruned.blocks)
+    assert [replacement.module for replacement in ekgfx.replaced(pruned)] == ["blocks.0", "blocks.1"]
+    assert all(isinstance(block, Mixer) for block in pruned.blocks)
     assert check_pruned(traced, plan, pruned, (x,)) < 1e-12
     assert sum(p.numel() for p in pruned.parameters()) == traced.cost(plan).params
 

@@ -90,17 +90,23 @@ class Choice:
     """An integer whose old value is that of a size that has changed: what the module holds at `place`.
 
     governor: the module whose operators it is used in, as far as one can tell. values: what it may be now, changed ones
-    first and the old one last.
+    first and the old one last. likely: an operator of the governor asks for the size, or reads it whole.
     """
 
     module: str
     governor: str
     place: Place
     values: tuple[int, ...]
+    likely: bool
 
     @property
     def old(self) -> int:
         return self.values[-1]
+
+    @property
+    def configured(self) -> bool:
+        """Whether it is in a configuration that the module holds."""
+        return len(self.place) > 1 and self.place[1][0] != "position"
 
     def now(self, root: nn.Module) -> int:
         """The value that it has."""
@@ -136,15 +142,26 @@ def choices_of(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int], be
             continue
         governor = _governor(name, owners)
         known = [changes.get(governor, []), wholes.get(governor, []), frames.get(governor, []), frames.get(name, [])]
-        renamed: dict[int, dict[int, None]] = {}
-        for some in known:
+        sure = _renamed(known[0])
+        likely = _renamed(known[1]) | sure
+        renamed: dict[int, dict[int, None]] = {old: dict.fromkeys(values) for old, values in sure.items()}
+        for some in known[1:]:
             for old, values in _renamed(some).items():
                 renamed.setdefault(old, {}).update(dict.fromkeys(values))
         for place, old in _integers({**vars(module), **before.get(name, {})}):
             if old in renamed and _reaches(module, place):
                 values = (*(value for value in renamed[old] if value != old), old)
-                found.append(Choice(name, governor, place, values))
+                found.append(Choice(name, governor, place, values, old in likely))
     return found
+
+
+def guess(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int], before: Attributes) -> None:
+    """Set every integer that likely is a width to its first new value, where nothing will be compared."""
+    choices = [choice for choice in choices_of(root, graph, counts, before) if choice.likely]
+    if any(choice.configured for choice in choices):
+        own_configurations(root)
+    for choice in choices:
+        choice.take(root, choice.values[0])
 
 
 def own_configurations(root: nn.Module) -> None:

@@ -33,6 +33,9 @@ class Widths(Protocol):
     def argument(self, node: fx.Node, name: str, position: int | None, old: int) -> int:
         """The new size that a recorded operator is given in place of the old one."""
 
+    def knows(self, call: Call) -> bool:
+        """Whether the trace has something of what runs in a call: it leaves out what has no effect on the outputs."""
+
     def length(self, node: fx.Node, dim: int, old: int) -> int:
         """The new length of a dimension of a recorded value."""
 
@@ -197,6 +200,8 @@ class _Writer:
             if isinstance(step, fx.Node):
                 steps.append(("op", None, step))
                 continue
+            if not self._matters(step):
+                continue
             name = self.modules.get(id(self.recorded.model.get_submodule(step.path)))
             if name and step.path not in self.inline and _plain(step.passed.spec):
                 steps.append(("call", name, step))
@@ -206,6 +211,12 @@ class _Writer:
             assert step.results is not None and step.returned is not None
             steps += [("is", new, old) for new, old in zip(step.results.leaves, step.returned.leaves, strict=True)]
         return steps
+
+    def _matters(self, call: Call) -> bool:
+        """Whether somebody reads what a call returns, or the trace knows it."""
+        assert call.results is not None
+        read = any(isinstance(leaf, fx.Node) and leaf.users for leaf in call.results.leaves)
+        return read or not any(True for _ in call.operators()) or self.widths.knows(call)
 
     def _body(self, call: Call, steps: list[Step], others: list[Step] | None) -> list[str]:
         self.names: dict[fx.Node, str] = {}

@@ -153,7 +153,7 @@ class _Settling:
             choices = [c for c in self.open if (c.governor in alike or c.module in alike) and c not in self.changed]
             if not choices:
                 continue
-            if any(len(c.place) > 1 and c.place[1][0] != "position" for c in choices):
+            if any(choice.configured for choice in choices):
                 own_configurations(self.pruned)
             before = {choice: choice.now(self.pruned) for choice in choices}
             for trial in itertools.islice(_assignments(self.pruned, choices), MOST_TRIALS):
@@ -275,6 +275,9 @@ class _Widths:
             for old, new in zip(before.leaves, after.leaves, strict=True):
                 if isinstance(new, fx.Node) and isinstance(old, fx.Node) and old in self.dims:
                     self.dims[new] = self.dims[old]
+
+    def knows(self, call: Call) -> bool:
+        return any(node in self.operations for _, node in call.operators())
 
     def argument(self, node: fx.Node, name: str, position: int | None, old: int) -> int:
         operation = self.operations.get(node)

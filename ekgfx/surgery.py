@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ekgfx.attributes import correct
+from ekgfx.attributes import correct, guess
 from ekgfx.axes import Axis
 from ekgfx.calls import hollow
 from ekgfx.declared import attributes_of, declare
@@ -40,8 +40,9 @@ def prune(
         plan: kept channels per group.
         traced: the traced model (of this module, or of another one built the same way).
         example_inputs: where no traced model is at hand, inputs to trace with.
-        verify: trace the result again, compare the shape of every operator with the prediction, and its output with the
-            sliced graph's.
+        verify: trace the result again, compare every operator with the prediction, and the output with the sliced
+            graph's; what differs says which integers of the user's modules must change. Without it they are guessed by
+            their values, and no forward is replaced.
         inplace: cut `model` itself, one tensor after the other, and return it: at no time do all weights exist twice.
             `traced` tells no more of it then; gradients are dropped.
         graphs: where a module's own Python cannot express the cut (`view(-1, 16 * 5 * 5)`), a forward made from the
@@ -70,6 +71,8 @@ def prune(
         _recompute(pruned)
     predicted = Prediction(source, plan, kept, weights, before, twin)
     correct(pruned, source, predicted.counts)
+    if not verify:
+        guess(pruned, source, predicted.counts, before)
     declare(pruned, before, source, predicted.counts)
     if verify:
         settle(pruned, predicted, may_replace=graphs != "forbid")

@@ -12,6 +12,7 @@ import functools
 import inspect
 import itertools
 import operator
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from ekgfx.errors import PruneError
 from ekgfx.functional import inlined
 from ekgfx.graph import Example
 from ekgfx.leaf import Leaves, as_operators
+from ekgfx.nodes import bind
 
 
 @torch.library.custom_op("ekgfx::mark", mutates_args=())
@@ -258,6 +260,14 @@ def _filled(kinds: list[Any], tensors: Sequence[Any], sizes: Any) -> Iterator[An
             if isinstance(kind, _Size)
             else kind
         )
+
+
+def whole(node: fx.Node) -> bool:
+    """Whether a node takes all of a tensor by a slice, as `x[:, None]` does where sizes are symbolic."""
+    if node.target is not torch.ops.aten.slice.Tensor:
+        return False
+    args = bind(node)
+    return args["start"] in (0, None) and args["end"] in (sys.maxsize, None) and args["step"] == 1
 
 
 def _does(node: fx.Node) -> bool:

@@ -7,6 +7,8 @@ other arguments (dropout), `self.training` chooses; where it runs others, there 
 """
 
 import inspect
+import itertools
+import keyword
 import math
 import operator
 import re
@@ -19,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from ekgfx.calls import Call, Calls, Values
+from ekgfx.calls import Call, Calls, Values, whole
 from ekgfx.errors import PruneError
 from ekgfx.patched import Forward
 
@@ -198,7 +200,7 @@ class _Writer:
         steps: list[Step] = []
         for step in call.steps:
             if isinstance(step, fx.Node):
-                steps.append(("op", None, step))
+                steps.append(("is", step, step.args[0]) if whole(step) else ("op", None, step))
                 continue
             if not self._matters(step):
                 continue
@@ -247,15 +249,19 @@ class _Writer:
         lines.append(f"return {self._built(call.returned)}")
         return _released(lines, self.names.values(), self.taken)
 
-    def _assign(self, node: fx.Node, text: str) -> str:
+    def _assign(self, node: fx.Node, text: str, name: str = "") -> str:
         if not node.users:
             return text
-        name = node.name
-        while name in self.taken:
-            name += "_"
-        self.taken = {*self.taken, name}
+        name = self._fresh(name or re.sub(r"(_\d+)+$", "", node.name))
         self._name(node, name)
         return f"{name} = {text}"
+
+    def _fresh(self, name: str) -> str:
+        """A name that is not in use: numbered here, so that two calls that do the same are written alike."""
+        numbered = (name if not i else f"{name}_{i}" for i in itertools.count())
+        fresh = next(name for name in numbered if name not in self.taken and not keyword.iskeyword(name))
+        self.taken.add(fresh)
+        return fresh
 
     def _name(self, node: fx.Node, text: str) -> None:
         """A value is at hand under a name from now on, and with it its sizes."""
@@ -302,17 +308,12 @@ class _Writer:
         text = f"{_attribute(name)}({', '.join(given)})"
         leaves, paths = call.results.leaves, call.results.paths
         if len(leaves) == 1 and not paths[0]:
-            if isinstance(leaves[0], fx.Node):
-                return [self._assign(leaves[0], text)]
-            return [text]
-        whole = name.replace(".", "_") + "_result"
-        while whole in self.taken:
-            whole += "_"
-        self.taken = {*self.taken, whole}
+            return [self._assign(leaves[0], text, _variable(name)) if isinstance(leaves[0], fx.Node) else text]
+        several = self._fresh(_variable(name))
         for leaf, path in zip(leaves, paths, strict=True):
             if isinstance(leaf, fx.Node):
-                self._name(leaf, whole + "".join(map(_key, path)))
-        return [f"{whole} = {text}"]
+                self._name(leaf, several + "".join(map(_key, path)))
+        return [f"{several} = {text}"]
 
     def _operator(self, node: fx.Node, twin: fx.Node | None) -> str:
         target = node.target
@@ -324,6 +325,8 @@ class _Writer:
         for argument, value in zip(schema, node.args, strict=False):
             texts.append(self._argument(node, argument.name, value, next(others) if others else value))
         for name, value in node.kwargs.items():
+            if name == "pin_memory" and not value:
+                continue
             other = twin.kwargs.get(name, value) if twin is not None else value
             texts.append(f"{name}={self._argument(node, name, value, other)}")
         return f"torch.ops.{target}({', '.join(texts)})"
@@ -355,6 +358,8 @@ class _Writer:
         if isinstance(value, float) and value != other and (value, other) == lowest and self.floating:
             return f"torch.finfo({self.floating}.dtype).min"
         if isinstance(value, bool | float | int) and isinstance(other, bool | float | int) and value != other:
+            if (value, other) == (False, True):
+                return "self.training"
             return f"({_literal(other)} if self.training else {_literal(value)})"
         return _literal(value)
 
@@ -445,6 +450,12 @@ def _attribute(name: str) -> str:
     return text
 
 
+def _variable(name: str) -> str:
+    """A name for what the module of that name returns."""
+    last = name.rpartition(".")[2]
+    return last if last.isidentifier() else re.sub(r"\W", "_", f"out_{name}")
+
+
 def _literal(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return f"float({str(value)!r})"
@@ -491,7 +502,7 @@ def _spelled(expr: Any, known: Mapping[Any, str]) -> str:
     raise KeyError(expr)
 
 
-_WORD = re.compile(r"[A-Za-z_]\w*")
+_WORD = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
 
 
 def _released(lines: list[str], names: Iterable[str], taken: set[str]) -> list[str]:

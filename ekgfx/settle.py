@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from ekgfx.attributes import STANDARD, Attributes, Choice, choices_of, own_configurations
 from ekgfx.axes import Axis, count
-from ekgfx.calls import Call, Calls, Values, calls_of, hollow
+from ekgfx.calls import Call, Calls, Values, calls_of, hollow, whole
 from ekgfx.errors import EkgfxError, PruneError
 from ekgfx.graph import Operation
 from ekgfx.leaf import evaluation_mode
@@ -266,6 +266,8 @@ class _Widths:
                 self._follow(step, source)
             elif step in self.operations:
                 self.dims[step] = source.dims.get(self.operations[step].name)
+            elif whole(step):
+                self.dims[step] = self.dims.get(cast(fx.Node, step.args[0]))
             elif step.target is operator.getitem and isinstance(self.dims.get(cast(fx.Node, step.args[0])), list):
                 self.dims[step] = self.dims[cast(fx.Node, step.args[0])][step.args[1]]
         self._pass(call.returned, call.results)

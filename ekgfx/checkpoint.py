@@ -152,7 +152,7 @@ def _rebuild(path: Path, original: Built) -> Built:
     model = original.model
     for step in [*map(Plan.from_json, manifest.get("ancestors", [])), plan]:
         try:
-            model = prune(model, step, example_inputs=original.example_inputs)
+            model = prune(model, step, example_inputs=original.example_inputs, graphs="allow")
         except PlanError as error:
             raise PlanError(f"{path} was not made from this {type(original.model).__name__}: {error}") from error
     load_tensors(model, weights)

@@ -131,8 +131,10 @@ class Export:
 class Recipe:
     """Everything `ekgfx prune` needs to know. `ekgfx prune --help` says what the settings mean.
 
-    `leaf`: modules that run as they are, by name or glob. `data`: None takes `photos`, label-free. `pretrain`: training
-    of the model before it is pruned. `measured`: what this recipe gave, and where.
+    `leaf`: modules that run as they are, by name or glob. `graphs`: whether a module whose Python cannot express the
+    cut gets another forward ("warn" names it; "forbid" keeps all channels of the groups that would need one). `data`:
+    None takes `photos`, label-free. `pretrain`: training of the model before it is pruned. `measured`: what this recipe
+    gave, and where.
     """
 
     model: str | None = None
@@ -142,6 +144,7 @@ class Recipe:
     input: str | None = None
     classes: int | None = None
     leaf: tuple[str, ...] = ()
+    graphs: Literal["warn", "allow", "forbid"] = "warn"
     data: str | None = None
     seed: int = 0
     device: str = "auto"

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -79,6 +79,33 @@ def prune(
         if graphs == "warn":
             _tell(pruned)
     return pruned
+
+
+def needs_forward(traced: TracedModel) -> list[str]:
+    """Groups that cannot be cut without replacing a module's forward, found by cutting some of every group at once,
+    and, where that fails, of ever fewer."""
+    names = [name for name, group in traced.groups.items() if group.size > 1]
+    sizes = {name: traced.groups[name].size for name in names}
+
+    def plan(some: Sequence[str]) -> Plan:  # parts that differ, so that no two widths stay equal by chance
+        kept = {name: max(1, sizes[name] - sizes[name] // 4 - names.index(name) % 3) for name in some}
+        return Plan({name: tuple(range(n)) for name, n in kept.items()}, leaf=tuple(traced.leaves))
+
+    def failing(some: Sequence[str]) -> list[str]:
+        try:
+            prune(traced.model, plan(some), traced, graphs="forbid")
+        except PruneError:
+            if len(some) == 1:
+                return list(some)
+            half = len(some) // 2
+            found = failing(some[:half])
+            rest = [name for name in some[:half] if name not in found]
+            found += failing(some[half:])
+            left = [*rest, *(name for name in some[half:] if name not in found)]
+            return found if found or not left else left  # only together
+        return []
+
+    return failing(names) if names else []
 
 
 def _tell(pruned: nn.Module) -> None:

@@ -40,6 +40,11 @@ from ekgfx.run import Run, fresh_path
 @setting("input", "--input", metavar="SHAPE", help="Shape of the example input, such as 1x3x32x32 (comma: several).")
 @setting("classes", "--classes", help="Number of classes to build the model with.")
 @setting("leaf", "--leaf", metavar="GLOB", help="Modules without a graph, which run as they are, whole; repeatable.")
+@setting(
+    "graphs",
+    "--graphs",
+    help="A module whose Python cannot express the cut gets another forward; warn names it, forbid prunes less.",
+)
 @setting("search.strategy", "--search", help="How widths are found.")
 @setting("search.importance", "--importance", help="Which channels go first.")
 @setting("search.knowledge", "--knowledge", help="What the search's reward compares with.")

@@ -101,7 +101,19 @@ def _results(facts: Facts) -> Element | None:
     said = f"MACs {change(first.macs, last.macs)}; parameters {change(first.params, last.params)}."
     if quality == "agreement":
         said += " Agreement: test images for which the network says what the unpruned one says; there are no labels."
-    return section("Result", element("p", said), table(header, rows))
+    return section("Result", element("p", said), table(header, rows), _replaced(facts))
+
+
+def _replaced(facts: Facts) -> Element | None:
+    """The modules that got another forward, and why."""
+    told = facts.manifest.get("replaced")
+    rows = [[str(each.get(key, "")) for key in ("module", "kind", "sizes", "reason")] for each in told or ()]
+    if not rows:
+        return None
+    said = "Modules with another forward than their class's, which cannot express the cut:"
+    return element(
+        "div", element("p", said), table(["module", "class", "sizes of the inputs", "reason"], rows, texts=4)
+    )
 
 
 def _reproduce(facts: Facts) -> Element:

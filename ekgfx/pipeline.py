@@ -107,7 +107,7 @@ def keep_what_needs_a_forward(job: Job) -> None:
         found = needs_forward(job.traced)
         if found:
             job.report.note(f"keep all channels, since a cut needs another forward: {', '.join(found)}")
-            ignored = (*job.recipe.search.ignore, *found)
+            ignored = (*job.recipe.search.ignore, *(f"={name}" for name in found))
             job.recipe = replace(job.recipe, search=replace(job.recipe.search, ignore=ignored))
 
 

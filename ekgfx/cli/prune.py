@@ -52,7 +52,7 @@ from ekgfx.run import Run, fresh_path
     "search.ignore",
     "--ignore",
     metavar="GLOB",
-    help="Groups, parameters or modules that keep all channels; repeatable.",
+    help="Groups, parameters or modules that keep all channels; =NAME: one group alone; repeatable.",
 )
 @setting(
     "search.accept",

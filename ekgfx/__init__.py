@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ekgfx.checkpoint import load, save
     from ekgfx.finetune import finetune
     from ekgfx.loss import EKGLoss
+    from ekgfx.patched import Replacement, replaced
     from ekgfx.plan import Plan
     from ekgfx.rules import rule
     from ekgfx.search import search
@@ -30,6 +31,8 @@ __all__ = [
     "prune",
     "calibrate",
     "transfer",
+    "replaced",
+    "Replacement",
     "build_bank",
     "finetune",
     "save",
@@ -51,6 +54,8 @@ _HOMES = {
     "prune": "surgery",
     "calibrate": "calibrate",
     "transfer": "transfer",
+    "replaced": "patched",
+    "Replacement": "patched",
     "build_bank": "bank",
     "finetune": "finetune",
     "save": "checkpoint",

@@ -1,20 +1,23 @@
 """After the tensors of a module have been cut, make its integers agree with them again.
 
 Three kinds of integers: those of standard layers follow from their weights; those that a layer hands to its operator
-(`groups`, `num_groups`, `normalized_shape`) follow from the operator's expressions; and those of any other module that
-owns an operator with a recomputed argument (head counts, split sizes …) are found by their old value.
+(`groups`, `num_groups`, `normalized_shape`) follow from the operator's expressions; and those of any other module, or
+of the configuration that it holds (head counts, split sizes …), can only be found by their old value. Many an integer
+has such a value by chance, so these are choices: whoever makes them sees what they change.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ekgfx.axes import Axis, Prod, Sum, count, counted
-from ekgfx.graph import AxisGraph
+from ekgfx.graph import AxisGraph, listed
+from ekgfx.nodes import callers
 
 
 def _conv(module: Any) -> None:
@@ -80,32 +83,51 @@ LAYERS: tuple[tuple[type[nn.Module], Callable[[Any], None]], ...] = (
 
 STANDARD = tuple(layer for layer, _ in LAYERS)
 
+Attributes = Mapping[str, Mapping[str, Any]]
+
+
+Place = tuple[tuple[str, Any], ...]
+"""The way from a module to an integer: ("attribute", name), ("key", key) or ("position", index) of what is there."""
+
 
 @dataclass(frozen=True)
 class Choice:
-    """An integer attribute (or an element of a tuple of them) whose old value stands for several new ones."""
+    """An integer whose old value is that of a size that has changed: what the module holds at `place`.
+
+    governor: the module whose operators it is used in, as far as one can tell. values: what it may be now, changed ones
+    first and the old one last. likely: an operator of the governor asks for the size, or reads it whole.
+    """
 
     module: str
-    attribute: str
-    position: int | None
+    governor: str
+    place: Place
     values: tuple[int, ...]
+    likely: bool
+
+    @property
+    def old(self) -> int:
+        return self.values[-1]
+
+    @property
+    def configured(self) -> bool:
+        """Whether it is in a configuration that the module holds."""
+        return len(self.place) > 1 and self.place[1][0] != "position"
+
+    def now(self, root: nn.Module) -> int:
+        """The value that it has."""
+        value: Any = root.get_submodule(self.module)
+        for step in self.place:
+            value = _get(value, step)
+        return int(value)
 
     def take(self, root: nn.Module, value: int) -> None:
-        """Set the attribute to one of the values."""
-        _assign(root.get_submodule(self.module), self.attribute, self.position, value)
+        """Set the integer to one of the values."""
+        _put(root.get_submodule(self.module), self.place, value)
 
 
-def correct(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int]) -> list[Choice]:
-    """Correct the integers of a cut module in place.
-
-    Returns the choices that the old values leave open; each is set to its first value, a changed one.
-    """
-    changes: dict[str, list[_Change]] = {}
-    wholes: dict[str, list[_Change]] = {}
-    for view in graph.graphs:
-        for found_in, into in ((_recomputed(view, counts), changes), (_wholes(view, counts), wholes)):
-            for name, found_there in found_in.items():
-                into.setdefault(name, []).extend(found_there)
+def correct(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int]) -> None:
+    """Correct the integers of the standard layers of a cut module in place."""
+    changes = _of_all(_recomputed, graph, counts)
     for name, module in root.named_modules():
         if isinstance(module, STANDARD):
             for change in changes.get(name, ()):
@@ -114,14 +136,122 @@ def correct(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int]) -> li
             next(follow for layer, follow in LAYERS if isinstance(module, layer))(module)
     for view in graph.graphs:
         _bare_norms(root, view, counts)
-    owners = {operation.module for view in graph.graphs for operation in view.operations}
-    found: list[Choice] = []
-    for name, module in root.named_modules():
-        if not isinstance(module, STANDARD):
-            governor = _governor(name, owners)
-            guesses = {old: (*new, old) for old, new in _renamed(wholes.get(governor, [])).items()}
-            found += _by_old_value(name, module, guesses | _renamed(changes.get(governor, [])))
+
+
+def _of_all(
+    find: Callable[[AxisGraph, Mapping[Axis, int]], dict[str, list["_Change"]]],
+    graph: AxisGraph,
+    counts: Mapping[Axis, int],
+) -> dict[str, list["_Change"]]:
+    """What `find` finds in all graphs of a model, by module."""
+    found: dict[str, list[_Change]] = {}
+    for view in graph.graphs:
+        for name, changes in find(view, counts).items():
+            found.setdefault(name, []).extend(changes)
     return found
+
+
+def choices_of(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int], before: Attributes) -> list[Choice]:
+    """The integers of a cut module's other modules that may have to change, with their values `before` the cut."""
+    changes, wholes, frames = (_of_all(find, graph, counts) for find in (_recomputed, _wholes, _frames))
+    owners = {operation.module for view in graph.graphs for operation in view.operations}
+    found = []
+    for name, module in root.named_modules():
+        if isinstance(module, STANDARD):
+            continue
+        governor = _governor(name, owners)
+        known = [changes.get(governor, []), wholes.get(governor, []), frames.get(governor, []), frames.get(name, [])]
+        sure = _renamed(known[0])
+        likely = _renamed(known[1]) | sure
+        renamed: dict[int, dict[int, None]] = {old: dict.fromkeys(values) for old, values in sure.items()}
+        for some in known[1:]:
+            for old, values in _renamed(some).items():
+                renamed.setdefault(old, {}).update(dict.fromkeys(values))
+        for place, old in _integers({**vars(module), **before.get(name, {})}):
+            if old in renamed and _reaches(module, place):
+                values = (*(value for value in renamed[old] if value != old), old)
+                found.append(Choice(name, governor, place, values, old in likely))
+    return found
+
+
+def guess(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int], before: Attributes) -> None:
+    """Set every integer that likely is a width to its first new value, where nothing will be compared."""
+    choices = [choice for choice in choices_of(root, graph, counts, before) if choice.likely]
+    if any(choice.configured for choice in choices):
+        own_configurations(root)
+    for choice in choices:
+        choice.take(root, choice.values[0])
+
+
+def own_configurations(root: nn.Module) -> None:
+    """Give the modules of `root` copies of the configurations that they hold, shared as they were: others may hold them
+    too."""
+    copies: dict[int, Any] = {}
+    for module in root.modules():
+        for name, value in vars(module).items():
+            if _configures(value):
+                if id(value) not in copies:
+                    copies[id(value)] = (copy.copy(value), value)
+                vars(module)[name] = copies[id(value)][0]
+
+
+def _configures(value: Any) -> bool:
+    """Whether an attribute is an object or a dict that holds settings."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and any(type(v) is int for v in value.values())
+    plain = hasattr(value, "__dict__") and not isinstance(value, nn.Module | Tensor | type) and not callable(value)
+    return plain and any(type(v) is int for v in vars(value).values())
+
+
+def _integers(attributes: Mapping[str, Any]) -> Iterator[tuple[Place, int]]:
+    """Every integer among a module's attributes, in their tuples and lists, and in the configurations among them."""
+    for name, value in attributes.items():
+        if name.startswith("_") and isinstance(value, dict):
+            continue  # of nn.Module's own
+        yield from _within(value, (("attribute", name),))
+        if _configures(value):
+            members = value.items() if isinstance(value, dict) else vars(value).items()
+            kind = "key" if isinstance(value, dict) else "attribute"
+            for member, held in members:
+                yield from _within(held, (("attribute", name), (kind, member)))
+
+
+def _within(value: Any, place: Place) -> Iterator[tuple[Place, int]]:
+    if type(value) is int:
+        yield place, value
+    elif type(value) in (tuple, list) and value and all(type(v) is int for v in value):
+        yield from (((*place, ("position", i)), v) for i, v in enumerate(value))
+
+
+def _reaches(module: nn.Module, place: Place) -> bool:
+    value: Any = module
+    try:
+        for step in place:
+            value = _get(value, step)
+    except (AttributeError, LookupError, TypeError):
+        return False
+    return type(value) is int
+
+
+def _get(value: Any, step: tuple[str, Any]) -> Any:
+    kind, key = step
+    return getattr(value, key) if kind == "attribute" else value[key]
+
+
+def _put(holder: Any, place: Place, value: int) -> None:
+    (kind, key), *rest = place
+    if rest and rest[0][0] == "position":  # a tuple cannot be changed: another one takes its place
+        old = _get(holder, (kind, key))
+        changed = [value if i == rest[0][1] else v for i, v in enumerate(old)]
+        new: Any = type(old)(changed)
+    elif rest:
+        return _put(_get(holder, (kind, key)), tuple(rest), value)
+    else:
+        new = value
+    if kind == "key":
+        holder[key] = new
+    else:
+        object.__setattr__(holder, key, new) if not isinstance(holder, nn.Module) else setattr(holder, key, new)
 
 
 def _bare_norms(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int]) -> None:
@@ -182,25 +312,18 @@ def _renamed(changes: list[_Change]) -> dict[int, tuple[int, ...]]:
     return {old: tuple(sorted(new, key=lambda n: n == old)) for old, new in now.items() if set(new) != {old}}
 
 
-def _by_old_value(name: str, module: nn.Module, renamed: Mapping[int, tuple[int, ...]]) -> Iterator[Choice]:
-    for attribute, value in list(vars(module).items()):
-        if type(value) is int:
-            elements: list[tuple[int | None, int]] = [(None, value)]
-        elif type(value) in (tuple, list) and all(type(v) is int for v in value):
-            elements = list(enumerate(value))
-        else:
-            continue
-        for position, old in elements:
-            if old in renamed:
-                _assign(module, attribute, position, renamed[old][0])
-                if len(renamed[old]) > 1:
-                    yield Choice(name, attribute, position, renamed[old])
+def _frames(graph: AxisGraph, counts: Mapping[Axis, int]) -> dict[str, list[_Change]]:
+    """Module → sizes, before and after, of all that is read or computed while its forward runs: an assertion may know
+    them that no operator asks for."""
+    found: dict[str, dict[tuple[int, int], _Change]] = {}
+    for operation in graph.operations:
+        sizes = [_sizes(graph, node, counts) for node in (*operation.node.all_input_nodes, operation.node)]
+        for name in callers(operation.node):
+            known = found.setdefault(name, {})
+            for old, new in (pair for pairs in sizes for pair in pairs if pair[0] != pair[1]):
+                known.setdefault((old, new), _Change("", old, new))
+    return {name: list(known.values()) for name, known in found.items()}
 
 
-def _assign(module: nn.Module, attribute: str, position: int | None, value: int) -> None:
-    if position is not None:
-        sequence = list(getattr(module, attribute))
-        sequence[position] = value
-        setattr(module, attribute, type(getattr(module, attribute))(sequence))
-    else:
-        setattr(module, attribute, value)
+def _sizes(graph: AxisGraph, node: Any, counts: Mapping[Axis, int]) -> list[tuple[int, int]]:
+    return [(count(dim, {}), count(dim, counts)) for dims in listed(graph.dims.get(node.name, ())) for dim in dims]

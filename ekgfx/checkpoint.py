@@ -199,7 +199,9 @@ def _rebuild(path: Path, original: Built, also: Sequence[Any] = ()) -> Built:
     for step in steps:
         try:
             inputs, leaf, unused = original.example_inputs, step.leaf, step.unused
-            model = prune(model, step, silently_traced(model, inputs, leaf=leaf, also=also, unused=unused))
+            outputs = step.outputs or None
+            traced = silently_traced(model, inputs, leaf=leaf, also=also, unused=unused, outputs=outputs)
+            model = prune(model, step, traced, graphs="allow")
         except PlanError as error:
             raise PlanError(f"{path} was not made from this {type(original.model).__name__}: {error}") from error
     load_tensors(model, weights)

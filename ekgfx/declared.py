@@ -10,16 +10,13 @@ from typing import Any
 
 from torch import fx, nn
 
-from ekgfx.attributes import STANDARD
+from ekgfx.attributes import STANDARD, Attributes
 from ekgfx.axes import Axis, Expr, count
 from ekgfx.graph import AxisGraph, listed
 from ekgfx.nodes import callers
 
 INCOMING = ("in_features", "in_channels", "in_chs")
 OUTGOING = ("num_features", "head_hidden_size", "embed_dim", "hidden_size", "out_features", "out_channels", "out_chs")
-
-
-Attributes = Mapping[str, Mapping[str, Any]]
 
 
 def attributes_of(model: nn.Module) -> Attributes:

@@ -32,11 +32,11 @@ def functionalize(
     Returns:
         the graph, its program, and whether PyTorch's functionalization was used.
     """
-    graph = _inlined(program.graph_module)
+    graph = inlined(program.graph_module)
     decompose = decompose or not _replace_in_place(graph, updates)
     if decompose:
         program = program.run_decompositions({})
-        graph = _inlined(program.graph_module)
+        graph = inlined(program.graph_module)
         _replace_in_place(graph)
         if updates:
             _note_updates(graph, program)
@@ -48,7 +48,7 @@ def functionalize(
     return graph, program, decompose
 
 
-def _inlined(module: fx.GraphModule) -> fx.Graph:
+def inlined(module: fx.GraphModule) -> fx.Graph:
     """A copy of the graph in which every wrapped nested graph stands in place of its call."""
     graph = fx.Graph()
     done: dict[fx.Node, Any] = {}
@@ -58,7 +58,7 @@ def _inlined(module: fx.GraphModule) -> fx.Graph:
             continue
         if node.op == "call_function" and name in WRAPPERS:
             nested, first = WRAPPERS[name]
-            inner = _inlined(getattr(module, node.args[nested].target))
+            inner = inlined(getattr(module, node.args[nested].target))
             inputs = [done[n] for n in node.args[first:]]
             values = dict(zip((n for n in inner.nodes if n.op == "placeholder"), inputs, strict=True))
             done[node] = graph.graph_copy(inner, values)

@@ -83,7 +83,7 @@ def ekgfx_pruned(
     whole: Any = model
     config = dict(whole.pretrained_cfg)
     for plan in plans:
-        whole = prune(whole, Plan.from_json(plan), example_inputs=torch.zeros(2, *input_size))
+        whole = prune(whole, Plan.from_json(plan), example_inputs=torch.zeros(2, *input_size), graphs="allow")
     told = pretrained_cfg.to_dict() if hasattr(pretrained_cfg, "to_dict") else dict(pretrained_cfg or {})
     config = {**config, **told, "architecture": dense, "input_size": tuple(input_size)}
     whole.pretrained_cfg = whole.default_cfg = config

@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -22,11 +22,12 @@ from ekgfx.errors import DataError, RecipeError, RunError
 from ekgfx.finetune import Epoch, finetune
 from ekgfx.job import DENSE, LABEL_FREE, Job, Report, open_data, pick_device
 from ekgfx.loss import KnowledgeSource
+from ekgfx.patched import replaced
 from ekgfx.planning import align_of, find_plan, smallest
 from ekgfx.recipe import Recipe, Training, override
 from ekgfx.run import Run
 from ekgfx.search import SearchResult
-from ekgfx.surgery import prune
+from ekgfx.surgery import needs_forward, prune
 
 EPOCHS = "finetune.jsonl"
 PRETRAINING, TUNING = "pretrain.safetensors", "finetune.safetensors"
@@ -59,12 +60,13 @@ def follow_job(run: Run, report: Report) -> None:
     job = Job.of(run, report)
     result = to_the_plan(job)
     if job.recipe.finetune.epochs:
-        train(job, prune(job.built.model, result.plan, job.traced), result)
+        train(job, prune(job.built.model, result.plan, job.traced, graphs=settled(job)), result)
 
 
 def to_the_plan(job: Job) -> SearchResult:
     """The stages up to the plan, or what they found before."""
     if not job.run.has(checkpoint.PLAN):
+        keep_what_needs_a_forward(job)
         timing.check_settings(job.recipe.search)
         table = timing.layer_table(job)
         smallest(job.traced, job.recipe.search, align_of(job, table), table)  # before anything takes its time
@@ -115,6 +117,21 @@ def check_finetune(job: Job, asked: Recipe) -> None:
 NO_TEACHERS = "fine-tuning without labels needs the memory bank: give data with labels, or teachers"
 
 
+def settled(job: Job) -> Literal["allow", "forbid"]:
+    """What surgery may do; the job itself tells what it did."""
+    return "forbid" if job.recipe.graphs == "forbid" else "allow"
+
+
+def keep_what_needs_a_forward(job: Job) -> None:
+    """Where no forward may be replaced, groups that need it keep all channels, which is known before the search."""
+    if job.recipe.graphs == "forbid":
+        found = needs_forward(job.traced)
+        if found:
+            job.report.note(f"keep all channels, since a cut needs another forward: {', '.join(found)}")
+            ignored = (*job.recipe.search.ignore, *(f"={name}" for name in found))
+            job.recipe = replace(job.recipe, search=replace(job.recipe.search, ignore=ignored))
+
+
 def prepare(job: Job) -> None:
     """The weights that the search works on: trained where the recipe says so, then adapted (step 0 of the paper)."""
     recipe, model = job.recipe, job.built.model
@@ -148,11 +165,16 @@ def cut(job: Job, result: SearchResult) -> nn.Module:
     """The pruned model: cut, verified, BatchNorm's statistics estimated anew, saved and scored; or as it was saved."""
     model, traced = job.built.model, job.traced
     if job.run.has(checkpoint.WEIGHTS):
-        pruned = prune(model, result.plan, traced)
+        pruned = prune(model, result.plan, traced, graphs=settled(job))
         checkpoint.load_tensors(pruned, job.run.path / checkpoint.WEIGHTS)
         return pruned
     job.report.stage("prune and verify")
-    pruned = prune(model, result.plan, traced)
+    pruned = prune(model, result.plan, traced, graphs=settled(job))
+    replacements = [] if job.recipe.graphs == "allow" else replaced(pruned)
+    for replacement in replacements:
+        job.report.note(f"another forward for {replacement}")
+    if found := replaced(pruned):
+        job.run.update(replaced=[asdict(replacement) for replacement in found])
     if job.data is not None:
         size = job.batch_size
         full = job.data.size("train") >= size  # a short last batch may be too small to have statistics

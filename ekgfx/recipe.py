@@ -127,8 +127,10 @@ class Recipe:
 
     `ema`: of a weights file with several state dicts, the moving average. `leaf`: modules that run as they are, by name
     or glob. `unused`: parameters or modules that nothing uses, likewise. `outputs`: which of the model's outputs matter
-    (all by default); `logits`: where the logits are in them, by key, field or index. `data`: None takes `photos`,
-    label-free. `pretrain`: training of the model before it is pruned. `measured`: what this recipe gave, and where.
+    (all by default); `logits`: where the logits are in them, by key, field or index. `graphs`: whether a module whose
+    Python cannot express the cut gets another forward ("warn" names it; "forbid" keeps all channels of the groups that
+    would need one). `data`: None takes `photos`, label-free. `pretrain`: training of the model before it is pruned.
+    `measured`: what this recipe gave, and where.
     """
 
     model: str | None = None
@@ -142,6 +144,7 @@ class Recipe:
     unused: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     logits: str | None = None
+    graphs: Literal["warn", "allow", "forbid"] = "warn"
     data: str | None = None
     seed: int = 0
     device: str = "auto"

@@ -1,7 +1,8 @@
 """Two independent checks of the analysis: zeroing instead of cutting, and tracing the pruned model again."""
 
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -143,19 +144,14 @@ def check_masked(traced: TracedModel, plan: Plan, inputs: tuple) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first operator whose shape in the pruned model is not the predicted one."""
+    """An operator of the pruned model that is not what was predicted, in words, and the module that runs it."""
 
-    node: str
     module: str
-    predicted: tuple[int, ...]
-    actual: tuple[int, ...]
+    text: str
     way: Way = Way()  # noqa: RUF009  frozen
 
     def __str__(self) -> str:
-        way = "" if self.way == Way() else f" ({self.way})"
-        return (
-            f"{self.node} in {self.module or 'the model'}{way}: predicted shape {self.predicted}, found {self.actual}"
-        )
+        return self.text if self.way == Way() else f"{self.text} ({self.way})"
 
 
 def predicted_shapes(graph: AxisGraph, counts: Mapping[Axis, int]) -> dict[str, tuple[int, ...]]:
@@ -167,32 +163,74 @@ def predicted_shapes(graph: AxisGraph, counts: Mapping[Axis, int]) -> dict[str, 
     return shapes
 
 
-def compare_shapes(traced: TracedModel, plan: Plan, again: TracedModel) -> Difference | None:
-    """Compare the predicted shape of every operator with the one found when the pruned model was traced again, in every
-    way in which it was traced.
+def differences(traced: TracedModel, counts: Mapping[Axis, int], again: TracedModel) -> list[Difference]:
+    """Where the pruned model, traced again in every way in which it was traced, is not the traced one with `counts`
+    positions left of its axes.
 
-    Raises:
-        PruneError: the pruned model runs other operators than the original did.
+    Every operator must read the same values as before, have the predicted shape, and the same numbers: an attention
+    that divides by the root of a width divides by the width before the cut. Where other operators run, the first of
+    them ends the comparison.
     """
-    kept = {axis: len(index) for axis, index in traced.groups.kept(plan).items()}
     pairs = zip(traced.graphs, again.graphs, strict=True)
-    return next(filter(None, (_compare_shapes(before, kept, after) for before, after in pairs)), None)
+    return [replace(found, way=old.way) for old, new in pairs for found in _differences(old, counts, new)]
 
 
-def _compare_shapes(graph: AxisGraph, kept: Mapping[Axis, int], again: AxisGraph) -> Difference | None:
-    predicted = predicted_shapes(graph, kept)
-    actual = predicted_shapes(again, {})
-    old, new = ([op for op in g.operations if str(op.target) not in LAYOUT_ONLY] for g in (graph, again))
-    if [op.target for op in old] != [op.target for op in new]:
-        where = next((a for a, b in zip(old, new, strict=False) if a.target != b.target), (old or new)[-1])
-        raise PruneError(
-            f"the pruned model runs other operators than the original, from {where.name} in {where.module} on"
-            + ("" if graph.way == Way() else f" ({graph.way})")
-        )
-    for before, after in zip(old, new, strict=True):
-        if predicted[before.name] != actual[after.name]:
-            return Difference(before.name, before.module, predicted[before.name], actual[after.name], graph.way)
-    return None
+def _differences(traced: AxisGraph, counts: Mapping[Axis, int], again: AxisGraph) -> list[Difference]:
+    shapes, actual = predicted_shapes(traced, counts), predicted_shapes(again, {})
+    before, after = _Reader(traced), _Reader(again)
+    found = []
+    for old, new in zip(before.operations, after.operations, strict=False):
+        if old.target != new.target:
+            break
+        place = f"{old.name} in {old.module or 'the model'}"
+        if shapes[old.name] != actual[new.name]:
+            text = f"{place}: predicted shape {shapes[old.name]}, found {actual[new.name]}"
+            found.append(Difference(old.module, text))
+        else:
+            found += [Difference(old.module, f"{place}: {what}") for what in _otherwise(old, new, before, after)]
+    else:
+        if len(before.operations) == len(after.operations):
+            return found
+    common = min(len(before.operations), len(after.operations)) - 1
+    pairs = enumerate(zip(before.operations, after.operations, strict=False))
+    first = before.operations[next((i for i, (a, b) in pairs if a.target != b.target), common)]
+    text = f"the pruned model runs other operators than the original, from {first.name} in {first.module or 'it'} on"
+    return [*found, Difference(first.module, text)]
+
+
+class _Reader:
+    """Says what a value of a graph is, in words that are the same for another graph of the same model."""
+
+    def __init__(self, graph: AxisGraph) -> None:
+        self.graph = graph
+        self.operations = [op for op in graph.operations if str(op.target) not in LAYOUT_ONLY]
+        self.numbers = {op.node: i for i, op in enumerate(self.operations)}
+
+    def __call__(self, node: fx.Node) -> Any:
+        if node in self.numbers:
+            return self.numbers[node]
+        if node.op == "call_function" and node.target is operator.getitem:
+            return (self(node.args[0]), node.args[1])  # type: ignore[arg-type]
+        if node.op == "call_function" and node.all_input_nodes:
+            return self(node.all_input_nodes[0])
+        if node.name in self.graph.inputs:
+            return f"input {self.graph.inputs.index(node.name)}"
+        return self.graph.weights.get(node.name, "a constant")
+
+
+def _otherwise(old: Operation, new: Operation, before: _Reader, after: _Reader) -> Iterator[str]:
+    """What an operator is given that is not what it was given before, apart from sizes."""
+    for name, value in old.args.items():
+        other = new.args.get(name)
+        if name in old.effect.sizes or name in new.effect.sizes:
+            continue
+        if isinstance(value, fx.Node) and isinstance(other, fx.Node):
+            if before(value) != after(other):
+                yield f"{name} is another value than before"
+        elif type(value) in (float, bool, int) and type(other) in (float, bool, int):
+            exact = type(value) is not int or name in ("other", "exponent", "alpha", "value", "fill_value")
+            if exact and value != other:
+                yield f"{name} is {other}, before the cut it was {value}"
 
 
 def check_pruned(

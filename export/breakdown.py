@@ -113,11 +113,11 @@ def break_down(
     rounded = whole_tiles(traced, plan, target.staircase.tile)
     if rounded != plan:
         with tempfile.TemporaryDirectory() as folder:
-            network = prune(traced.model, rounded, traced)
+            network = prune(traced.model, rounded, traced, graphs="allow")
             file = to_onnx(network, inputs, Path(folder) / "aligned.onnx", fp16=fp16(target))
             times["aligned"] = to_known(profile(file, inputs, target, runs=runs), traced)
     segments = find_segments(traced)
-    networks = {"dense": traced.model, "pruned": prune(traced.model, plan, traced)}
+    networks = {"dense": traced.model, "pruned": prune(traced.model, plan, traced, graphs="allow")}
     work = {
         name: {
             key: _work(segment, _counts(traced, plan if name == "pruned" else Plan(), target.batch), network, target)

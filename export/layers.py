@@ -88,7 +88,7 @@ def fp16(target: Target) -> bool:
 
 def network_of(traced: TracedModel, plan: Plan) -> nn.Module:
     """The network that a plan leaves; a copy of the model where it leaves all."""
-    return prune(traced.model, plan, traced) if plan.kept else deep_copy(traced.model)
+    return prune(traced.model, plan, traced, graphs="allow") if plan.kept else deep_copy(traced.model)
 
 
 def to_known(times: Mapping[str, float], traced: TracedModel) -> dict[str, float]:

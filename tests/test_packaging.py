@@ -39,8 +39,10 @@ plan cost sizes arguments
 groups sliced obstacle segments
 trace
 mixing norms
-loss verify signature graphed declared attributes
-evaluation calibrate surgery transfer
+loss verify attributes calls patched
+evaluation calibrate declared rewrite
+settle
+surgery transfer
 search training training_state
 finetune bank
 prepare checkpoint export landscape

@@ -3,9 +3,11 @@
 import copy
 import random
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import ekgfx
 from ekgfx.verify import check_masked, check_pruned, mask_tensor, perturb, relative_error
@@ -45,3 +47,21 @@ def zeros(model: nn.Module, traced: ekgfx.TracedModel, plan: ekgfx.Plan) -> nn.M
             if name in dims:
                 tensor.copy_(mask_tensor(tensor, dims[name], kept))
     return twin
+
+
+def zeroed(traced: ekgfx.TracedModel, plan: ekgfx.Plan) -> nn.Module:
+    """The traced model with zeros in place of what the plan cuts."""
+    return zeros(traced.model, traced, plan)
+
+
+def distance(pruned: nn.Module, twin: nn.Module, inputs: tuple[Any, ...], *, training: bool = False) -> float:
+    """Relative error of copies of the two, in the same mode, with the same random numbers."""
+    found = []
+    dtype = next(pruned.parameters()).dtype
+    inputs = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
+    for network in (pruned, twin):
+        network = copy.deepcopy(network).train(training)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            found.append(network(*inputs))
+    return relative_error(*found)

@@ -51,6 +51,11 @@ log = logging.getLogger("ekgfx")
 @setting(
     "logits", "--logits", metavar="PLACE", help="Where the logits are in the model's output, where it is not clear."
 )
+@setting(
+    "graphs",
+    "--graphs",
+    help="A module whose Python cannot express the cut gets another forward; warn names it, forbid prunes less.",
+)
 @setting("search.strategy", "--search", help="How widths are found.")
 @setting("search.importance", "--importance", help="Which channels go first.")
 @setting("search.knowledge", "--knowledge", help="What the search's reward compares with.")
@@ -58,7 +63,7 @@ log = logging.getLogger("ekgfx")
     "search.ignore",
     "--ignore",
     metavar="GLOB",
-    help="Groups, parameters or modules that keep all channels; repeatable.",
+    help="Groups, parameters or modules that keep all channels; =NAME: one group alone; repeatable.",
 )
 @setting(
     "search.accept",

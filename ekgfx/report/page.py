@@ -108,7 +108,19 @@ def _results(facts: Facts) -> Element | None:
         if isinstance(found, list)
         else []
     )
-    return section("Result", element("p", said), table(header, rows), *notes)
+    return section("Result", element("p", said), table(header, rows), _replaced(facts), *notes)
+
+
+def _replaced(facts: Facts) -> Element | None:
+    """The modules that got another forward, and why."""
+    told = facts.manifest.get("replaced")
+    rows = [[str(each.get(key, "")) for key in ("module", "kind", "sizes", "reason")] for each in told or ()]
+    if not rows:
+        return None
+    said = "Modules with another forward than their class's, which cannot express the cut:"
+    return element(
+        "div", element("p", said), table(["module", "class", "sizes of the inputs", "reason"], rows, texts=4)
+    )
 
 
 def _reproduce(facts: Facts) -> Element:

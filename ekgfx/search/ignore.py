@@ -47,20 +47,27 @@ def as_patterns(traced: TracedModel, ignore: Ignored | Sequence[Ignored]) -> tup
 
 
 def ignored_groups(groups: Groups, patterns: Sequence[str]) -> frozenset[str]:
-    """Names of the groups that some pattern matches, by group, parameter or module name (`*` also matches dots).
+    """Names of the groups that some pattern matches, by group, parameter or module name (`*` also matches dots);
+    `=NAME` is the group of that name alone.
 
     Raises PlanError for a pattern that matches nothing, with the nearest names.
     """
     known = {group.name: names_of(group) for group in groups.values()}
     ignored: set[str] = set()
     for pattern in patterns:
-        matched = {name for name, names in known.items() if any(fnmatchcase(other, pattern) for other in names)}
+        matched = {name for name, names in known.items() if _means(pattern, name, names)}
         if not matched:
             raise PlanError(
                 f"ignore {pattern!r} matches no prunable group, parameter or module{_nearest(pattern, known)}"
             )
         ignored |= matched
     return frozenset(ignored)
+
+
+def _means(pattern: str, group: str, names: set[str]) -> bool:
+    if pattern.startswith("="):
+        return pattern[1:] == group
+    return any(fnmatchcase(name, pattern) for name in names)
 
 
 def _nearest(pattern: str, known: dict[str, set[str]]) -> str:

@@ -22,11 +22,13 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from ekgfx.containers import Frame
 from ekgfx.errors import PruneError
 from ekgfx.functional import inlined
 from ekgfx.graph import Example
 from ekgfx.leaf import Leaves, as_operators
 from ekgfx.nodes import bind
+from ekgfx.returns import tensors_returned
 from ekgfx.untouched import deep_copy
 
 
@@ -46,11 +48,25 @@ fx.node.has_side_effect(MARK)  # a call is kept whose result nobody reads: it ma
 
 
 @dataclass(frozen=True)
+class Held:
+    """A value of a class that PyTorch does not know as a container, with the nodes of the tensors in it."""
+
+    frame: Frame
+    nodes: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class Values:
-    """Nested containers as they were passed: tensors and integers as nodes (or constants), anything else as it is."""
+    """Nested containers as they were passed: tensors and integers as nodes (or constants), other values that hold
+    tensors as `Held`, anything else as it is."""
 
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
+
+    @property
+    def flat(self) -> list[Any]:
+        """The leaves, with what is held by some of them in their place."""
+        return [each for leaf in self.leaves for each in (leaf.nodes if isinstance(leaf, Held) else (leaf,))]
 
     @property
     def paths(self) -> list[pytree.KeyPath]:
@@ -129,7 +145,7 @@ def calls_of(model: nn.Module, example: Example, leaves: Leaves) -> Calls:
     problem: Exception | None = None
     for free, shapes in _dynamic(model, args, kwargs):
         recorded: list[tuple[str, bool, list[Any], pytree.TreeSpec]] = []
-        with torch.no_grad(), as_operators(model, leaves), _marked(model, recorded):
+        with torch.no_grad(), as_operators(model, leaves), tensors_returned(model, ()), _marked(model, recorded):
             try:
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
                 return _read(program, recorded, free)
@@ -169,16 +185,26 @@ def _marked(model: nn.Module, recorded: list[Any]) -> Iterator[None]:
 
     def note(path: str, begins: bool, value: Any) -> Any:
         leaves, spec = pytree.tree_flatten(value)
-        tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}  # what is the same stays the same
+        frames = {id(leaf): Frame.of(leaf) for leaf in leaves if not isinstance(leaf, _KNOWN)}
+        inside = [tensor for _, held in frames.values() for tensor in held]
+        given = [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *inside]
+        tensors = {id(tensor): tensor for tensor in given}  # what is the same stays the same
         sizes = [leaf for leaf in leaves if _is_size(leaf)]
         made = dict(zip(tensors, torch.ops.ekgfx.mark([*tensors.values()], sizes, path, begins), strict=True))
         numbers, places = {key: i for i, key in enumerate(tensors)}, itertools.count()
-        kinds = [
-            _Tensor(numbers[id(v)]) if isinstance(v, Tensor) else _Size(next(places)) if _is_size(v) else v
-            for v in leaves
-        ]
+        kinds: list[Any] = []
+        passed: list[Any] = []
+        for leaf in leaves:
+            frame, held = frames.get(id(leaf), (None, []))
+            if frame is not None and held:
+                kinds.append(Held(frame, tuple(_Tensor(numbers[id(tensor)]) for tensor in held)))
+                passed.append(frame.filled([made[id(tensor)] for tensor in held]))
+            else:
+                size = _Size(next(places)) if _is_size(leaf) else leaf
+                kinds.append(_Tensor(numbers[id(leaf)]) if isinstance(leaf, Tensor) else size)
+                passed.append(made.get(id(leaf), leaf))
         recorded.append((path, begins, kinds, spec))
-        return pytree.tree_unflatten([made.get(id(leaf), leaf) for leaf in leaves], spec)
+        return pytree.tree_unflatten(passed, spec)
 
     modules = [
         (path, module)
@@ -209,6 +235,9 @@ class _Size:
     """Stands for the integer of that number in a mark."""
 
     number: int
+
+
+_KNOWN = (Tensor, int, float, complex, str, bytes, torch.SymInt, torch.SymFloat, torch.SymBool, type(None))
 
 
 def _is_size(value: Any) -> bool:
@@ -252,13 +281,12 @@ def _read(program: torch.export.ExportedProgram, recorded: list[Any], free: str)
 
 def _filled(kinds: list[Any], tensors: Sequence[Any], sizes: Any) -> Iterator[Any]:
     for kind in kinds:
-        yield (
-            tensors[kind.number]
-            if isinstance(kind, _Tensor)
-            else sizes[kind.number]
-            if isinstance(kind, _Size)
-            else kind
-        )
+        if isinstance(kind, Held):
+            yield Held(kind.frame, tuple(_filled(list(kind.nodes), tensors, sizes)))
+        elif isinstance(kind, _Tensor):
+            yield tensors[kind.number]
+        else:
+            yield sizes[kind.number] if isinstance(kind, _Size) else kind
 
 
 def whole(node: fx.Node) -> bool:

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ekgfx.containers import tensors_in
+
 
 @dataclass(frozen=True)
 class Replacement:
@@ -82,7 +84,7 @@ def put_forward(module: nn.Module, forward: Forward | None) -> None:
 
 def name_space(forward: Forward) -> dict[str, Any]:
     """What the source of a forward can name."""
-    known = {"torch": torch, "operator": operator, "math": math, "pytree": pytree}
+    known = {"torch": torch, "operator": operator, "math": math, "pytree": pytree, "tensors_in": tensors_in}
     return {**known, **dict(forward.objects)}
 
 

@@ -68,11 +68,21 @@ def tensors_returned(model: nn.Module, choice: Sequence[str], strict: bool = Tru
             seen[:] = [_chosen(frame, choice, model, strict)]
             yield seen
         return
-    handle = model.register_forward_hook(lambda module, inputs, output: flattened(output))
+    running: list[None] = []  # a method that stands in the forward's place may call the model itself
+
+    def begins(module: nn.Module, inputs: Any) -> None:
+        running.append(None)
+
+    def ends(module: nn.Module, inputs: Any, output: Any) -> Any:
+        running.pop()
+        return output if running else flattened(output)
+
+    handles = model.register_forward_pre_hook(begins, prepend=True), model.register_forward_hook(ends)
     try:
         yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

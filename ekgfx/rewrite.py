@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from ekgfx.calls import Call, Calls, Values, whole
+from ekgfx.calls import Call, Calls, Held, Values, whole
 from ekgfx.errors import PruneError
 from ekgfx.patched import Forward
 
@@ -169,7 +169,7 @@ class _Writer:
         found = {}
         given = self.call.given
         for leaf, path in zip(given.leaves, given.paths, strict=True):
-            if not isinstance(leaf, fx.Node | int) or isinstance(leaf, bool):
+            if not isinstance(leaf, fx.Node | int | Held) or isinstance(leaf, bool):
                 found[self._accessor(path)] = leaf
         args, kwargs = pytree.tree_unflatten(given.leaves, given.spec)
         bound = self.signature.bind(self.module, *args, **kwargs).arguments
@@ -208,28 +208,27 @@ class _Writer:
             if name and step.path not in self.inline and _plain(step.passed.spec):
                 steps.append(("call", name, step))
                 continue
-            steps += [("is", new, old) for new, old in zip(step.given.leaves, step.passed.leaves, strict=True)]
+            steps += [("is", new, old) for new, old in zip(step.given.flat, step.passed.flat, strict=True)]
             steps += self._steps(step)
             assert step.results is not None and step.returned is not None
-            steps += [("is", new, old) for new, old in zip(step.results.leaves, step.returned.leaves, strict=True)]
+            steps += [("is", new, old) for new, old in zip(step.results.flat, step.returned.flat, strict=True)]
         return steps
 
     def _matters(self, call: Call) -> bool:
         """Whether somebody reads what a call returns, or the trace knows it."""
         assert call.results is not None
-        read = any(isinstance(leaf, fx.Node) and leaf.users for leaf in call.results.leaves)
+        read = any(isinstance(leaf, fx.Node) and leaf.users for leaf in call.results.flat)
         return read or not any(True for _ in call.operators()) or self.widths.knows(call)
 
     def _body(self, call: Call, steps: list[Step], others: list[Step] | None) -> list[str]:
         self.names: dict[fx.Node, str] = {}
         self.known: dict[Any, str] = {}
-        self.taken = {p.name for p in self.parameters} | {"self", "torch", "math", "operator", "pytree"}
+        self.taken = {p.name for p in self.parameters} | {"self", "torch", "math", "operator", "pytree", "tensors_in"}
         self.reference = ""
         self.floating = ""
         lines: list[str] = []
         for leaf, path in zip(call.given.leaves, call.given.paths, strict=True):
-            if isinstance(leaf, fx.Node):
-                self._name(leaf, self._accessor(path))
+            self._name_all(leaf, self._accessor(path) if isinstance(leaf, fx.Node | Held) else "")
         if not self.floating:
             own = [(self.own[id(t)], t) for t in (*self.module.parameters(), *self.module.buffers())]
             self.floating = next((_attribute(n) for n, t in own if t.is_floating_point()), "")
@@ -248,6 +247,15 @@ class _Writer:
         assert call.returned is not None
         lines.append(f"return {self._built(call.returned)}")
         return _released(lines, self.names.values(), self.taken)
+
+    def _name_all(self, leaf: Any, text: str) -> None:
+        """A leaf of what was passed, and what it holds, is at hand under a name from now on."""
+        if isinstance(leaf, fx.Node):
+            self._name(leaf, text)
+        elif isinstance(leaf, Held):
+            for i, node in enumerate(leaf.nodes):
+                if isinstance(node, fx.Node):
+                    self._name(node, f"tensors_in({text})[{i}]")
 
     def _assign(self, node: fx.Node, text: str, name: str = "") -> str:
         if not node.users:
@@ -307,12 +315,11 @@ class _Writer:
         given = [_written(a) for a in args] + [f"{k}={_written(v)}" for k, v in kwargs.items()]
         text = f"{_attribute(name)}({', '.join(given)})"
         leaves, paths = call.results.leaves, call.results.paths
-        if len(leaves) == 1 and not paths[0]:
+        if len(leaves) == 1 and not paths[0] and not isinstance(leaves[0], Held):
             return [self._assign(leaves[0], text, _variable(name)) if isinstance(leaves[0], fx.Node) else text]
         several = self._fresh(_variable(name))
         for leaf, path in zip(leaves, paths, strict=True):
-            if isinstance(leaf, fx.Node):
-                self._name(leaf, several + "".join(map(_key, path)))
+            self._name_all(leaf, several + "".join(map(_key, path)))
         return [f"{several} = {text}"]
 
     def _operator(self, node: fx.Node, twin: fx.Node | None) -> str:
@@ -365,6 +372,9 @@ class _Writer:
 
     def _value(self, value: Any) -> Any:
         """A value as text: a tensor by its name, a size by what it is read from."""
+        if isinstance(value, Held):
+            texts = ", ".join(self._value(node) for node in value.nodes)
+            return f"{self._object('frame', value.frame)}.filled([{texts}])"
         if not isinstance(value, fx.Node):
             return _literal(value)
         held = value.meta.get("val")
@@ -399,12 +409,16 @@ class _Writer:
         texts = [self._value(v) for v in values.leaves]
         if _plain(values.spec):
             return _written(pytree.tree_unflatten(texts, values.spec))
-        name = f"spec_{len(self.objects)}"
-        for known, value in self.objects.items():
-            if value == values.spec:
-                name = known
-        self.objects[name] = values.spec
-        return f"pytree.tree_unflatten([{', '.join(texts)}], {name})"
+        return f"pytree.tree_unflatten([{', '.join(texts)}], {self._object('spec', values.spec)})"
+
+    def _object(self, kind: str, value: Any) -> str:
+        """The name of an object in the forward's name space."""
+        for name, known in self.objects.items():
+            if type(known) is type(value) and known == value:
+                return name
+        name = f"{kind}_{len(self.objects)}"
+        self.objects[name] = value
+        return name
 
 
 def _alike(steps: list[Step], others: list[Step]) -> bool:

@@ -293,7 +293,7 @@ class _Widths:
 
     def _pass(self, before: Values | None, after: Values | None) -> None:
         if before is not None and after is not None:
-            for old, new in zip(before.leaves, after.leaves, strict=True):
+            for old, new in zip(before.flat, after.flat, strict=True):
                 if isinstance(new, fx.Node) and isinstance(old, fx.Node) and old in self.dims:
                     self.dims[new] = self.dims[old]
 
@@ -350,20 +350,20 @@ def _failing(model: nn.Module, way: Way, example: Example) -> Problem | None:
     """The innermost module whose own forward raises when the model is run in a way, None if none does."""
     args, kwargs = example
     running: list[str] = []
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda _, __, n=name: running.append(n)))
-        handles.append(module.register_forward_hook(lambda *_: running.pop() and None))
-    try:
-        with torch.no_grad(), way.entered(model), undisturbed(model):
+
+    def ends(*_: Any) -> None:
+        running.pop()
+
+    with torch.no_grad(), way.entered(model), undisturbed(model):  # which also puts back what hooks collect
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(lambda _, __, n=name: running.append(n))
+            module.register_forward_hook(ends)
+        try:
             model(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001  whatever the user's forward raises; its place is what is wanted
-        text = " ".join(str(error).split())
-        place = running[-1] if running else ""
-        return Problem(_blamed(model, place), f"{place or 'its forward'} raises {type(error).__name__}: {text}")
-    finally:
-        for handle in handles:
-            handle.remove()
+        except Exception as error:  # noqa: BLE001  whatever the user's forward raises; its place is what is wanted
+            text = " ".join(str(error).split())
+            place = running[-1] if running else ""
+            return Problem(_blamed(model, place), f"{place or 'its forward'} raises {type(error).__name__}: {text}")
     return None
 
 

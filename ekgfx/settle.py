@@ -25,13 +25,12 @@ from ekgfx.calls import Call, Calls, Values, calls_of, hollow, whole
 from ekgfx.errors import EkgfxError, PruneError
 from ekgfx.graph import Operation
 from ekgfx.leaf import evaluation_mode
-from ekgfx.nodes import op_name
 from ekgfx.patched import forward_of, put_forward
 from ekgfx.plan import Plan
 from ekgfx.rewrite import Recorded, rewrite
 from ekgfx.sliced import SubNetwork
 from ekgfx.trace import TracedModel, retrace
-from ekgfx.verify import Difference, compare_outputs, differences
+from ekgfx.verify import Difference, compare_outputs, differences, operator_name
 
 MOST_TRIALS = 16
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
@@ -297,7 +296,7 @@ def _aligned(source: TracedModel, calls: Calls) -> dict[fx.Node, Operation]:
     """Recorded operator → the operation of the trace that it is."""
 
     def sign(module: str, target: Any) -> tuple[str, str]:
-        return module, op_name(target).replace("_.", ".")  # in place or not
+        return module, operator_name(target)
 
     nodes = [(path, node) for path, node in calls.root.operators() if isinstance(node.target, torch._ops.OpOverload)]
     mine = [sign(operation.module, operation.target) for operation in source.operations]

@@ -14,6 +14,7 @@ from ekgfx.axes import ONE, Axis, Dims, axes, count, positions
 from ekgfx.errors import PruneError
 from ekgfx.graph import AxisGraph, Operation
 from ekgfx.leaf import evaluation_mode
+from ekgfx.nodes import op_name
 from ekgfx.plan import Plan
 from ekgfx.rules.registry import is_dims
 from ekgfx.sliced import GraphRunner, SubNetwork, resize
@@ -22,6 +23,9 @@ from ekgfx.trace import TracedModel
 TINY = torch.finfo(torch.float32).tiny
 # Copies that PyTorch leaves out where a narrower tensor happens to be contiguous already.
 LAYOUT_ONLY = {f"aten.{name}.default" for name in ("contiguous", "clone", "alias")}
+
+
+VIEWS = {"aten._unsafe_view.default", "aten.reshape.default"}  # of a tensor that has been copied, or may be
 
 
 class MaskedNetwork(GraphRunner):
@@ -154,7 +158,7 @@ def differences(traced: TracedModel, counts: Mapping[Axis, int], again: TracedMo
     before, after = _Reader(traced), _Reader(again)
     found = []
     for old, new in zip(before.operations, after.operations, strict=False):
-        if old.target != new.target:
+        if operator_name(old.target) != operator_name(new.target):
             break
         place = f"{old.name} in {old.module or 'the model'}"
         if shapes[old.name] != actual[new.name]:
@@ -167,9 +171,17 @@ def differences(traced: TracedModel, counts: Mapping[Axis, int], again: TracedMo
             return found
     common = min(len(before.operations), len(after.operations)) - 1
     pairs = enumerate(zip(before.operations, after.operations, strict=False))
-    first = before.operations[next((i for i, (a, b) in pairs if a.target != b.target), common)]
+    first = before.operations[
+        next((i for i, (a, b) in pairs if operator_name(a.target) != operator_name(b.target)), common)
+    ]
     text = f"the pruned model runs other operators than the original, from {first.name} in {first.module or 'it'} on"
     return [*found, Difference(first.module, text)]
+
+
+def operator_name(target: Any) -> str:
+    """An operator's name, the same for those that differ in where their result lies in memory only."""
+    name = op_name(target).replace("_.", ".")
+    return "aten.view.default" if name in VIEWS else name
 
 
 class _Reader:

@@ -358,14 +358,15 @@ def _kind(pruned: nn.Module, choice: Choice) -> tuple:
 
 
 def _assignments(pruned: nn.Module, choices: list[Choice]) -> Iterator[dict[Choice, int]]:
-    """Every way to settle the choices, those closest to 'all changed' first; modules of one class share theirs."""
+    """Every way to settle the choices, those closest to 'all likely ones changed' first; modules of one class share
+    theirs."""
     kinds: dict[tuple, list[Choice]] = {}
     for choice in choices:
         kinds.setdefault(_kind(pruned, choice), []).append(choice)
-    ranks = [range(max(len(c.values) for c in members)) for members in kinds.values()]
+    ranks = [range(max(len(c.options) for c in members)) for members in kinds.values()]
     for ways in sorted(itertools.product(*ranks), key=sum) if len(ranks) < 8 else [(0,) * len(ranks)]:
         yield {
-            c: c.values[min(way, len(c.values) - 1)]
+            c: c.options[min(way, len(c.options) - 1)]
             for way, members in zip(ways, kinds.values(), strict=True)
             for c in members
         }

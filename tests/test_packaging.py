@@ -36,7 +36,7 @@ graph
 plan cost
 groups sliced obstacle segments
 trace
-loss verify attributes calls patched
+loss verify attributes calls patched spelling
 evaluation declared rewrite
 settle
 surgery

@@ -109,6 +109,11 @@ class Choice:
         return self.values[-1]
 
     @property
+    def options(self) -> tuple[int, ...]:
+        """Its values in the order in which they are tried."""
+        return self.values if self.likely else (self.old, *self.values[:-1])
+
+    @property
     def configured(self) -> bool:
         """Whether it is in a configuration that the module holds."""
         return len(self.place) > 1 and self.place[1][0] != "position"

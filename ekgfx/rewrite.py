@@ -12,7 +12,7 @@ import keyword
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from ekgfx.calls import Call, Calls, Held, Values, whole
 from ekgfx.errors import PruneError
 from ekgfx.patched import Forward
+from ekgfx.spelling import access, attribute, literal, plain, released, scaled, spelled, variable, written
 
 Step = tuple[str, Any, Any]
 """("op", None, node), ("call", name of the module in the one that calls it, call) or ("is", node, node)."""
@@ -162,7 +163,7 @@ class _Writer:
             text = key.key
         else:
             text = f"{next(p.name for p in self.parameters if p.kind is p.VAR_KEYWORD)}[{key.key!r}]"
-        return text + "".join(map(str, map(_key, rest)))
+        return text + "".join(map(access, rest))
 
     def _constants(self) -> dict[str, Any]:
         """What is passed besides tensors and integers: the forward is written for these values."""
@@ -205,7 +206,7 @@ class _Writer:
             if not self._matters(step):
                 continue
             name = self.modules.get(id(self.recorded.model.get_submodule(step.path)))
-            if name and step.path not in self.inline and _plain(step.passed.spec):
+            if name and step.path not in self.inline and plain(step.passed.spec):
                 steps.append(("call", name, step))
                 continue
             steps += [("is", new, old) for new, old in zip(step.given.flat, step.passed.flat, strict=True)]
@@ -231,7 +232,7 @@ class _Writer:
             self._name_all(leaf, self._accessor(path) if isinstance(leaf, fx.Node | Held) else "")
         if not self.floating:
             own = [(self.own[id(t)], t) for t in (*self.module.parameters(), *self.module.buffers())]
-            self.floating = next((_attribute(n) for n, t in own if t.is_floating_point()), "")
+            self.floating = next((attribute(n) for n, t in own if t.is_floating_point()), "")
         self.reference = self.reference or self.floating
         for i, (kind, place, what) in enumerate(steps):
             twin = others[i] if others is not None else None
@@ -246,7 +247,7 @@ class _Writer:
                 lines.append(self._assign(what, self._operator(what, twin[2] if twin else None)))
         assert call.returned is not None
         lines.append(f"return {self._built(call.returned)}")
-        return _released(lines, self.names.values(), self.taken)
+        return released(lines, self.names.values(), self.taken)
 
     def _name_all(self, leaf: Any, text: str) -> None:
         """A leaf of what was passed, and what it holds, is at hand under a name from now on."""
@@ -281,7 +282,7 @@ class _Writer:
             for d, size in enumerate(value.shape):
                 if isinstance(size, torch.SymInt):
                     old = size.node.hint
-                    expr = _scaled(size.node.expr, old, self.widths.length(node, d, old))
+                    expr = scaled(size.node.expr, old, self.widths.length(node, d, old))
                     if expr is not None:
                         self.known.setdefault(expr, f"{text}.shape[{d}]")
             if not self.reference:
@@ -297,7 +298,7 @@ class _Writer:
             module, _, leaf = self.calls.weights[node.name].rpartition(".")
             tensor = getattr(self.recorded.model.get_submodule(module), leaf)
             if id(tensor) in self.own:
-                return _attribute(self.own[id(tensor)])
+                return attribute(self.own[id(tensor)])
         if node.name in self.calls.constants:
             name = f"constant_{len(self.objects)}"
             for known, value in self.objects.items():
@@ -312,14 +313,14 @@ class _Writer:
         """A call of a submodule, and what it returns taken apart."""
         assert call.results is not None
         args, kwargs = pytree.tree_unflatten([self._value(v) for v in call.passed.leaves], call.passed.spec)
-        given = [_written(a) for a in args] + [f"{k}={_written(v)}" for k, v in kwargs.items()]
-        text = f"{_attribute(name)}({', '.join(given)})"
+        given = [written(a) for a in args] + [f"{k}={written(v)}" for k, v in kwargs.items()]
+        text = f"{attribute(name)}({', '.join(given)})"
         leaves, paths = call.results.leaves, call.results.paths
         if len(leaves) == 1 and not paths[0] and not isinstance(leaves[0], Held):
-            return [self._assign(leaves[0], text, _variable(name)) if isinstance(leaves[0], fx.Node) else text]
-        several = self._fresh(_variable(name))
+            return [self._assign(leaves[0], text, variable(name)) if isinstance(leaves[0], fx.Node) else text]
+        several = self._fresh(variable(name))
         for leaf, path in zip(leaves, paths, strict=True):
-            self._name_all(leaf, several + "".join(map(_key, path)))
+            self._name_all(leaf, several + "".join(map(access, path)))
         return [f"{several} = {text}"]
 
     def _operator(self, node: fx.Node, twin: fx.Node | None) -> str:
@@ -352,7 +353,7 @@ class _Writer:
                 return self._value(value)
             old = cast(int, held.node.hint)
             new = self.widths.argument(node, name, position, old)
-            expr = _scaled(held.node.expr, old, new)
+            expr = scaled(held.node.expr, old, new)
             return f"{self._size(value, held.node.expr)} * {new} // {old}" if expr is None else self._size(value, expr)
         if type(value) is int and value != -1:
             return str(self.widths.argument(node, name, position, value))
@@ -367,8 +368,8 @@ class _Writer:
         if isinstance(value, bool | float | int) and isinstance(other, bool | float | int) and value != other:
             if (value, other) == (False, True):
                 return "self.training"
-            return f"({_literal(other)} if self.training else {_literal(value)})"
-        return _literal(value)
+            return f"({literal(other)} if self.training else {literal(value)})"
+        return literal(value)
 
     def _value(self, value: Any) -> Any:
         """A value as text: a tensor by its name, a size by what it is read from."""
@@ -376,7 +377,7 @@ class _Writer:
             texts = ", ".join(self._value(node) for node in value.nodes)
             return f"{self._object('frame', value.frame)}.filled([{texts}])"
         if not isinstance(value, fx.Node):
-            return _literal(value)
+            return literal(value)
         held = value.meta.get("val")
         if isinstance(held, torch.SymInt):
             return self._size(value, held.node.expr)
@@ -395,11 +396,11 @@ class _Writer:
         if getattr(operator, name, None) is node.target:
             return f"operator.{name}({', '.join(texts)})"
         self.fixed = True
-        return _literal(node.meta["val"].node.hint)
+        return literal(node.meta["val"].node.hint)
 
     def _size(self, node: fx.Node, expr: Any) -> str:
         try:
-            return _spelled(expr, self.known)
+            return spelled(expr, self.known)
         except KeyError:
             self.fixed = True  # nothing at hand has it: it stays what it was in the example
             held = node.meta["val"].node
@@ -407,8 +408,8 @@ class _Writer:
 
     def _built(self, values: Values) -> str:
         texts = [self._value(v) for v in values.leaves]
-        if _plain(values.spec):
-            return _written(pytree.tree_unflatten(texts, values.spec))
+        if plain(values.spec):
+            return written(pytree.tree_unflatten(texts, values.spec))
         return f"pytree.tree_unflatten([{', '.join(texts)}], {self._object('spec', values.spec)})"
 
     def _object(self, kind: str, value: Any) -> str:
@@ -432,100 +433,3 @@ def _alike(steps: list[Step], others: list[Step]) -> bool:
 
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
-
-
-def _plain(spec: pytree.TreeSpec) -> bool:
-    """Whether nested containers are tuples, lists and dicts only."""
-    return spec.is_leaf() or (spec.type in (tuple, list, dict) and all(map(_plain, spec.children())))
-
-
-def _written(value: Any) -> str:
-    """Nested tuples, lists and dicts of texts as one text."""
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_written, value))}{',' if len(value) == 1 else ''})"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_written, value))}]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{k!r}: {_written(v)}" for k, v in value.items()) + "}"
-    return str(value)
-
-
-def _key(key: Any) -> str:
-    if isinstance(key, pytree.SequenceKey):
-        return f"[{key.idx}]"
-    return f"[{key.key!r}]" if isinstance(key, pytree.MappingKey) else f".{key.name}"
-
-
-def _attribute(name: str) -> str:
-    """What `self` holds under a qualified name."""
-    text = "self"
-    for step in name.split("."):
-        text = f"{text}.{step}" if step.isidentifier() else f"getattr({text}, {step!r})"
-    return text
-
-
-def _variable(name: str) -> str:
-    """A name for what the module of that name returns."""
-    last = name.rpartition(".")[2]
-    return last if last.isidentifier() else re.sub(r"\W", "_", f"out_{name}")
-
-
-def _literal(value: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"float({str(value)!r})"
-    if isinstance(value, torch.device):
-        return f"torch.device({str(value)!r})"
-    return repr(value)
-
-
-def _scaled(expr: Any, old: int, new: int) -> Any:
-    """An expression of sizes for what has changed from `old` to `new` in the example, in proportion for whatever
-    inputs; None where it has no factor that can be exchanged."""
-    if old == new:
-        return expr
-    factor, rest = expr.as_coeff_Mul()
-    changed, left = divmod(factor * new, old)
-    return None if left else changed * rest
-
-
-_FUNCTIONS = {"FloorDiv": "//", "CleanDiv": "//", "Mod": "%", "PythonMod": "%"}
-
-
-def _spelled(expr: Any, known: Mapping[Any, str]) -> str:
-    """An expression of sizes as Python, over the sizes at hand. Raises KeyError: they do not give it."""
-    if expr in known:
-        return known[expr]
-    if expr.is_Integer:
-        return str(expr)
-    kind = type(expr).__name__
-    if expr.is_Symbol:
-        for other, text in known.items():  # a multiple of it is at hand
-            factor, rest = other.as_coeff_Mul()
-            if rest == expr and factor.is_Integer:
-                return f"({text} // {factor})"
-        raise KeyError(expr)
-    parts = [_spelled(part, known) for part in expr.args]
-    if expr.is_Add or expr.is_Mul:
-        return f"({(' + ' if expr.is_Add else ' * ').join(parts)})"
-    if kind in _FUNCTIONS:
-        return f"({f' {_FUNCTIONS[kind]} '.join(parts)})"
-    if kind in ("Max", "Min"):
-        return f"{'torch.sym_max' if kind == 'Max' else 'torch.sym_min'}({', '.join(parts)})"
-    if expr.is_Pow and expr.args[1].is_Integer and expr.args[1] > 0:
-        return f"({parts[0]} ** {parts[1]})"
-    raise KeyError(expr)
-
-
-_WORD = re.compile(r"(?<![\w.])[A-Za-z_]\w*")
-
-
-def _released(lines: list[str], names: Iterable[str], taken: set[str]) -> list[str]:
-    """The lines, with every value let go after its last use."""
-    last = {word: i for i, line in enumerate(lines[:-1]) for word in _WORD.findall(line)}
-    ours = {line.partition(" = ")[0] for line in lines if " = " in line}
-    kept = set(_WORD.findall(lines[-1]))
-    done: dict[int, list[str]] = {}
-    for name in sorted(ours - kept):
-        if name in last:
-            done.setdefault(last[name], []).append(name)
-    return [line + (f"; {' = '.join(done[i])} = None" if i in done else "") for i, line in enumerate(lines)]

@@ -23,14 +23,13 @@ from ekgfx.calls import Call, Calls, Values, calls_of, hollow, whole
 from ekgfx.errors import EkgfxError, PruneError
 from ekgfx.graph import AxisGraph, Example, Operation
 from ekgfx.leaf import evaluation_mode
-from ekgfx.nodes import op_name
 from ekgfx.patched import forward_of, put_forward
 from ekgfx.plan import Plan
 from ekgfx.rewrite import Recorded, rewrite
 from ekgfx.sliced import SubNetwork
 from ekgfx.trace import TracedModel, retrace
 from ekgfx.untouched import State, deep_copy
-from ekgfx.verify import Difference, compare_outputs, differences, trains
+from ekgfx.verify import Difference, compare_outputs, differences, operator_name, trains
 from ekgfx.ways import Way, seeded, undisturbed
 
 MOST_TRIALS = 16
@@ -316,7 +315,7 @@ def _aligned(source: AxisGraph, calls: Calls) -> dict[fx.Node, Operation]:
     """Recorded operator → the operation of the trace that it is."""
 
     def sign(module: str, target: Any) -> tuple[str, str]:
-        return module, op_name(target).replace("_.", ".")  # in place or not
+        return module, operator_name(target)
 
     nodes = [(path, node) for path, node in calls.root.operators() if isinstance(node.target, torch._ops.OpOverload)]
     mine = [sign(operation.module, operation.target) for operation in source.operations]
@@ -397,14 +396,15 @@ def _kind(pruned: nn.Module, choice: Choice) -> tuple:
 
 
 def _assignments(pruned: nn.Module, choices: list[Choice]) -> Iterator[dict[Choice, int]]:
-    """Every way to settle the choices, those closest to 'all changed' first; modules of one class share theirs."""
+    """Every way to settle the choices, those closest to 'all likely ones changed' first; modules of one class share
+    theirs."""
     kinds: dict[tuple, list[Choice]] = {}
     for choice in choices:
         kinds.setdefault(_kind(pruned, choice), []).append(choice)
-    ranks = [range(max(len(c.values) for c in members)) for members in kinds.values()]
+    ranks = [range(max(len(c.options) for c in members)) for members in kinds.values()]
     for ways in sorted(itertools.product(*ranks), key=sum) if len(ranks) < 8 else [(0,) * len(ranks)]:
         yield {
-            c: c.values[min(way, len(c.values) - 1)]
+            c: c.options[min(way, len(c.options) - 1)]
             for way, members in zip(ways, kinds.values(), strict=True)
             for c in members
         }

@@ -15,6 +15,7 @@ from ekgfx.axes import ONE, Axis, Dims, Expr, Prod, Sum, axes, count, resolve
 from ekgfx.containers import tensors_by_place
 from ekgfx.errors import PruneError
 from ekgfx.graph import AxisGraph, Operation
+from ekgfx.nodes import op_name
 from ekgfx.plan import Plan
 from ekgfx.rules.registry import is_dims
 from ekgfx.sliced import GraphRunner, SubNetwork, resize
@@ -24,6 +25,9 @@ from ekgfx.ways import Way, undisturbed
 TINY = torch.finfo(torch.float32).tiny
 # Copies that PyTorch leaves out where a narrower tensor happens to be contiguous already.
 LAYOUT_ONLY = {f"aten.{name}.default" for name in ("contiguous", "clone", "alias")}
+
+
+VIEWS = {"aten._unsafe_view.default", "aten.reshape.default"}  # of a tensor that has been copied, or may be
 
 
 class MaskedNetwork(GraphRunner):
@@ -180,7 +184,7 @@ def _differences(traced: AxisGraph, counts: Mapping[Axis, int], again: AxisGraph
     before, after = _Reader(traced), _Reader(again)
     found = []
     for old, new in zip(before.operations, after.operations, strict=False):
-        if old.target != new.target:
+        if operator_name(old.target) != operator_name(new.target):
             break
         place = f"{old.name} in {old.module or 'the model'}"
         if shapes[old.name] != actual[new.name]:
@@ -193,9 +197,17 @@ def _differences(traced: AxisGraph, counts: Mapping[Axis, int], again: AxisGraph
             return found
     common = min(len(before.operations), len(after.operations)) - 1
     pairs = enumerate(zip(before.operations, after.operations, strict=False))
-    first = before.operations[next((i for i, (a, b) in pairs if a.target != b.target), common)]
+    first = before.operations[
+        next((i for i, (a, b) in pairs if operator_name(a.target) != operator_name(b.target)), common)
+    ]
     text = f"the pruned model runs other operators than the original, from {first.name} in {first.module or 'it'} on"
     return [*found, Difference(first.module, text)]
+
+
+def operator_name(target: Any) -> str:
+    """An operator's name, the same for those that differ in where their result lies in memory only."""
+    name = op_name(target).replace("_.", ".")
+    return "aten.view.default" if name in VIEWS else name
 
 
 class _Reader:

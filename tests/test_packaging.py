@@ -39,7 +39,7 @@ plan cost sizes arguments
 groups sliced obstacle segments
 trace
 mixing norms
-loss verify attributes calls patched
+loss verify attributes calls patched spelling
 evaluation calibrate declared rewrite
 settle
 surgery transfer

@@ -22,6 +22,7 @@ from ekgfx.search import NEEDS_DATA, Step
 from ekgfx.search.effort import fitting_batch
 from ekgfx.source import Built
 from ekgfx.trace import TracedModel, trace
+from ekgfx.units import human, percent
 
 DENSE = "dense.safetensors"
 """The unpruned model's weights as the search works on them."""
@@ -135,7 +136,9 @@ class Job:
         """The data set; None where the model's input is no image and the search needs none."""
         if self.recipe.data is None and not self.needs_data:
             return None
-        return open_data(self.recipe.data or LABEL_FREE, self.built, self.recipe.seed).to(self.device)
+        opened = open_data(self.recipe.data or LABEL_FREE, self.built, self.recipe.seed).to(self.device)
+        self.report.note(preprocessing_of(opened, self.built))
+        return opened
 
     @property
     def needs_data(self) -> bool:
@@ -176,7 +179,11 @@ class Job:
         results = self.run.manifest.get("results", {})
         if name not in results:
             self.report.stage(f"evaluate ({name})")
-            self.run.update(results={**results, name: asdict(self.score(model, plan))})
+            score = self.score(model, plan)
+            self.run.update(results={**results, name: asdict(score)})
+            said = {"accuracy": score.accuracy, "agreement": score.agreement}
+            facts = [f"{what} {percent(value)}" for what, value in said.items() if value is not None]
+            self.report.note(", ".join([*facts, f"{human(score.macs)} MACs", f"{human(score.params)} parameters"]))
 
 
 def open_data(spec: str, built: Built, seed: int) -> data.Data:
@@ -187,7 +194,30 @@ def open_data(spec: str, built: Built, seed: int) -> data.Data:
     with torch.no_grad():
         output = built.model(built.example_inputs[0])
     classes = output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
-    return data.load(spec, classes=classes, seed=seed, **built.data_options)
+    channels = built.example_inputs[0].shape[1]
+    opened = data.load(spec, classes=classes, channels=channels, seed=seed, **built.data_options)
+    if opened.input_shape[0] != channels:
+        raise DataError(
+            f"the images of {spec} have {opened.input_shape[0]} channels, but the model takes {channels}: use other "
+            f"data, or a model for {opened.input_shape[0]} channels (--in-chans)"
+        )
+    return opened
+
+
+def preprocessing_of(opened: data.Data, built: Built) -> str:
+    """How images become the model's input, and who says so, in one line."""
+    origins = built.origins
+
+    def whose(key: str) -> str:
+        return origins.get(key, "the data's own")
+
+    channels, height, width = opened.input_shape
+    mean, std = (" ".join(f"{value:.3g}" for value in values) for values in (opened.mean, opened.std))
+    crop = f" ({origins['crop_pct']})" if "crop_pct" in origins and "middle" in opened.resized else ""
+    return (
+        f"images: {height}×{width} ({whose('image_size')}), {opened.resized}{crop}; {channels} "
+        f"channel{'' if channels == 1 else 's'}; mean {mean} ({whose('mean')}), std {std} ({whose('std')})"
+    )
 
 
 def predicted(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:

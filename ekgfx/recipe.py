@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from ekgfx.errors import RecipeError
+from ekgfx.preprocessing import Preprocessing
 from ekgfx.typed import did_you_mean, read
 from ekgfx.units import budget_of, bytes_of
 
@@ -125,9 +126,10 @@ class Export:
 class Recipe:
     """Everything `ekgfx prune` needs to know. `ekgfx prune --help` says what the settings mean.
 
-    `ema`: of a weights file with several state dicts, the moving average. `leaf`: modules that run as they are, by name
-    or glob. `data`: None takes `photos`, label-free. `pretrain`: training
-    of the model before it is pruned. `measured`: what this recipe gave, and where.
+    `model_kwargs`: further arguments of the model's factory, or of timm's. `preprocessing`: of images, before what the
+    model says. `ema`: of a weights file with several state dicts, the moving average. `leaf`: modules that run as they
+    are, by name or glob. `data`: None takes `photos`, label-free. `pretrain`: training of the model before it is
+    pruned. `measured`: what this recipe gave, and where.
     """
 
     model: str | None = None
@@ -137,6 +139,8 @@ class Recipe:
     ema: bool = False
     input: str | None = None
     classes: int | None = None
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
     leaf: tuple[str, ...] = ()
     data: str | None = None
     seed: int = 0

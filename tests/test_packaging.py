@@ -28,10 +28,11 @@ PIPE = """
 errors
 units distributed
 parallel
-typed trust files named
+typed trust files named preprocessing
 run recipe target models weight_files weight_fit weights data axes functional in_place channels_last
 rules
-leaf nodes source
+leaf nodes factories
+source
 graph
 plan cost
 groups sliced obstacle segments

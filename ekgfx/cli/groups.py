@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ekgfx import named
+from ekgfx.cli.options import images, preprocessing_of
 
 if TYPE_CHECKING:
     from ekgfx.trace import TracedModel
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     "--input", metavar="SHAPE", help="Shape of the example input, such as 1x3x224x224 (comma: several inputs)."
 )
 @click.option("--classes", type=int, help="Number of classes to build the model with.")
+@images
 @click.option("--leaf", metavar="GLOB", multiple=True, help="Modules that run as they are, whole; repeatable.")
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Also draw the graph, coloured by group.")
 def groups(
@@ -37,6 +39,7 @@ def groups(
     classes: int | None,
     leaf: tuple[str, ...],
     svg: Path | None,
+    **flags: Any,
 ) -> None:
     """Show the coupled channel groups of MODEL.
 
@@ -48,7 +51,7 @@ def groups(
     import ekgfx
     from ekgfx import source
 
-    built = source.parse(model, weights, input, classes, ema).build()
+    built = source.parse(model, weights, input, classes, ema, **preprocessing_of(flags)).build()
     traced = ekgfx.trace(built.model, built.example_inputs, leaf=(*built.leaf, *leaf))
     if svg is not None:
         from ekgfx.report import drawing

@@ -70,12 +70,13 @@ def landscape(
     named.check_model(model)
     named.check_weights(weights)
     named.check_data(data)
-    from ekgfx import source
+    from ekgfx import factories
     from ekgfx.cli.render import out
     from ekgfx.errors import DataError
 
-    judge = None if loss is None else source.find_function(loss)
-    subject = look(model, data=data, weights=weights, ema=ema, input=input, classes=classes, device=device)
+    judge = None if loss is None else factories.find_function(loss)
+    shape = {name: asked.pop(name) for name in list(asked) if name.startswith(("preprocessing__", "model_kwargs"))}
+    subject = look(model, data=data, weights=weights, ema=ema, input=input, classes=classes, device=device, **shape)
     if subject.data.classes is None and judge is None:
         raise DataError(f"{subject.spec} has no labels, and the loss needs them; give data with labels, or --loss")
     settings = {"model": model, "data": subject.spec, "loss": loss or "cross-entropy", "device": device, **asked}

@@ -9,8 +9,9 @@ import click
 
 from ekgfx import named
 from ekgfx import recipe as recipes
-from ekgfx.cli.options import given, setting, tensorboard
+from ekgfx.cli.options import given, images, setting, tensorboard
 from ekgfx.errors import RecipeError
+from ekgfx.preprocessing import Preprocessing
 from ekgfx.recipe import Recipe
 from ekgfx.run import Run, fresh_path, read_manifest
 
@@ -45,6 +46,7 @@ log = logging.getLogger("ekgfx")
 @setting("ema", "--ema", help="Of a file with several state dicts, take the moving average.")
 @setting("input", "--input", metavar="SHAPE", help="Shape of the example input, such as 1x3x32x32 (comma: several).")
 @setting("classes", "--classes", help="Number of classes to build the model with.")
+@images
 @setting("leaf", "--leaf", metavar="GLOB", help="Modules without a graph, which run as they are, whole; repeatable.")
 @setting("search.strategy", "--search", help="How widths are found.")
 @setting("search.importance", "--importance", help="Which channels go first.")
@@ -177,6 +179,8 @@ def _settings(name: str | None, changes: dict[str, Any]) -> Recipe:
     named.check_model(asked.model)
     named.check_weights(asked.weights)
     settings = read_manifest(Path(asked.model)).get("settings", {}) if Path(asked.model).is_dir() else {}
+    if settings.get("preprocessing") and asked.preprocessing == Preprocessing():
+        asked = recipes.override(asked, {"preprocessing": settings["preprocessing"]})
     if asked.data is None and settings.get("data"):
         asked = recipes.override(asked, {"data": settings["data"]})
         log.info("data: %s, the run's; --data takes others", asked.data)
@@ -190,12 +194,17 @@ def _preview(asked: Recipe) -> None:
 
     timing.check_settings(asked.search)
     import ekgfx
-    from ekgfx import source, timing
+    from ekgfx import job, source, timing
     from ekgfx.cli.render import change, human, out, table
     from ekgfx.planning import budget_of, smallest
 
     built = source.of_recipe(replace(asked, weights="none")).build()
     traced = ekgfx.trace(built.model, built.example_inputs, leaf=(*built.leaf, *asked.leaf))
+    if asked.data is not None:
+        images = job.open_data(asked.data, built, asked.seed)
+        out.print(job.preprocessing_of(images, built), markup=False)
+        classes = "no labels" if images.classes is None else f"{images.classes} classes"
+        out.print(f"data: {images.size('train')} images to train on, {images.size('test')} to test on; {classes}\n")
     table_here = timing.known_table(asked.search, traced) if asked.search.latency is not None else None
     if asked.search.latency is not None and table_here is None:
         out.print(f"the layers would be timed on {asked.search.target} first; how far the budget can go is known then")

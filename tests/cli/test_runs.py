@@ -288,6 +288,6 @@ def test_a_terminal_that_cannot_show_a_character_shows_another(runs, tmp_path) -
     """Tables have arrows and lines, whatever the locale."""
     strange = environment() | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     command = [sys.executable, "-m", "ekgfx", "list"]
-    done = subprocess.run(command, cwd=tmp_path, env=strange, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=strange, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert "runs/first" in done.stdout and " ? " in done.stdout

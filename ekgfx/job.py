@@ -23,6 +23,7 @@ from ekgfx.search import NEEDS_DATA, Step
 from ekgfx.search.effort import fitting_batch
 from ekgfx.source import Built
 from ekgfx.trace import TracedModel, silently_traced
+from ekgfx.units import human, percent
 from ekgfx.untouched import untouched
 
 DENSE = "dense.safetensors"
@@ -142,7 +143,9 @@ class Job:
         """The data set; None where the model's input is no image and the search needs none."""
         if self.recipe.data is None and not self.needs_data:
             return None
-        return open_data(self.recipe.data or LABEL_FREE, self.built, self.recipe.seed, self.logits).to(self.device)
+        opened = open_data(self.recipe.data or LABEL_FREE, self.built, self.recipe.seed, self.logits).to(self.device)
+        self.report.note(preprocessing_of(opened, self.built))
+        return opened
 
     @property
     def needs_data(self) -> bool:
@@ -192,7 +195,11 @@ class Job:
         results = self.run.manifest.get("results", {})
         if name not in results:
             self.report.stage(f"evaluate ({name})")
-            self.run.update(results={**results, name: asdict(self.score(model, plan))})
+            score = self.score(model, plan)
+            self.run.update(results={**results, name: asdict(score)})
+            said = {"accuracy": score.accuracy, "agreement": score.agreement}
+            facts = [f"{what} {percent(value)}" for what, value in said.items() if value is not None]
+            self.report.note(", ".join([*facts, f"{human(score.macs)} MACs", f"{human(score.params)} parameters"]))
 
 
 def open_data(spec: str, built: Built, seed: int, find: Callable[[Any], Tensor] = logits_of) -> data.Data:
@@ -204,7 +211,24 @@ def open_data(spec: str, built: Built, seed: int, find: Callable[[Any], Tensor] 
         output = built.model(built.example_inputs[0])
     found = find(output)
     classes = found.shape[1] if found.ndim == 2 else None
-    return data.load(spec, classes=classes, seed=seed, **built.data_options)
+    channels = built.example_inputs[0].shape[1]
+    return data.load(spec, classes=classes, seed=seed, **{**built.data_options, "channels": channels})
+
+
+def preprocessing_of(opened: data.Data, built: Built) -> str:
+    """How images become the model's input, and who says so, in one line."""
+    origins = built.origins
+
+    def whose(key: str) -> str:
+        return origins.get(key, "the data's own")
+
+    channels, height, width = opened.input_shape
+    mean, std = (" ".join(f"{value:.3g}" for value in values) for values in (opened.mean, opened.std))
+    crop = f" ({origins['crop_pct']})" if "crop_pct" in origins and "middle" in opened.resized else ""
+    return (
+        f"images: {height}×{width} ({whose('image_size')}), {opened.resized}{crop}; {channels} "
+        f"channel{'' if channels == 1 else 's'}; mean {mean} ({whose('mean')}), std {std} ({whose('std')})"
+    )
 
 
 def predicted(

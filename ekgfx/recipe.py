@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from ekgfx.errors import RecipeError
+from ekgfx.preprocessing import Preprocessing
 from ekgfx.typed import did_you_mean, read
 from ekgfx.units import budget_of, bytes_of, fraction_of
 
@@ -125,12 +126,13 @@ class Export:
 class Recipe:
     """Everything `ekgfx prune` needs to know. `ekgfx prune --help` says what the settings mean.
 
-    `ema`: of a weights file with several state dicts, the moving average. `leaf`: modules that run as they are, by name
-    or glob. `unused`: parameters or modules that nothing uses, likewise. `outputs`: which of the model's outputs matter
-    (all by default); `logits`: where the logits are in them, by key, field or index. `graphs`: whether a module whose
-    Python cannot express the cut gets another forward ("warn" names it; "forbid" keeps all channels of the groups that
-    would need one). `data`: None takes `photos`, label-free. `pretrain`: training of the model before it is pruned.
-    `measured`: what this recipe gave, and where.
+    `model_kwargs`: further arguments of the model's factory, or of timm's. `preprocessing`: of images, before what the
+    model says. `ema`: of a weights file with several state dicts, the moving average. `leaf`: modules that run as they
+    are, by name or glob. `unused`: parameters or modules that nothing uses, likewise. `outputs`: which of the model's
+    outputs matter (all by default); `logits`: where the logits are in them, by key, field or index. `graphs`: whether a
+    module whose Python cannot express the cut gets another forward ("warn" names it; "forbid" keeps all channels of the
+    groups that would need one). `data`: None takes `photos`, label-free. `pretrain`: training of the model before it is
+    pruned. `measured`: what this recipe gave, and where.
     """
 
     model: str | None = None
@@ -140,6 +142,8 @@ class Recipe:
     ema: bool = False
     input: str | None = None
     classes: int | None = None
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
     leaf: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()

@@ -2,23 +2,23 @@
 
 import importlib
 import importlib.util
-import inspect
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ekgfx import named
-from ekgfx.errors import EkgfxError, ModelError
+from ekgfx.errors import ModelError
+from ekgfx.factories import IN_CHANNELS, call_factory, torchvision_config
+from ekgfx.preprocessing import Preprocessing
 from ekgfx.recipe import Recipe
+from ekgfx.typed import read
 from ekgfx.weights import create_pretrained, load_weights
 
+AS_THE_MODEL_SAYS = Preprocessing()
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -39,17 +39,26 @@ class Built:
     """Modules that have to run as they are, where the model is a run that says so."""
     outputs: tuple[str, ...] = ()
     """Outputs that matter, where the model is a run that says so."""
+    asked: Preprocessing = AS_THE_MODEL_SAYS
+    """What was asked for of the images, which goes before what the model says."""
 
     @property
     def data_options(self) -> dict[str, Any]:
         """What `ekgfx.data.load` should know of the model: image_size, channels, mean, std, crop_pct, interpolation."""
-        options: dict[str, Any] = {"crop_pct": self.crop_pct, "interpolation": self.interpolation}
+        options: dict[str, Any] = {"interpolation": self.interpolation}
+        if self.asked.img_size is None:  # a crop that was made for another size says nothing of this one
+            options["crop_pct"] = self.crop_pct
         if self.normalization is not None:
             options["mean"], options["std"] = self.normalization
         if self.example_inputs[0].ndim == 4:
             options["image_size"] = tuple(self.example_inputs[0].shape[2:])
             options["channels"] = self.example_inputs[0].shape[1]
-        return {key: value for key, value in options.items() if value is not None}
+        return {key: value for key, value in options.items() if value is not None} | dict(self.asked.data_options())
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """Who says what `data_options` holds, in words."""
+        return dict.fromkeys(self.data_options, "the model") | dict(self.asked.flags())
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,9 @@ class Source:
     classes: int | None = None
     ema: bool = False
     """Of a file with several state dicts, take the moving average of the weights."""
+    preprocessing: Preprocessing = AS_THE_MODEL_SAYS
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the factory, or of `timm.create_model`."""
 
     def build(self) -> Built:
         """Builds the model, in evaluation mode. Random weights come from torch's global generator.
@@ -72,18 +84,19 @@ class Source:
             ModelError: it cannot be built, or the weights do not fit.
         """
         if self.is_run:
-            return importlib.import_module("ekgfx.checkpoint").load_run(Path(self.model))
+            return replace(importlib.import_module("ekgfx.checkpoint").load_run(Path(self.model)), **self._asked())
         file = None if self.weights in ("auto", "none") else Path(self.weights).expanduser()
         if self.model.startswith("timm:"):
             model, origin = _build_timm(self, pretrained=self.weights == "auto")
             inputs = None
         else:
-            model, inputs = _call_factory(self)
+            model, inputs = call_factory(self.model, self._arguments())
             origin = f"as {self.model} makes them"
         if file is not None:
             taken = load_weights(model, file, ema=self.ema)
             origin = f"file {file.name}" + (f" ({taken})" if taken else "")
-        config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or {}  # timm's protocol, also ours
+        # timm's protocol, also ours
+        config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or torchvision_config(self.model)
         return Built(
             model.eval(),
             _example_inputs(self, inputs, config),
@@ -91,7 +104,17 @@ class Source:
             (tuple(config["mean"]), tuple(config["std"])) if "mean" in config and "std" in config else None,
             config.get("crop_pct"),
             config.get("interpolation"),
+            asked=self.preprocessing,
         )
+
+    def _arguments(self) -> dict[str, Any]:
+        """What a factory of the user's gets."""
+        asked = {"num_classes": self.classes, IN_CHANNELS[0]: self.preprocessing.in_chans}
+        return {name: value for name, value in asked.items() if value is not None} | dict(self.model_kwargs)
+
+    def _asked(self) -> dict[str, Any]:
+        """What of a run is other than recorded: only what was asked for now."""
+        return {} if self.preprocessing == AS_THE_MODEL_SAYS else {"asked": self.preprocessing}
 
     @property
     def is_run(self) -> bool:
@@ -106,6 +129,9 @@ class Source:
         from timm.models import get_pretrained_cfg
 
         options: dict[str, Any] = {} if self.classes is None else {"num_classes": self.classes}
+        asked = self.preprocessing
+        if asked.in_chans is not None:
+            options["in_chans"] = asked.in_chans
         config = get_pretrained_cfg(self.model.removeprefix("timm:"))
         if self.input is not None and config is not None:
             _, channels, *size = (*_shapes(self.input)[0], 0, 0)[:4]
@@ -113,7 +139,9 @@ class Source:
                 options["in_chans"] = channels
             if config.fixed_input_size and tuple(size) != config.input_size[1:]:
                 options["img_size"] = tuple(size)
-        return options
+        elif asked.img_size is not None and config is not None and config.fixed_input_size:
+            options["img_size"] = asked.img_size
+        return {**options, **self.model_kwargs}
 
     def describe(self) -> dict[str, Any]:
         """JSON values that build the same model from another working directory; `from_description` reads them."""
@@ -121,11 +149,18 @@ class Source:
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> "Source":
-        return cls(**description)
+        source: Source = read(cls, description, "the source", ModelError)
+        return source
 
 
 def parse(
-    model: str, weights: str = "auto", input: str | None = None, classes: int | None = None, ema: bool = False
+    model: str,
+    weights: str = "auto",
+    input: str | None = None,
+    classes: int | None = None,
+    ema: bool = False,
+    preprocessing: Preprocessing = AS_THE_MODEL_SAYS,
+    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Source:
     """Reads a MODEL argument; paths become absolute.
 
@@ -144,12 +179,13 @@ def parse(
         model = str(Path(model).absolute())
     elif place.endswith(".py"):
         model = f"{Path(place).expanduser().absolute()}:{factory}"
-    return Source(model, weights, input, classes, ema)
+    return Source(model, weights, input, classes, ema, preprocessing, dict(model_kwargs or {}))
 
 
 def of_recipe(recipe: Recipe) -> Source:
     """The source of a recipe's model, as `parse` reads it."""
-    return parse(recipe.model or "", recipe.weights, recipe.input, recipe.classes, recipe.ema)
+    asked, images, options = recipe, recipe.preprocessing, recipe.model_kwargs
+    return parse(asked.model or "", asked.weights, asked.input, asked.classes, asked.ema, images, options)
 
 
 def _check_tag(name: str) -> None:
@@ -173,88 +209,29 @@ def _build_timm(source: Source, pretrained: bool) -> tuple[nn.Module, str]:
         raise ModelError(f"timm cannot build {name} with {options}: {error}") from error
 
 
-def _call_factory(source: Source) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
-    place, _, name = source.model.rpartition(":")
-    factory = _find(_import(place), name, source.model)
-    arguments: dict[str, Any] = {}
-    if source.classes is not None:
-        if "num_classes" not in inspect.signature(factory).parameters:
-            raise ModelError(
-                f"factory {source.model} has no parameter num_classes, so it cannot take {source.classes} classes"
-            )
-        arguments["num_classes"] = source.classes
-    try:
-        made = factory(**arguments)
-    except EkgfxError:
-        raise
-    except Exception as error:  # the user's code may raise anything
-        raise ModelError(f"factory {source.model} failed: {type(error).__name__}: {error}") from error
-    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
-    fits = inputs is None or (isinstance(inputs, tuple) and inputs and all(isinstance(x, Tensor) for x in inputs))
-    if not isinstance(model, nn.Module) or not fits:
-        raise ModelError(
-            f"factory {source.model} returned {type(made).__name__}: return the model (a torch.nn.Module), or "
-            "(model, example_inputs) with a tuple of tensors"
-        )
-    return model, inputs
-
-
-def find_function(place: str) -> Callable[..., Any]:
-    """What `package.module:function` or `path/file.py:function` names.
-
-    Raises ModelError when there is no such file, module or function.
-    """
-    where, _, name = place.rpartition(":")
-    if not where or not name:
-        raise ModelError(f"'{place}' names no function: use package.module:function or path/file.py:function")
-    if where.endswith(".py"):
-        where = str(Path(where).expanduser().absolute())
-    return _find(_import(where), name, place, "function")
-
-
-def _find(module: ModuleType, name: str, model: str, kind: str = "factory") -> Callable[..., Any]:
-    known = {key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")}
-    if name in known:
-        return known[name]
-    raise ModelError(named.no_function(name, known, model.rpartition(":")[0], kind))
-
-
-def _import(place: str) -> ModuleType:
-    try:
-        if place.endswith(".py"):
-            return _import_file(Path(place), Path(place).stat().st_mtime_ns)
-        return importlib.import_module(place)
-    except EkgfxError:
-        raise
-    except Exception as error:  # the user's module may raise anything
-        raise ModelError(f"cannot import '{place}': {type(error).__name__}: {error}") from error
-
-
-@cache
-def _import_file(path: Path, changed: int) -> ModuleType:
-    """Imports a file once for each of its versions (`changed`: its time stamp), so that its classes stay the same."""
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # a file may import its neighbours, as a script may
-    spec = importlib.util.spec_from_file_location(f"ekgfx_model_{path.stem}_{changed}", path)
-    if spec is None or spec.loader is None:
-        raise ModelError(f"'{path}' is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def _example_inputs(source: Source, inputs: tuple[Tensor, ...] | None, config: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """`--input` before the factory's own before the model's `input_size`; random normal, the same every time."""
+    """`--input` before the factory's own before the model's `input_size`; of images, with the size and channels that
+    are asked for; random normal, the same every time."""
+    asked = source.preprocessing
+    resized = asked.img_size is not None or asked.in_chans is not None
     if source.input is not None:
         shapes = _shapes(source.input)
     elif inputs is not None:
-        return inputs
+        if not resized:
+            return inputs
+        shapes = [tuple(value.shape) for value in inputs]
     elif "input_size" in config:
         shapes = [(1, *config["input_size"])]
+    elif asked.img_size is not None:
+        shapes = [(1, 3, asked.img_size, asked.img_size)]
     else:
         raise ModelError(f"{source.model} does not say what input it takes: use --input, such as --input 1x3x224x224")
+    if resized and len(shapes[0]) != 4:
+        raise ModelError(f"{source.model} takes {shapes[0]}, no images: leave --img-size and --in-chans out")
+    if resized:
+        batch, channels, *size = shapes[0]
+        size = size if asked.img_size is None else [asked.img_size] * 2
+        shapes = [(batch, asked.in_chans or channels, *size), *shapes[1:]]
     draw = torch.Generator().manual_seed(0)
     return tuple(torch.randn(shape, generator=draw) for shape in shapes)
 

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from ekgfx.distributed import team
-from ekgfx.errors import ExportError, RecipeError
+from ekgfx.errors import ExportError, RecipeError, RunError
 from ekgfx.export.environment import environment
 from ekgfx.export.exporter import to_onnx
 from ekgfx.export.layers import NETWORKS, fp16, measure_layers, threads_of
@@ -109,10 +109,16 @@ def _measured(job: Job, target: Target) -> LayerTable:
     if begun is not None and len(begun.samples) == NETWORKS:
         return begun
     job.report.stage(f"time the layers on {target}")
+    unkept: list[Exception] = []
 
     def on_network(table: LayerTable) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, table.to_json())
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, table.to_json())
+        except (OSError, RunError) as error:  # as in a home that nobody may write to
+            if not unkept:
+                job.report.note(f"timings are not kept for the next run ({error}); EKGFX_CACHE names another folder")
+            unkept.append(error)
         job.report.note(f"network {len(table.samples)} of {NETWORKS}: {table.samples[-1].network:.3g} ms")
 
     return measure_layers(job.traced, target, rules, count=NETWORKS, begun=begun, on_network=on_network)

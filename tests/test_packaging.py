@@ -28,11 +28,12 @@ PIPE = """
 errors
 units distributed
 parallel containers
-typed trust files outputs named
+typed trust files outputs named preprocessing
 run recipe target models weight_files weight_fit weights data axes functional channels_last
 untouched carried tables batches returns
 rules
-leaf nodes source in_place
+leaf nodes factories in_place
+source
 ways
 graph unseen observe
 plan cost sizes arguments

@@ -70,6 +70,16 @@ def test_layers_are_measured_once_for_a_device(job):
     assert job.measured == [0, 0, 0]
 
 
+def test_timings_need_no_home(job, tmp_path, monkeypatch):
+    """A cache that cannot be written to costs the next run its timings, not this one its search."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EKGFX_CACHE", str(tmp_path / "file" / "cache"))
+    ours = job("run", target=TARGET)
+    assert timing.layer_table(ours).target == TARGET
+    (said,) = [note for note in ours.report.notes if "are not kept" in note]
+    assert "Not a directory" in said and "EKGFX_CACHE names another folder" in said
+
+
 def test_an_interrupted_measurement_goes_on(job, tmp_path):
     (done,) = [timing.layer_table(job("first", target=TARGET))]
     (file,) = (tmp_path / "cache" / "latency").iterdir()

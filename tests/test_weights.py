@@ -103,6 +103,12 @@ def test_unusable_weight_files_are_explained(net: nn.Module, data_dir: Path, tmp
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def hub_not_ruled_out(monkeypatch) -> None:
+    """Many people set HF_HUB_OFFLINE, which would answer before what is tested here."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
 @pytest.fixture
 def silent_server() -> Iterator[str]:
     """A server that takes connections and never says anything, as a firewall does that drops packets."""

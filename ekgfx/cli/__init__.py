@@ -1,5 +1,6 @@
 """The command line: parses, calls the library, renders. One file per command; torch is imported when a command runs."""
 
+import io
 import logging
 import re
 import sys
@@ -69,6 +70,9 @@ for command in (groups, prune, finetune, evaluate, export, landscape, report, re
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line and exits: 0 done, 2 bad input or an error with advice (one line on stderr), 130 Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show an arrow shows a question mark
     try:
         cli.main(arguments, prog_name="ekgfx", standalone_mode=False)
     except click.UsageError as error:

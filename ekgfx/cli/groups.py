@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ekgfx import named
+from ekgfx.cli.options import images, preprocessing_of
 
 if TYPE_CHECKING:
     from ekgfx.trace import TracedModel
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     "--input", metavar="SHAPE", help="Shape of the example input, such as 1x3x224x224 (comma: several inputs)."
 )
 @click.option("--classes", type=int, help="Number of classes to build the model with.")
+@images
 @click.option("--leaf", metavar="GLOB", multiple=True, help="Modules that run as they are, whole; repeatable.")
 @click.option("--unused", metavar="GLOB", multiple=True, help="Parameters or modules that nothing uses; repeatable.")
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Also draw the graph, coloured by group.")
@@ -39,6 +41,7 @@ def groups(
     leaf: tuple[str, ...],
     unused: tuple[str, ...],
     svg: Path | None,
+    **flags: Any,
 ) -> None:
     """Show the coupled channel groups of MODEL.
 
@@ -50,7 +53,7 @@ def groups(
     from ekgfx import source
     from ekgfx.trace import silently_traced
 
-    built = source.parse(model, weights, input, classes, ema).build()
+    built = source.parse(model, weights, input, classes, ema, **preprocessing_of(flags)).build()
     traced = silently_traced(built.model, built.example_inputs, leaf=(*built.leaf, *leaf), unused=unused)
     if svg is not None:
         from ekgfx.report import drawing

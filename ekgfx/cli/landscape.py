@@ -71,11 +71,11 @@ def landscape(
     named.check_model(model)
     named.check_weights(weights)
     named.check_data(data)
-    from ekgfx import source
+    from ekgfx import factories
     from ekgfx.cli.render import out
     from ekgfx.errors import DataError
 
-    judge = None if loss is None else source.find_function(loss)
+    judge = None if loss is None else factories.find_function(loss)
     typed: dict[str, Any] = {
         "data": data,
         "weights": weights,
@@ -85,7 +85,8 @@ def landscape(
         "logits": logits,
         "device": device,
     }
-    subject = look(model, **typed)
+    shape = {name: asked.pop(name) for name in list(asked) if name.startswith(("preprocessing__", "model_kwargs"))}
+    subject = look(model, **typed, **shape)
     if subject.data.classes is None and judge is None:
         raise DataError(f"{subject.spec} has no labels, and the loss needs them; give data with labels, or --loss")
     settings = {"model": model, "data": subject.spec, "loss": loss or "cross-entropy", "device": device, **asked}

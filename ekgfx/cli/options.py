@@ -5,12 +5,60 @@ from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import click
+import yaml
 
 from ekgfx import recipe
 from ekgfx.errors import RecipeError
 from ekgfx.units import fraction_of
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _arguments(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any] | None:
+    """NAME=VALUE, the value as YAML would read it: numbers, true, lists, else text."""
+    found = {}
+    for text in values:
+        name, equals, value = text.partition("=")
+        try:
+            read = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            read = value
+        if not equals or not name.isidentifier():
+            raise click.BadParameter(f"{text[:80]!r}: use NAME=VALUE, such as drop_path_rate=0.1")
+        found[name] = read if isinstance(read, int | float | list | dict | None) else str(value)
+    return found or None
+
+
+def images(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags for how images become the model's input, under timm's names, and for arguments of the model."""
+    for flag in reversed(
+        (
+            setting("preprocessing.img_size", "--img-size", metavar="N", help="Side of the model's images."),
+            setting("preprocessing.in_chans", "--in-chans", metavar="N", help="Channels of them."),
+            setting("preprocessing.crop_pct", "--crop-pct", metavar="SHARE", help="Share of image files kept; 1: all."),
+            setting("preprocessing.mean", "--mean", metavar="M,M,M", help="Mean per channel, of images on [0, 1]."),
+            setting("preprocessing.std", "--std", metavar="S,S,S", help="Standard deviation per channel."),
+            click.option(
+                "--model-kwargs",
+                "model_kwargs",
+                metavar="NAME=VALUE",
+                multiple=True,
+                callback=_arguments,
+                help="An argument of the model's factory, or of timm's; repeatable.",
+            ),
+        )
+    ):
+        command = flag(command)
+    return command
+
+
+def preprocessing_of(flags: dict[str, Any]) -> dict[str, Any]:
+    """Takes the flags of `images` out of `flags`: what `ekgfx.source.parse` gets for them."""
+    from ekgfx.preprocessing import Preprocessing
+
+    names = [name for name in flags if name.startswith("preprocessing__")]
+    asked = {name.partition("__")[2]: value for name in names if (value := flags.pop(name)) is not None}
+    return {"preprocessing": Preprocessing(**asked), "model_kwargs": flags.pop("model_kwargs")}
 
 
 tensorboard = click.option(
@@ -32,6 +80,20 @@ def setting(key: str, *flags: str, help: str, metavar: str | None = None) -> Dec
 def given(parameters: dict[str, Any]) -> dict[str, Any]:
     """The settings that were typed, by dotted key; None and empty tuples were not."""
     return {name.replace("__", "."): value for name, value in parameters.items() if value not in (None, ())}
+
+
+class _Numbers(click.ParamType):
+    """Numbers with commas or spaces between them."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, parameter: click.Parameter | None, context: click.Context | None
+    ) -> tuple[float, ...]:
+        try:
+            return tuple(float(part) for part in str(value).replace(",", " ").split())
+        except ValueError:
+            self.fail(f"{str(value)[:80]!r}: use numbers with commas, such as 0.485,0.456,0.406", parameter, context)
 
 
 class _Amount(click.ParamType):
@@ -65,6 +127,8 @@ def _type(hint: Any) -> Any:
         return _Number()
     if {float, str} <= set(arguments):
         return _Amount()
+    if origin is not tuple and any(typing.get_origin(part) is tuple for part in arguments):
+        return _Numbers()
     if origin is not None:  # `int | None`, `tuple[str, ...]`
         return _type(arguments[0])
     return hint

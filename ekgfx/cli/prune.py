@@ -9,8 +9,9 @@ import click
 
 from ekgfx import named
 from ekgfx import recipe as recipes
-from ekgfx.cli.options import given, setting, tensorboard
+from ekgfx.cli.options import given, images, setting, tensorboard
 from ekgfx.errors import RecipeError
+from ekgfx.preprocessing import Preprocessing
 from ekgfx.recipe import Recipe
 from ekgfx.run import Run, fresh_path, read_manifest
 
@@ -45,6 +46,7 @@ log = logging.getLogger("ekgfx")
 @setting("ema", "--ema", help="Of a file with several state dicts, take the moving average.")
 @setting("input", "--input", metavar="SHAPE", help="Shape of the example input, such as 1x3x32x32 (comma: several).")
 @setting("classes", "--classes", help="Number of classes to build the model with.")
+@images
 @setting("leaf", "--leaf", metavar="GLOB", help="Modules without a graph, which run as they are, whole; repeatable.")
 @setting("unused", "--unused", metavar="GLOB", help="Parameters or modules that nothing uses; repeatable.")
 @setting("outputs", "--outputs", metavar="PLACE", help="Outputs that matter, by key, field or index; repeatable.")
@@ -187,6 +189,8 @@ def _settings(name: str | None, changes: dict[str, Any]) -> Recipe:
     named.check_model(asked.model)
     named.check_weights(asked.weights)
     settings = read_manifest(Path(asked.model)).get("settings", {}) if Path(asked.model).is_dir() else {}
+    if settings.get("preprocessing") and asked.preprocessing == Preprocessing():
+        asked = recipes.override(asked, {"preprocessing": settings["preprocessing"]})
     if asked.data is None and settings.get("data"):
         asked = recipes.override(asked, {"data": settings["data"]})
         log.info("data: %s, the run's; --data takes others", asked.data)
@@ -199,7 +203,7 @@ def _preview(asked: Recipe) -> None:
     from ekgfx import timing
 
     timing.check_settings(asked.search)
-    from ekgfx import source
+    from ekgfx import job, source
     from ekgfx.cli.render import change, human, out, table
     from ekgfx.planning import budget_of, smallest
     from ekgfx.trace import silently_traced
@@ -209,6 +213,11 @@ def _preview(asked: Recipe) -> None:
     traced = silently_traced(built.model, built.example_inputs, leaf=leaf, unused=asked.unused, outputs=outputs)
     for note in traced.notes:
         out.print(note)
+    if asked.data is not None:
+        images = job.open_data(asked.data, built, asked.seed)
+        out.print(job.preprocessing_of(images, built), markup=False)
+        classes = "no labels" if images.classes is None else f"{images.classes} classes"
+        out.print(f"data: {images.size('train')} images to train on, {images.size('test')} to test on; {classes}\n")
     table_here = timing.known_table(asked.search, traced) if asked.search.latency is not None else None
     if asked.search.latency is not None and table_here is None:
         out.print(f"the layers would be timed on {asked.search.target} first; how far the budget can go is known then")

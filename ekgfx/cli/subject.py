@@ -1,5 +1,6 @@
 """What `ekgfx eval` and `ekgfx landscape` look at: a network and its data, as typed or as the run says."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ekgfx import named
+from ekgfx.cli.options import images, preprocessing_of
 
 if TYPE_CHECKING:
     from ekgfx.data import Data
     from ekgfx.source import Built
 
+log = logging.getLogger("ekgfx")
 _PARAMETERS = (
     click.argument("model"),
     click.option("--data", metavar="SPEC", help="Data with labels  [default: the run's]"),
@@ -41,6 +44,7 @@ class Subject:
 
 def parameters(command: Callable[..., Any]) -> Callable[..., Any]:
     """MODEL and the options that `look` takes."""
+    command = images(command)
     for parameter in reversed(_PARAMETERS):
         command = parameter(command)
     return command
@@ -56,6 +60,7 @@ def look(
     classes: int | None,
     logits: str | None,
     device: str,
+    **flags: Any,
 ) -> Subject:
     """Builds the model, or loads the run, and opens the data. DataError when neither names any; what the run and the
     sources of models and data refuse."""
@@ -69,7 +74,7 @@ def look(
     from ekgfx.outputs import finder, logits_of
     from ekgfx.run import read_manifest
 
-    asked = source.parse(model, weights, input, classes, ema)
+    asked = source.parse(model, weights, input, classes, ema, **preprocessing_of(flags))
     place = job.pick_device(device)
     built = asked.build()
     run = Path(model) if asked.is_run else None
@@ -79,6 +84,7 @@ def look(
         raise DataError(f"nothing to judge {model} on: give --data with labels, such as --data folder:DIR")
     place_of_logits = logits or settings.get("logits")
     find = logits_of if place_of_logits is None else finder(place_of_logits)
-    images = job.open_data(spec, built, settings.get("seed", 0), find).to(place)
+    opened = job.open_data(spec, built, settings.get("seed", 0), find).to(place)
+    log.info("%s", job.preprocessing_of(opened, built))
     inputs = tuple(value.to(place) for value in built.example_inputs)
-    return Subject(replace(built, model=built.model.to(place), example_inputs=inputs), images, spec, run, find)
+    return Subject(replace(built, model=built.model.to(place), example_inputs=inputs), opened, spec, run, find)

@@ -155,6 +155,8 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     openers: dict[str, Callable[[], Split]] = field(repr=False)
+    resized: str = ""
+    """How images come to that size, in words."""
     device: torch.device = CPU
     _opened: dict[str, Split] = field(default_factory=dict, repr=False, compare=False)
 

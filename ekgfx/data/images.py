@@ -39,7 +39,7 @@ class Geometry:
         """timm's evaluation transform, or its training transform: random resized crop and flip, and in several views a
         jitter of brightness, contrast and saturation."""
         return create_transform(
-            input_size=(self.channels, *self.size),
+            input_size=(len(self.mean), *self.size),
             is_training=views.augment,
             color_jitter=JITTER if views.count > 1 else 0.0,
             interpolation=self.interpolation,
@@ -56,15 +56,15 @@ class _Decoder(Dataset):
     def __init__(self, source: ImageSource, geometry: Geometry, views: Views) -> None:
         self.source = source
         self.transform = geometry.transform(views)
-        self.grey = geometry.channels == 1
+        self.channels = len(geometry.mean)
         self.views = views
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int] | DataError:
         try:
             image, label = self.source.read(index)
+            image = image if self.channels == 3 else image.convert("L")
         except DataError as error:
             return error
-        image = image.convert("L") if self.grey else image
         shown = []
         for view in range(self.views.count):
             with seeded(mixed_seed(self.views.seed, index, view)):

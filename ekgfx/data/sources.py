@@ -4,6 +4,7 @@ An image that cannot be read is an error that names it. timm's own data set clas
 and a label or a bank's row, looked up by index, would then belong to another image.
 """
 
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,10 +18,14 @@ from timm.data import ImageNetInfo, create_dataset
 from timm.data.dataset import ImageDataset, IterableImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder, find_images_and_targets
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ekgfx.data.tables import numbers_of, read_table
 from ekgfx.errors import DataError
+
+log = logging.getLogger("ekgfx")
 
 
 class ImageSource(ABC):
@@ -109,25 +114,37 @@ class PairImages(ImageSource):
 
 
 _LABELLED_NAME = re.compile(r"(\d+)_")
-_TEST_FOLDERS = ("val", "validation", "valid", "test", "eval")
+_TRAIN_FOLDERS = ("train", "training", "trn")
+_TEST_FOLDERS = ("val", "validation", "valid", "test", "testing", "eval", "dev")
 
 
 def open_folder(folder: Path, classes: int | None) -> tuple[dict[str, FileImages], int | None]:
     """The image files of each set found in a folder ('train' and 'test', or only 'all'), and the number of classes.
 
-    Sets: `train` and one of `val`, `validation`, `valid`, `test`, `eval`, where the folder has both; otherwise one set
-    (in a folder of one of those names, if there is no other).
+    Sets: `train` (or `training`) and one of `val`, `validation`, `valid`, `test`, `testing`, `eval`, `dev`, in any
+    case, where the folder has both, or its only folder has; otherwise one set (in a folder of one of those names, if
+    there is no other).
+
+    Labels in a table: `labels.csv`, or a .csv for each set, see `ekgfx.data.tables`.
 
     Labels, the same way in every set: from class folders, numbered in natural order of their names as timm does, or by
     ImageNet's class index if they are all ImageNet ids (n01440764) and the model has 1000 outputs; else from the number
     before the first underscore of each file's name (0012_anything.jpg is class 12); else there are none.
     """
-    inside = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    named = [name for name in ("train", *_TEST_FOLDERS) if name in inside]
-    if len(named) < 2 or named[0] != "train":
-        images, count, _ = _list_images(folder / named[0] if named == inside and named else folder, classes, None)
+    if tables := _tables(folder):
+        return _open_tables(tables, classes)
+    inside = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir() and _counts(path)}
+    trains = [inside[name] for name in _TRAIN_FOLDERS if name in inside]
+    tests = [inside[name] for name in _TEST_FOLDERS if name in inside]
+    if len(inside) == 1 and not (trains or tests):  # as an archive is unpacked
+        (within,) = inside.values()
+        if {path.name.lower() for path in within.iterdir() if path.is_dir()} & {*_TRAIN_FOLDERS, *_TEST_FOLDERS}:
+            return open_folder(within, classes)
+    if not (trains and tests):
+        only = [*trains, *tests]
+        images, count, _ = _list_images(only[0] if len(only) == len(inside) == 1 else folder, classes, None)
         return {"all": images}, count
-    train, test = folder / "train", folder / named[1]
+    train, test = trains[0], tests[0]
     train_images, count, class_to_index = _list_images(train, classes, None)
     test_images, test_count, _ = _list_images(test, classes, class_to_index)
     if count is not None and test_count is not None:
@@ -135,6 +152,39 @@ def open_folder(folder: Path, classes: int | None) -> tuple[dict[str, FileImages
     elif count != test_count:
         raise DataError(f"of {train} and {test} only one has labels")
     return {"train": train_images, "test": test_images}, count
+
+
+def _counts(folder: Path) -> bool:
+    """Whether a folder is one of the user's: not what systems and editors leave behind."""
+    return not folder.name.startswith((".", "__"))
+
+
+def _tables(folder: Path) -> dict[str, Path]:
+    """labels.csv as the table of all images, or a table for each split."""
+    inside = {path.stem.lower(): path for path in sorted(folder.glob("*.csv"))}
+    train = next((inside[name] for name in _TRAIN_FOLDERS if name in inside), None)
+    test = next((inside[name] for name in _TEST_FOLDERS if name in inside), None)
+    if train is not None and test is not None:
+        return {"train": train, "test": test}
+    return {"all": inside["labels"]} if "labels" in inside else {}
+
+
+def _open_tables(tables: dict[str, Path], classes: int | None) -> tuple[dict[str, FileImages], int | None]:
+    """The sets of a folder whose labels stand in tables; a column of splits divides one table."""
+    rows = {split: read_table(table) for split, table in tables.items()}
+    numbers = numbers_of([row.label for part in rows.values() for row in part])
+    if "all" in rows:
+        train = [row for row in rows["all"] if row.split in _TRAIN_FOLDERS]
+        test = [row for name in _TEST_FOLDERS for row in rows["all"] if row.split == name]
+        if train and test:
+            first = test[0].split
+            rows = {"train": train, "test": [row for row in test if row.split == first]}
+    sets = {
+        split: FileImages([row.file for row in part], [numbers[row.label] for row in part])
+        for split, part in rows.items()
+    }
+    count = max(numbers.values()) + 1
+    return sets, classes if classes and count <= classes and set(numbers) == set(map(str, numbers.values())) else count
 
 
 def _list_images(
@@ -157,6 +207,8 @@ def _list_images(
         raise DataError(
             f"{folder} has images of its own beside class folders, such as {loose}: move them or the folders"
         )
+    if class_to_index is None and classes is not None and len(found) < classes:
+        class_to_index = _with_empty(folder, found, classes)
     if class_to_index is None:
         class_to_index = _imagenet_index(found) if classes == ImageNetInfo().num_classes() else None
         class_to_index = class_to_index or found
@@ -166,6 +218,16 @@ def _list_images(
     names = {number: name for name, number in found.items()}
     labels = [class_to_index[names[number]] for _, number in samples]
     return FileImages(files, labels), len(class_to_index), class_to_index
+
+
+def _with_empty(folder: Path, found: dict[str, int], classes: int) -> dict[str, int] | None:
+    """The numbers of all class folders, where those without images are just what the model's outputs have more."""
+    inside = {path.name for path in folder.iterdir() if path.is_dir() and _counts(path)}
+    empty = inside - set(found)
+    if not set(found) <= inside or len(inside) != classes:
+        return None
+    log.warning("%s: no images of class %s", folder, ", ".join(sorted(empty)[:5]))
+    return {name: number for number, name in enumerate(sorted({*found, *empty}, key=natural_key))}
 
 
 def _labels_of_names(files: Sequence[str]) -> list[int] | None:

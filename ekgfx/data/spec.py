@@ -15,6 +15,7 @@ from ekgfx.data.images import Geometry, ImageSplit
 from ekgfx.data.sources import ImageSource, open_folder, open_timm
 from ekgfx.errors import DataError
 
+CROP = 0.875  # of image files, where nobody says
 TEST_SHARE = 0.2  # of a set that comes without a split
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -34,36 +35,41 @@ class Request:
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     classes: int | None
-    crop_pct: float
+    channels: int | None
+    crop_pct: float | None
     interpolation: str
     seed: int
-    channels: int | None = None
 
     def folder(self) -> Path:
         return Path(self.rest).expanduser()
 
-    def geometry(self) -> Geometry:
+    def geometry(self, sample: tuple[int, int]) -> Geometry:
+        """sample: height and width of one of the files. Files that have the size already are taken whole, unless
+        somebody says how much of them to keep."""
         channels = self.channels or 3
         if channels not in (1, 3):
-            raise DataError(
-                f"the model takes images of {channels} channels, and image files ({self.spec}) have 3, or 1 in grey: "
-                "give arrays (npz:DIR), or your own batches in Python"
-            )
+            raise DataError(f"image files have 3 channels, or 1 if they are grey, but the model takes {channels}")
         mean, std = self.normalization(IMAGENET, channels)
-        return Geometry(self.size or (224, 224), mean, std, self.crop_pct, self.interpolation)
+        size = self.size or (224, 224)
+        crop = self.crop_pct or (1.0 if sample == size else CROP)
+        return Geometry(size, mean, std, crop, self.interpolation)
 
     def normalization(
         self, default: tuple[tuple[float, ...], tuple[float, ...]], channels: int
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        mean, std = self.mean or default[0], self.std or default[1]
-        if self.channels == 1:  # of colours, where that is what is known
-            mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+        mean, std = (self._per_channel(asked, channels) for asked in (self.mean or default[0], self.std or default[1]))
         if not len(mean) == len(std) == channels:
             raise DataError(
                 f"the images of {self.spec} have {channels} channels, but the model is fed {len(mean)} "
                 f"(mean {mean}, std {std}): use other data or a model for {channels}-channel images"
             )
         return mean, std
+
+    def _per_channel(self, asked: tuple[float, ...], channels: int) -> tuple[float, ...]:
+        """One number for all channels, or the mean of the colours' for a grey image of a model that takes such."""
+        if len(asked) == 3 and self.channels == channels == 1:
+            return (sum(asked) / 3,)
+        return asked * channels if len(asked) == 1 else asked
 
 
 def load(
@@ -73,10 +79,10 @@ def load(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     classes: int | None = None,
-    crop_pct: float = 0.875,
+    channels: int | None = None,
+    crop_pct: float | None = None,
     interpolation: str = "bicubic",
     seed: int = 0,
-    channels: int | None = None,
 ) -> Data:
     """Opens a data set.
 
@@ -85,10 +91,12 @@ def load(
         image_size: side, or (H, W), of the images given; the data set's own size (224 for files) if None
         mean, std: normalization per channel of images on [0, 1]; the data set's own if None
         classes: number of the model's outputs; the data must have as many classes (numbered file names: at most)
-        crop_pct, interpolation: of timm's evaluation transform, for image files
+        channels: of the images given, 1 or 3 for image files; with 1, coloured ones are made grey; the data set's own
+            (3 for files) if None
+        crop_pct, interpolation: of timm's evaluation transform, for image files. None: 0.875, but all of files that
+            have the size asked for already
         seed: of photos' crops. A set that comes without a split always has the same fifth of each class as its test
             set, so that no run trains on what another one is tested on
-        channels: of the images that the model takes: with 1, coloured ones are made grey; as they are if None
 
     Raises:
         DataError: an unknown spec, a missing folder, unusable files, labels or class count.
@@ -103,10 +111,10 @@ def load(
         mean=None if mean is None else tuple(mean),
         std=None if std is None else tuple(std),
         classes=classes,
+        channels=channels,
         crop_pct=crop_pct,
         interpolation=interpolation,
         seed=seed,
-        channels=channels,
     )
     data = OPENERS[kind](request)
     if classes is not None and data.classes is not None and classes != data.classes:
@@ -117,7 +125,7 @@ def load(
     if channels is not None and data.input_shape[0] != channels:
         raise DataError(
             f"the images of {spec} have {data.input_shape[0]} channels, but the model takes {channels}: use other "
-            f"data, or a model for {data.input_shape[0]}-channel images"
+            f"data, or a model for {data.input_shape[0]}-channel images (--in-chans)"
         )
     return data
 
@@ -153,7 +161,8 @@ def _array_data(
         return opened
 
     openers = {split: opener(split) for split in ("train", "test")}
-    return Data(name, request.spec, classes, (channels, *size), mean, std, openers)
+    resized = "as they are" if size == (height, width) else f"resized from {height}×{width}"
+    return Data(name, request.spec, classes, (channels, *size), mean, std, openers, resized)
 
 
 def _top_label(labels: Tensor | None) -> int:
@@ -226,13 +235,18 @@ def _photos(request: Request) -> Data:
 
 
 def _image_data(request: Request, name: str, sources: dict[str, ImageSource], classes: int | None) -> Data:
-    geometry = request.geometry()
+    first = sources["test"].read(0)[0] if len(sources["test"]) else None
+    geometry = request.geometry((first.height, first.width) if first is not None else (0, 0))
 
     def opener(split: str) -> Callable[[], Split]:
         return lambda: ImageSplit(sources[split], geometry, classes, f"{request.spec} ({split})")
 
     openers = {split: opener(split) for split in ("train", "test")}
-    return Data(name, request.spec, classes, (geometry.channels, *geometry.size), geometry.mean, geometry.std, openers)
+    resized = f"the middle {geometry.crop_pct:.1%} of files, {geometry.interpolation}"
+    if first is not None and geometry.crop_pct == 1 and (first.height, first.width) == geometry.size:
+        resized = "files as they are"
+    shape = (len(geometry.mean), *geometry.size)
+    return Data(name, request.spec, classes, shape, geometry.mean, geometry.std, openers, resized)
 
 
 def _folder(request: Request) -> Data:

@@ -23,7 +23,7 @@ def test_help_does_not_wait_for_torch():
         "slow = {'torch', 'timm', 'onnx', 'matplotlib', 'sklearn', 'numpy'} & set(sys.modules)\n"
         "assert not slow, slow\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
 
 

@@ -282,3 +282,12 @@ def test_odd_values_of_options_are_taken_or_refused_in_one_line(ekgfx, tmp_path)
         assert done.code == 0 or (done.code == 2 and last.startswith("ekgfx: ")), (number, command, name, value, done)
         assert len(last) < 1500, (number, command, name)
         assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_terminal_that_cannot_show_a_character_shows_another(runs, tmp_path) -> None:
+    """Tables have arrows and lines, whatever the locale."""
+    strange = environment() | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
+    command = [sys.executable, "-m", "ekgfx", "list"]
+    done = subprocess.run(command, cwd=tmp_path, env=strange, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert "runs/first" in done.stdout and " ? " in done.stdout

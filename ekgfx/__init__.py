@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ekgfx.finetune import finetune
     from ekgfx.loss import EKGLoss
     from ekgfx.plan import Plan
+    from ekgfx.repair import repair
     from ekgfx.rules import rule
     from ekgfx.search import search
     from ekgfx.surgery import prune
@@ -26,6 +27,7 @@ __all__ = [
     "TracedModel",
     "search",
     "prune",
+    "repair",
     "build_bank",
     "finetune",
     "save",
@@ -45,6 +47,7 @@ _HOMES = {
     "TracedModel": "trace",
     "search": "search",
     "prune": "surgery",
+    "repair": "repair",
     "build_bank": "bank",
     "finetune": "finetune",
     "save": "checkpoint",

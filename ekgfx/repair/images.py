@@ -1,0 +1,85 @@
+"""The images of a repair: gathered, those that teach nothing left out, and divided into a part to fit on and a part to
+judge by."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ekgfx.evaluation import to_device
+
+EVERY = 5
+"""Every fifth image is held out."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Arguments of the model, batch by batch: to fit on and to judge by. notes: which images were left out, and why."""
+
+    fit: list[tuple[Any, ...]]
+    held: list[tuple[Any, ...]]
+    used: int
+    held_out: int
+    notes: tuple[str, ...]
+
+
+def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, device: torch.device) -> Images:
+    """The first `most` images.
+
+    Args:
+        images: B × …; or batches, each a tensor, a tuple `(images, …)` of which the rest is not looked at, or a tuple
+            whose first element is itself a tuple of the model's arguments.
+    """
+    single: list[tuple[Any, ...]] = []
+    bad = flat = twice = 0
+    seen: set[int] = set()
+    for batch in [images] if isinstance(images, Tensor) else images:
+        first = batch if isinstance(batch, Tensor) else batch[0]
+        args = tuple(first) if isinstance(first, tuple | list) else (first,)
+        for i in range(len(args[0])):
+            one = pytree.tree_map_only(Tensor, lambda t, i=i: t[i : i + 1], args)
+            tensors = [t for t in pytree.tree_leaves(one) if isinstance(t, Tensor)]
+            key = hash(tuple(t.contiguous().cpu().numpy().tobytes() for t in tensors))
+            if not all(bool(torch.isfinite(t).all()) for t in tensors):
+                bad += 1
+            elif all(_constant(t) for t in tensors):
+                flat += 1
+            elif key in seen:
+                twice += 1
+            else:
+                seen.add(key)
+                single.append(one)
+            if len(single) == most:
+                break
+        if len(single) == most:
+            break
+    held = single[EVERY - 1 :: EVERY] or single[1:2]
+    fit = [one for i, one in enumerate(single) if i % EVERY != EVERY - 1] if len(single) >= EVERY else single[:1]
+    notes = [
+        f"{count} image{'s' if count > 1 else ''} left out: {why}"
+        for count, why in ((bad, "not finite"), (flat, "of one value throughout"), (twice, "seen already"))
+        if count
+    ]
+    return Images(
+        _batched(fit, batch_size, device), _batched(held, batch_size, device), len(single), len(held), tuple(notes)
+    )
+
+
+def _constant(t: Tensor) -> bool:
+    """Whether a tensor of real numbers has one value throughout (in every channel)."""
+    return t.is_floating_point() and t.ndim > 2 and bool((t.flatten(2).amax(2) == t.flatten(2).amin(2)).all())
+
+
+def _batched(single: list[tuple[Any, ...]], size: int, device: torch.device) -> list[tuple[Any, ...]]:
+    parts = [single[i : i + size] for i in range(0, len(single), size)]
+    return [to_device(_joined(part), device) for part in parts]
+
+
+def _joined(part: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    flat = [pytree.tree_flatten(one) for one in part]
+    leaves = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*(f[0] for f in flat), strict=True)]
+    joined: tuple[Any, ...] = pytree.tree_unflatten(leaves, flat[0][1])
+    return joined

@@ -38,6 +38,7 @@ groups sliced obstacle segments
 trace
 loss verify signature graphed declared attributes
 evaluation surgery
+repair
 search training training_state batches
 finetune bank
 prepare checkpoint export landscape

@@ -8,7 +8,7 @@ from ekgfx.cli.render import change, human, out, percent, table
 from ekgfx.files import read_json
 from ekgfx.run import read_manifest
 
-ROWS = {"before": "before", "searched": "after search", "finetuned": "after fine-tuning"}
+ROWS = {"before": "before", "searched": "after search", "repaired": "after repair", "finetuned": "after fine-tuning"}
 
 
 def show(path: Path) -> None:

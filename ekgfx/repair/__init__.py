@@ -1,12 +1,13 @@
 """Repair: give back what a cut took, in closed form, without labels and without gradients.
 
-The kept channels predict much of the removed ones, and whoever reads them is linear in both. So every linear operator is
-refitted by least squares to what it computed in the unpruned network; see docs/repair.md for the equation.
+The kept channels predict much of the removed ones, and whoever reads them is linear in both. So every linear operator
+is refitted by least squares to what it computed in the unpruned network; see docs/repair.md for the equation.
 """
 
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from ekgfx.plan import Plan
 from ekgfx.repair.images import Images, gather
 from ekgfx.repair.judge import Judge, Judgement
 from ekgfx.repair.operators import Skipped, find_operators
-from ekgfx.repair.walk import LayerRepair, Walk, repair_operators
+from ekgfx.repair.progress import Progress
+from ekgfx.repair.refitting import repair_operators
+from ekgfx.repair.walk import LayerRepair, Walk
 from ekgfx.sliced import BATCH_NORM, SubNetwork, slice_weights
 from ekgfx.trace import TracedModel
 
@@ -48,13 +51,19 @@ class Repair:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        what = "KL divergence" if self.classes else "relative error"
         if not self.kept:
-            return "; ".join((*self.notes, f"the repair gained nothing on {self.held_out} held-out images: the network is as it was"))
+            why = (
+                f"the repair gained nothing on {self.held_out} held-out images" if self.layers else "nothing to repair"
+            )
+            return "; ".join((*self.notes, f"{why}: the network is as it was"))
         changed = sum(layer.ridge is not None for layer in self.layers)
-        said = f"{changed} operators refitted on {self.images - self.held_out} images; on {self.held_out} others the {what} fell from {self.before.error:.4g} to {self.after.error:.4g}"
+        what = "KL divergence from the unpruned network" if self.classes else "relative error"
+        said = (
+            f"{changed} operators refitted on {self.images - self.held_out} images; on {self.held_out} others the "
+            f"{what} fell from {self.before.error:.4g} to {self.after.error:.4g}"
+        )
         if self.before.agreement is not None and self.after.agreement is not None:
-            said += f", agreement with the unpruned network rose from {self.before.agreement:.1%} to {self.after.agreement:.1%}"
+            said += f", equal answers went from {self.before.agreement:.1%} to {self.after.agreement:.1%}"
         return "; ".join((*self.notes, said))
 
     def to_json(self) -> dict[str, Any]:
@@ -71,6 +80,7 @@ def repair(
     positions: int = 40_000,
     batch_size: int = 32,
     seed: int = 0,
+    checkpoint: str | Path | None = None,
     on_layer: Callable[[LayerRepair, int, int], None] | None = None,
 ) -> Repair:
     """Give back, on unlabelled images, what a cut took: every linear operator is refitted in closed form.
@@ -89,6 +99,8 @@ def repair(
         positions: most output positions of an operator that its refit looks at.
         batch_size: images that are computed at a time. The widest activations of all images are in memory at once.
         seed: of the sampled positions.
+        checkpoint: file to write to every now and then, and to go on from where it exists: a repair that was
+            interrupted ends as if it had not been.
         on_layer: called after every operator with what was done, its number and their count.
 
     Returns:
@@ -115,7 +127,15 @@ def repair(
         network = SubNetwork(traced, kept, weights=_with_sliced_statistics(weights, traced, kept, plan))
         operators, skipped = find_operators(network)
         walk = Walk(traced, kept, dict(network.weights), given.fit, given.held, positions, seed)
-        layers = repair_operators(walk, operators, on_layer or (lambda *_: None))
+        identity = {
+            "plan": plan.digest,
+            "images": given.digest,
+            "batch_size": batch_size,
+            "positions": positions,
+            "seed": seed,
+        }
+        progress = Progress(None if checkpoint is None else Path(checkpoint), identity, list(weights))
+        layers = repair_operators(walk, operators, progress, on_layer or (lambda *_: None))
         _write(pruned, walk.pruned.weights)
         walk.batches.clear()
         share, after = _settle_batch_norm(pruned, judge, given)
@@ -139,7 +159,8 @@ def repair(
 
 def _nothing(given: Images, start: float) -> Repair:
     unknown = Judgement(float("nan"), None)
-    need = f"{given.used} usable image{'' if given.used == 1 else 's'}: a repair needs one to fit on and another to judge by"
+    images = "1 usable image" if given.used == 1 else f"{given.used or 'no'} usable images"
+    need = f"{images}: a repair needs one to fit on and another to judge by"
     notes = (*given.notes, need)
     seconds = round(time.monotonic() - start, 2)
     return Repair(unknown, unknown, False, False, 0.0, (), (), given.used, given.held_out, seconds, notes)

@@ -18,7 +18,9 @@ class Form(Protocol):
     """An operator as G independent products of an O×D matrix with vectors of D entries, one for each output position
     (samples, tokens, pixels)."""
 
-    groups: int
+    @property
+    def groups(self) -> int:
+        """G."""
 
     def grid(self, y: Tensor) -> tuple[int, ...]:
         """The output positions of a call, as a shape."""
@@ -155,9 +157,7 @@ def _convolution(args: Mapping[str, Any], is_weight: IsWeight) -> Use | None:
         same = padding == "same"
         padding = [step * (size - 1) // 2 if same else 0 for step, size in zip(dilation, kernel, strict=True)]
     stride = _each(args["stride"], rank)
-    return Use(
-        "input", "weight", "bias", Convolution(args["groups"], kernel, stride, _each(padding, rank), dilation)
-    )
+    return Use("input", "weight", "bias", Convolution(args["groups"], kernel, stride, _each(padding, rank), dilation))
 
 
 def _transposed(args: Mapping[str, Any], is_weight: IsWeight) -> Use | None:

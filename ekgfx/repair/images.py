@@ -1,6 +1,7 @@
 """The images of a repair: gathered, those that teach nothing left out, and divided into a part to fit on and a part to
 judge by."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,15 @@ EVERY = 5
 
 @dataclass(frozen=True)
 class Images:
-    """Arguments of the model, batch by batch: to fit on and to judge by. notes: which images were left out, and why."""
+    """Arguments of the model, batch by batch: to fit on and to judge by. notes: which images were left
+    out, and why; digest: of the images that are used."""
 
     fit: list[tuple[Any, ...]]
     held: list[tuple[Any, ...]]
     used: int
     held_out: int
     notes: tuple[str, ...]
+    digest: str
 
 
 def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, device: torch.device) -> Images:
@@ -35,14 +38,14 @@ def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, device: t
     """
     single: list[tuple[Any, ...]] = []
     bad = flat = twice = 0
-    seen: set[int] = set()
+    seen: dict[str, None] = {}
     for batch in [images] if isinstance(images, Tensor) else images:
         first = batch if isinstance(batch, Tensor) else batch[0]
         args = tuple(first) if isinstance(first, tuple | list) else (first,)
         for i in range(len(args[0])):
-            one = pytree.tree_map_only(Tensor, lambda t, i=i: t[i : i + 1], args)
+            one = _one(args, i)
             tensors = [t for t in pytree.tree_leaves(one) if isinstance(t, Tensor)]
-            key = hash(tuple(t.contiguous().cpu().numpy().tobytes() for t in tensors))
+            key = _digest(tensors)
             if not all(bool(torch.isfinite(t).all()) for t in tensors):
                 bad += 1
             elif all(_constant(t) for t in tensors):
@@ -50,7 +53,7 @@ def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, device: t
             elif key in seen:
                 twice += 1
             else:
-                seen.add(key)
+                seen[key] = None
                 single.append(one)
             if len(single) == most:
                 break
@@ -63,9 +66,22 @@ def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, device: t
         for count, why in ((bad, "not finite"), (flat, "of one value throughout"), (twice, "seen already"))
         if count
     ]
-    return Images(
-        _batched(fit, batch_size, device), _batched(held, batch_size, device), len(single), len(held), tuple(notes)
-    )
+    to_fit, to_judge = (_batched(part, batch_size, device) for part in (fit, held))
+    whole = hashlib.sha256("".join(seen).encode()).hexdigest()[:16]
+    return Images(to_fit, to_judge, len(single), len(held), tuple(notes), whole)
+
+
+def _one(args: tuple[Any, ...], i: int) -> tuple[Any, ...]:
+    one: tuple[Any, ...] = pytree.tree_map_only(Tensor, lambda t: t[i : i + 1], args)
+    return one
+
+
+def _digest(tensors: list[Tensor]) -> str:
+    """Of what is in the tensors, bit for bit."""
+    found = hashlib.sha256()
+    for t in tensors:
+        found.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _constant(t: Tensor) -> bool:
@@ -80,6 +96,7 @@ def _batched(single: list[tuple[Any, ...]], size: int, device: torch.device) -> 
 
 def _joined(part: list[tuple[Any, ...]]) -> tuple[Any, ...]:
     flat = [pytree.tree_flatten(one) for one in part]
-    leaves = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*(f[0] for f in flat), strict=True)]
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    leaves = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
     joined: tuple[Any, ...] = pytree.tree_unflatten(leaves, flat[0][1])
     return joined

@@ -35,8 +35,16 @@ class Moments:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(groups, *shape, dtype=PRECISION, device=shift.device)
 
-        outs = [zeros(outputs) for _ in range(4)]
-        return cls(shift.to(PRECISION), zeros(inputs, inputs), zeros(outputs, inputs), zeros(inputs), *outs)
+        return cls(
+            shift.to(PRECISION),
+            zeros(inputs, inputs),
+            zeros(outputs, inputs),
+            zeros(inputs),
+            zeros(outputs),
+            zeros(outputs),
+            zeros(outputs),
+            zeros(outputs),
+        )
 
     def add(self, x: Tensor, r: Tensor, t: Tensor) -> None:
         """S more positions: inputs S×G×D, lacks and targets S×G×O. Products are taken in the precision of the tensors,
@@ -45,11 +53,11 @@ class Moments:
         by_group = x.permute(1, 2, 0)  # G × D × S
         self.gram += by_group @ by_group.mT
         self.cross += r.permute(1, 2, 0) @ by_group.mT
-        self.inputs += x.sum(0, dtype=PRECISION)
-        self.rest += r.sum(0, dtype=PRECISION)
-        self.squares += r.to(PRECISION).square().sum(0)
-        self.target += t.sum(0, dtype=PRECISION)
-        self.target_squares += t.to(PRECISION).square().sum(0)
+        self.inputs += x.sum(0)
+        self.rest += r.sum(0)
+        self.squares += r.square().sum(0)
+        self.target += t.sum(0)
+        self.target_squares += t.square().sum(0)
         self.count += len(x)
 
     def shift_rest(self, change: Tensor, offset: Tensor | None) -> None:

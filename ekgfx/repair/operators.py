@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from ekgfx import leaf
@@ -125,7 +124,10 @@ def _summed(graph: AxisGraph, operation: Operation, name: str, which: int | None
 def _offset(
     network: SubNetwork, operation: Operation, bias: Any, constant: set[fx.Node], names: Iterable[str]
 ) -> Offset | None:
-    """names: of the parameters that the weight is made of. The operator's own bias; else what is added to its output alone; else the mean of a norm that follows alone."""
+    """The operator's own bias; else what is added to its output alone; else the mean of a norm that follows alone.
+
+    names: of the parameters that the weight is made of.
+    """
     graph = network.graph
     if isinstance(bias, fx.Node):
         place = rearranged(network, bias)
@@ -168,9 +170,7 @@ def readers(graph: AxisGraph, parameter: str, constant: set[fx.Node]) -> list[fx
     return found
 
 
-def _other_readers(
-    graph: AxisGraph, found: list[LinearOperator], constant: set[fx.Node]
-) -> dict[str, list[fx.Node]]:
+def _other_readers(graph: AxisGraph, found: list[LinearOperator], constant: set[fx.Node]) -> dict[str, list[fx.Node]]:
     """Parameter → its readers that are none of the operators in `found`."""
     ours = {operator.node for operator in found}
     others: dict[str, list[fx.Node]] = defaultdict(list)
@@ -179,17 +179,15 @@ def _other_readers(
     return others
 
 
-def _conflict(
-    operator: LinearOperator, found: list[LinearOperator], others: Mapping[str, list[fx.Node]]
-) -> str | None:
+def _conflict(operator: LinearOperator, found: list[LinearOperator], others: Mapping[str, list[fx.Node]]) -> str | None:
     """Why the weight must not be changed for this operator's sake, if so."""
     for name in operator.entries.names:
         if others[name]:
             return f"its weight is read by {others[name][0].name} as well"
     for other in found:
-        if other is not operator and other.entries.overlaps(operator.entries):
-            if not other.entries.same(operator.entries) or other.form != operator.form:
-                return f"its weight is used by {other.node.name} in another way"
+        alike = other.entries.same(operator.entries) and other.form == operator.form
+        if not alike and other is not operator and other.entries.overlaps(operator.entries):
+            return f"its weight is used by {other.node.name} in another way"
     return None
 
 

@@ -1,10 +1,14 @@
 """The least-squares refit of a linear operator, with a ridge towards the weights that it has.
 
-    min over Δ, b   Σ ‖Δ x + b − r‖² + λ·d·‖Δ‖²        r: what the output lacks, d: mean diagonal of the Gram matrix of x
+    min over Δ, b   Σ ‖Δ x + b − r‖² + λ·d·‖Δ‖²
 
-Held-out positions choose λ: it falls from `FIRST` by factors of ten for as long as their error does, or rises.
+with r what the output lacks, and d the mean diagonal of the Gram matrix of x.
+
+Held-out positions choose λ: it falls by factors of ten for as long as their error does, or rises. It starts where the
+inputs' number, in that of the positions, lets expect it.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +16,6 @@ from torch import Tensor
 
 from ekgfx.repair.moments import Moments
 
-FIRST = 1e-2
 STEP = 10.0
 LEAST, MOST = 1e-13, 1e3
 EXACT = 1e-13
@@ -39,53 +42,54 @@ def refit(fit: Moments, held: Moments, offset: bool) -> Refit | None:
     if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all()):
         return None
     d = gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    judge = _Errors(held, offset)
     nothing = torch.zeros_like(cross), (torch.zeros_like(fit.rest) if offset else None)
-    start = _error(held, *nothing)
-    exact = EXACT * float(held.squares.sum())
+    start, exact = judge(*nothing), EXACT * float(held.squares.sum())
     tried: dict[float, tuple[float, Tensor, Tensor | None]] = {}
 
     def error_at(ridge: float) -> float:
         if ridge not in tried:
             change = _solve(gram, cross, ridge * d)
             if change is None:
-                tried[ridge] = (float("inf"), *nothing)
+                tried[ridge] = (math.inf, *nothing)
             else:
                 shift = _offset(fit, change) if offset else None
-                tried[ridge] = (_error(held, change, shift), change, shift)
+                tried[ridge] = (judge(change, shift), change, shift)
         return max(tried[ridge][0], exact)
 
-    best = FIRST
+    best = first = _first(fit)
     for factor in (1 / STEP, STEP):
         while LEAST < best * factor < MOST and _better(error_at(best * factor), error_at(best), exact):
             best *= factor
-        if best != FIRST:
+        if best != first:
             break
     if offset:  # the means alone
         alone = nothing[0], _offset(fit, nothing[0])
-        if _error(held, *alone) < error_at(best):
-            best = float("inf")
-            tried[best] = (_error(held, *alone), *alone)
+        tried[math.inf] = (judge(*alone), *alone)
+        best = math.inf if tried[math.inf][0] < error_at(best) else best
     after, change, shift = tried[best]
     if not after < start:
         return None
+    fitted = _Errors(fit, offset)
     return Refit(
         change,
         shift,
         best,
-        _error(fit, *nothing) / _scale(fit),
-        _error(fit, change, shift) / _scale(fit),
-        start / _scale(held),
-        after / _scale(held),
+        fitted(*nothing) / (fit.scale or 1),
+        fitted(change, shift) / (fit.scale or 1),
+        start / (held.scale or 1),
+        after / (held.scale or 1),
     )
+
+
+def _first(moments: Moments) -> float:
+    ratio = 10 * moments.gram.shape[1] / max(moments.count, 1)
+    return float(10.0 ** min(max(round(math.log10(ratio)), -3), 0))
 
 
 def _better(error: float, than: float, exact: float) -> bool:
     """Whether a smaller ridge is worth it: also where both errors are of rounding alone."""
     return error < than or error == than == exact
-
-
-def _scale(moments: Moments) -> float:
-    return moments.scale or 1.0
 
 
 def _solve(gram: Tensor, cross: Tensor, ridge: Tensor) -> Tensor | None:
@@ -104,10 +108,15 @@ def _offset(moments: Moments, change: Tensor) -> Tensor:
     return r - (change @ x[:, :, None])[:, :, 0]
 
 
-def _error(moments: Moments, change: Tensor, offset: Tensor | None) -> float:
-    """Σ ‖Δ x + b − r‖², from the moments."""
-    gram, cross, squares = moments.centered() if offset is not None else moments.raw()
-    total = squares.sum() - 2 * (change * cross).sum() + ((change @ gram) * change).sum()
-    if offset is not None:
-        total = total + moments.count * (_offset(moments, change) - offset).square().sum()
-    return max(float(total), 0.0)
+class _Errors:
+    """Σ ‖Δ x + b − r‖² of some positions, from their moments."""
+
+    def __init__(self, moments: Moments, offset: bool) -> None:
+        self.moments = moments
+        self.gram, self.cross, self.squares = moments.centered() if offset else moments.raw()
+
+    def __call__(self, change: Tensor, offset: Tensor | None) -> float:
+        total = self.squares.sum() + (change * (change @ self.gram - 2 * self.cross)).sum()
+        if offset is not None:
+            total = total + self.moments.count * (_offset(self.moments, change) - offset).square().sum()
+        return max(float(total), 0.0)

@@ -1,8 +1,8 @@
 """What a residual sum lacks, asked of the branch that ends last.
 
 Where an operator's output goes, through affine operators alone, into a sum with a tensor that is computed already, the
-operator can answer for what that tensor lost as well: its target is its own dense output, plus the difference of the two
-networks' tensors, taken back through the operators between.
+operator can answer for what that tensor lost as well: its target is its own dense output, plus the difference of the
+two networks' tensors, taken back through the operators between.
 """
 
 from collections.abc import Mapping

@@ -4,21 +4,19 @@ Both are computed once, on all batches, up to the operator at hand; of each batc
 kept. The operator is refitted on what the pruned network, repaired so far, gives it, and both go on.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from ekgfx.axes import Axis
 from ekgfx.graph import AxisGraph
 from ekgfx.repair.forms import of_positions
 from ekgfx.repair.moments import Moments
-from ekgfx.repair.operators import LinearOperator, shifted
+from ekgfx.repair.operators import LinearOperator
 from ekgfx.repair.rearranged import weight_nodes
-from ekgfx.repair.solve import Refit, refit
 from ekgfx.repair.targets import Stream, find_stream, lacking
 from ekgfx.sliced import SubNetwork, slice_tensor
 
@@ -93,10 +91,13 @@ class Walk:
         self.order_of_all = {node: i for i, node in enumerate(graph.graph.nodes)}
         self.constants = {net: net.follow(self.constant, {}, {}, {}) for net in (self.dense, self.pruned)}
         self.batches = [
-            Batch(*(Frontier(net, net.inputs(args, {})) for net in (self.dense, self.pruned)), held)
+            Batch(Frontier(self.dense, self._inputs(args)), Frontier(self.pruned, self._inputs(args)), held)
             for part, held in ((fit, False), (held, True))
             for args in part
         ]
+
+    def _inputs(self, args: tuple[Any, ...]) -> dict[str, Any]:
+        return self.dense.inputs(args, {})
 
     def advance(self, frontier: Frontier, end: int) -> None:
         """Computes a network on a batch up to the node of that number, which is left out."""
@@ -192,42 +193,3 @@ class Pair:
     def exact(self) -> bool:
         """Whether nothing is lacking."""
         return float(self.fit.squares.sum()) <= EXACT.get(self.precision, 1e-10) * float(self.fit.target_squares.sum())
-
-
-def repair_operators(
-    walk: Walk, operators: Sequence[LinearOperator], on_layer: Callable[[LayerRepair, int, int], None]
-) -> list[LayerRepair]:
-    """Refits one operator after the other; returns what was done."""
-    done: list[LayerRepair] = []
-    pending: dict[LinearOperator, Pair] = {}
-    for number, operator in enumerate(operators):
-        start = time.monotonic()
-        uses = [other for other in operators if other.entries.same(operator.entries)]
-        pair = walk.measure(operator, number, pending.get(uses[0]))
-        if pair.exact:
-            continue
-        found = refit(pair.fit, pair.held, operator.offset is not None)
-        if found is not None:
-            walk.take(shifted(operator, walk.pruned.weights, found.change, found.offset))
-        if len(uses) > 1:
-            pending[uses[0]] = pair
-            if found is not None:
-                pair.fit.shift_rest(found.change, found.offset)
-                pair.held.shift_rest(found.change, found.offset)
-                walk.rewind()
-        done.append(_record(operator.name, pair, found, time.monotonic() - start))
-        on_layer(done[-1], number + 1, len(operators))
-    return done
-
-
-def _record(name: str, pair: Pair, found: Refit | None, seconds: float) -> LayerRepair:
-    before = float(pair.held.squares.sum()) / (pair.held.scale or 1.0)
-    return LayerRepair(
-        name,
-        found.held_before if found else before,
-        found.held_after if found else before,
-        found.ridge if found else None,
-        pair.fit.count,
-        round(seconds, 3),
-        pair.stream,
-    )

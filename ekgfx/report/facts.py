@@ -23,7 +23,12 @@ from ekgfx.run import read_manifest, verify
 from ekgfx.search import SearchResult, Step
 from ekgfx.typed import read
 
-STAGES = {"before": "before", "searched": "after search", "finetuned": "after fine-tuning"}
+STAGES = {
+    "before": "before",
+    "searched": "after search",
+    "repaired": "after repair",
+    "finetuned": "after fine-tuning",
+}
 SAMPLES = 20_000
 """Most samples that the teachers' agreement is counted on."""
 

@@ -83,7 +83,7 @@ def training(facts: Facts) -> Element | None:
     if tested:
         marks = [
             (f"{STAGES[stage]} {percent(facts.results[stage].accuracy)}", facts.results[stage].accuracy)
-            for stage in ("before", "searched")
+            for stage in ("before", "searched", "repaired")
             if stage in facts.results and facts.results[stage].accuracy is not None
         ]
         chart = charts.lines(

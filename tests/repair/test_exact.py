@@ -1,4 +1,4 @@
-"""Where what was removed can be said exactly by what was kept, the repaired network computes what the unpruned one does."""
+"""Where kept channels can say exactly what was removed, the repaired network computes what the unpruned one does."""
 
 import copy
 

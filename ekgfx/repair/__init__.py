@@ -56,11 +56,11 @@ class Repair:
                 f"the repair gained nothing on {self.held_out} held-out images" if self.layers else "nothing to repair"
             )
             return "; ".join((*self.notes, f"{why}: the network is as it was"))
-        changed = sum(layer.ridge is not None for layer in self.layers)
+        changed = sum(layer.done != "nothing" for layer in self.layers)
         what = "KL divergence from the unpruned network" if self.classes else "relative error"
         said = (
             f"{changed} operators refitted on {self.images - self.held_out} images; on {self.held_out} others the "
-            f"{what} fell from {self.before.error:.4g} to {self.after.error:.4g}"
+            f"{what} fell from {_number(self.before.error)} to {_number(self.after.error)}"
         )
         if self.before.agreement is not None and self.after.agreement is not None:
             said += f", equal answers went from {self.before.agreement:.1%} to {self.after.agreement:.1%}"
@@ -139,7 +139,7 @@ def repair(
         _write(pruned, walk.pruned.weights)
         walk.batches.clear()
         share, after = _settle_batch_norm(pruned, judge, given)
-        if not after.error < before.error:
+        if not after.better(before):
             _write(pruned, original)
             share, after = 0.0, before
     return Repair(
@@ -157,8 +157,12 @@ def repair(
     )
 
 
+def _number(error: float | None) -> str:
+    return "what is no number" if error is None else f"{error:.4g}"
+
+
 def _nothing(given: Images, start: float) -> Repair:
-    unknown = Judgement(float("nan"), None)
+    unknown = Judgement(None, None)
     images = "1 usable image" if given.used == 1 else f"{given.used or 'no'} usable images"
     need = f"{images}: a repair needs one to fit on and another to judge by"
     notes = (*given.notes, need)
@@ -224,7 +228,7 @@ def _settle_batch_norm(pruned: nn.Module, judge: Judge, given: Images) -> tuple[
         mixed = {name: torch.lerp(own[name], tensor, blend) for name, tensor in new.items()}
         _write(pruned, mixed)
         found = judge(pruned)
-        if found.error < best.error:
+        if found.better(best):
             best, share, chosen = found, blend, {**own, **mixed}
     _write(pruned, chosen)
     return share, best

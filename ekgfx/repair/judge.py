@@ -1,5 +1,6 @@
 """How far a pruned network is from the unpruned one, without labels."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,15 @@ Calls = Sequence[tuple[Any, ...]]
 @dataclass(frozen=True)
 class Judgement:
     """error: of a classifier the mean KL divergence from the unpruned network's outputs, else the squared difference of
-    the outputs in their own squares. agreement: share of images of which both say the same class; None where there are
-    no classes."""
+    the outputs in their own squares; None where it is no number. agreement: share of images of which both say the same
+    class; None where there are no classes."""
 
-    error: float
+    error: float | None
     agreement: float | None
+
+    def better(self, than: "Judgement") -> bool:
+        """Whether the error is smaller."""
+        return self.error is not None and (than.error is None or self.error < than.error)
 
 
 class Judge:
@@ -38,7 +43,7 @@ class Judge:
         return len(first) == 1 and first[0].ndim == 2 and first[0].shape[1] > 1
 
     def __call__(self, network: Callable[..., Any]) -> Judgement:
-        """What a network (in evaluation mode) is worth; infinite where it says what is no number."""
+        """What a network (in evaluation mode) is worth."""
         with torch.no_grad():
             found = [_tensors(network(*args)) for args in self.calls]
         if self.classes:
@@ -60,8 +65,8 @@ def _divergence(truth: Tensor, found: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum()
 
 
-def _finite(error: float) -> float:
-    return error if error == error else float("inf")
+def _finite(error: float) -> float | None:
+    return error if math.isfinite(error) else None
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Operator by operator: measure what it lacks, refit it, go on with what it computes now."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -19,6 +20,7 @@ def repair_operators(
 
     A weight that is used several times is refitted at each use, to what this use and those before it lack.
     """
+    operators = sorted(operators, key=lambda operator: walk.order[operator.node])
     first, done, weights = progress.load()
     if weights:
         walk.take({name: tensor.to(walk.pruned.weights[name]) for name, tensor in weights.items()})
@@ -51,7 +53,8 @@ def _record(name: str, pair: Pair, found: Refit | None, seconds: float) -> Layer
         name,
         found.held_before if found else before,
         found.held_after if found else before,
-        found.ridge if found else None,
+        "nothing" if found is None else "offset" if found.ridge == math.inf else "refit",
+        None if found is None or found.ridge == math.inf else found.ridge,
         pair.fit.count,
         round(seconds, 3),
         pair.stream,

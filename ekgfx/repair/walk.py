@@ -6,10 +6,10 @@ kept. The operator is refitted on what the pruned network, repaired so far, give
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from ekgfx.axes import Axis
 from ekgfx.graph import AxisGraph
@@ -30,11 +30,12 @@ EXACT = {torch.float64: 1e-24}
 @dataclass(frozen=True)
 class LayerRepair:
     """What was done to one operator. Errors are squares of what its output (or the residual sum behind it) lacks, in
-    the target's variance, on held-out images. ridge: λ, None where the operator was left as it is."""
+    the target's variance, on held-out images. done: nothing, the offset alone, or all; ridge: λ, where all was."""
 
     name: str
     before: float
     after: float
+    done: Literal["nothing", "offset", "refit"]
     ridge: float | None
     positions: int
     seconds: float
@@ -58,6 +59,27 @@ class Batch:
     dense: Frontier
     pruned: Frontier
     held: bool
+
+
+def by_depth(graph: AxisGraph, constant: set[fx.Node]) -> list[fx.Node]:
+    """The nodes that depend on the input, by the length of the longest way from it: of several branches that meet, the
+    longest comes last, which can answer for most."""
+    depth: dict[fx.Node, int] = {}
+    for node in graph.graph.nodes:
+        if node not in constant and node.op != "output":
+            depth[node] = 1 + max((depth[source] for source in node.all_input_nodes if source in depth), default=-1)
+    return sorted(depth, key=depth.__getitem__)
+
+
+def _last_reads(nodes: Sequence[fx.Node]) -> dict[str, list[str]]:
+    """Node → nodes whose values nobody reads after it; what the output reads stays."""
+    order = {node: i for i, node in enumerate(nodes)}
+    dying: dict[str, list[str]] = {}
+    for node in nodes:
+        last = max((order.get(user, len(nodes)) for user in node.users), default=order[node])
+        if last < len(nodes):
+            dying.setdefault(nodes[last].name, []).append(node.name)
+    return dying
 
 
 class Walk:
@@ -85,10 +107,9 @@ class Walk:
         self.dense = SubNetwork(graph, {})
         self.pruned = SubNetwork(graph, kept, weights=weights)
         self.constant = weight_nodes(graph)
-        done = set(self.constant)
-        self.nodes = [node for node in graph.graph.nodes if node not in done and node.op != "output"]
+        self.nodes = by_depth(graph, set(self.constant))
         self.order = {node: i for i, node in enumerate(self.nodes)}
-        self.order_of_all = {node: i for i, node in enumerate(graph.graph.nodes)}
+        self.dying = _last_reads(self.nodes)
         self.constants = {net: net.follow(self.constant, {}, {}, {}) for net in (self.dense, self.pruned)}
         self.batches = [
             Batch(Frontier(self.dense, self._inputs(args)), Frontier(self.pruned, self._inputs(args)), held)
@@ -104,7 +125,7 @@ class Walk:
         constants = self.constants[frontier.network]
         frontier.values.update(constants)
         nodes = self.nodes[frontier.done : end]
-        frontier.network.follow(nodes, frontier.inputs, frontier.values, self.graph.last_uses)
+        frontier.network.follow(nodes, frontier.inputs, frontier.values, self.dying)
         for name in constants:
             frontier.values.pop(name, None)
         frontier.done = end
@@ -128,7 +149,7 @@ class Walk:
 
         Where it lacks nothing on the first batch, the others are not looked at.
         """
-        stream = find_stream(self.graph, operator.node, set(self.constant), self.order_of_all)
+        stream = find_stream(self.graph, operator.node, set(self.constant), self.order)
         matrix = operator.form.matrix(self.constants[self.pruned][operator.weight.name])
         gains: dict[Any, Tensor] = {}
         fits = sum(not batch.held for batch in self.batches)

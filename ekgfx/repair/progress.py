@@ -19,6 +19,7 @@ from ekgfx.typed import read
 
 SECONDS = 20.0
 """Between two checkpoints."""
+FORMAT = 1
 
 
 class Progress:
@@ -42,6 +43,8 @@ class Progress:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no iterator of its own
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise RunError(f"{self.path} is damaged ({error}); delete it, and the repair starts anew") from error
+        if told.get("format") != FORMAT:
+            raise RunError(f"{self.path} has a format that this ekgfx does not read; upgrade ekgfx, or delete it")
         if told.get("identity") != self.identity:
             return 0, [], {}
         layers = [read(LayerRepair, layer, str(self.path), RunError) for layer in told["layers"]]
@@ -51,7 +54,12 @@ class Progress:
         """Writes the checkpoint, unless one was written a moment ago."""
         if self.path is None or time.monotonic() - self.written < SECONDS:
             return
-        state = {"identity": self.identity, "done": done, "layers": [asdict(layer) for layer in layers]}
+        state = {
+            "format": FORMAT,
+            "identity": self.identity,
+            "done": done,
+            "layers": [asdict(layer) for layer in layers],
+        }
         plain = {name: weights[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in self.names}
         with replacing(self.path) as partial:
             save_file(plain, partial, metadata={"repair": json.dumps(state)})

@@ -116,7 +116,7 @@ def repair(
     """
     start = time.monotonic()
     kept = traced.groups.kept(plan)
-    given = gather(images, batch_size, most, device_of(pruned))
+    given = gather(images, batch_size if traced.example_batch else 0, most, device_of(pruned))
     with torch.no_grad(), evaluation_mode(pruned):
         if not given.fit or not given.held:
             return _nothing(given, start)
@@ -129,6 +129,7 @@ def repair(
         walk = Walk(traced, kept, dict(network.weights), given.fit, given.held, positions, seed)
         identity = {
             "plan": plan.digest,
+            "weights": sum(float(weight.double().abs().sum()) for weight in weights.values()),
             "images": given.digest,
             "batch_size": batch_size,
             "positions": positions,
@@ -217,7 +218,7 @@ def _settle_batch_norm(pruned: nn.Module, judge: Judge, given: Images) -> tuple[
     """Re-estimates as much of BatchNorm's statistics as held-out images ask for; the share, and what it brought."""
     own = {name: tensor.clone() for name, tensor in _state(pruned).items()}
     best, share = judge(pruned), 0.0
-    reestimate_batch_norm(pruned, given.fit)
+    reestimate_batch_norm(pruned, [(args,) for args in given.fit])
     new = {
         name: tensor.clone()
         for name, tensor in _state(pruned).items()

@@ -103,7 +103,7 @@ class Product:
 
     def grid(self, y: Tensor) -> tuple[int, ...]:
         lead = self._as_rows(y).shape[:-1]
-        return (prod(lead[: len(lead) - 1 - len(self.stack)]), *lead[-1:])
+        return (prod(lead[: len(lead) - 1 - len(self.stack)]), *(lead[-1:] or (1,)))
 
     def inputs(self, x: Tensor, grid: tuple[int, ...], picks: Tensor) -> Tensor:
         x = self._as_rows(x)
@@ -116,8 +116,8 @@ class Product:
         return self._picked(self._as_rows(y), picks, self.grid(y))
 
     def _picked(self, rows: Tensor, picks: Tensor, grid: tuple[int, ...]) -> Tensor:
-        sample, row = torch.unravel_index(picks, grid if len(grid) == 2 else (*grid, 1))
-        return rows.reshape(grid[0], self.groups, *grid[1:], rows.shape[-1])[sample, :, row]
+        sample, row = torch.unravel_index(picks, grid)
+        return rows.reshape(grid[0], self.groups, grid[1], rows.shape[-1])[sample, :, row]
 
     def _as_rows(self, value: Tensor) -> Tensor:
         return value.mT if self.left else value

@@ -33,6 +33,7 @@ def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, device: t
     """The first `most` images.
 
     Args:
+        batch_size: 0 where the model has no batch dimension, and every batch is what it takes.
         images: B × …; or batches, each a tensor, a tuple `(images, …)` of which the rest is not looked at, or a tuple
             whose first element is itself a tuple of the model's arguments.
     """
@@ -42,8 +43,7 @@ def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, device: t
     for batch in [images] if isinstance(images, Tensor) else images:
         first = batch if isinstance(batch, Tensor) else batch[0]
         args = tuple(first) if isinstance(first, tuple | list) else (first,)
-        for i in range(len(args[0])):
-            one = _one(args, i)
+        for one in [_one(args, i) for i in range(len(args[0]))] if batch_size else [args]:
             tensors = [t for t in pytree.tree_leaves(one) if isinstance(t, Tensor)]
             key = _digest(tensors)
             if not all(bool(torch.isfinite(t).all()) for t in tensors):
@@ -59,8 +59,8 @@ def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, device: t
                 break
         if len(single) == most:
             break
-    held = single[EVERY - 1 :: EVERY] or single[1:2]
-    fit = [one for i, one in enumerate(single) if i % EVERY != EVERY - 1] if len(single) >= EVERY else single[:1]
+    apart = set(range(EVERY - 1, len(single), EVERY)) or set(range(1, len(single))[-1:])  # of few, the last
+    fit, held = ([one for i, one in enumerate(single) if (i in apart) is taken] for taken in (False, True))
     notes = [
         f"{count} image{'s' if count > 1 else ''} left out: {why}"
         for count, why in ((bad, "not finite"), (flat, "of one value throughout"), (twice, "seen already"))
@@ -90,11 +90,13 @@ def _constant(t: Tensor) -> bool:
 
 
 def _batched(single: list[tuple[Any, ...]], size: int, device: torch.device) -> list[tuple[Any, ...]]:
-    parts = [single[i : i + size] for i in range(0, len(single), size)]
+    parts = [single[i : i + size] for i in range(0, len(single), size)] if size else [[one] for one in single]
     return [to_device(_joined(part), device) for part in parts]
 
 
 def _joined(part: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    if len(part) == 1:
+        return part[0]
     flat = [pytree.tree_flatten(one) for one in part]
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
     leaves = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]

@@ -188,10 +188,12 @@ class Walk:
             other = stream.other.name
             missing = slice_tensor(batch.dense.values[other], dims[other], kept) - batch.pruned.values[other]
             target = target + lacking(stream, node, self.pruned, target, missing, constants, batch.pruned.inputs, gains)
+        wide = torch.promote_types(matrix.dtype, torch.float32)  # of half precision nothing would be left
+        matrix = matrix.to(wide)
         bias = 0 if operator.bias is None else constants[operator.bias.name].reshape(len(matrix), -1)
         picks = of_positions(grid, most, generator).to(target.device)
         for piece in picks.split(max(CHUNK // matrix[:, 0].numel(), 16)):
-            x, t = form.inputs(source, grid, piece), form.outputs(target, piece)
+            x, t = form.inputs(source, grid, piece).to(wide), form.outputs(target, piece).to(wide)
             yield x, t - (x.movedim(1, 0) @ matrix.mT).movedim(0, 1) - bias, t
 
 

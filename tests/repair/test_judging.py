@@ -198,3 +198,11 @@ def test_what_is_not_refitted_is_listed_with_the_reason() -> None:
     assert "recurrent" in said["recurrent"]
     assert any("computed from parameters" in reason for reason in said.values())
     assert "is read by" in said["tied"]
+
+
+def test_a_network_in_half_precision_is_repaired_too(digits) -> None:
+    model, images, _ = digits
+    half, few = copy.deepcopy(model).bfloat16(), images[:100].bfloat16()
+    traced, plan, pruned = cut(half, few)
+    found = ekgfx.repair(pruned, traced, plan, few)
+    assert found.kept and all(p.dtype == torch.bfloat16 for p in pruned.parameters())

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ekgfx.loss import EKGLoss
     from ekgfx.patched import Replacement, replaced
     from ekgfx.plan import Plan
+    from ekgfx.repair import repair
     from ekgfx.rules import rule
     from ekgfx.search import search
     from ekgfx.surgery import prune
@@ -33,6 +34,7 @@ __all__ = [
     "transfer",
     "replaced",
     "Replacement",
+    "repair",
     "build_bank",
     "finetune",
     "save",
@@ -56,6 +58,7 @@ _HOMES = {
     "transfer": "transfer",
     "replaced": "patched",
     "Replacement": "patched",
+    "repair": "repair",
     "build_bank": "bank",
     "finetune": "finetune",
     "save": "checkpoint",

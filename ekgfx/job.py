@@ -18,6 +18,7 @@ from ekgfx.finetune import Epoch
 from ekgfx.outputs import finder, logits_of
 from ekgfx.plan import Plan
 from ekgfx.recipe import Recipe, parse
+from ekgfx.repair.walk import LayerRepair
 from ekgfx.run import Run
 from ekgfx.search import NEEDS_DATA, Step
 from ekgfx.search.effort import fitting_batch
@@ -48,6 +49,9 @@ class Report(Protocol):
     def bank(self, progress: bank.Progress, samples: int) -> None:
         """The memory bank grew; `samples` is what each teacher is asked."""
 
+    def layer(self, layer: LayerRepair, number: int, layers: int) -> None:
+        """An operator was refitted, the `number`-th of `layers`."""
+
     def batch(self, number: int, batches: int) -> None:
         """A batch of an epoch of training is done."""
 
@@ -65,6 +69,8 @@ class Silent:
     def step(self, step: Step, keep: float) -> None: ...
 
     def bank(self, progress: bank.Progress, samples: int) -> None: ...
+
+    def layer(self, layer: LayerRepair, number: int, layers: int) -> None: ...
 
     def batch(self, number: int, batches: int) -> None: ...
 

@@ -25,6 +25,7 @@ from ekgfx.loss import KnowledgeSource
 from ekgfx.patched import replaced
 from ekgfx.planning import align_of, find_plan, smallest
 from ekgfx.recipe import Recipe, Training, override
+from ekgfx.repair import repair
 from ekgfx.run import Run
 from ekgfx.search import SearchResult
 from ekgfx.surgery import needs_forward, prune
@@ -32,6 +33,8 @@ from ekgfx.surgery import needs_forward, prune
 EPOCHS = "finetune.jsonl"
 PRETRAINING, TUNING = "pretrain.safetensors", "finetune.safetensors"
 """Checkpoints of trainings that are under way."""
+REPAIR, MENDING = "repair.json", "repair.safetensors"
+"""What a repair did, and the checkpoint of one that is under way."""
 BANK = "bank"
 RESIDENT_SAMPLES = 200_000
 """Banks of fewer samples are held in the GPU's memory during fine-tuning."""
@@ -182,8 +185,58 @@ def cut(job: Job, result: SearchResult) -> nn.Module:
         samples = NORM_SAMPLES if job.labelled else NORM_SAMPLES // 4
         calibrate(pruned, batches, limit=-(-samples // size))
     job.keep_score("searched", pruned, result.plan)
+    mend(job, pruned, result)
     checkpoint.write_weights(job.run, pruned, result.plan)
+    job.run.drop(MENDING)
     return pruned
+
+
+def mend(job: Job, pruned: nn.Module, result: SearchResult) -> None:
+    """Refits the cut network on images, and scores it; what was done is in the run's repair.json."""
+    asked = job.recipe.repair
+    if not asked.enabled or job.data is None:
+        return
+    job.report.stage("repair")
+    if job.random:
+        job.report.note("left out: the weights are random, and there is nothing to give back")
+        return
+    images = (batch.images for batch in job.data.loader("train", job.batch_size, shuffle=True, seed=job.recipe.seed))
+    found = repair(
+        pruned,
+        job.traced,
+        result.plan,
+        images,
+        most=asked.images,
+        positions=asked.positions,
+        seed=job.recipe.seed,
+        checkpoint=job.run.path / MENDING,
+        on_layer=job.report.layer,
+    )
+    job.report.note(str(found))
+    job.run.write_json(REPAIR, found.to_json())
+    job.keep_score("repaired", pruned, result.plan)
+
+
+def repair_job(run: Run, report: Report, changes: Mapping[str, Any]) -> None:
+    """Repairs the network of a run that was cut without, from the cut on; its weights are replaced."""
+    job = Job.of(run, report)
+    if not run.has(checkpoint.WEIGHTS):
+        raise RunError(
+            f"the run at {run.path} has no pruned network yet; finish it with `ekgfx prune --resume {run.path}`"
+        )
+    results = run.manifest.get("results", {})
+    if "finetuned" in results:
+        raise RunError(
+            f"the network of {run.path} was fine-tuned, and a repair comes before that; prune anew without --no-repair"
+        )
+    if job.recipe.data is None and not job.needs_data and "data" not in changes:
+        raise DataError(f"the run at {run.path} has no images to repair on; give --data")
+    asked = override(job.recipe, {"repair.enabled": True, **changes})
+    fresh = set(results) - {"repaired"} if asked.data == job.recipe.data else set()
+    kept = {name: score for name, score in results.items() if name in fresh}
+    run.update(settings=asked.to_json(), results=kept, status="running")
+    run.drop(checkpoint.WEIGHTS, REPAIR, *delivery.FILES)
+    prune_job(run, report)
 
 
 def train(job: Job, pruned: nn.Module, result: SearchResult) -> None:

@@ -51,6 +51,23 @@ class Finetune(Training):
     temperature: float | None = None
 
 
+@dataclass(frozen=True)
+class Repair:
+    """The refit of the cut network on the data's images, whose labels it does not look at; `ekgfx.repair` says what the
+    numbers mean. `enabled`: wherever there are images and trained weights."""
+
+    enabled: bool = True
+    images: int = 256
+    positions: int = 40_000
+
+    def __post_init__(self) -> None:
+        for key in ("images", "positions"):
+            if getattr(self, key) < 1:
+                raise RecipeError(
+                    f"repair.{key} is at least 1, not {getattr(self, key)}; to leave it out: enabled: false"
+                )
+
+
 BUDGETS = {"flops": "MACs", "params": "parameters", "latency": "latency"}
 """The settings that a budget can be given by, and what each is about."""
 
@@ -154,6 +171,7 @@ class Recipe:
     device: str = "auto"
     pretrain: Training = field(default_factory=Training)
     search: Search = field(default_factory=Search)
+    repair: Repair = field(default_factory=Repair)
     finetune: Finetune = field(default_factory=Finetune)
     export: Export = field(default_factory=Export)
 

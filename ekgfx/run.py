@@ -33,7 +33,7 @@ from ekgfx.typed import read
 
 FORMAT = 1
 MANIFEST = "run.json"
-STAGES = {"before": "before", "searched": "after search", "finetuned": "after fine-tuning"}
+STAGES = {"before": "before", "searched": "after search", "repaired": "after repair", "finetuned": "after fine-tuning"}
 """The keys of run.json's results, in order, and what they are called."""
 _ENTRIES: dict[str, Any] = {
     "created": str,

@@ -44,6 +44,7 @@ loss verify attributes calls patched spelling
 evaluation calibrate declared rewrite
 settle
 surgery transfer
+repair
 search training training_state
 finetune bank
 prepare checkpoint export landscape

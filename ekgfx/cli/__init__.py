@@ -15,6 +15,7 @@ from ekgfx.cli.groups import groups
 from ekgfx.cli.landscape import landscape
 from ekgfx.cli.prune import prune
 from ekgfx.cli.recipes import recipes
+from ekgfx.cli.repair import repair
 from ekgfx.cli.report import report
 from ekgfx.cli.runs import compare, list_runs
 from ekgfx.errors import EkgfxError
@@ -64,7 +65,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (groups, prune, finetune, evaluate, export, landscape, report, recipes, list_runs, compare):
+for command in (groups, prune, repair, finetune, evaluate, export, landscape, report, recipes, list_runs, compare):
     cli.add_command(command)
 
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from ekgfx.bank import Progress as BankProgress
 from ekgfx.cli.render import duration, notes, percent
 from ekgfx.finetune import Epoch
+from ekgfx.repair.walk import LayerRepair
 from ekgfx.search import Step
 
 
@@ -75,6 +76,10 @@ class Terminal:
         self._show(done, total, progress.seconds * (total - done) / max(done, 1))
         if progress.samples >= samples:
             notes.print(f"  teacher {progress.teacher} of {progress.teachers}: {samples} samples")
+
+    def layer(self, layer: LayerRepair, number: int, layers: int) -> None:
+        left = (time.monotonic() - self._since) / number * (layers - number)
+        self._show(number, layers, left)
 
     def batch(self, number: int, batches: int) -> None:
         self._show(number, batches, None)

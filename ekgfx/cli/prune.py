@@ -90,6 +90,11 @@ log = logging.getLogger("ekgfx")
     help="Kept channels are multiples of N; auto: of what the hardware computes at once.  "
     "[default: auto with --latency, else 1]",
 )
+@setting(
+    "repair.enabled",
+    "--repair/--no-repair",
+    help="Refit the cut network, in closed form, to what the unpruned one computes on the data's images.",
+)
 @setting("finetune.epochs", "--epochs", help="Epochs of fine-tuning after the search.")
 @setting("finetune.lr", "--lr", help="Learning rate of the fine-tuning.")
 @setting("finetune.batch_size", "--batch-size", help="Batch size of the fine-tuning.")

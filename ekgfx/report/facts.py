@@ -19,6 +19,7 @@ from ekgfx.files import read_json, read_lines
 from ekgfx.finetune import Epoch
 from ekgfx.job import Score
 from ekgfx.recipe import Recipe, parse
+from ekgfx.repair import Repair
 from ekgfx.run import STAGES, read_manifest, verify
 from ekgfx.search import SearchResult, Step
 from ekgfx.typed import read
@@ -62,6 +63,7 @@ class Facts:
     knowledge: Knowledge | None
     latency: LatencyTable | None
     breakdown: Breakdown | None = None
+    repair: Repair | None = None
 
     @classmethod
     def of(cls, path: Path) -> "Facts":
@@ -98,6 +100,7 @@ class Facts:
             epochs,
             _knowledge(path),
             *_exported(path, manifest),
+            repair=_repair(path, manifest),
         )
 
     @property
@@ -116,6 +119,14 @@ class Facts:
 
 def _mapping(value: object, path: Path) -> Mapping[str, Any]:
     told: Mapping[str, Any] = read(Mapping[str, Any], value, str(path / checkpoint.PLAN), RunError, "search")
+    return told
+
+
+def _repair(path: Path, manifest: Mapping[str, Any]) -> Repair | None:
+    """What the run's repair did; None where there was none."""
+    if pipeline.REPAIR not in manifest["files"]:
+        return None
+    told: Repair = read(Repair, read_json(verify(path, pipeline.REPAIR)), str(path / pipeline.REPAIR), RunError)
     return told
 
 

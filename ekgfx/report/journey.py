@@ -76,6 +76,33 @@ _TEACHERS = {
 }
 
 
+def repair(facts: Facts) -> Element | None:
+    """What the refit of the cut network brought, as a whole and operator by operator."""
+    found = facts.repair
+    if found is None:
+        return None
+    said = f"{str(found)[:1].upper()}{str(found)[1:]}. It took {duration(found.seconds)}."
+    rows = [
+        [
+            layer.name,
+            f"{layer.before:.3g}",
+            f"{layer.after:.3g}",
+            {"nothing": "left as it was", "offset": "offset alone"}.get(layer.done) or f"{layer.ridge:.0e}",
+        ]
+        for layer in found.layers
+    ]
+    parts = [element("p", said)]
+    if rows:
+        note = (
+            "Errors are squares of what an operator's output (or the residual sum behind it) lacks, in the variance of "
+            "what it should be, on held-out images."
+        )
+        parts += [element("p", note), table(["operator", "error before", "after", "ridge"], rows)]
+    if found.skipped:
+        parts.append(table(["not refitted", "why"], [[s.name, s.reason] for s in found.skipped], texts=2))
+    return section("Repair", *parts)
+
+
 def training(facts: Facts) -> Element | None:
     """Accuracy and loss of each epoch."""
     epochs = facts.epochs
@@ -86,7 +113,7 @@ def training(facts: Facts) -> Element | None:
     if tested:
         marks = [
             (f"{STAGES[stage]} {percent(facts.results[stage].accuracy)}", facts.results[stage].accuracy)
-            for stage in ("before", "searched")
+            for stage in ("before", "searched", "repaired")
             if stage in facts.results and facts.results[stage].accuracy is not None
         ]
         chart = charts.lines(

@@ -10,7 +10,7 @@ import yaml
 
 from ekgfx.job import Score
 from ekgfx.report.facts import Facts
-from ekgfx.report.journey import knowledge, search, training
+from ekgfx.report.journey import knowledge, repair, search, training
 from ekgfx.report.markup import document, element
 from ekgfx.report.parts import section, share, table
 from ekgfx.report.savings import latency, layers, times, widths
@@ -21,7 +21,7 @@ from ekgfx.units import change, human, percent
 def page(facts: Facts) -> str:
     """The whole page as text."""
     style = resources.files("ekgfx.report").joinpath("style.css").read_text(encoding="utf-8")
-    sections = (_results, search, widths, layers, training, knowledge, latency, times, _reproduce)
+    sections = (_results, search, widths, layers, repair, training, knowledge, latency, times, _reproduce)
     body = element("main", _head(facts), *(made(facts) for made in sections))
     return document(f"{facts.path.resolve().name} · ekgfx", style, body)
 

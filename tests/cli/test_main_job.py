@@ -39,7 +39,7 @@ def steps(run: Path) -> list[dict]:
 def test_a_run_holds_what_it_says(finished):
     manifest = read_manifest(finished)
     assert manifest["status"] == "done"
-    assert set(manifest["results"]) == {"before", "searched", "finetuned"}
+    assert set(manifest["results"]) == {"before", "searched", "repaired", "finetuned"}
     before, after = manifest["results"]["before"], manifest["results"]["finetuned"]
     assert after["macs"] <= 0.7 * before["macs"]
     assert manifest["weights"].startswith("as ekgfx.models:digits_cnn")
@@ -52,6 +52,7 @@ def test_a_run_holds_what_it_says(finished):
         "history.jsonl",
         "dense.safetensors",
         "model.safetensors",
+        "repair.json",
         "finetune.jsonl",
     }
     validation = json.loads((finished / "validation.json").read_text())["samples"]
@@ -65,6 +66,7 @@ MOMENTS = {
     "training": lambda run: (run / "pretrain.safetensors").exists(),
     "searching": lambda run: len(read_lines(run / "history.jsonl")) >= 2,
     "searched": lambda run: (run / "plan.json").exists(),
+    "cut": lambda run: "searched" in read_manifest(run)["results"],
     "bank": lambda run: (run / "bank").exists(),
     "finetuning": lambda run: (run / "finetune.safetensors").exists(),
 }

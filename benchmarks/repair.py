@@ -1,0 +1,182 @@
+"""What the repair gives back, with the plan and the images held fixed: ResNet-50 on a few ImageNet images, ResNet-56 on
+CIFAR-10. One thread, no labels, no training.
+
+    python benchmarks/repair.py resnet50 --images folder:imagenet-sample \
+        --weights resnet50-imagenet-keras-fp16.safetensors --history docs/imagenet_sample.history.jsonl \
+        --output docs/repair.jsonl
+    python benchmarks/repair.py resnet56 --images cifar10:DIR --weights weights_pretrained.npz \
+        --history SEARCH/history.jsonl --keep 0.45 --output docs/repair.jsonl
+
+ResNet-50: the halves of the sample are those of `benchmarks/imagenet_sample.py`; the repair sees the first, accuracy is
+measured on the second. ResNet-56: the repair sees 500 training images, accuracy is that of the test split.
+
+Plans: EKG, from the history of a search (its steps as JSON lines); L1 magnitude at uniform widths; random channels, at
+EKG's widths and at uniform ones. A line of the output is one network; one that is there is not measured again.
+"""
+
+import argparse
+import os
+import platform
+import random
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imagenet_sample
+import torch
+from torch import Tensor, nn
+
+import ekgfx
+from ekgfx import data as datasets
+from ekgfx.calibrate import calibrate
+from ekgfx.evaluation import evaluate
+from ekgfx.files import append_line, read_lines
+from ekgfx.models import resnet56_cifar_projection
+from ekgfx.plan import Plan
+from ekgfx.trace import TracedModel
+from ekgfx.weights import load_weights
+
+PLANS = ("EKG", "L1, uniform", "random, EKG's widths", "random, uniform")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network, the images to repair it on, and what it is judged by."""
+
+    traced: TracedModel
+    images: list[Tensor]
+    asked: argparse.Namespace
+    test: Any
+
+    def score(self, network: nn.Module) -> dict[str, float | None]:
+        """Accuracy and loss on unseen images."""
+        metrics = evaluate(network, self.test())
+        return {"accuracy": metrics.accuracy, "loss": metrics.loss}
+
+    def plan(self, name: str) -> Plan:
+        """The plan of that name, at the budget."""
+        if name == "EKG":
+            return from_history(self.traced, Path(self.asked.history))
+        if name == "random, EKG's widths":
+            return at_random(self.traced, from_history(self.traced, Path(self.asked.history)), self.asked.seed)
+        result = ekgfx.search(self.traced, flops=self.asked.keep, strategy="uniform", importance="magnitude")
+        return result.plan if name == "L1, uniform" else at_random(self.traced, result.plan, self.asked.seed)
+
+
+def from_history(traced: TracedModel, history: Path) -> Plan:
+    """The plan that the steps of a search lead to."""
+    removed: dict[str, set[int]] = {}
+    for step in read_lines(history):
+        for group, channels in step["removed"].items():
+            removed.setdefault(group, set()).update(channels)
+    kept = {
+        name: tuple(channel for channel in range(traced.groups[name].size) if channel not in gone)
+        for name, gone in removed.items()
+    }
+    return Plan(kept, traced.groups.digest)
+
+
+def at_random(traced: TracedModel, plan: Plan, seed: int) -> Plan:
+    """The same widths, of channels that are drawn."""
+    draw = random.Random(seed)
+    kept = {
+        name: tuple(sorted(draw.sample(range(traced.groups[name].size), len(channels))))
+        for name, channels in plan.kept.items()
+    }
+    return Plan(kept, plan.structure)
+
+
+def resnet50(asked: argparse.Namespace) -> Subject:
+    setting = imagenet_sample.prepare(asked)
+    images = [batch[0] for batch in setting.batches(setting.seen[: asked.count])]
+    return Subject(setting.traced, images, asked, lambda: setting.batches(setting.unseen))
+
+
+def resnet56(asked: argparse.Namespace) -> Subject:
+    model = resnet56_cifar_projection().eval()
+    load_weights(model, Path(asked.weights))
+    normal: Any = model.pretrained_cfg
+    data = datasets.load(asked.images, mean=normal["mean"], std=normal["std"], seed=asked.seed)
+    traced = ekgfx.trace(model, torch.randn(2, 3, 32, 32))
+    order = torch.randperm(data.size("train"), generator=torch.Generator().manual_seed(asked.seed))[: asked.count]
+    images = [batch.images for batch in data.loader("train", asked.batch, subset=order)]
+    return Subject(traced, images, asked, lambda: data.loader("test", 500))
+
+
+def measure(subject: Subject, name: str) -> dict[str, Any]:
+    """One network: cut, with BatchNorm re-estimated, and repaired."""
+    traced, asked = subject.traced, subject.asked
+    plan = subject.plan(name)
+    cost, full = traced.cost(plan), traced.cost()
+    plain = ekgfx.prune(traced.model, plan, traced).eval()
+    calibrate(plain, subject.images)
+    pruned = ekgfx.prune(traced.model, plan, traced).eval()
+    started, clock = time.process_time(), time.monotonic()
+    found = ekgfx.repair(pruned, traced, plan, subject.images, most=asked.count, seed=asked.seed, on_layer=told)
+    seconds, wall = time.process_time() - started, time.monotonic() - clock
+    return {
+        "macs_kept": cost.macs / full.macs,
+        "reestimated": subject.score(plain),
+        "repaired": subject.score(pruned),
+        "kl": [found.before.error, found.after.error],
+        "agreement": [found.before.agreement, found.after.agreement],
+        "batch_norm": found.batch_norm,
+        "operators": len(found.layers),
+        "images": found.images,
+        "held_out": found.held_out,
+        "cpu_seconds": round(seconds, 1),
+        "seconds": round(wall, 1),
+        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+    }
+
+
+def told(layer: Any, number: int, count: int) -> None:
+    print(f"{number}/{count} {layer.name}: {layer.before:.3g} → {layer.after:.3g} ({layer.done})", flush=True)
+
+
+def main() -> None:
+    asked = arguments()
+    torch.set_num_threads(1)
+    subject = {"resnet50": resnet50, "resnet56": resnet56}[asked.network](asked)
+    kept = ("network", "keep", "count", "seed")
+    for name in asked.plans:
+        row = {"plan": name, **{key: getattr(asked, key) for key in kept}}
+        if any({key: line.get(key) for key in row} == row for line in lines(asked)):
+            continue
+        if not any("before" in line and line["network"] == asked.network for line in lines(asked)):
+            row["before"] = subject.score(subject.traced.model)
+        row |= measure(subject, name)
+        row["hardware"] = f"{platform.machine()}, {os.cpu_count()} cores, 1 thread"
+        row["versions"] = {"ekgfx": ekgfx.__version__, "torch": torch.__version__}
+        row["date"] = time.strftime("%Y-%m-%d")
+        append_line(Path(asked.output), row)
+        print(row, flush=True)
+
+
+def lines(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    yield from read_lines(Path(asked.output))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("network", choices=["resnet50", "resnet56"])
+    parser.add_argument("--images", required=True, help="data SPEC")
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--history", required=True, help="steps of EKG's search, as JSON lines")
+    parser.add_argument("--output", required=True, help="JSON lines")
+    parser.add_argument("--keep", type=float, default=0.55)
+    parser.add_argument("--count", type=int, help="images to repair on")
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--test-images", type=int, default=250)
+    parser.add_argument("--plans", type=lambda text: text.split(";"), default=list(PLANS))
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    asked.count = asked.count or {"resnet50": 250, "resnet56": 500}[asked.network]
+    return asked
+
+
+if __name__ == "__main__":
+    main()

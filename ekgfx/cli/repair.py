@@ -1,0 +1,27 @@
+"""`ekgfx repair`: refit the network of a run that was cut without."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ekgfx.cli.options import given, setting, tensorboard
+from ekgfx.run import Run
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@setting("data", "--data", metavar="SPEC", help="Other images than the run's.")
+@setting("repair.images", "--images", help="Images that are used.")
+@setting("device", "--device", metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@tensorboard
+def repair(run: Path, tensorboard: bool, **flags: Any) -> None:
+    """Refit the network of RUN to what the unpruned one computes, in closed form and without labels.
+
+    `ekgfx prune` does so by itself; this is for runs that were made with --no-repair, or without images.
+    """
+    from ekgfx.cli.work import work
+    from ekgfx.pipeline import repair_job
+
+    with Run.reopen(run) as opened:
+        work(opened, lambda report: repair_job(opened, report, given(flags)), tensorboard=tensorboard)

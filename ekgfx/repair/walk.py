@@ -1,0 +1,218 @@
+"""The walk: operator by operator in the order of the graph, the dense network and the pruned one side by side.
+
+Both are computed once, on all batches, up to the operator at hand; of each batch only what later operators read is
+kept. The operator is refitted on what the pruned network, repaired so far, gives it, and both go on.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from ekgfx.axes import Axis
+from ekgfx.graph import AxisGraph
+from ekgfx.repair.forms import of_positions
+from ekgfx.repair.moments import Moments
+from ekgfx.repair.operators import LinearOperator
+from ekgfx.repair.rearranged import weight_nodes
+from ekgfx.repair.targets import Stream, find_stream, lacking
+from ekgfx.sliced import SubNetwork, slice_tensor
+
+CHUNK = 16_000_000
+"""Elements of a matrix of inputs that is in memory at a time."""
+ELEMENTS = 200_000_000
+LEAST_PER_INPUT = 20
+EXACT = {torch.float64: 1e-24}
+
+
+@dataclass(frozen=True)
+class LayerRepair:
+    """What was done to one operator. Errors are squares of what its output (or the residual sum behind it) lacks, in
+    the target's variance, on held-out images. done: nothing, the offset alone, or all; ridge: λ, where all was."""
+
+    name: str
+    before: float
+    after: float
+    done: Literal["nothing", "offset", "refit"]
+    ridge: float | None
+    positions: int
+    seconds: float
+    stream: bool
+
+
+@dataclass(eq=False)
+class Frontier:
+    """A batch on its way through a network: how many nodes are done, and the values that later ones read."""
+
+    network: SubNetwork
+    inputs: Mapping[str, Any]
+    done: int = 0
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch on its way through both networks. held: it is not fitted."""
+
+    dense: Frontier
+    pruned: Frontier
+    held: bool
+
+
+def by_depth(graph: AxisGraph, constant: set[fx.Node]) -> list[fx.Node]:
+    """The nodes that depend on the input, by the length of the longest way from it: of several branches that meet, the
+    longest comes last, which can answer for most."""
+    depth: dict[fx.Node, int] = {}
+    for node in graph.graph.nodes:
+        if node not in constant and node.op != "output":
+            depth[node] = 1 + max((depth[source] for source in node.all_input_nodes if source in depth), default=-1)
+    return sorted(depth, key=depth.__getitem__)
+
+
+def _last_reads(nodes: Sequence[fx.Node]) -> dict[str, list[str]]:
+    """Node → nodes whose values nobody reads after it; what the output reads stays."""
+    order = {node: i for i, node in enumerate(nodes)}
+    dying: dict[str, list[str]] = {}
+    for node in nodes:
+        last = max((order.get(user, len(nodes)) for user in node.users), default=order[node])
+        if last < len(nodes):
+            dying.setdefault(nodes[last].name, []).append(node.name)
+    return dying
+
+
+class Walk:
+    """Both networks on all batches, up to the operator at hand.
+
+    Args:
+        graph: the traced model.
+        kept: axis → kept positions.
+        weights: of the pruned network; replaced as operators are refitted.
+        fit, held: arguments of the model, batch by batch; the second are never fitted.
+        positions: most output positions of an operator that are used, over all batches of `fit`.
+    """
+
+    def __init__(
+        self,
+        graph: AxisGraph,
+        kept: Mapping[Axis, Tensor],
+        weights: dict[str, Tensor],
+        fit: Sequence[tuple[Any, ...]],
+        held: Sequence[tuple[Any, ...]],
+        positions: int,
+        seed: int,
+    ) -> None:
+        self.graph, self.kept, self.positions, self.seed = graph, kept, positions, seed
+        self.dense = SubNetwork(graph, {})
+        self.pruned = SubNetwork(graph, kept, weights=weights)
+        self.constant = weight_nodes(graph)
+        self.nodes = by_depth(graph, set(self.constant))
+        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.dying = _last_reads(self.nodes)
+        self.constants = {net: net.follow(self.constant, {}, {}, {}) for net in (self.dense, self.pruned)}
+        self.batches = [
+            Batch(Frontier(self.dense, self._inputs(args)), Frontier(self.pruned, self._inputs(args)), held)
+            for part, held in ((fit, False), (held, True))
+            for args in part
+        ]
+
+    def _inputs(self, args: tuple[Any, ...]) -> dict[str, Any]:
+        return self.dense.inputs(args, {})
+
+    def advance(self, frontier: Frontier, end: int) -> None:
+        """Computes a network on a batch up to the node of that number, which is left out."""
+        constants = self.constants[frontier.network]
+        frontier.values.update(constants)
+        nodes = self.nodes[frontier.done : end]
+        frontier.network.follow(nodes, frontier.inputs, frontier.values, self.dying)
+        for name in constants:
+            frontier.values.pop(name, None)
+        frontier.done = end
+
+    def rewind(self) -> None:
+        """Computes the pruned network anew from the start: weights that it had used already are others now."""
+        for batch in self.batches:
+            end, batch.pruned.done = batch.pruned.done, 0
+            batch.pruned.values.clear()
+            self.advance(batch.pruned, end)
+
+    def take(self, new: Mapping[str, Tensor]) -> None:
+        """Goes on with other weights."""
+        self.pruned.weights = {**self.pruned.weights, **new}
+        self.constants[self.pruned] = self.pruned.follow(self.constant, {}, {}, {})
+
+    # -- one operator ----------------------------------------------------------------------------------------------
+
+    def measure(self, operator: LinearOperator, number: int, pair: "Pair | None" = None) -> "Pair":
+        """Moments of what the operator reads and lacks, added to those of other uses of its weight.
+
+        Where it lacks nothing on the first batch, the others are not looked at.
+        """
+        stream = find_stream(self.graph, operator.node, set(self.constant), self.order)
+        matrix = operator.form.matrix(self.constants[self.pruned][operator.weight.name])
+        gains: dict[Any, Tensor] = {}
+        fits = sum(not batch.held for batch in self.batches)
+        limit = max(ELEMENTS // matrix[:, 0].numel(), LEAST_PER_INPUT * matrix.shape[2])
+        most = -(-min(self.positions, limit) // fits)
+        alone = pair is None
+        for i, batch in enumerate(self.batches):
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) * 1_000_003 + i)
+            for x, r, t in self._rows(operator, batch, stream, matrix, most, generator, gains):
+                if pair is None:
+                    pair = Pair.empty(x, r, stream is not None)
+                (pair.held if batch.held else pair.fit).add(x, r, t)
+            if alone and i == 0 and pair is not None and pair.exact:
+                break
+        assert pair is not None  # there is a batch
+        return pair
+
+    def _rows(
+        self,
+        operator: LinearOperator,
+        batch: Batch,
+        stream: Stream | None,
+        matrix: Tensor,
+        most: int,
+        generator: torch.Generator,
+        gains: dict[Any, Tensor],
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Inputs, lacks and targets at some positions of a batch, piece by piece."""
+        form, node, kept, dims = operator.form, operator.node, self.kept, self.graph.dims
+        end, constants = self.order[node], self.constants[self.pruned]
+        self.advance(batch.dense, end + 1)
+        self.advance(batch.pruned, end)
+        target = slice_tensor(batch.dense.values[node.name], dims[node.name], kept)
+        grid, source = form.grid(target), batch.pruned.values[operator.input.name]
+        if stream is not None:
+            other = stream.other.name
+            missing = slice_tensor(batch.dense.values[other], dims[other], kept) - batch.pruned.values[other]
+            target = target + lacking(stream, node, self.pruned, target, missing, constants, batch.pruned.inputs, gains)
+        wide = torch.promote_types(matrix.dtype, torch.float32)  # of half precision nothing would be left
+        matrix = matrix.to(wide)
+        bias = 0 if operator.bias is None else constants[operator.bias.name].reshape(len(matrix), -1)
+        picks = of_positions(grid, most, generator).to(target.device)
+        for piece in picks.split(max(CHUNK // matrix[:, 0].numel(), 16)):
+            x, t = form.inputs(source, grid, piece).to(wide), form.outputs(target, piece).to(wide)
+            yield x, t - (x.movedim(1, 0) @ matrix.mT).movedim(0, 1) - bias, t
+
+
+@dataclass(eq=False)
+class Pair:
+    """Moments to fit on and moments to judge by. stream: the target is a residual sum's; precision: the network's."""
+
+    fit: Moments
+    held: Moments
+    stream: bool
+    precision: torch.dtype
+
+    @classmethod
+    def empty(cls, x: Tensor, r: Tensor, stream: bool) -> "Pair":
+        """For rows such as these."""
+        shift, outputs = x.mean(0), r.shape[2]
+        return cls(Moments.empty(shift, outputs), Moments.empty(shift, outputs), stream, x.dtype)
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is lacking."""
+        return float(self.fit.squares.sum()) <= EXACT.get(self.precision, 1e-10) * float(self.fit.target_squares.sum())

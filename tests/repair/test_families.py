@@ -1,0 +1,57 @@
+"""Real architectures: no operator's error rises, class and shapes stay, and what is said is what the module does."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import ekgfx
+from benchmarks.coverage import listed
+from ekgfx.repair import Repair
+from ekgfx.repair.judge import Judge
+from ekgfx.verify import perturb
+
+FEW = ["test_resnet", "test_vit", "test_convnext", "test_mambaout", "test_efficientnet"]
+"""Small networks that timm carries for tests: residual sums, attention, depthwise convolutions, gates."""
+
+
+def repaired(name: str, count: int = 10) -> tuple[nn.Module, nn.Module, Repair]:
+    """A network with random weights, cut to 60%, and repaired on random images, in double precision."""
+    torch.manual_seed(0)
+    config = timm.get_pretrained_cfg(name)
+    size = config.input_size if config is not None and config.fixed_input_size else (3, 64, 64)
+    model = timm.create_model(name).double().eval()
+    perturb(model)
+    images = torch.randn(count, *size, dtype=torch.float64)
+    traced = ekgfx.trace(model, images[:2])
+    if not traced.groups:
+        pytest.skip("nothing to cut")
+    plan = ekgfx.search(traced, flops=0.6, strategy="uniform", importance="magnitude").plan
+    pruned = ekgfx.prune(model, plan, traced, verify=False)
+    shapes = {key: tensor.shape for key, tensor in pruned.state_dict().items()}
+    found = ekgfx.repair(pruned, traced, plan, images, positions=500, batch_size=5)
+    assert type(pruned) is type(model)
+    assert {key: tensor.shape for key, tensor in pruned.state_dict().items()} == shapes
+    again = Judge(traced.subnetwork(), [(images[4::5],)])(pruned)
+    assert not again.better(found.after) and not found.after.better(again)
+    return model, pruned, found
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_no_error_rises(name: str) -> None:
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    check(repaired(name)[2])
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", listed())
+def test_no_error_rises_in_any_family(name: str) -> None:
+    check(repaired(name)[2])
+
+
+def check(found: Repair) -> None:
+    assert found.layers
+    assert all(layer.after <= layer.before * (1 + 1e-9) for layer in found.layers)
+    assert not found.before.better(found.after)

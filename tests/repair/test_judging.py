@@ -1,0 +1,208 @@
+"""A repair never makes things worse: whatever the images are like, and it says so where it gained nothing."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ekgfx
+from ekgfx import data
+from ekgfx.errors import PruneError
+from ekgfx.models import digits_cnn
+from ekgfx.repair.images import gather
+from ekgfx.repair.judge import Judge
+from ekgfx.repair.moments import Moments
+from ekgfx.repair.solve import _solve, refit
+
+CPU = torch.device("cpu")
+
+
+def test_two_by_two_by_hand() -> None:
+    """Inputs (1, 0), (−1, 0), (0, 2), (0, −2) have the Gram matrix diag(2, 8), d = 5. The output lacks 3·x₁ − x₂: its
+    cross moments are (6, −8), so that λ = 0.2 (λ·d = 1) gives Δ = (6/3, −8/9)."""
+    x = torch.tensor([[1.0, 0], [-1, 0], [0, 2], [0, -2]], dtype=torch.float64)[:, None]
+    r = 3 * x[:, :, :1] - x[:, :, 1:]
+    moments = Moments.empty(torch.zeros(1, 2, dtype=torch.float64), 1)
+    moments.add(x, r, r)
+    assert moments.gram.tolist() == [[[2, 0], [0, 8]]] and moments.cross.tolist() == [[[6, -8]]]
+    change = _solve(moments.gram, moments.cross, torch.tensor([[0.2 * 5]], dtype=torch.float64))
+    torch.testing.assert_close(change, torch.tensor([[[2.0, -8 / 9]]], dtype=torch.float64))
+    found = refit(moments, moments, offset=True)
+    torch.testing.assert_close(found.change, torch.tensor([[[3.0, -1.0]]], dtype=torch.float64))
+
+
+def test_moments_after_a_change_are_those_of_what_is_lacking_then() -> None:
+    torch.manual_seed(0)
+    x, r = torch.randn(50, 2, 3, dtype=torch.float64) + 1, torch.randn(50, 2, 4, dtype=torch.float64)
+    change, offset = torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+    moved, expected = (Moments.empty(x.mean(0), 4) for _ in range(2))
+    moved.add(x, r, r)
+    moved.shift_rest(change, offset)
+    expected.add(x, r - torch.einsum("god,sgd->sgo", change, x) - offset, r)
+    for name in ("cross", "rest", "squares"):
+        torch.testing.assert_close(getattr(moved, name), getattr(expected, name))
+
+
+def test_the_ridge_holds_back_where_held_out_positions_say_so() -> None:
+    """What is lacking has nothing to do with the inputs: no change is better than the one that fits the noise."""
+    generator = torch.Generator().manual_seed(0)
+    fit, held = (Moments.empty(torch.zeros(1, 20, dtype=torch.float64), 1) for _ in range(2))
+    for moments, count in ((fit, 25), (held, 1000)):
+        x = torch.randn(count, 1, 20, dtype=torch.float64, generator=generator)
+        moments.add(x, torch.randn(count, 1, 1, dtype=torch.float64, generator=generator), x[:, :, :1])
+    found = refit(fit, held, offset=False)
+    assert found is None or (found.ridge > 1 and found.held_after < found.held_before)
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[nn.Module, Tensor, Tensor]:
+    """A network that has learned the digits, and images: to repair on, and to judge by."""
+    torch.manual_seed(0)
+    model, loaded = digits_cnn(), data.load("digits")
+    ekgfx.finetune(model, loaded, epochs=4, lr=0.05, augment=False)
+    images = torch.cat([batch.images for batch in loaded.loader("train", 256)])
+    return model.eval(), images, torch.cat([batch.images for batch in loaded.loader("test", 256)])
+
+
+def cut(model: nn.Module, images: Tensor) -> tuple[ekgfx.TracedModel, ekgfx.Plan, nn.Module]:
+    traced = ekgfx.trace(model, images[:2])
+    plan = ekgfx.search(traced, flops=0.5, strategy="uniform", importance="magnitude").plan
+    return traced, plan, ekgfx.prune(model, plan, traced).eval()
+
+
+def test_a_trained_network_gets_much_of_its_answers_back(digits) -> None:
+    model, images, unseen = digits
+    traced, plan, pruned = cut(model, images)
+    judge = Judge(model, [(unseen,)])
+    before = judge(pruned)
+    found = ekgfx.repair(pruned, traced, plan, images)
+    after = judge(pruned)
+    assert after.error < 0.5 * before.error and after.agreement > before.agreement
+    assert found.kept and found.after.error < found.before.error
+    assert all(layer.after <= layer.before for layer in found.layers)
+    assert found.images == 256 and found.held_out == 51 and not found.skipped
+    assert "KL divergence" in str(found) and "equal answers" in str(found)
+
+
+def test_it_is_deterministic_and_labels_are_not_looked_at(digits) -> None:
+    model, images, _ = digits
+    traced, plan, pruned = cut(model, images)
+    twin = copy.deepcopy(pruned)
+    ekgfx.repair(pruned, traced, plan, images[:100])
+    ekgfx.repair(twin, traced, plan, [(part, None) for part in images[:100].split(30)])
+    assert all(torch.equal(a, b) for a, b in zip(pruned.state_dict().values(), twin.state_dict().values(), strict=True))
+
+
+def with_nan(images: Tensor) -> Tensor:
+    spoiled = images[:40].clone()
+    spoiled[3, 0, 2, 2] = float("nan")
+    return spoiled
+
+
+CASES = {
+    "one": lambda images: images[:1],
+    "two": lambda images: images[:2],
+    "less than a batch": lambda images: images[:7],
+    "constant": lambda images: torch.arange(40.0).view(40, 1, 1, 1).expand(40, *images.shape[1:]),
+    "all the same": lambda images: images[:1].expand(40, -1, -1, -1),
+    "not a number": with_nan,
+    "noise": lambda images: torch.randn(40, *images.shape[1:], generator=torch.Generator().manual_seed(0)),
+    "upside down": lambda images: images[:200].flip(2),
+    "huge": lambda images: images[:40] * 1e6,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_never_worse_on_held_out_images(digits, case: str) -> None:
+    model, images, _ = digits
+    traced, plan, pruned = cut(model, images)
+    given = CASES[case](images)
+    before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+    found = ekgfx.repair(pruned, traced, plan, given)
+    held = gather(given, 32, 256, CPU).held
+    if held:
+        after = Judge(model, held)(pruned)
+        assert not found.before.better(after)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in pruned.state_dict().values())
+    if not found.kept:
+        assert "the network is as it was" in str(found)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.state_dict().items())
+
+
+def test_what_is_wrong_with_images_is_said(digits) -> None:
+    model, images, _ = digits
+    traced, plan, pruned = cut(model, images)
+    assert "1 image left out: not finite" in str(ekgfx.repair(pruned, traced, plan, with_nan(images)))
+    flat = str(ekgfx.repair(pruned, traced, plan, CASES["constant"](images)))
+    assert "40 images left out: of one value throughout" in flat and "no usable images" in flat
+    assert "1 usable image: a repair needs one to fit on" in str(ekgfx.repair(pruned, traced, plan, images[:1]))
+
+
+def test_a_network_of_another_plan_is_refused(digits) -> None:
+    model, images, _ = digits
+    traced, plan, _ = cut(model, images)
+    with pytest.raises(PruneError, match="is not what the plan leaves: .*; pass the network that ekgfx.prune made"):
+        ekgfx.repair(model, traced, plan, images)
+
+
+def test_a_repair_that_was_interrupted_ends_as_if_it_had_not_been(digits, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules["ekgfx.repair.progress"], "SECONDS", -1)
+    model, images, _ = digits
+    traced, plan, pruned = cut(model, images)
+    cut_anew, seen = copy.deepcopy(pruned), []
+    ekgfx.repair(pruned, traced, plan, images[:60])
+
+    def stop(layer, number, count):
+        seen.append(number)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ekgfx.repair(copy.deepcopy(cut_anew), traced, plan, images[:60], checkpoint=tmp_path / "c", on_layer=stop)
+    again = []
+    found = ekgfx.repair(
+        cut_anew, traced, plan, images[:60], checkpoint=tmp_path / "c", on_layer=lambda *done: again.append(done[1])
+    )
+    assert again[0] == seen[-1] and len(found.layers) == len(again) + 1  # the first was not done again
+    for a, b in zip(pruned.state_dict().values(), cut_anew.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+class Mixed(nn.Module):
+    """What cannot be refitted: a weight that is computed, one that is read otherwise too, and a recurrent layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.tied = nn.Linear(8, 8)
+        self.recurrent, self.last = nn.GRU(8, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.normed(self.first(x).relu()).relu()
+        x = self.tied(x) + self.tied.weight[0]
+        return self.last(self.recurrent(x)[0]).mean(1)
+
+
+def test_what_is_not_refitted_is_listed_with_the_reason() -> None:
+    torch.manual_seed(0)
+    model, x = Mixed().eval(), torch.randn(40, 5, 6)
+    traced = ekgfx.trace(model, x[:2])
+    (name, *_) = traced.groups
+    plan = ekgfx.Plan({name: tuple(range(5))})
+    pruned = ekgfx.prune(model, plan, traced)
+    found = ekgfx.repair(pruned, traced, plan, x)
+    said = {skipped.name: skipped.reason for skipped in found.skipped}
+    assert "recurrent" in said["recurrent"]
+    assert any("computed from parameters" in reason for reason in said.values())
+    assert "is read by" in said["tied"]
+
+
+def test_a_network_in_half_precision_is_repaired_too(digits) -> None:
+    model, images, _ = digits
+    half, few = copy.deepcopy(model).bfloat16(), images[:100].bfloat16()
+    traced, plan, pruned = cut(half, few)
+    found = ekgfx.repair(pruned, traced, plan, few)
+    assert found.kept and all(p.dtype == torch.bfloat16 for p in pruned.parameters())

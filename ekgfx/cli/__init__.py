@@ -86,7 +86,8 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         _fail(f"cannot use {error.filename}: {error.strerror or error}" if error.filename else str(error))
     except (KeyboardInterrupt, click.Abort) as error:
-        print("; ".join(["ekgfx: stopped", *map(str, error.args)]), file=sys.stderr)
+        told = error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else error  # click makes it an Abort
+        print("; ".join(["ekgfx: stopped", *map(str, told.args)]), file=sys.stderr)
         sys.exit(130)
 
 

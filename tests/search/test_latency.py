@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ import ekgfx
 from ekgfx.axes import Axis
 from ekgfx.errors import BudgetError, RecipeError
 from ekgfx.plan import Plan
-from ekgfx.search import find_budget, search
+from ekgfx.search import find_budget, ranking, search
 from ekgfx.search.latency import LayerTable, Price, Sample, input_shapes, plans_to_measure
-from ekgfx.search.problem import channels_per_position, width_rules
+from ekgfx.search.problem import Budget, channels_per_position, width_rules
 from ekgfx.segments import Segment, find_segments
 from ekgfx.trace import TracedModel
 from tests.search import nets
@@ -200,6 +201,22 @@ def test_what_goes_beyond_the_budget_counts_for_nothing(keep: float) -> None:
         if price.of_widths({**before, candidate.group: candidate.kept}) <= keep * price.dense
     ]
     assert last.measure.reward >= max(reached) - 1e-5 * abs(max(reached))
+
+
+def test_the_last_step_is_not_taken_for_being_large(monkeypatch) -> None:
+    """From 100 ms to 90: one candidate saves 10 for a loss of 1, another 40 for a loss of 2. Per millisecond the second
+    is the better, but 30 of its milliseconds nobody asked for. Under a budget of 50 ms it is the one to take."""
+    made = nets.cnn()
+    group = next(iter(made.groups.values()))
+    whole = Plan(structure=made.groups.digest)
+    start, little, much = (whole.with_kept(group.name, range(group.size - n)) for n in (1, 2, 3))
+    price = {start.digest: 100.0, little.digest: 90.0, much.digest: 60.0}
+    monkeypatch.setattr(ranking, "evaluate", lambda *_: (SimpleNamespace(reward=0.0), ()))
+    for keep, best in ((0.9, 0), (0.5, 1)):
+        budget = Budget(lambda plan: price[plan.digest], 100.0, keep, "latency", weighed=True)
+        problem = SimpleNamespace(budget=budget, network=lambda _: None, batches=(), objective=None)
+        found = ranking.ranking_of(problem, start, None).best([little, much], [1.0, 2.0])
+        assert found == [best]
 
 
 def test_a_step_gives_back_what_the_budget_leaves() -> None:

@@ -73,11 +73,16 @@ def calls() -> Iterator[tuple[str, str, dict[str, Any]]]:
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
 
 
+MADE = ("ekgfx/patched.py", {"exec", "compile"})
+"""Forwards that are made from a traced graph, in the process that runs them: never from a file."""
+
+
 def test_no_line_runs_what_a_file_says():
     seen = set()
     for place, name, told in calls():
         seen.add(name)
-        assert name not in FORBIDDEN, f"{place} calls {name}"
+        made = place.partition(":")[0] == MADE[0] and name in MADE[1]
+        assert made or name not in FORBIDDEN, f"{place} calls {name}"
         assert not name.startswith(("pickle.", "marshal.", "shelve.", "dill.", "joblib.")), f"{place} calls {name}"
         assert told.get("weights_only", name != "torch.load"), f"{place} unpickles what is no tensor"
         assert not told.get("allow_pickle") and not told.get("shell"), f"{place}: {name} with {told}"

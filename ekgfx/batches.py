@@ -6,6 +6,7 @@ name.
 """
 
 import inspect
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -77,6 +78,8 @@ class Inputs(NamedTuple):
         unknown = [name for name in kwargs if name not in named]
         if not unknown or any(p.kind is p.VAR_KEYWORD for p in parameters):
             return Inputs(args, kwargs)
+        if len(named) == 1 and not args and _takes_a_mapping(parameters):
+            return Inputs((kwargs,), {})
         if len(kwargs) == 1 and not args:
             return Inputs(tuple(kwargs.values()), {})
         raise DataError(
@@ -84,6 +87,15 @@ class Inputs(NamedTuple):
             f"takes {', '.join(named)}); name the inputs of a batch as forward does, leave out what it does not need, "
             "or give (inputs, labels)"
         )
+
+
+def _takes_a_mapping(parameters: Iterable[inspect.Parameter]) -> bool:
+    """Whether forward says that its first argument is a mapping: `batch: dict[str, Tensor]`."""
+    said = next((p.annotation for p in parameters), None)
+    kind = typing.get_origin(said) or said
+    if isinstance(kind, str):  # of a file with postponed annotations
+        return kind.partition("[")[0].rpartition(".")[2] in ("dict", "Dict", "Mapping")
+    return isinstance(kind, type) and issubclass(kind, Mapping)
 
 
 def each_batch(batches: Iterable[Any]) -> Iterator[Any]:

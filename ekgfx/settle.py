@@ -88,6 +88,7 @@ class _Settling:
         self.changed: list[Choice] = []
         self.open = choices_of(pruned, self.source, predicted.counts, predicted.before)
         self.tried: set[str] = set()
+        self.all_tried = False
         self.recorded: Recorded | None = None
         uncut = self.source.model is not pruned
         self.trains = self.source.trains and not (uncut and training_error(self.source.model, self.source))
@@ -166,19 +167,29 @@ class _Settling:
                 continue
             alike = {n for n, m in self.pruned.named_modules() if type(m) is kind}
             self.tried |= alike
-            choices = [c for c in self.open if (c.governor in alike or c.module in alike) and c not in self.changed]
-            if not choices:
-                continue
-            if any(choice.configured for choice in choices):
-                own_configurations(self.pruned)
-            before = {choice: choice.now(self.pruned) for choice in choices}
-            for trial in itertools.islice(_assignments(self.pruned, choices), MOST_TRIALS):
-                _take(self.pruned, trial)
-                left = self.problems()
-                if not any(p.module in alike or p.module is None for p in left):
-                    self.changed += choices
-                    return True
-            _take(self.pruned, before)
+            if self._helped([c for c in self.open if c.governor in alike or c.module in alike], alike):
+                return True
+        # What shows in one module may come from another that runs before it: padding that is too wide, say.
+        blamed = {problem.module for problem in problems}
+        if blamed <= self.put or self.all_tried:
+            return False
+        self.all_tried = True
+        return self._helped([choice for choice in self.open if choice.likely], blamed)
+
+    def _helped(self, choices: list[Choice], blamed: Collection[str | None]) -> bool:
+        """Whether some way to settle these integers leaves nothing to blame on those modules; then it is taken."""
+        choices = [choice for choice in choices if choice not in self.changed]
+        if not choices:
+            return False
+        if any(choice.configured for choice in choices):
+            own_configurations(self.pruned)
+        before = {choice: choice.now(self.pruned) for choice in choices}
+        for trial in itertools.islice(_assignments(self.pruned, choices), MOST_TRIALS):
+            _take(self.pruned, trial)
+            if not any(p.module in blamed or p.module is None for p in self.problems()):
+                self.changed += choices
+                return True
+        _take(self.pruned, before)
         return False
 
     def _put_back(self) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import ekgfx
+from ekgfx.batches import Inputs
 from ekgfx.norms import Settled, statistics
 
 
@@ -38,7 +39,7 @@ def images(count: int = 24) -> Tensor:
 def test_all_in_one_batch_they_are_the_batchs_own(model: nn.Module) -> None:
     """So the network says of each image, alone, what it says of it in that batch."""
     traced, x = ekgfx.trace(model, images(2)), images()
-    known = statistics(traced, {}, [(x,)])
+    known = statistics(traced, {}, [Inputs.of(x)])
     assert len(known) == 4
     network = Settled(traced, {}, known)
     expected = traced.subnetwork(batch_stats=True)(x)
@@ -53,7 +54,7 @@ def test_the_first_norm_does_not_see_how_images_are_dealt(model: nn.Module) -> N
     values = model.a(x)
     var, mean = torch.var_mean(values, (0, 2, 3), correction=0)
     for sizes in ([24], [5, 5, 5, 9], [1] * 24):
-        first = next(iter(statistics(traced, {}, [(part,) for part in x.split(sizes)]).values()))
+        first = next(iter(statistics(traced, {}, [Inputs.of(part) for part in x.split(sizes)]).values()))
         torch.testing.assert_close(first[0].double(), mean, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(first[1].double(), var, rtol=1e-6, atol=1e-7)
 
@@ -63,7 +64,7 @@ def test_of_a_cut_network(model: nn.Module) -> None:
     group = next(iter(traced.groups.values()))
     plan = ekgfx.Plan({group.name: (0, 2, 3)})
     kept = traced.groups.kept(plan)
-    network = Settled(traced, kept, statistics(traced, kept, [(x,)], rescale=True), rescale=True)
+    network = Settled(traced, kept, statistics(traced, kept, [Inputs.of(x)], rescale=True), rescale=True)
     expected = traced.subnetwork(plan, batch_stats=True, rescale=True)(x)
     torch.testing.assert_close(network(x), expected, rtol=1e-5, atol=1e-5)
 

@@ -266,20 +266,26 @@ def compare_outputs(pruned: nn.Module, network: SubNetwork, args: tuple, kwargs:
 
 def trains(pruned: nn.Module, way: Way, args: tuple, kwargs: Mapping[str, Any]) -> None:
     """Run a module forward and backward in training mode; nothing of it is changed. Raises what it raises."""
-    held = [
-        (p, p.grad, p._backward_hooks, p._post_accumulate_grad_hooks) for p in pruned.parameters() if p.requires_grad
-    ]
-    for parameter, *_ in held:
-        parameter.grad = parameter._backward_hooks = parameter._post_accumulate_grad_hooks = None  # no hook sees this
-        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    held = [(parameter, parameter.grad) for parameter in pruned.parameters() if parameter.requires_grad]
+    known = [hooks for p, _ in held for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks) if hooks]
+    own = [(hooks, dict(hooks)) for hooks in known]  # the user's hooks see nothing of this
+    for hooks in known:
+        hooks.clear()
+    handles = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter, _ in held]
+    for parameter, _ in held:
+        parameter.grad = None
     try:
         with torch.enable_grad(), replace(way, training=True).entered(pruned), undisturbed(pruned):
             outputs = (t for t in pytree.tree_leaves(pruned(*args, **kwargs)) if isinstance(t, Tensor))
             if wanted := [t.abs().sum() for t in outputs if t.requires_grad]:
                 torch.autograd.backward(wanted)
     finally:
-        for parameter, gradient, hooks, after in held:
-            parameter.grad, parameter._backward_hooks, parameter._post_accumulate_grad_hooks = gradient, hooks, after
+        for handle in handles:
+            handle.remove()
+        for hooks, before in own:
+            hooks.update(before)
+        for parameter, gradient in held:
+            parameter.grad = gradient
 
 
 def _drop_gradient(parameter: Tensor) -> None:

@@ -29,6 +29,7 @@ from ekgfx.graph import Example
 from ekgfx.leaf import Leaves, as_operators
 from ekgfx.nodes import bind
 from ekgfx.returns import tensors_returned
+from ekgfx.tables import is_table
 from ekgfx.untouched import deep_copy
 
 
@@ -148,7 +149,7 @@ def calls_of(model: nn.Module, example: Example, leaves: Leaves) -> Calls:
         with torch.no_grad(), as_operators(model, leaves), tensors_returned(model, ()), _marked(model, recorded):
             try:
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-                return _read(program, recorded, free)
+                return _read(model, program, recorded, free)
             except Exception as error:  # noqa: BLE001  torch.export raises many types; fewer free sizes may pass
                 problem = error
     raise PruneError(f"the calls of {type(model).__name__} could not be recorded: {problem}") from problem
@@ -244,14 +245,18 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
 
 
-def _read(program: torch.export.ExportedProgram, recorded: list[Any], free: str) -> Calls:
+def _read(model: nn.Module, program: torch.export.ExportedProgram, recorded: list[Any], free: str) -> Calls:
     graph, weights, constants = inlined(program.graph_module), {}, {}
     placeholders = (node.name for node in graph.nodes if node.op == "placeholder")
     for spec, name in zip(program.graph_signature.input_specs, placeholders, strict=True):
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             weights[name] = spec.target
         elif spec.kind is InputKind.CONSTANT_TENSOR:
-            constants[name] = program.constants[spec.target]
+            constant = program.constants[spec.target]
+            if is_table(model, spec.target, constant):
+                weights[name] = spec.target
+            else:
+                constants[name] = constant
     top: list[Any] = []
     running: list[Call] = []
     marks, taken = iter(recorded), set[fx.Node]()

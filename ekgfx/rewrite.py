@@ -106,7 +106,14 @@ class _Writer:
         self.calls = recorded.evaluation
         self.objects: dict[str, Any] = {}
         self.fixed = False
-        tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+        plain = [
+            (f"{place}.{name}".lstrip("."), value)
+            for place, inner in module.named_modules()
+            for name, value in vars(inner).items()
+            if isinstance(value, Tensor)
+        ]
+        weights = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+        tensors = [*weights, *plain]
         self.own = {id(tensor): name for name, tensor in reversed(tensors)}
         self.modules = {id(m): name for name, m in reversed([*module.named_modules(remove_duplicate=False)])}
         self.signature = inspect.signature(type(module).forward)

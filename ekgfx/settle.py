@@ -88,7 +88,7 @@ class _Settling:
         self.changed: list[Choice] = []
         self.open = choices_of(pruned, self.source, predicted.counts, predicted.before)
         self.tried: set[str] = set()
-        self.all_tried = False
+        self.cleared: set[str] = set()  # modules that integers of others were settled for
         self.recorded: Recorded | None = None
         uncut = self.source.model is not pruned
         self.trains = self.source.trains and not (uncut and training_error(self.source.model, self.source))
@@ -167,27 +167,31 @@ class _Settling:
                 continue
             alike = {n for n, m in self.pruned.named_modules() if type(m) is kind}
             self.tried |= alike
-            if self._helped([c for c in self.open if c.governor in alike or c.module in alike], alike):
+            mine = [c for c in self.open if (c.governor in alike or c.module in alike) and c not in self.changed]
+            if self._helped(mine, alike):
                 return True
-        # What shows in one module may come from another that runs before it: padding that is too wide, say.
-        blamed = {problem.module for problem in problems}
-        if blamed <= self.put or self.all_tried:
-            return False
-        self.all_tried = True
-        return self._helped([choice for choice in self.open if choice.likely], blamed)
+        return self._by_others({problem.module or "" for problem in problems})
 
-    def _helped(self, choices: list[Choice], blamed: Collection[str | None]) -> bool:
+    def _by_others(self, blamed: set[str]) -> bool:
+        """What shows in one module may come from others that run before it: padding that is too wide, say. So all
+        likely integers are settled anew, modules of one class alike, or each for itself where they are few."""
+        if blamed <= self.put | self.cleared:
+            return False
+        self.cleared |= blamed
+        likely = [choice for choice in self.open if choice.likely]
+        return self._helped(likely, self.cleared) or self._helped(likely, self.cleared, apart=True)
+
+    def _helped(self, choices: list[Choice], blamed: Collection[str], apart: bool = False) -> bool:
         """Whether some way to settle these integers leaves nothing to blame on those modules; then it is taken."""
-        choices = [choice for choice in choices if choice not in self.changed]
         if not choices:
             return False
         if any(choice.configured for choice in choices):
             own_configurations(self.pruned)
         before = {choice: choice.now(self.pruned) for choice in choices}
-        for trial in itertools.islice(_assignments(self.pruned, choices), MOST_TRIALS):
+        for trial in itertools.islice(_assignments(self.pruned, choices, apart), MOST_TRIALS):
             _take(self.pruned, trial)
-            if not any(p.module in blamed or p.module is None for p in self.problems()):
-                self.changed += choices
+            if not any(p.module is None or p.module in blamed for p in self.problems()):
+                self.changed += [choice for choice in choices if choice not in self.changed]
                 return True
         _take(self.pruned, before)
         return False
@@ -406,12 +410,12 @@ def _kind(pruned: nn.Module, choice: Choice) -> tuple:
     return type(pruned.get_submodule(choice.module)), choice.place
 
 
-def _assignments(pruned: nn.Module, choices: list[Choice]) -> Iterator[dict[Choice, int]]:
+def _assignments(pruned: nn.Module, choices: list[Choice], apart: bool = False) -> Iterator[dict[Choice, int]]:
     """Every way to settle the choices, those closest to 'all likely ones changed' first; modules of one class share
     theirs."""
     kinds: dict[tuple, list[Choice]] = {}
     for choice in choices:
-        kinds.setdefault(_kind(pruned, choice), []).append(choice)
+        kinds.setdefault((choice.module, choice.place) if apart else _kind(pruned, choice), []).append(choice)
     ranks = [range(max(len(c.options) for c in members)) for members in kinds.values()]
     for ways in sorted(itertools.product(*ranks), key=sum) if len(ranks) < 8 else [(0,) * len(ranks)]:
         yield {

@@ -32,6 +32,7 @@ def test_timm_models_say_their_input_and_normalization() -> None:
     assert built.example_inputs[0].shape == (1, *config["input_size"])
     assert built.data_options == {
         "image_size": config["input_size"][1:],
+        "channels": 3,
         "mean": config["mean"],
         "std": config["std"],
         "crop_pct": config["crop_pct"],

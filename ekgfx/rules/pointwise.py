@@ -62,7 +62,6 @@ def broadcast(call: Call, *tensors: Dims) -> Dims:
     "aten.uniform.default",
     "aten.normal_functional.default",
     "aten.exponential.default",
-    "aten.float.default",
     "aten.real.default",
     "aten.imag.default",
     "aten.conj.default",

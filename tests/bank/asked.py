@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ekgfx.batches import Inputs
 from ekgfx.data.base import Batch, Split, Views
 from ekgfx.mixing import mixed
 from ekgfx.norms import Settled, statistics
@@ -26,6 +27,7 @@ def answers(
     plan = result.plans[step]
     kept = traced.groups.kept(plan)
     shown = mixed([(batch[0],) for batch in batches], 1024) if shown is None else [(batch[0],) for batch in shown]
+    shown = [Inputs.of(images) for images in shown]
     network = Settled(traced, kept, statistics(traced, kept, shown, rescale=plan.rescale), rescale=plan.rescale)
     with torch.no_grad():
         return torch.cat([network(batch[0]) for batch in batches])

@@ -93,17 +93,20 @@ class _Settling:
         self.trains = self.source.trains and not (uncut and training_error(self.source.model, self.source))
 
     def run(self) -> None:
+        problems = self.problems()
         for _ in range(4 * len(list(self.pruned.modules())) + 4):
-            problems = self.problems()
             if not problems:
                 break
             for problem in problems:
                 if problem.module is None:
                     raise self._error(problem)
-            if not self._by_attributes(problems):
+            left = self._by_attributes(problems)
+            if left is None:
                 for problem in problems:
                     self._replace(problem)
-        else:
+                left = self.problems()
+            problems = left
+        if problems:
             raise self._error(problems[0])
         self._put_back()
 
@@ -158,8 +161,9 @@ class _Settling:
 
     # -- integers ---------------------------------------------------------------------------------------------------
 
-    def _by_attributes(self, problems: list[Problem]) -> bool:
-        """Settle the integers of the modules in question, all of a class alike; False where none helps."""
+    def _by_attributes(self, problems: list[Problem]) -> list[Problem] | None:
+        """Settle the integers of the modules in question, all of a class alike; what is left to do then, None where no
+        integer helps."""
         for problem in problems:
             kind = type(self.pruned.get_submodule(problem.module or ""))
             if problem.module in self.tried or problem.module in self.put:
@@ -177,9 +181,9 @@ class _Settling:
                 left = self.problems()
                 if not any(p.module in alike or p.module is None for p in left):
                     self.changed += choices
-                    return True
+                    return left
             _take(self.pruned, before)
-        return False
+        return None
 
     def _put_back(self) -> None:
         """Every integer gets back its old value where the model computes the same with it."""

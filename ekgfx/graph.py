@@ -80,6 +80,7 @@ class AxisGraph:
             in the groups; costs, importances and sub-networks are of this graph.
         unused: weights that no graph reads, and that nothing else does either, as the user says.
         unseen: further weights that no graph reads; dimensions that may meet them stay.
+        dead: further weights that no graph reads and no code of the model names; nothing stays for their sake.
         could_be: what `prunable_parameters` would be if they did not.
         only: way → weights that the graph of this way reads and this graph does not.
     """
@@ -132,6 +133,7 @@ class AxisGraph:
                 case _:
                     raise TraceError(f"cannot analyse a model with a {spec.kind.name} input ({spec.target})")
         self.rules: Mapping[str, Rule] = {}
+        self.dead: list[str] = []
         self.unused: tuple[str, ...] = ()
         if others is not None:
             self.others = tuple(others)

@@ -18,6 +18,10 @@ from ekgfx.errors import TraceError
 from ekgfx.nodes import owner
 
 _OWN = (*(f"{path}{os.sep}" for path in torch.__path__), f"{Path(__file__).parent}{os.sep}")
+_CAUSAL = (
+    "pass whether the mask is causal, so that nn.Transformer need not compare its values (tgt_is_causal=True or False, "
+    "src_is_causal=; is_causal= of a TransformerEncoder)"
+)
 _STANDARD = sysconfig.get_paths()["stdlib"] + os.sep
 
 
@@ -34,7 +38,10 @@ def explained(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs:
         return TraceError(
             f"{type(model).__name__} does not run on the example inputs: {where[0]}{_first_lines(failure)}"
         )
-    return TraceError(f"{type(model).__name__} could not be traced: {where[0]}{what}: {where[1]}")
+    advice = where[1]
+    if any(frame.f_code.co_name == "_detect_is_causal_mask" for *_, frame in frames):
+        advice = f"{_CAUSAL}, or {advice}"
+    return TraceError(f"{type(model).__name__} could not be traced: {where[0]}{what}: {advice}")
 
 
 def unknown_sizes(model: nn.Module, program: torch.export.ExportedProgram) -> TraceError | None:

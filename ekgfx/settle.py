@@ -94,17 +94,20 @@ class _Settling:
         self.trains = self.source.trains and not (uncut and training_error(self.source.model, self.source))
 
     def run(self) -> None:
+        problems = self.problems()
         for _ in range(4 * len(list(self.pruned.modules())) + 4):
-            problems = self.problems()
             if not problems:
                 break
             for problem in problems:
                 if problem.module is None:
                     raise self._error(problem)
-            if not self._by_attributes(problems):
+            left = self._by_attributes(problems)
+            if left is None:
                 for problem in problems:
                     self._replace(problem)
-        else:
+                left = self.problems()
+            problems = left
+        if problems:
             raise self._error(problems[0])
         self._put_back()
 
@@ -159,8 +162,9 @@ class _Settling:
 
     # -- integers ---------------------------------------------------------------------------------------------------
 
-    def _by_attributes(self, problems: list[Problem]) -> bool:
-        """Settle the integers of the modules in question, all of a class alike; False where none helps."""
+    def _by_attributes(self, problems: list[Problem]) -> list[Problem] | None:
+        """Settle the integers of the modules in question, all of a class alike; what is left to do then, None where no
+        integer helps."""
         for problem in problems:
             kind = type(self.pruned.get_submodule(problem.module or ""))
             if problem.module in self.tried or problem.module in self.put:
@@ -168,33 +172,37 @@ class _Settling:
             alike = {n for n, m in self.pruned.named_modules() if type(m) is kind}
             self.tried |= alike
             mine = [c for c in self.open if (c.governor in alike or c.module in alike) and c not in self.changed]
-            if self._helped(mine, alike):
-                return True
+            left = self._helped(mine, alike)
+            if left is not None:
+                return left
         return self._by_others({problem.module or "" for problem in problems})
 
-    def _by_others(self, blamed: set[str]) -> bool:
+    def _by_others(self, blamed: set[str]) -> list[Problem] | None:
         """What shows in one module may come from others that run before it: padding that is too wide, say. So all
         likely integers are settled anew, modules of one class alike, or each for itself where they are few."""
         if blamed <= self.put | self.cleared:
-            return False
+            return None
         self.cleared |= blamed
         likely = [choice for choice in self.open if choice.likely]
-        return self._helped(likely, self.cleared) or self._helped(likely, self.cleared, apart=True)
+        left = self._helped(likely, self.cleared)
+        return self._helped(likely, self.cleared, apart=True) if left is None else left
 
-    def _helped(self, choices: list[Choice], blamed: Collection[str], apart: bool = False) -> bool:
-        """Whether some way to settle these integers leaves nothing to blame on those modules; then it is taken."""
+    def _helped(self, choices: list[Choice], blamed: Collection[str], apart: bool = False) -> list[Problem] | None:
+        """Settle these integers so that nothing is left to blame on those modules; what is left elsewhere, None where
+        no way does that."""
         if not choices:
-            return False
+            return None
         if any(choice.configured for choice in choices):
             own_configurations(self.pruned)
         before = {choice: choice.now(self.pruned) for choice in choices}
         for trial in itertools.islice(_assignments(self.pruned, choices, apart), MOST_TRIALS):
             _take(self.pruned, trial)
-            if not any(p.module is None or p.module in blamed for p in self.problems()):
+            left = self.problems()
+            if not any(p.module is None or p.module in blamed for p in left):
                 self.changed += [choice for choice in choices if choice not in self.changed]
-                return True
+                return left
         _take(self.pruned, before)
-        return False
+        return None
 
     def _put_back(self) -> None:
         """Every integer gets back its old value where the model computes the same with it."""

@@ -269,7 +269,7 @@ def _traced(
     first, *others = made
     graphs = [AxisGraph(model, **other) for other in others]
     traced = TracedModel(model, **{**first, "others": graphs, "unused": unused})
-    said = unseen.notes(model, traced.only, traced.unseen, traced.prunable_parameters(), traced.could_be)
+    said = unseen.notes(model, traced.only, traced.unseen, traced.dead, traced.prunable_parameters(), traced.could_be)
     traced.notes, traced.trains = (*notes, *said), trains
     return traced
 

@@ -5,6 +5,7 @@ network feeds them with is not known. So every dimension that is as long as one 
 unseen `Sequential` hand to each other does not count.
 """
 
+import types
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -57,10 +58,43 @@ def settle(graph: "AxisGraph") -> tuple[dict[str, list[str]], list[str], int]:
             for axis in (axis for dim in dims[name] for axis in axes(dim) if axis not in seen):
                 axis.frozen = axis.frozen or f"only {other.way} uses {name}: its worth and cost are not seen"
     unseen = [name for name in never if name not in graph.unused and _is_state(graph.model, name)]
+    graph.dead = dead(graph.model, unseen)
+    unseen = [name for name in unseen if name not in graph.dead]
     could_be = graph.prunable_parameters() if unseen else 0
     for axis, name in may_meet(graph.model, unseen, _by_length(graph.graphs, never), dims).items() if unseen else ():
         freeze(axis, f"may meet {name}, which is not used by what was traced")
     return only, unseen, could_be
+
+
+def dead(model: nn.Module, unseen: Collection[str]) -> list[str]:
+    """Those unseen weights that no code of the model's own classes names, outside of what builds the modules: nothing
+    that comes with the model can feed them. (A method that is called elsewhere would name its head.)"""
+    named: set[str] = set()
+    for kind in {type(module) for module in model.modules()}:
+        if not kind.__module__.startswith("torch."):
+            named |= _named_by(kind)
+    found = []
+    for part, names in parts(model, unseen).items():
+        attribute = next((step for step in reversed(part.split(".")) if not step.isdigit()), part)
+        if attribute not in named:
+            found += names
+    return found
+
+
+def _named_by(kind: type) -> set[str]:
+    """Names and texts in the methods of a class, but for its constructor."""
+    waiting: list[types.CodeType] = []
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, member in vars(base).items():
+            function = getattr(member, "__func__", getattr(member, "fget", member))
+            if name != "__init__" and isinstance(function, types.FunctionType):
+                waiting.append(function.__code__)
+    found: set[str] = set()
+    while waiting:
+        code = waiting.pop()
+        found |= {*code.co_names, *(text for text in code.co_consts if isinstance(text, str))}
+        waiting += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+    return found
 
 
 def _is_state(model: nn.Module, name: str) -> bool:
@@ -197,11 +231,21 @@ def _ends(model: nn.Module, path: str, unseen: Collection[str]) -> tuple[bool, b
 
 
 def notes(
-    model: nn.Module, only: Mapping[str, Sequence[str]], unseen: Collection[str], prunable: int, could_be: int
+    model: nn.Module,
+    only: Mapping[str, Sequence[str]],
+    unseen: Collection[str],
+    dead: Collection[str],
+    prunable: int,
+    could_be: int,
 ) -> list[str]:
-    """What to say of weights that the first graph does not read: those that `only` a further way uses, and those that
-    were not seen at all, for which `could_be` - `prunable` parameters stay."""
+    """What to say of weights that the first graph does not read: those that `only` a further way uses, those that were
+    not seen at all, for which `could_be` - `prunable` parameters stay, and those that no code names."""
     found = []
+    if dead:
+        found.append(
+            f"nothing uses {_listed(parts(model, dead))}, as far as the code of the model says: they stay as they are, "
+            "and nothing is kept whole for them"
+        )
     for way, names in only.items():
         found.append(f"only {way} uses {_listed(parts(model, names))}: cut where the rest of the model is, no further")
     if unseen:

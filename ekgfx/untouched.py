@@ -6,11 +6,11 @@ one of them left behind in a cache breaks the model, and even a real one makes i
 
 import contextlib
 import functools
+import operator
 import types
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from copy import copy, deepcopy
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -114,25 +114,17 @@ def _alike(a: Any, b: Any) -> bool:
     return bool(a == b) if isinstance(a, _NUMBERS) and isinstance(b, _NUMBERS) else not isinstance(a, known)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Something met on the way. depth: objects and functions between it and the module that leads to it."""
-
-    value: Any
-    depth: int
-
-
 def _reachable(model: nn.Module) -> tuple[list[Any], list[tuple[Tensor, bool]]]:
     """The containers (with the dictionaries of attributes) and tensors that a model can change; of the tensors, whether
     their values count as the model's: those of its modules, and of objects that modules hold themselves."""
     holders: list[Any] = []
     tensors: list[tuple[Tensor, bool]] = []
     seen: dict[int, Any] = {}  # also keeps what is met alive, so that no other object gets its id
-    waiting = [_Found(model, 0)]
+    classes: set[type] = set()
+    waiting: list[tuple[Any, int]] = [(model, 0)]  # with the objects and functions between it and its module
     while waiting:
-        found = waiting.pop()
-        value, depth = found.value, found.depth
-        if isinstance(value, _FIXED) or id(value) in seen:
+        value, depth = waiting.pop()
+        if id(value) in seen:
             continue
         seen[id(value)] = value
         following: list[Any] = []
@@ -140,9 +132,11 @@ def _reachable(model: nn.Module) -> tuple[list[Any], list[tuple[Tensor, bool]]]:
             tensors.append((value, depth <= 1 and not isinstance(value, nn.Parameter)))
         elif isinstance(value, nn.Module):
             depth = 0
-            own = [kind for kind in type(value).__mro__ if kind.__module__.partition(".")[0] not in _OTHERS]
-            methods = [each for kind in own for each in vars(kind).values() if isinstance(each, types.FunctionType)]
-            following = [vars(value), *methods]
+            following = [vars(value)]
+            if type(value) not in classes:  # what the methods know is the same for all modules of a class
+                classes.add(type(value))
+                own = [kind for kind in type(value).__mro__ if kind.__module__.partition(".")[0] not in _OTHERS]
+                following += [m for kind in own for m in vars(kind).values() if isinstance(m, types.FunctionType)]
         elif isinstance(value, dict):
             holders.append(value)
             following = list(value.values())
@@ -156,7 +150,7 @@ def _reachable(model: nn.Module) -> tuple[list[Any], list[tuple[Tensor, bool]]]:
         else:
             depth += 1
             following = _known_to(value) if depth <= _FAR else []
-        waiting += [_Found(each, depth) for each in following]
+        waiting += [(each, depth) for each in following if not isinstance(each, _FIXED)]
     return holders, tensors
 
 
@@ -183,8 +177,10 @@ def _known_to(value: Any) -> list[Any]:
 def _contents(holder: Any) -> Any:
     if isinstance(holder, np.ndarray):
         return holder.copy()
-    kind = next(kind for kind in (dict, set, bytearray, list) if isinstance(holder, kind) or kind is list)
-    return kind(holder)
+    for kind in (dict, set, bytearray):
+        if isinstance(holder, kind):
+            return kind(holder)  # type: ignore[arg-type]
+    return list(holder)
 
 
 def _put_back(holder: Any, before: Any) -> None:
@@ -193,7 +189,7 @@ def _put_back(holder: Any, before: Any) -> None:
         if holder.tobytes() != before.tobytes():
             holder[...] = before
     elif isinstance(holder, dict):
-        if [*map(id, holder), *map(id, holder.values())] != [*map(id, before), *map(id, before.values())]:
+        if (holder or before) and not (_identical(holder, before) and _identical(holder.values(), before.values())):
             holder.clear()
             holder.update(before)
     elif isinstance(holder, set):
@@ -202,9 +198,13 @@ def _put_back(holder: Any, before: Any) -> None:
             holder.update(before)
     elif isinstance(holder, bytearray):
         holder[:] = before
-    elif list(map(id, holder)) != list(map(id, before)):
+    elif not _identical(holder, before):
         holder.clear()
         holder.extend(before)
+
+
+def _identical(a: Collection[Any], b: Collection[Any]) -> bool:
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def _value(tensor: Tensor) -> Tensor | None:

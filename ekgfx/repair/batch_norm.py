@@ -54,7 +54,7 @@ def settle(network: nn.Module, judge: Callable[[nn.Module], Judgement], images: 
         return Settled(0.0, best, f"BatchNorm keeps its statistics: {error}")
     chosen: dict[str, Tensor] = {}
     for blend in SHARES if fitted else ():
-        mixed = {name: torch.lerp(own[name], new, blend) for name, new in fitted.items()}
+        mixed = _mixed(own, fitted, blend)
         write(network, mixed)
         found = judge(network)
         if found.better(best):
@@ -63,10 +63,15 @@ def settle(network: nn.Module, judge: Callable[[nn.Module], Judgement], images: 
     if not share:
         return Settled(0.0, best)
     everything = _estimated(network, {**own, **chosen}, images.whole())
-    write(network, {name: torch.lerp(own[name], new, share) for name, new in everything.items()})
+    write(network, _mixed(own, everything, share))
     if best.better(judge(network)):
         write(network, chosen)
     return Settled(share, best)
+
+
+def _mixed(own: Mapping[str, Tensor], new: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    # of what is not finite (a variance that half precision cannot hold) a share of nothing would still be no number
+    return {name: t if share == 1 else torch.lerp(own[name], t, share) for name, t in new.items()}
 
 
 def _estimated(network: nn.Module, own: Mapping[str, Tensor], batches: list[tuple[Any, ...]]) -> dict[str, Tensor]:

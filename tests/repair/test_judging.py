@@ -256,6 +256,21 @@ def test_statistics_are_chosen_without_the_images_that_judge_and_taken_of_all(wa
     assert settled.judgement.error == pytest.approx(float((means["fit"] - means[wanted]).abs().sum()), abs=1e-12)
 
 
+def test_statistics_that_are_not_finite_are_replaced() -> None:
+    """A variance of 65520 or more is infinite in half precision: the channel says nothing until it is re-estimated."""
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval(), torch.randn(26, 3, 6, 6)
+    network[1].running_var[2] = torch.inf
+    with torch.no_grad():
+        mean = network[0](x).mean((0, 2, 3))
+
+        def judge(module: nn.Module) -> Judgement:
+            return distance(module, mean) if bool(module(x).isfinite().all()) else Judgement(None, None)
+
+        settled = settle(network, judge, gather(x, 8, 256, CPU))
+    assert settled.share == 1.0 and bool(network[1].running_var.isfinite().all())
+
+
 def test_batches_are_as_equal_as_can_be() -> None:
     images = gather(torch.randn(26, 3, 6, 6), 8, 256, CPU)
     assert [len(args[0]) for args in images.fit] == [7, 7, 7] and [len(args[0]) for args in images.held] == [5]

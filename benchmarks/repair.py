@@ -2,10 +2,10 @@
 CIFAR-10. One thread, no labels, no training.
 
     python benchmarks/repair.py resnet50 --images folder:imagenet-sample \
-        --weights resnet50-imagenet-keras-fp16.safetensors --history docs/imagenet_sample.history.jsonl \
-        --output docs/repair.jsonl
+        --weights resnet50-imagenet-keras-fp16.safetensors --history benchmarks/results/imagenet_sample.history.jsonl \
+        --output benchmarks/results/repair.jsonl
     python benchmarks/repair.py resnet56 --images cifar10:DIR --weights weights_pretrained.npz \
-        --history SEARCH/history.jsonl --keep 0.45 --output docs/repair.jsonl
+        --history benchmarks/results/repair_resnet56.history.jsonl --keep 0.45 --output benchmarks/results/repair.jsonl
 
 ResNet-50: the halves of the sample are those of `benchmarks/imagenet_sample.py`; the repair sees the first, accuracy is
 measured on the second. ResNet-56: the repair sees 500 training images, accuracy is that of the test split.

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from ekgfx.axes import Axis
-from ekgfx.calibrate import calibrate
 from ekgfx.errors import PruneError
 from ekgfx.evaluation import device_of
 from ekgfx.leaf import evaluation_mode
 from ekgfx.plan import Plan
+from ekgfx.repair.batch_norm import settle, state, write
 from ekgfx.repair.images import Images, gather
 from ekgfx.repair.judge import Judge, Judgement
 from ekgfx.repair.operators import Skipped, find_operators
@@ -30,14 +30,12 @@ from ekgfx.trace import TracedModel
 
 __all__ = ["repair", "Repair", "LayerRepair", "Skipped", "Judgement"]
 
-BLENDS = (0.25, 0.5, 0.75, 1.0)
-"""Shares of re-estimated statistics in BatchNorm's that are tried."""
-
 
 @dataclass(frozen=True)
 class Repair:
     """What a repair did. before, after: on held-out images; batch_norm: share of re-estimated statistics that was
-    taken; kept: whether the network was changed at all."""
+    taken; kept: whether the network was changed at all. `after` is measured with statistics of the fitted images alone;
+    the network has those of all images, unless they are worse."""
 
     before: Judgement
     after: Judgement
@@ -79,7 +77,7 @@ def repair(
     *,
     most: int = 256,
     positions: int = 40_000,
-    batch_size: int = 32,
+    batch_size: int = 64,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     on_layer: Callable[[LayerRepair, int, int], None] | None = None,
@@ -98,7 +96,8 @@ def repair(
             (labels) is not looked at. Every fifth is held out.
         most: images that are used; the others are not read.
         positions: most output positions of an operator that its refit looks at.
-        batch_size: images that are computed at a time. The widest activations of all images are in memory at once.
+        batch_size: most images that are computed at a time, in batches as equal as they can be. The widest activations
+            of all images are in memory at once.
         seed: of the sampled positions.
         checkpoint: file to write to every now and then, and to go on from where it exists: a repair that was
             interrupted ends as if it had not been.
@@ -124,7 +123,7 @@ def repair(
         weights = _weights(pruned, traced, kept)
         judge = Judge(SubNetwork(traced, {}), given.held)
         before = judge(pruned)
-        original = {name: tensor.clone() for name, tensor in _state(pruned).items()}
+        original = {name: tensor.clone() for name, tensor in state(pruned).items()}
         network = SubNetwork(traced, kept, weights=_with_sliced_statistics(weights, traced, kept, plan))
         operators, skipped = find_operators(network)
         walk = Walk(traced, kept, dict(network.weights), given.fit, given.held, positions, seed)
@@ -138,24 +137,24 @@ def repair(
         }
         progress = Progress(None if checkpoint is None else Path(checkpoint), identity, list(weights))
         layers = repair_operators(walk, operators, progress, on_layer or (lambda *_: None))
-        _write(pruned, walk.pruned.weights)
+        write(pruned, walk.pruned.weights)
         walk.batches.clear()
-        share, after = _settle_batch_norm(pruned, judge, given)
-        if not after.better(before):
-            _write(pruned, original)
-            share, after = 0.0, before
+        settled = settle(pruned, judge, given)
+        better = settled.judgement.better(before)
+        if not better:
+            write(pruned, original)
     return Repair(
         before,
-        after,
-        after is not before,
+        settled.judgement if better else before,
+        better,
         judge.classes,
-        share,
+        settled.share if better else 0.0,
         tuple(layers),
         tuple(skipped),
         given.used,
         given.held_out,
         round(time.monotonic() - start, 2),
-        given.notes,
+        given.notes if settled.note is None else (*given.notes, settled.note),
     )
 
 
@@ -172,23 +171,17 @@ def _nothing(given: Images, start: float) -> Repair:
     return Repair(unknown, unknown, False, False, 0.0, (), (), given.used, given.held_out, seconds, notes)
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by every name that they have."""
-    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {name: tensor.detach() for name, tensor in named}
-
-
 def _weights(pruned: nn.Module, traced: TracedModel, kept: Mapping[Axis, Tensor]) -> dict[str, Tensor]:
     """The pruned network's weights by the names that they have in the graph."""
-    state = _state(pruned)
+    own = state(pruned)
     for name, cut in slice_weights(traced, kept).items():
-        found = tuple(state[name].shape) if name in state else None
+        found = tuple(own[name].shape) if name in own else None
         if found != tuple(cut.shape):
             raise PruneError(
                 f"the network to repair is not what the plan leaves: {name} should be {tuple(cut.shape)}, but is "
                 f"{found or 'not there'}; pass the network that ekgfx.prune made by this plan"
             )
-    return {name: state[name] for name in traced.weight_dims()}
+    return {name: own[name] for name in traced.weight_dims()}
 
 
 def _with_sliced_statistics(
@@ -206,31 +199,3 @@ def _with_sliced_statistics(
     }
     trained = any(not torch.equal(weights[name], cut[name]) for name in weights if name not in statistics)
     return dict(weights) if trained else {**weights, **{name: cut[name].clone() for name in statistics}}
-
-
-def _write(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    state = _state(model)
-    for name, tensor in weights.items():
-        if state[name] is not tensor:
-            state[name].copy_(tensor)
-
-
-def _settle_batch_norm(pruned: nn.Module, judge: Judge, given: Images) -> tuple[float, Judgement]:
-    """Re-estimates as much of BatchNorm's statistics as held-out images ask for; the share, and what it brought."""
-    own = {name: tensor.clone() for name, tensor in _state(pruned).items()}
-    best, share = judge(pruned), 0.0
-    calibrate(pruned, [(args,) for args in given.fit])
-    new = {
-        name: tensor.clone()
-        for name, tensor in _state(pruned).items()
-        if tensor.is_floating_point() and not torch.equal(tensor, own[name])
-    }
-    chosen = own
-    for blend in BLENDS if new else ():
-        mixed = {name: torch.lerp(own[name], tensor, blend) for name, tensor in new.items()}
-        _write(pruned, mixed)
-        found = judge(pruned)
-        if found.better(best):
-            best, share, chosen = found, blend, {**own, **mixed}
-    _write(pruned, chosen)
-    return share, best

@@ -2,8 +2,9 @@
 judge by."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ EVERY = 5
 @dataclass(frozen=True)
 class Images:
     """Arguments of the model, batch by batch: to fit on and to judge by. notes: which images were left
-    out, and why; digest: of the images that are used."""
+    out, and why; digest: of the images that are used; batch_size: most of them at a time (0: batches are as given)."""
 
     fit: list[tuple[Any, ...]]
     held: list[tuple[Any, ...]]
@@ -27,6 +28,12 @@ class Images:
     held_out: int
     notes: tuple[str, ...]
     digest: str
+    batch_size: int
+
+    def whole(self) -> list[tuple[Any, ...]]:
+        """All images, batch by batch."""
+        batches = [*self.fit, *self.held]
+        return _batched(_singles(batches), self.batch_size) if self.batch_size else batches
 
 
 def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, device: torch.device) -> Images:
@@ -43,7 +50,7 @@ def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, device: t
     for batch in [images] if isinstance(images, Tensor) else images:
         first = batch if isinstance(batch, Tensor) else batch[0]
         args = tuple(first) if isinstance(first, tuple | list) else (first,)
-        for one in [_one(args, i) for i in range(len(args[0]))] if batch_size else [args]:
+        for one in _singles([args]) if batch_size else [args]:
             tensors = [t for t in pytree.tree_leaves(one) if isinstance(t, Tensor)]
             key = _digest(tensors)
             if not all(bool(torch.isfinite(t).all()) for t in tensors):
@@ -66,9 +73,9 @@ def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, device: t
         for count, why in ((bad, "not finite"), (flat, "of one value throughout"), (twice, "seen already"))
         if count
     ]
-    to_fit, to_judge = (_batched(part, batch_size, device) for part in (fit, held))
+    to_fit, to_judge = ([to_device(args, device) for args in _batched(part, batch_size)] for part in (fit, held))
     whole = hashlib.sha256("".join(seen).encode()).hexdigest()[:16]
-    return Images(to_fit, to_judge, len(single), len(held), tuple(notes), whole)
+    return Images(to_fit, to_judge, len(single), len(held), tuple(notes), whole, batch_size)
 
 
 def _one(args: tuple[Any, ...], i: int) -> tuple[Any, ...]:
@@ -89,12 +96,20 @@ def _constant(t: Tensor) -> bool:
     return t.is_floating_point() and t.ndim > 2 and bool((t.flatten(2).amax(2) == t.flatten(2).amin(2)).all())
 
 
-def _batched(single: list[tuple[Any, ...]], size: int, device: torch.device) -> list[tuple[Any, ...]]:
-    parts = [single[i : i + size] for i in range(0, len(single), size)] if size else [[one] for one in single]
-    return [to_device(_joined(part), device) for part in parts]
+def _singles(batches: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    return [_one(args, i) for args in batches for i in range(len(args[0]))]
 
 
-def _joined(part: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+def _batched(single: Sequence[tuple[Any, ...]], size: int) -> list[tuple[Any, ...]]:
+    """As few batches as may be, as equal as can be: a small one at the end would count for more than its images."""
+    if not size:
+        return list(single)
+    count = -(-len(single) // size)
+    ends = [len(single) * i // count for i in range(count + 1)] if count else []
+    return [_joined(single[start:end]) for start, end in pairwise(ends)]
+
+
+def _joined(part: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
     if len(part) == 1:
         return part[0]
     flat = [pytree.tree_flatten(one) for one in part]

@@ -11,8 +11,9 @@ import ekgfx
 from ekgfx import data
 from ekgfx.errors import PruneError
 from ekgfx.models import digits_cnn
+from ekgfx.repair.batch_norm import settle
 from ekgfx.repair.images import gather
-from ekgfx.repair.judge import Judge
+from ekgfx.repair.judge import Judge, Judgement
 from ekgfx.repair.moments import Moments
 from ekgfx.repair.solve import _solve, refit
 
@@ -206,3 +207,81 @@ def test_a_network_in_half_precision_is_repaired_too(digits) -> None:
     traced, plan, pruned = cut(half, few)
     found = ekgfx.repair(pruned, traced, plan, few)
     assert found.kept and all(p.dtype == torch.bfloat16 for p in pruned.parameters())
+
+
+class Again(nn.Module):
+    """One weight, used twice, before an operator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.second(self.second(self.first(x).tanh()).tanh()).tanh())
+
+
+def test_what_follows_a_weight_of_several_uses_is_refitted_to_what_all_of_them_compute() -> None:
+    """The second use's refit changes what the first computes, too. The error that is said of the operator behind both
+    is the network's only if the operator was given what the network computes."""
+    torch.manual_seed(0)
+    model, x = Again().double().eval(), torch.randn(200, 6, dtype=torch.float64)
+    traced = ekgfx.trace(model, x[:2])
+    plan = ekgfx.Plan({name: tuple(range(5)) for name, group in traced.groups.items() if group.size == 8})
+    pruned = ekgfx.prune(model, plan, traced)
+    found = ekgfx.repair(pruned, traced, plan, x)
+    *shared, head = found.layers
+    assert [layer.done for layer in shared[-2:]] == ["refit", "refit"] and head.name == "head"
+    expected = model(x[4::5])
+    lacking = (pruned(x[4::5]) - expected).square().sum() / (expected - expected.mean(0)).square().sum()
+    assert head.after == pytest.approx(lacking.item(), rel=1e-9)
+
+
+def distance(network: nn.Module, mean: Tensor) -> Judgement:
+    return Judgement(float((network[1].running_mean - mean).abs().sum()), None)
+
+
+@pytest.mark.parametrize("wanted", ["fit", "all"])
+def test_statistics_are_chosen_without_the_images_that_judge_and_taken_of_all(wanted: str) -> None:
+    """The judge wants one of two means: that of the fitted images, or that of all. What it says of the share is of the
+    fitted images' in both cases; the network gets that of all, unless the judge says it is worse."""
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).double().eval(), torch.randn(26, 3, 6, 6).double()
+    images = gather(x, 8, 256, CPU)
+    means = {"fit": torch.cat([args[0] for args in images.fit]), "all": x}
+    with torch.no_grad():
+        means = {name: network[0](part).mean((0, 2, 3)) for name, part in means.items()}
+        settled = settle(network, lambda module: distance(module, means[wanted]), images)
+    assert settled.share == 1.0
+    torch.testing.assert_close(network[1].running_mean, means[wanted])
+    assert settled.judgement.error == pytest.approx(float((means["fit"] - means[wanted]).abs().sum()), abs=1e-12)
+
+
+def test_statistics_that_are_not_finite_are_replaced() -> None:
+    """A variance of 65520 or more is infinite in half precision: the channel says nothing until it is re-estimated."""
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval(), torch.randn(26, 3, 6, 6)
+    network[1].running_var[2] = torch.inf
+    with torch.no_grad():
+        mean = network[0](x).mean((0, 2, 3))
+
+        def judge(module: nn.Module) -> Judgement:
+            return distance(module, mean) if bool(module(x).isfinite().all()) else Judgement(None, None)
+
+        settled = settle(network, judge, gather(x, 8, 256, CPU))
+    assert settled.share == 1.0 and bool(network[1].running_var.isfinite().all())
+
+
+def test_batches_are_as_equal_as_can_be() -> None:
+    images = gather(torch.randn(26, 3, 6, 6), 8, 256, CPU)
+    assert [len(args[0]) for args in images.fit] == [7, 7, 7] and [len(args[0]) for args in images.held] == [5]
+    assert [len(args[0]) for args in images.whole()] == [6, 7, 6, 7]
+
+
+def test_statistics_that_cannot_be_estimated_are_kept_and_it_is_said() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).eval(), torch.randn(2, 6)
+    traced = ekgfx.trace(model, torch.randn(2, 6))
+    (name,) = traced.groups
+    plan = ekgfx.Plan({name: tuple(range(5))})
+    pruned = ekgfx.prune(model, plan, traced)
+    assert "BatchNorm keeps its statistics: batch 1 is too small" in str(ekgfx.repair(pruned, traced, plan, x))

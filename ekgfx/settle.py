@@ -324,7 +324,8 @@ class _Widths:
 
     def argument(self, node: fx.Node, name: str, position: int | None, old: int) -> int:
         operation = self.operations.get(node)
-        expr = operation.effect.sizes.get(name) if operation is not None else None
+        sizes = operation.effect.sizes if operation is not None else {}
+        expr = sizes.get(name, sizes.get({"shape": "size", "size": "shape"}.get(name, name)))  # of reshape, and of view
         if isinstance(expr, Sequence):
             expr = expr[position] if position is not None and position < len(expr) else None
         return old if expr is None or count(expr, {}) != old else count(expr, self.counts)

@@ -136,6 +136,8 @@ def _problem(
     graph: AxisGraph, args: tuple[Any, ...], kwargs: dict[str, Any], network: Callable[..., Any]
 ) -> str | None:
     """What the whole graph computes otherwise than its model in evaluation mode, None where nothing."""
+    # The model's own Python may ask for the memory format that it was traced with (`x.view(-1, 400)`).
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.new_empty(t.shape).copy_(t), (args, kwargs))
     device = next(graph.model.parameters(), torch.empty(0)).device
     devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices), untouched(graph.model), leaf.evaluation_mode(graph.model):

@@ -116,7 +116,7 @@ def test_a_model_of_one_channel_is_fed_in_grey(photos_of) -> None:
     augmented = next(iter(data.load(spec, channels=1).loader("train", 4, augment=True, views=2)))
     assert augmented.images.shape == (2, 4, 1, 224, 224)
     assert data.load(spec, channels=1).mean == pytest.approx((0.449,), abs=1e-3)
-    with pytest.raises(DataError, match="takes images of 4 channels, and image files"):
+    with pytest.raises(DataError, match="image files have 3 channels, or 1 if they are grey, but the model takes 4"):
         data.load(spec, channels=4)
     photos = data.load("photos", channels=1, image_size=32)
     assert next(iter(photos.loader("test", 2))).images.shape == (2, 1, 32, 32)

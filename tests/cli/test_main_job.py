@@ -189,6 +189,7 @@ def test_what_a_run_is_good_for(finished, ekgfx, tmp_path):
         "Search",
         "Widths",
         "Where the MACs went",
+        "Repair",
         "Fine-tuning",
         "Knowledge",
         "Latency",

@@ -264,7 +264,7 @@ ODD = [
     "cuda:999",
 ]
 ODD += ["..", "/", "/dev/null", "auto", "none", "é", "%s", "a:b", "*", "[", "x" * 3000]
-ODD += ["folder:", "folder:/", "npz:/dev", "timm:", "timm:@"]
+ODD += ["folder:", "npz:/dev", "timm:", "timm:@"]
 BUDGETS = ("flops", "params", "latency")
 
 

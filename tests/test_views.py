@@ -342,21 +342,36 @@ def test_what_is_unused_holds_nothing_back() -> None:
     same(pruned, twin, images(3))
 
 
-def test_the_inside_of_an_unseen_head_does_not_count() -> None:
+class Elsewhere(Trunk):
+    """A method that only others call."""
+
+    def apart(self, x: Tensor) -> Any:
+        return self.other(x), self.project(x)
+
+
+def test_what_no_code_names_holds_nothing_back_and_is_told() -> None:
     model = Trunk()
+    model.other = nn.Linear(10, 3)
+    with pytest.warns(EkgfxWarning, match="nothing uses other, as far as the code of the model says"):
+        traced = ekgfx.trace(ready(model), images())
+    assert list(traced.groups) == ["a.0", "b.0"]
+
+
+def test_the_inside_of_an_unseen_head_does_not_count() -> None:
+    model = Elsewhere()
     model.other = nn.Sequential(nn.Linear(20, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 9))
     traced = ekgfx.trace(ready(model), images())
     assert list(traced.groups) == ["a.0"], "20 may be b twice, 6 is handed on inside"
 
 
 def test_a_flattened_input_of_an_unseen_head_counts() -> None:
-    model = Trunk()
+    model = Elsewhere()
     model.other = nn.Linear(6 * 64, 9)
     assert list(ekgfx.trace(ready(model), images()).groups) == ["b.0"]
 
 
 def test_widths_that_become_equal_by_the_cut_stay_apart() -> None:
-    model = Trunk()
+    model = Elsewhere()
     model.project = nn.Linear(10, 3)
     pruned, _, traced = cut(ready(model))
     assert list(traced.groups) == ["a.0"]

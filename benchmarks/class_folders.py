@@ -1,6 +1,6 @@
 """What the memory bank knows of images that lie in class folders, and what that does to fine-tuning.
 
-    EKGFX_DATA=DIR python benchmarks/class_folders.py --output docs/class_folders.json
+    EKGFX_DATA=DIR python benchmarks/class_folders.py --output benchmarks/results/class_folders.json
 
 DIR holds `cifar10/` (the data set, as `cifar10:DIR/cifar10` reads it) and `weights/resnet20-cifar10.safetensors`. Some
 of CIFAR-10's training images are written as PNG files into a folder for each class; ResNet-20 is searched on them, and

@@ -87,7 +87,7 @@ def measure(name: str) -> dict[str, Any]:
             continue
         check["prune_seconds"] = round(time.process_time() - start, 2)
         check["class_kept"] = type(pruned) is type(model)
-        check["graphed"] = sorted({type(m).__name__ for m in pruned.modules() if isinstance(m, torch.fx.GraphModule)})
+        check["graphed"] = sorted({each.kind for each in ekgfx.replaced(pruned)})
         if label == "half":
             check["pruned"] = check_pruned(traced, plan, pruned, (torch.randn(3, *x.shape[1:], dtype=x.dtype),))
         elif check["class_kept"]:

@@ -150,7 +150,8 @@ class _Settling:
         """How far the output is from the sliced graph's, None where that is rounding: in float64 there is next to
         none, so what differs by more than usual is computed again there."""
         dtype = next((p.dtype for p in pruned.parameters()), torch.float32)
-        held = {n: t if isinstance(t, nn.Parameter) else t.clone() for n, t in weights.items()}
+        parameters = dict(pruned.named_parameters(remove_duplicate=False))
+        held = {n: t if n in parameters else t.clone() for n, t in weights.items()}  # only buffers change in a run
         off = compare_outputs(pruned, SubNetwork(graph, self.predicted.kept, weights=held), args, kwargs)
         if off <= TOLERANCE.get(dtype, 0.05):
             return None

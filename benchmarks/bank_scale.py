@@ -36,13 +36,13 @@ import torch
 from torch import Tensor
 
 import ekgfx
-from ekgfx import job, source
 from ekgfx.bank import Bank, build_bank
 from ekgfx.bank.rows import RowFormat, infidelity
 from ekgfx.bank.store import map_rows, rows_file
+from ekgfx.base.files import read_json, write_json
 from ekgfx.data.base import Batch, Loader, Split, Views
-from ekgfx.files import read_json, write_json
-from ekgfx.models import digits_cnn
+from ekgfx.models import digits_cnn, source
+from ekgfx.pipeline import job
 
 IMAGENET, CLASSES, TEACHERS, TEMPERATURE = 1_281_167, 1000, 5, 10.0
 BATCH = 256
@@ -157,7 +157,7 @@ def loader(asked: argparse.Namespace, bank: Bank) -> dict[str, Any]:
 
 def fidelity(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """Loss of fidelity of top-k on the predictions of ResNet-50."""
-    from ekgfx.weights import load_weights
+    from ekgfx.models.weights import load_weights
 
     example = Path(__file__).resolve().parent.parent / "examples" / "resnet50_keras.py"
     built = source.parse(f"{example}:resnet50", "none").build()

@@ -34,10 +34,10 @@ import ekgfx
 from ekgfx import data as datasets
 from ekgfx.bank import Bank, build_bank
 from ekgfx.bank.rows import RowFormat
-from ekgfx.checkpoint import load_tensors
-from ekgfx.evaluation import evaluate
-from ekgfx.files import write_json
+from ekgfx.base.files import write_json
 from ekgfx.models import resnet20_cifar
+from ekgfx.runs.checkpoint import load_tensors
+from ekgfx.training.evaluation import evaluate
 
 BATCH = 256
 WAYS = ["folder order", "once", "labels alone", "mixed"]

@@ -27,7 +27,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from ekgfx.files import append_line, read_lines
+from ekgfx.base.files import append_line, read_lines
 
 TIMEOUT = 3600
 PIXELS = (128, 126, 144)  # the first that a model takes: some need whole groups of 3×3 patches
@@ -40,8 +40,8 @@ def measure(name: str) -> dict[str, Any]:
     import torch
 
     import ekgfx
-    from ekgfx.cost import mac_table
-    from ekgfx.verify import check_masked, check_pruned, perturb
+    from ekgfx.graph.cost import mac_table
+    from ekgfx.surgery.check import check_masked, check_pruned, perturb
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -32,7 +32,7 @@ def measure(name: str) -> dict[str, Any]:
     import torch_pruning
 
     import ekgfx
-    from ekgfx.verify import perturb, relative_error
+    from ekgfx.surgery.check import perturb, relative_error
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)

@@ -22,8 +22,8 @@ from coverage import listed
 from torch import nn
 
 import ekgfx
-from ekgfx.files import append_line, read_lines
-from ekgfx.functional import functionalize
+from ekgfx.base.files import append_line, read_lines
+from ekgfx.graph.functional import functionalize
 
 
 def analyse(model: nn.Module, x: torch.Tensor) -> dict[str, Any]:

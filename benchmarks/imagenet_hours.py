@@ -30,10 +30,12 @@ from typing import Any
 import torch
 
 import ekgfx
-from ekgfx import job, recipe, source
-from ekgfx.files import read_json, write_json
-from ekgfx.recipe import Recipe, Training
+from ekgfx.base.files import read_json, write_json
+from ekgfx.models import source
+from ekgfx.pipeline import job
 from ekgfx.search.effort import search_macs
+from ekgfx.settings import recipe
+from ekgfx.settings.recipe import Recipe, Training
 
 IMAGES, CLASSES = 1_281_167, 1000
 

@@ -27,13 +27,14 @@ import numpy as np
 import torch
 
 import ekgfx
-from ekgfx import job, source
-from ekgfx.calibrate import calibrate
+from ekgfx.base.files import append_line, read_json, read_lines, write_json
 from ekgfx.data import Data
-from ekgfx.files import append_line, read_json, read_lines, write_json
+from ekgfx.models import source
+from ekgfx.models.weights import load_weights
+from ekgfx.pipeline import job
 from ekgfx.search import SearchResult, Step
-from ekgfx.trace import TracedModel
-from ekgfx.weights import load_weights
+from ekgfx.surgery.calibrate import calibrate
+from ekgfx.tracing.trace import TracedModel
 
 RESAMPLES = 10_000
 METHODS = {

@@ -20,9 +20,10 @@ from search_cases import NETWORKS, problem_of, unpruned
 from torch import Tensor, nn
 
 import ekgfx
-from ekgfx import job, source
+from ekgfx.models import source
+from ekgfx.models.weights import load_weights
+from ekgfx.pipeline import job
 from ekgfx.search.importance import Scores, taylor
-from ekgfx.weights import load_weights
 
 MOVED = 1e-6
 

@@ -33,18 +33,20 @@ import torch
 from scipy.stats import spearmanr
 
 import ekgfx
-from ekgfx import job, landscape, source
-from ekgfx.calibrate import calibrate
+from ekgfx import landscape
+from ekgfx.base.files import append_line, read_lines
 from ekgfx.data import Data
-from ekgfx.evaluation import evaluate
-from ekgfx.files import append_line, read_lines
-from ekgfx.plan import Plan
+from ekgfx.graph.plan import Plan
+from ekgfx.models import source
+from ekgfx.pipeline import job
 from ekgfx.search.candidates import important_first
 from ekgfx.search.importance_peers import magnitude
 from ekgfx.search.problem import Budget, Problem, width_rules
 from ekgfx.search.reward import Objective, validation_batches
 from ekgfx.search.reward import evaluate as judge
-from ekgfx.trace import TracedModel
+from ekgfx.surgery.calibrate import calibrate
+from ekgfx.tracing.trace import TracedModel
+from ekgfx.training.evaluation import evaluate
 
 PREDICTORS = {"validation": "validation loss", "reward": "EKG's reward (negative)", "condition": "|λ_min / λ_max|"}
 PAPER = {"validation": 0.32, "condition": 0.73}

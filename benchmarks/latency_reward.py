@@ -29,13 +29,13 @@ from gpu.latency import layer_table
 from imagenet_sample import Setting, appending, differences, prepare, replacing
 
 import ekgfx
-from ekgfx import target
-from ekgfx.calibrate import calibrate
-from ekgfx.files import read_json, read_lines
-from ekgfx.plan import Plan
+from ekgfx.base.files import read_json, read_lines
+from ekgfx.execution.subnetwork import SubNetwork
+from ekgfx.graph.plan import Plan
+from ekgfx.latency import target
 from ekgfx.search.latency import LayerTable, Price
 from ekgfx.search.reward import Objective, evaluate, validation_batches
-from ekgfx.sliced import SubNetwork
+from ekgfx.surgery.calibrate import calibrate
 
 WAYS = ("MACs", "MACs aligned", "latency")
 

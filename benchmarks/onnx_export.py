@@ -54,8 +54,8 @@ def measure(name: str, pixels: int | None) -> Iterator[Row]:
     from ekgfx.export import amplification
 
     import ekgfx
-    from ekgfx.calibrate import calibrate
     from ekgfx.errors import EkgfxError
+    from ekgfx.surgery.calibrate import calibrate
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -96,10 +96,10 @@ def measure(name: str, pixels: int | None) -> Iterator[Row]:
 
 
 def states(model: Any, inputs: Any) -> Iterator[Row]:
-    """Give the model other weights in place: perturbed fully (`ekgfx.verify.perturb`), by a third, a tenth, …; then the
-    same again with the statistics of its batch norms estimated anew, if it has any."""
-    from ekgfx.calibrate import calibrate
-    from ekgfx.verify import perturb
+    """Give the model other weights in place: perturbed fully (`ekgfx.surgery.check.perturb`), by a third, a tenth, …;
+    then the same again with the statistics of its batch norms estimated anew, if it has any."""
+    from ekgfx.surgery.calibrate import calibrate
+    from ekgfx.surgery.check import perturb
 
     initial = copy.deepcopy(model.state_dict())
     perturb(model)

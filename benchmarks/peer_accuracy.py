@@ -28,12 +28,12 @@ from torch import nn
 
 import ekgfx
 from ekgfx import data as datasets
-from ekgfx.calibrate import calibrate
+from ekgfx.base.files import append_line, read_lines
 from ekgfx.data import Data
-from ekgfx.evaluation import evaluate
-from ekgfx.files import append_line, read_lines
 from ekgfx.models import resnet56_cifar, resnet56_cifar_projection
-from ekgfx.weights import read_weights
+from ekgfx.models.weights import read_weights
+from ekgfx.surgery.calibrate import calibrate
+from ekgfx.training.evaluation import evaluate
 
 BATCH = 256
 NOTED = 20

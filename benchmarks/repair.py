@@ -31,13 +31,13 @@ from torch import Tensor, nn
 
 import ekgfx
 from ekgfx import data as datasets
-from ekgfx.calibrate import calibrate
-from ekgfx.evaluation import evaluate
-from ekgfx.files import append_line, read_lines
+from ekgfx.base.files import append_line, read_lines
+from ekgfx.graph.plan import Plan
 from ekgfx.models import resnet56_cifar_projection
-from ekgfx.plan import Plan
-from ekgfx.trace import TracedModel
-from ekgfx.weights import load_weights
+from ekgfx.models.weights import load_weights
+from ekgfx.surgery.calibrate import calibrate
+from ekgfx.tracing.trace import TracedModel
+from ekgfx.training.evaluation import evaluate
 
 PLANS = ("EKG", "L1, uniform", "random, EKG's widths", "random, uniform")
 

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 import ekgfx
 from ekgfx import data as datasets
-from ekgfx.calibrate import calibrate
-from ekgfx.evaluation import evaluate
-from ekgfx.files import append_line, read_lines
-from ekgfx.finetune import finetune
+from ekgfx.base.files import append_line, read_lines
 from ekgfx.models import resnet56_cifar
-from ekgfx.prepare import hardness_order, prepare
+from ekgfx.models.weights import load_weights
 from ekgfx.search import SearchResult, Step
-from ekgfx.trace import TracedModel
-from ekgfx.weights import load_weights
+from ekgfx.surgery.calibrate import calibrate
+from ekgfx.tracing.trace import TracedModel
+from ekgfx.training.evaluation import evaluate
+from ekgfx.training.finetune import finetune
+from ekgfx.training.step_zero import hardness_order, prepare
 
 KINDS = {
     "256": (256, False, None),

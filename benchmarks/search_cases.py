@@ -12,15 +12,16 @@ from torch import Tensor
 
 import ekgfx
 from ekgfx import data as datasets
-from ekgfx import job, source
-from ekgfx.files import replacing
-from ekgfx.plan import Plan
-from ekgfx.prepare import prepare
+from ekgfx.base.files import replacing
+from ekgfx.graph.plan import Plan
+from ekgfx.models import source
+from ekgfx.models.weights import load_weights
+from ekgfx.pipeline import job
 from ekgfx.search import ekg
 from ekgfx.search.problem import Budget, Problem, width_rules
 from ekgfx.search.reward import Objective, evaluate, label_free, validation_batches
-from ekgfx.trace import TracedModel
-from ekgfx.weights import load_weights
+from ekgfx.tracing.trace import TracedModel
+from ekgfx.training.step_zero import prepare
 
 KEEP = 0.45
 NETWORKS = {

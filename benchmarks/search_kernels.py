@@ -27,7 +27,7 @@ from search_ways import timed
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ekgfx.files import write_json
+from ekgfx.base.files import write_json
 
 Interval = tuple[float, float]
 """From when to when, in µs."""

@@ -21,7 +21,7 @@ from search_ways import apart, timed, with_memory
 from torch import Tensor, nn
 
 import ekgfx
-from ekgfx.files import read_json, write_json
+from ekgfx.base.files import read_json, write_json
 from ekgfx.search.ekg import State
 from ekgfx.search.problem import Problem
 from ekgfx.search.reward import evaluate

@@ -31,7 +31,7 @@ import torch
 from search_cases import UNTRAINED, Case, problem_of
 from search_ways import WAYS, apart, timed, with_memory
 
-from ekgfx.files import append_line, read_lines, write_json
+from ekgfx.base.files import append_line, read_lines, write_json
 
 EVERY = 3
 """Of the networks of 224×224 pixels, masked and sliced evaluate each third candidate."""

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ekgfx.evaluation import batch_statistics
-from ekgfx.plan import Plan
+from ekgfx.execution.subnetwork import kernel_names
+from ekgfx.graph.plan import Plan
 from ekgfx.search.candidates import worth_evaluating
 from ekgfx.search.details import PAPER
 from ekgfx.search.ekg import Pace, State, combine, keeper_of, propose
@@ -25,9 +25,9 @@ from ekgfx.search.problem import Computing, Problem
 from ekgfx.search.race import Outcome, evaluate_candidates
 from ekgfx.search.ranking import ranking_of
 from ekgfx.search.reward import evaluate
-from ekgfx.sliced import kernel_names
-from ekgfx.trace import TracedModel
-from ekgfx.verify import MaskedNetwork, mask_tensor
+from ekgfx.surgery.check import MaskedNetwork, mask_tensor
+from ekgfx.tracing.trace import TracedModel
+from ekgfx.training.evaluation import batch_statistics
 
 WAYS = ("masked", "sliced", "prefixes", "contiguous", "all")
 PACE = Pace()

@@ -28,7 +28,7 @@ from search_cases import Case, problem_of, unpruned
 from search_ways import WAYS, clock, in_the_way, timed
 
 import ekgfx
-from ekgfx.files import append_line, read_lines, replacing
+from ekgfx.base.files import append_line, read_lines, replacing
 from ekgfx.search import Step, ekg
 from ekgfx.search.result import as_steps
 

@@ -22,13 +22,13 @@ from unittest.mock import patch
 import torch
 
 import ekgfx
-from ekgfx import source
-from ekgfx.calibrate import calibrate
+from ekgfx.base.files import append_line, read_lines
 from ekgfx.data import load
-from ekgfx.evaluation import evaluate
-from ekgfx.files import append_line, read_lines
+from ekgfx.models import source
+from ekgfx.models.weights import load_weights
 from ekgfx.search.problem import Budget
-from ekgfx.weights import load_weights
+from ekgfx.surgery.calibrate import calibrate
+from ekgfx.training.evaluation import evaluate
 
 RULES = {"highest reward": False, "reward lost per unit": True}
 SEEN, AGAIN, TEST = 256, 1000, 4000

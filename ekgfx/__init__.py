@@ -10,18 +10,18 @@ from ekgfx.errors import EkgfxError
 
 if TYPE_CHECKING:
     from ekgfx.bank import Bank, build_bank
-    from ekgfx.calibrate import calibrate
-    from ekgfx.checkpoint import load, save
-    from ekgfx.finetune import finetune
-    from ekgfx.loss import EKGLoss
-    from ekgfx.patched import Replacement, replaced
-    from ekgfx.plan import Plan
+    from ekgfx.graph.plan import Plan
     from ekgfx.repair import repair
+    from ekgfx.rewriting.patched import Replacement, replaced
     from ekgfx.rules import rule
+    from ekgfx.runs.checkpoint import load, save
     from ekgfx.search import search
-    from ekgfx.surgery import prune
-    from ekgfx.trace import TracedModel, trace
-    from ekgfx.transfer import transfer
+    from ekgfx.surgery.calibrate import calibrate
+    from ekgfx.surgery.cut import prune
+    from ekgfx.surgery.transfer import transfer
+    from ekgfx.tracing.trace import TracedModel, trace
+    from ekgfx.training.finetune import finetune
+    from ekgfx.training.loss import EKGLoss
 
 __version__ = "0.1.0"
 
@@ -50,25 +50,25 @@ __all__ = [
 # Public name → the file that defines it; a new one goes here, into __all__ and into the imports above. They are loaded
 # at first use, so that `ekgfx --help` does not wait for torch (a test checks it).
 _HOMES = {
-    "trace": "trace",
-    "TracedModel": "trace",
+    "trace": "tracing.trace",
+    "TracedModel": "tracing.trace",
     "search": "search",
-    "prune": "surgery",
-    "calibrate": "calibrate",
-    "transfer": "transfer",
-    "replaced": "patched",
-    "Replacement": "patched",
+    "prune": "surgery.cut",
+    "calibrate": "surgery.calibrate",
+    "transfer": "surgery.transfer",
+    "replaced": "rewriting.patched",
+    "Replacement": "rewriting.patched",
     "repair": "repair",
     "build_bank": "bank",
-    "finetune": "finetune",
-    "save": "checkpoint",
-    "load": "checkpoint",
-    "Plan": "plan",
+    "finetune": "training.finetune",
+    "save": "runs.checkpoint",
+    "load": "runs.checkpoint",
+    "Plan": "graph.plan",
     "Bank": "bank",
-    "EKGLoss": "loss",
+    "EKGLoss": "training.loss",
     "rule": "rules",
 }
-_SUBMODULES = ("data", "export", "models", "source")
+_SUBMODULES = ("data", "export", "hub", "landscape", "models")
 
 # In a clone, `export/` and `recipes/` stand beside this folder and setuptools moves them into the package when it
 # builds. Python started in the clone's root takes `./ekgfx` for the installed package and would not find them; the root
@@ -80,8 +80,8 @@ if not (_here / "export").is_dir() and (_here.parent / "export" / "__init__.py")
 
 
 class _Package(ModuleType):
-    """Lets a public function and the submodule of the same name live together: `ekgfx.trace(...)` next to
-    `from ekgfx.trace import TracedModel`. Importing a submodule sets it as an attribute of its package, and would
+    """Lets a public function and the package of the same name live together: `ekgfx.search(...)` next to
+    `from ekgfx.search.race import Race`. Importing a submodule sets it as an attribute of its package, and would
     hide the function."""
 
     def __setattr__(self, name: str, value: object) -> None:

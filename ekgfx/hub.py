@@ -17,11 +17,11 @@ import torch
 from timm.models import load_pretrained, register_model, save_for_hf
 from torch import nn
 
-from ekgfx import checkpoint
 from ekgfx.errors import ModelError
-from ekgfx.plan import Plan
-from ekgfx.run import read_manifest
-from ekgfx.surgery import prune
+from ekgfx.graph.plan import Plan
+from ekgfx.runs import checkpoint
+from ekgfx.runs.directory import read_manifest
+from ekgfx.surgery.cut import prune
 
 __all__ = ["arguments", "ekgfx_pruned", "save"]
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ekgfx.batches import Inputs, device_of, each_batch, to_device, unpacked
+from ekgfx.data.batches import Inputs, device_of, each_batch, to_device, unpacked
 from ekgfx.errors import DataError, TrainingError
-from ekgfx.leaf import evaluation_mode
-from ekgfx.loss import cross_entropy
+from ekgfx.graph.opaque import evaluation_mode
+from ekgfx.training.loss import cross_entropy
 
 MatVec = Callable[[Tensor], Tensor]
 Loss = Callable[[Any, Any], Tensor]

@@ -14,7 +14,7 @@ from pathlib import Path
 import timm
 from torch import nn
 
-from ekgfx.weights import load_weights
+from ekgfx.models.weights import load_weights
 
 
 def resnet50() -> nn.Module:

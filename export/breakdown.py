@@ -1,6 +1,7 @@
 """Where did it go? MACs and milliseconds of each layer before and after, what bounds it, what alignment would give.
 
-Layers are the segments of `ekgfx.segments`: a weighted operator with all that is computed after it up to the next ones.
+Layers are the segments of `ekgfx.latency.segments`: a weighted operator with all that is computed after it up to the
+next ones.
 """
 
 import tempfile
@@ -12,12 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ekgfx.axes import Axis
-from ekgfx.plan import Plan
+from ekgfx.graph.plan import Plan
+from ekgfx.latency.segments import Segment, find_segments
+from ekgfx.latency.target import Target
 from ekgfx.search.latency import whole_tiles
-from ekgfx.segments import Segment, find_segments
-from ekgfx.surgery import prune
-from ekgfx.target import Target
-from ekgfx.trace import TracedModel
+from ekgfx.surgery.cut import prune
+from ekgfx.tracing.trace import TracedModel
 
 from .exporter import to_onnx
 from .latency import Timing

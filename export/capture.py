@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ekgfx.errors import ExportError
-from ekgfx.leaf import evaluation_mode
-from ekgfx.untouched import differing, state_of, untouched
+from ekgfx.graph.opaque import evaluation_mode
+from ekgfx.graph.untouched import differing, state_of, untouched
 
 from .attention import attention
 from .convolution import conv2d

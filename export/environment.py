@@ -11,7 +11,7 @@ from pathlib import Path
 import onnxruntime as ort
 import torch
 
-from ekgfx import run
+from ekgfx.runs import directory as run
 
 
 def environment(threads: int) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ekgfx.containers import tensors_by_place
+from ekgfx.base.containers import tensors_by_place
 from ekgfx.errors import ExportError
 
 PRECISION = "ekgfx.precision"

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from torch import nn
 
-from ekgfx.plan import Plan
+from ekgfx.graph.plan import Plan
+from ekgfx.graph.untouched import deep_copy
+from ekgfx.latency.segments import find_segments
+from ekgfx.latency.target import Target
 from ekgfx.search.latency import LayerTable, Sample, input_shapes, plans_to_measure
 from ekgfx.search.widths import WidthRule
-from ekgfx.segments import find_segments
-from ekgfx.surgery import prune
-from ekgfx.target import Target
-from ekgfx.trace import TracedModel
-from ekgfx.untouched import deep_copy
+from ekgfx.surgery.cut import prune
+from ekgfx.tracing.trace import TracedModel
 
 from .environment import available_cpus, environment
 from .exporter import to_onnx

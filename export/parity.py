@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ekgfx.errors import ExportError
-from ekgfx.leaf import evaluation_mode
-from ekgfx.untouched import deep_copy, untouched
+from ekgfx.graph.opaque import evaluation_mode
+from ekgfx.graph.untouched import deep_copy, untouched
 
 from .io import as_inputs, batch_size, device_of, named_tensors, with_batch
 from .numerics import tensor_float32

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ekgfx.errors import ExportError
-from ekgfx.segments import START, latest
-from ekgfx.target import Target
+from ekgfx.latency.segments import START, latest
+from ekgfx.latency.target import Target
 
 from .environment import available_cpus
 from .io import as_inputs, with_batch
@@ -45,8 +45,8 @@ def profile(
     """Milliseconds of each segment of an ONNX file (written by `to_onnx`) when it runs as a whole on the target.
 
     Each node is timed in every run by onnxruntime's profiler, and its shortest time counts: other work on the machine
-    can only add to it. Nodes belong to the segment (see `ekgfx.segments`) of the weighted layer that they follow; what
-    onnxruntime inserts, such as a change of layout, to that of the node before it.
+    can only add to it. Nodes belong to the segment (see `ekgfx.latency.segments`) of the weighted layer that they
+    follow; what onnxruntime inserts, such as a change of layout, to that of the node before it.
 
     On a GPU kernels are launched one after the other without waiting for them (CUDA_LAUNCH_BLOCKING, which is why a
     child process does it there): the profiler's clock sees launches only, otherwise.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ekgfx.errors import ExportError
-from ekgfx.untouched import deep_copy
+from ekgfx.graph.untouched import deep_copy
 
 from .io import device_of
 from .providers import Provider

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import distributed
 
-from ekgfx.trace import TracedModel
+from ekgfx.tracing.trace import TracedModel
 from tests.search import nets
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.processes", "tests.traced", "ekgfx.search", "ekgfx.finetune", "ekgfx.bank"])
+_CONTEXT.set_forkserver_preload(
+    ["tests.processes", "tests.traced", "ekgfx.search", "ekgfx.training.finetune", "ekgfx.bank"]
+)
 _READY: dict[str, TracedModel] = {}
 
 

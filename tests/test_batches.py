@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import ekgfx
-from ekgfx.batches import Inputs, unpacked
+from ekgfx.data.batches import Inputs, unpacked
 from ekgfx.errors import DataError, RecipeError
-from ekgfx.evaluation import evaluate
+from ekgfx.training.evaluation import evaluate
 
 IMAGES = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(12) % 5

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ekgfx import channels_last
-from ekgfx.channels_last import WIDTH, batch_norm, wide
+from ekgfx.execution import channels_last
+from ekgfx.execution.channels_last import WIDTH, batch_norm, wide
 
 SHAPES = [(3, 5, 7, 2), (4, 16, 8, 8), (2, 3, 1, 1), (1, WIDTH + 1, 2, 3), (2, 1, 4, 4)]
 

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 import ekgfx
-from ekgfx import checkpoint, source
+from ekgfx.base.files import checksum
 from ekgfx.errors import PlanError, RunError
-from ekgfx.files import checksum
-from ekgfx.plan import Plan
-from ekgfx.run import FORMAT, Run, read_manifest
+from ekgfx.graph.plan import Plan
+from ekgfx.models import source
+from ekgfx.runs import checkpoint
+from ekgfx.runs.directory import FORMAT, Run, read_manifest
 
 DIGITS = source.parse("ekgfx.models:digits_cnn")
 IMAGES = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -114,7 +115,7 @@ def test_tied_weights_and_types_survive(tmp_path):
 
 def test_a_run_pruned_further_stands_alone(saved, tmp_path):
     again = source.parse(str(saved))
-    built = again.build()
+    built = checkpoint.build(again)
     traced = ekgfx.trace(built.model, built.example_inputs)
     plan = every_other(traced)
     smaller = ekgfx.prune(built.model, plan, traced)

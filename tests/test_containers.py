@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ekgfx.containers import Frame, atoms, mapped, tensors_by_place
+from ekgfx.base.containers import Frame, atoms, mapped, tensors_by_place
 
 Pair = namedtuple("Pair", "first second")
 

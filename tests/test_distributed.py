@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ekgfx import distributed
+from ekgfx.base.files import read_lines
 from ekgfx.cli.work import work
-from ekgfx.distributed import ALONE, Team, team
+from ekgfx.distributed.team import ALONE, Team, team
+from ekgfx.distributed.team import team as distributed
 from ekgfx.errors import TeamError
-from ekgfx.files import read_lines
-from ekgfx.run import Run, read_manifest
+from ekgfx.runs.directory import Run, read_manifest
 from ekgfx.search import search
 from tests.cli.conftest import TINY, command, environment
 from tests.processes import ready, together

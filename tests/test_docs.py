@@ -14,10 +14,10 @@ import torch
 import yaml
 
 import ekgfx
-from ekgfx import recipe
 from ekgfx.cli import cli
 from ekgfx.data.spec import OPENERS
 from ekgfx.models import digits_cnn
+from ekgfx.settings import recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -62,8 +62,8 @@ def cifar_folder() -> dict:
     """DIR with a few images of CIFAR's form, and the weights file that the page names."""
     import numpy as np
 
-    from ekgfx.checkpoint import save_tensors
     from ekgfx.models import resnet56_cifar
+    from ekgfx.runs.checkpoint import save_tensors
 
     draw = np.random.default_rng(0)
     Path("DIR").mkdir()
@@ -90,7 +90,7 @@ def small_run() -> None:
     """runs/small, as the tour's commands leave it."""
     model, images = digits_cnn().eval(), torch.zeros(2, 1, 8, 8)
     plan = ekgfx.Plan({"fuse.0": tuple(range(8))})
-    made = ekgfx.source.parse("ekgfx.models:digits_cnn")
+    made = ekgfx.models.source.parse("ekgfx.models:digits_cnn")
     ekgfx.save(ekgfx.prune(model, plan, example_inputs=images), "runs/small", plan=plan, source=made)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from timm.loss import LabelSmoothingCrossEntropy
 
 import ekgfx
-from ekgfx import source
+from ekgfx.models import source
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SCRIPT = Path(os.environ.get("EKGFX_TIMM_SCRIPT", Path(__file__).with_name("timm_script.py")))

@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import ekgfx
-from ekgfx.cost import evaluate, mac_table
-from ekgfx.leaf import evaluation_mode
-from ekgfx.verify import check_masked, check_pruned, perturb
+from ekgfx.graph.cost import evaluate, mac_table
+from ekgfx.graph.opaque import evaluation_mode
+from ekgfx.surgery.check import check_masked, check_pruned, perturb
 
 from .families import attention, channels, convolutions, mixing, whole  # noqa: F401  (importing registers them)
 from .families.base import FAMILIES, Family, expected

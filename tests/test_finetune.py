@@ -12,11 +12,11 @@ import ekgfx
 from ekgfx import data as datasets
 from ekgfx.bank import build_bank
 from ekgfx.errors import DataError, RecipeError, RunError, TrainingError
-from ekgfx.evaluation import evaluate
-from ekgfx.finetune import Epoch, finetune
-from ekgfx.loss import EKGLoss
 from ekgfx.models import digits_cnn
-from ekgfx.prepare import prepare
+from ekgfx.training.evaluation import evaluate
+from ekgfx.training.finetune import Epoch, finetune
+from ekgfx.training.loss import EKGLoss
+from ekgfx.training.step_zero import prepare
 
 
 def small(seed: int = 0) -> nn.Module:

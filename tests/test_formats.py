@@ -9,13 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ekgfx
-from ekgfx import checkpoint, run, training_state
 from ekgfx.bank import Bank, store
+from ekgfx.base.files import checksum
 from ekgfx.errors import EkgfxError
-from ekgfx.files import checksum
+from ekgfx.graph.plan import VERSION, Plan
 from ekgfx.models import digits_cnn
-from ekgfx.plan import VERSION, Plan
-from ekgfx.run import Run
+from ekgfx.runs import checkpoint
+from ekgfx.runs import directory as run
+from ekgfx.runs.directory import Run
+from ekgfx.training import state as training_state
 
 
 @pytest.fixture

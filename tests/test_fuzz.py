@@ -26,14 +26,15 @@ from ekgfx.export import check_parity, to_onnx
 from PIL import Image
 
 import ekgfx
-from ekgfx import checkpoint, recipe
 from ekgfx.data.arrays import read_npz
 from ekgfx.data.sources import decode
+from ekgfx.graph.plan import Plan
 from ekgfx.models import digits_cnn
-from ekgfx.plan import Plan
-from ekgfx.training_state import load_state, save_state
-from ekgfx.weight_files import read_file
-from ekgfx.weights import load_weights
+from ekgfx.models.weight_files import read_file
+from ekgfx.models.weights import load_weights
+from ekgfx.runs import checkpoint
+from ekgfx.settings import recipe
+from ekgfx.training.state import load_state, save_state
 from tests.fuzzing import MEMORY, SECONDS, bounded, mutants, of_bytes, of_json, refused
 
 FEW, MANY = 25, 1000

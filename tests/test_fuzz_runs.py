@@ -10,12 +10,16 @@ import pytest
 import torch
 import yaml
 
-from ekgfx import checkpoint, pipeline, planning, recipe, report
+from ekgfx import report
 from ekgfx.bank import Bank
+from ekgfx.base.files import checksum
 from ekgfx.errors import EkgfxError
-from ekgfx.files import checksum
+from ekgfx.pipeline import planning
+from ekgfx.pipeline import stages as pipeline
 from ekgfx.report import Facts
-from ekgfx.run import Run
+from ekgfx.runs import checkpoint
+from ekgfx.runs.directory import Run
+from ekgfx.settings import recipe
 from tests.fuzzing import SECONDS, bounded, mutants, of_bytes, of_json, refused
 
 FEW, MANY = 5, 200

@@ -10,7 +10,7 @@ from torch import nn
 
 import ekgfx
 from ekgfx.errors import PlanError
-from ekgfx.verify import check_masked, check_pruned, differences, perturb, relative_error
+from ekgfx.surgery.check import check_masked, check_pruned, differences, perturb, relative_error
 
 from .models import HAND_DERIVED, Concat, GroupNormed, Residual, Tied, TwoInputs, example
 

@@ -9,8 +9,8 @@ import torch
 
 import ekgfx
 import ekgfx.hub
-from ekgfx import source
 from ekgfx.errors import ModelError, PlanError
+from ekgfx.models import source
 
 
 def pruned_run(path: Path, name: str, **options: object) -> torch.nn.Module:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import ekgfx
 from ekgfx.errors import PlanError, TraceError
-from ekgfx.leaf import find_leaves
+from ekgfx.graph.opaque import find_leaves
 from ekgfx.search import search
-from ekgfx.verify import check_masked, check_pruned, perturb
+from ekgfx.surgery.check import check_masked, check_pruned, perturb
 
 from .branching import Branching, Careless, Router, Selecting
 from .search import nets

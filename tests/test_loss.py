@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ekgfx.errors import DataError, TrainingError
-from ekgfx.loss import (
+from ekgfx.training.loss import (
     EKGLoss,
     LabelLoss,
     check_classes,
@@ -18,7 +18,7 @@ from ekgfx.loss import (
     teacher_knowledge,
     useful_teachers,
 )
-from ekgfx.outputs import logits_of
+from ekgfx.training.outputs import logits_of
 from tests.reference import Reference
 
 

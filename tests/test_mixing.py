@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from ekgfx.mixing import Mixture, even, mixed, warn, watched
+from ekgfx.data.mixing import Mixture, even, mixed, warn, watched
 
 
 def fault(labels: torch.Tensor, size: int, known: int | None = None) -> str | None:

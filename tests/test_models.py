@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ekgfx import data, models
 from ekgfx.errors import ModelError
 from ekgfx.models.resnet_cifar import CifarResNet, PadShortcut, tensorflow_conv
-from ekgfx.source import parse
+from ekgfx.models.source import parse
 
 FACTORIES = [
     models.digits_cnn,

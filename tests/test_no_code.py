@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from ekgfx import recipe
 from ekgfx.data.arrays import read_npz
 from ekgfx.errors import EkgfxError
-from ekgfx.weights import read_weights
+from ekgfx.models.weights import read_weights
+from ekgfx.settings import recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,7 +73,7 @@ def calls() -> Iterator[tuple[str, str, dict[str, Any]]]:
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
 
 
-MADE = ("ekgfx/patched.py", {"exec", "compile"})
+MADE = ("ekgfx/rewriting/patched.py", {"exec", "compile"})
 """Forwards that are made from a traced graph, in the process that runs them: never from a file."""
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import ekgfx
-from ekgfx.batches import Inputs
-from ekgfx.norms import Settled, statistics
+from ekgfx.bank.norms import Settled, statistics
+from ekgfx.data.batches import Inputs
 
 
 class Twice(nn.Module):

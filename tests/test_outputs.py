@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 import ekgfx
 from ekgfx.errors import DataError, TraceError
-from ekgfx.evaluation import evaluate
-from ekgfx.outputs import finder, logits_of
-from ekgfx.verify import check_masked, perturb
+from ekgfx.surgery.check import check_masked, perturb
+from ekgfx.training.evaluation import evaluate
+from ekgfx.training.outputs import finder, logits_of
 from tests.test_containers import Cache, Named
 
 Pair = namedtuple("Pair", "logits aux")

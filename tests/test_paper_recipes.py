@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ekgfx import recipe
 from ekgfx.bank import Bank
-from ekgfx.pipeline import prune_job
-from ekgfx.run import Run
+from ekgfx.pipeline.stages import prune_job
+from ekgfx.runs.directory import Run
+from ekgfx.settings import recipe
 
 SHALLOW = ["imagenet-resnet18", "imagenet-mobilenetv2"]
 DEEP = ["imagenet-resnet34", "imagenet-resnet50", "imagenet-resnet50-byol"]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ekgfx import data as datasets
 from ekgfx.bank import build_bank
 from ekgfx.errors import RecipeError
-from ekgfx.finetune import finetune
 from ekgfx.search import SearchResult, search
+from ekgfx.training.finetune import finetune
 from tests.processes import ready, together
 from tests.search import nets
 from tests.test_finetune import Fixed
@@ -131,7 +131,7 @@ def interrupted(traced: Any, result: SearchResult, batches: Any, path: Path) -> 
             raise Stop
 
     from ekgfx.bank import build
-    from ekgfx.distributed import team
+    from ekgfx.distributed.team import team
 
     build.SAVE_EVERY = 0.0
     if team().first:
@@ -151,7 +151,7 @@ def test_banks_are_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_teams_share_evenly() -> None:
-    from ekgfx.distributed import Team
+    from ekgfx.distributed.team import Team
 
     parts = [Team(rank, 3).part(8) for rank in range(3)]
     assert [list(range(8))[part] for part in parts] == [[0, 1], [2, 3, 4], [5, 6, 7]]

@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 import ekgfx
-from ekgfx.finetune import finetune
-from ekgfx.loss import cross_entropy
+from ekgfx.graph.plan import Plan
 from ekgfx.models import resnet56_cifar_projection, tensorflow_state_dict
-from ekgfx.plan import Plan
 from ekgfx.search import AUTHORS, PAPER, Step, authors_cost
 from ekgfx.search.candidates import important_first
 from ekgfx.search.ekg import Pace, State, propose
@@ -30,7 +28,9 @@ from ekgfx.search.problem import Budget, Problem, width_rules
 from ekgfx.search.race import evaluate_candidates
 from ekgfx.search.ranking import ranking_of
 from ekgfx.search.reward import Evaluation, Objective, ensemble_knowledge, evaluate, validation_batches
-from ekgfx.trace import TracedModel
+from ekgfx.tracing.trace import TracedModel
+from ekgfx.training.finetune import finetune
+from ekgfx.training.loss import cross_entropy
 from tests.reference import VAL_BATCH, Reference, gate_names, resnet56_cost
 
 FEW = {0: [14, 28, 29], 1: [6, 29], 2: [1, 29]}

@@ -12,9 +12,9 @@ from torch import nn
 
 import ekgfx
 from ekgfx.errors import PlanError, TraceError
-from ekgfx.plan import Plan, rounds_of
-from ekgfx.run import read_manifest
-from ekgfx.verify import perturb
+from ekgfx.graph.plan import Plan, rounds_of
+from ekgfx.runs.directory import read_manifest
+from ekgfx.surgery.check import perturb
 
 
 def net() -> nn.Module:

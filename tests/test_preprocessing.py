@@ -9,12 +9,13 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from ekgfx import job, recipe
 from ekgfx.cli import cli
 from ekgfx.data import load
 from ekgfx.errors import DataError, RecipeError
-from ekgfx.preprocessing import Preprocessing
-from ekgfx.source import Source, parse
+from ekgfx.models.source import Source, parse
+from ekgfx.pipeline import job
+from ekgfx.settings import recipe
+from ekgfx.settings.preprocessing import Preprocessing
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from torch import Tensor, nn
 
 import ekgfx
-from ekgfx.verify import check_masked, check_pruned, perturb, relative_error
+from ekgfx.surgery.check import check_masked, check_pruned, perturb, relative_error
 
 from .programs import Program, Spec, example, specs
 from .zeroed import zeroed

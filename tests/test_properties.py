@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import ekgfx
-from ekgfx.verify import check_masked, check_pruned, perturb
+from ekgfx.surgery.check import check_masked, check_pruned, perturb
 
 from .networks import RandomNet, specs
 

@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
-from ekgfx import recipe
+from ekgfx.base.units import budget_of, bytes_of
 from ekgfx.errors import RecipeError
-from ekgfx.recipe import Recipe
-from ekgfx.units import budget_of, bytes_of
+from ekgfx.settings import recipe
+from ekgfx.settings.recipe import Recipe
 
 
 def written(tmp_path, text: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ekgfx import recipe
+from ekgfx.settings import recipe
 from tests.test_paper_recipes import DEEP, SHALLOW, check, dry_run, images
 
 FAST: dict[str, Any] = {"pretrain__batch_size": 16, "pretrain__workers": 0, "export__latency": False}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import ekgfx
-from ekgfx.verify import check_masked, check_pruned, perturb
+from ekgfx.surgery.check import check_masked, check_pruned, perturb
 
 
 class Sequence(nn.Module):

@@ -5,7 +5,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 import ekgfx
-from ekgfx.verify import check_masked, check_pruned, perturb
+from ekgfx.surgery.check import check_masked, check_pruned, perturb
 
 
 def exact(model: nn.Module, plan: dict[str, tuple[int, ...]], *shape: int) -> nn.Module:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import ekgfx
-from ekgfx.verify import check_masked, check_pruned, perturb
+from ekgfx.surgery.check import check_masked, check_pruned, perturb
 
 from .zeroed import distance, zeroed
 

@@ -12,13 +12,13 @@ from ekgfx.export import Breakdown, LayerTime
 
 from ekgfx import report
 from ekgfx.bank.rows import RowFormat
+from ekgfx.base.files import checksum
 from ekgfx.errors import EkgfxError, PlanError, RunError
-from ekgfx.files import checksum
-from ekgfx.plan import Plan
-from ekgfx.recipe import Recipe, override
+from ekgfx.graph.plan import Plan
 from ekgfx.report import Facts, charts, markup
-from ekgfx.run import Run
+from ekgfx.runs.directory import Run
 from ekgfx.search import Measure, SearchResult, Step
+from ekgfx.settings.recipe import Recipe, override
 
 HOSTILE = """</title></style><script>alert(1)</script><img src=x onerror=alert(2)>" onload='alert(3)' \x00\ud800"""
 

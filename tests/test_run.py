@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ekgfx import run as runs
+from ekgfx.base.files import append_line, read_json, read_lines
 from ekgfx.errors import RunError
-from ekgfx.files import append_line, read_json, read_lines
-from ekgfx.run import Run, read_manifest
+from ekgfx.runs import directory as runs
+from ekgfx.runs.directory import Run, read_manifest
 
 
 def test_create_then_read(tmp_path):
@@ -115,7 +115,7 @@ def test_fresh_paths_differ_and_are_plain():
 WRITER = """
 import sys, time
 from pathlib import Path
-from ekgfx.run import Run
+from ekgfx.runs.directory import Run
 run = Run.reopen(Path(sys.argv[1]))
 print("ready", flush=True)
 number = 0

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ekgfx.errors import DataError, ModelError
-from ekgfx.source import Source, parse
+from ekgfx.models.source import Source, parse
 
 
 @pytest.fixture

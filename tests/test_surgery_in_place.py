@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import ekgfx
-from ekgfx.patched import forward_of
-from ekgfx.verify import perturb, relative_error
+from ekgfx.rewriting.patched import forward_of
+from ekgfx.surgery.check import perturb, relative_error
 
 from .models import HAND_DERIVED, example
 from .test_groups import random_plan
@@ -76,8 +76,8 @@ def test_no_more_than_one_parameter_exists_twice() -> None:
     and then along the other: 27 MB at most."""
 
     def peak(where: str) -> float:
-        exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}  # what is freed goes back at once: no leftovers in RSS
-        done = subprocess.run([sys.executable, "-c", PEAK, where], capture_output=True, text=True, check=True, env=exact)
-        return float(done.stdout)
+        exact = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}  # what is freed goes back at once
+        script = [sys.executable, "-c", PEAK, where]
+        return float(subprocess.run(script, capture_output=True, text=True, check=True, env=exact).stdout)
 
     assert peak("inplace") < 35 and 100 < peak("copy") < 140

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import ekgfx
-from ekgfx.verify import check_masked, perturb
+from ekgfx.surgery.check import check_masked, perturb
 
 
 def positions(length: int, width: int) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ekgfx.errors import RecipeError
-from ekgfx.target import Staircase, Target, parse, staircase
+from ekgfx.latency.target import Staircase, Target, parse, staircase
 
 
 @pytest.mark.parametrize(

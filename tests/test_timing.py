@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ekgfx import timing
 from ekgfx.errors import RecipeError
-from ekgfx.recipe import Search, parse
-from ekgfx.run import Run, read_manifest
+from ekgfx.pipeline import timing
+from ekgfx.runs.directory import Run, read_manifest
 from ekgfx.search.latency import LayerTable
+from ekgfx.settings.recipe import Search, parse
 from tests.search.test_latency import table_of
 
 TARGET = "cpu:fp32:batch=4:threads=1"
@@ -41,7 +41,7 @@ def settings(**search: object) -> dict[str, object]:
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     """Makes a job of the digits network; the layers are "measured" by a law, and counted."""
-    from ekgfx.job import Job
+    from ekgfx.pipeline.job import Job
 
     monkeypatch.setenv("EKGFX_CACHE", str(tmp_path / "cache"))
     measured = []
@@ -95,7 +95,7 @@ def test_a_run_keeps_the_table_it_began_with(job, tmp_path):
     begun.run.close()
     for file in (tmp_path / "cache" / "latency").iterdir():
         file.unlink()
-    from ekgfx.job import Job
+    from ekgfx.pipeline.job import Job
 
     again = Job.of(Run.reopen(tmp_path / "run"), Quiet())
     assert timing.layer_table(again) == first
@@ -168,7 +168,7 @@ def test_cache_folder(monkeypatch):
 @pytest.mark.sweep  # real timings of so small a network: on a busy machine its least width may seem no faster
 def test_a_whole_job_and_its_promise(tmp_path, monkeypatch):
     """Real timings of three networks; the search's plan, the prediction, and the clock's word on it."""
-    from ekgfx.pipeline import prune_job
+    from ekgfx.pipeline.stages import prune_job
 
     monkeypatch.setenv("EKGFX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(timing, "NETWORKS", 3)

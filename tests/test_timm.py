@@ -8,7 +8,7 @@ import timm
 import torch
 
 import ekgfx
-from ekgfx.verify import check_masked, check_pruned, perturb
+from ekgfx.surgery.check import check_masked, check_pruned, perturb
 
 NAMED = [
     "resnet18",

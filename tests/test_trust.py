@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import ekgfx
-from ekgfx import source, trust
 from ekgfx.errors import ModelError
+from ekgfx.models import source, trust
 
 NET = """
 from pathlib import Path
@@ -74,8 +74,8 @@ def test_a_resumed_run_imports_nothing_that_its_settings_name(run, capsys):
 
 
 def test_an_export_imports_nothing_either(run):
-    from ekgfx.delivery import original
-    from ekgfx.run import Run
+    from ekgfx.pipeline.delivery import original
+    from ekgfx.runs.directory import Run
 
     change(run, signature="")
     with Run.reopen(run) as opened, pytest.raises(ModelError, match="would import"):

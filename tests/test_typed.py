@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import pytest
 
+from ekgfx.base.schema import read, show
 from ekgfx.errors import RunError
-from ekgfx.typed import read, show
 
 
 @dataclass(frozen=True)

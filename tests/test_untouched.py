@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 import ekgfx
 from ekgfx import export
-from ekgfx.untouched import untouched
-from ekgfx.verify import perturb
+from ekgfx.graph.untouched import untouched
+from ekgfx.surgery.check import perturb
 
 SEEN: list[Tensor] = []
 PLAN = ekgfx.Plan({"a": (0, 3, 4, 7, 9)})

@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 import ekgfx
 from ekgfx.errors import EkgfxWarning, PlanError, PruneError, TraceError
-from ekgfx.verify import mask_tensor, perturb, relative_error, trains
-from ekgfx.ways import Way
+from ekgfx.graph.ways import Way
+from ekgfx.surgery.check import mask_tensor, perturb, relative_error, trains
 from tests.zeroed import zeros
 
 pytestmark = pytest.mark.filterwarnings("ignore::ekgfx.errors.EkgfxWarning")

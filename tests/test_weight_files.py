@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 from ekgfx.cli import cli
 from ekgfx.errors import ModelError
 from ekgfx.models import digits_cnn
-from ekgfx.weights import load_weights
+from ekgfx.models.weights import load_weights
 
 
 class Net(nn.Module):

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ekgfx import data, models
-from ekgfx import weights as weights_module
 from ekgfx.errors import EkgfxError, ModelError
-from ekgfx.source import Built, parse
-from ekgfx.weights import hub_offline, load_weights, unreachable
+from ekgfx.models import weights as weights_module
+from ekgfx.models.source import Built, parse
+from ekgfx.models.weights import hub_offline, load_weights, unreachable
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "resnet50_keras.py"
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import ekgfx
-from ekgfx.trace import silently_traced
-from ekgfx.verify import check_masked, check_pruned, mask_tensor, perturb, relative_error
+from ekgfx.surgery.check import check_masked, check_pruned, mask_tensor, perturb, relative_error
+from ekgfx.tracing.trace import silently_traced
 
 
 def exact(

@@ -29,15 +29,15 @@ from torch import nn
 
 import ekgfx
 from ekgfx import data as datasets
-from ekgfx import recipe
-from ekgfx.calibrate import calibrate
-from ekgfx.checkpoint import load_tensors, save_tensors
-from ekgfx.evaluation import evaluate
-from ekgfx.files import append_line, read_json, read_lines, write_json
+from ekgfx.base.files import append_line, read_json, read_lines, write_json
 from ekgfx.models import mobilenetv2_cifar, resnet56_cifar, resnet56_cifar_projection
-from ekgfx.prepare import prepare
+from ekgfx.models.weights import read_weights
+from ekgfx.runs.checkpoint import load_tensors, save_tensors
 from ekgfx.search import Step
-from ekgfx.weights import read_weights
+from ekgfx.settings import recipe
+from ekgfx.surgery.calibrate import calibrate
+from ekgfx.training.evaluation import evaluate
+from ekgfx.training.step_zero import prepare
 
 EVALUATED = 1000
 """Images per batch of an evaluation."""

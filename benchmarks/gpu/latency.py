@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ekgfx.files import append_line, read_lines
+from ekgfx.base.files import append_line, read_lines
 
 MODELS = ("resnet50", "mobilenetv2_100", "convnext_tiny", "vit_small_patch16_224")
 TIMED = ("cuda", "cpu")
@@ -96,7 +96,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 def target_of(names: list[str], precision: str, batch: int, threads: int) -> Any:
     """Where the layers are timed, for a latency budget."""
-    from ekgfx.target import Target
+    from ekgfx.latency.target import Target
 
     return Target(next(name for name in TIMED if name in names), precision, batch, threads)
 

@@ -14,24 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ekgfx.arguments import check_inputs
 from ekgfx.axes import Axis
+from ekgfx.bank.norms import Settled, Statistics, statistics
 from ekgfx.bank.rows import RowFormat, Rows, infidelity
 from ekgfx.bank.store import FORMAT, MANIFEST, Bank, read_manifest, rows_file
 from ekgfx.bank.teachers import pick_teachers
-from ekgfx.batches import Inputs, each_batch, unpacked
+from ekgfx.base.files import checksum, read_json, write_json
+from ekgfx.base.schema import read
 from ekgfx.data import Loader
-from ekgfx.distributed import ALONE, Team, team
+from ekgfx.data.batches import Inputs, each_batch, unpacked
+from ekgfx.data.mixing import even, mixed
+from ekgfx.distributed.team import ALONE, Team, team
 from ekgfx.errors import DataError, RunError
-from ekgfx.files import checksum, read_json, write_json
-from ekgfx.loss import at_least_single, default_temperature
-from ekgfx.mixing import even, mixed
-from ekgfx.norms import Settled, Statistics, statistics
-from ekgfx.outputs import Logits, finder, logits_of
+from ekgfx.execution.subnetwork import BATCH_NORM
+from ekgfx.graph.arguments import check_inputs
 from ekgfx.search.result import SearchResult
-from ekgfx.sliced import BATCH_NORM
-from ekgfx.trace import TracedModel, check_traced
-from ekgfx.typed import read
+from ekgfx.tracing.trace import TracedModel, check_traced
+from ekgfx.training.loss import at_least_single, default_temperature
+from ekgfx.training.outputs import Logits, finder, logits_of
 
 SAVE_EVERY = 5.0
 """Seconds between two notes of how far a teacher's file has come: what a kill can cost."""
@@ -70,10 +70,10 @@ def build_bank(
         traced: the model that was searched, with the same weights.
         result: the search's result; its history gives the teachers.
         batches: un-augmented training batches in index order, iterated once per teacher: `(images, labels, index)`, or
-            `(images, labels)` or images, numbered from 0, or mappings (`ekgfx.batches`). (A loader of `ekgfx.data` may
-            have any order.) They may be sorted by class: a teacher's BatchNorms take their statistics once, of 1,024
-            samples drawn from all of them; where there are BatchNorms, batches that are no loader of `ekgfx.data` are
-            read once more for that.
+            `(images, labels)` or images, numbered from 0, or mappings (`ekgfx.data.batches`). (A loader of `ekgfx.data`
+            may have any order.) They may be sorted by class: a teacher's BatchNorms take their statistics once, of
+            1,024 samples drawn from all of them; where there are BatchNorms, batches that are no loader of `ekgfx.data`
+            are read once more for that.
         path: folder for the bank; None keeps it in memory. A bank that was interrupted goes on where it stopped.
         teachers: K.
         knowledge: "ensemble" takes K sub-networks of the history, "single" the unpruned network alone.

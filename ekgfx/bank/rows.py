@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ekgfx.errors import TrainingError
-from ekgfx.loss import softened_kl
+from ekgfx.training.loss import softened_kl
 
 Rows = np.ndarray[Any, np.dtype[Any]]
 

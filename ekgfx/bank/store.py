@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ekgfx.bank.rows import RowFormat, Rows
+from ekgfx.base.files import checksum, read_json
+from ekgfx.base.schema import read, show
 from ekgfx.errors import DataError, RunError
-from ekgfx.files import checksum, read_json
-from ekgfx.typed import read, show
 
 FORMAT = 1
 MANIFEST = "bank.json"

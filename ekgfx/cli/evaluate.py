@@ -17,8 +17,8 @@ def evaluate(model: str, batch_size: int, as_json: bool, **asked: Any) -> None:
     """Accuracy and loss of MODEL (or a run) on the test split, its MACs and parameters."""
     subject = look(model, **asked)
     from ekgfx.cli.render import human, out, percent, table
-    from ekgfx.evaluation import evaluate as measure
-    from ekgfx.trace import silently_traced
+    from ekgfx.tracing.trace import silently_traced
+    from ekgfx.training.evaluation import evaluate as measure
 
     built = subject.built
     metrics = measure(built.model, subject.data.loader("test", batch_size).mixed(), logits=subject.logits)

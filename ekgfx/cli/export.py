@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-from ekgfx.files import replacing
-from ekgfx.run import MANIFEST, Run, newest, read_manifest
+from ekgfx.base.files import replacing
+from ekgfx.runs.directory import MANIFEST, Run, newest, read_manifest
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
@@ -63,12 +63,12 @@ def export(
         run = newest()
         click.echo(f"run {run}, the newest one", err=True)
     read_manifest(run)
-    from ekgfx.checkpoint import load_run
     from ekgfx.cli.progress import Terminal
     from ekgfx.cli.render import out
-    from ekgfx.delivery import export_run
     from ekgfx.export import latency_table, parity_text
-    from ekgfx.recipe import Export
+    from ekgfx.pipeline.delivery import export_run
+    from ekgfx.runs.checkpoint import load_run
+    from ekgfx.settings.recipe import Export
 
     with Run.reopen(run) as opened, Terminal() as terminal:
         asked = Export(True, fp16, batches, providers, opset, not no_latency)

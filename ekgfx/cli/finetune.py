@@ -5,9 +5,9 @@ from typing import Any
 
 import click
 
-from ekgfx import named
+from ekgfx.base import named
 from ekgfx.cli.options import given, setting, tensorboard
-from ekgfx.run import Run, read_manifest
+from ekgfx.runs.directory import Run, read_manifest
 
 
 @click.command()
@@ -29,7 +29,7 @@ def finetune(run: Path, tensorboard: bool, **flags: Any) -> None:
     if "data" in changes:
         changes["data"] = named.absolute(changes["data"])
     from ekgfx.cli.work import work
-    from ekgfx.pipeline import finetune_job
+    from ekgfx.pipeline.stages import finetune_job
 
     with Run.reopen(run) as opened:
         work(opened, lambda report: finetune_job(opened, report, changes), tensorboard=tensorboard)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ekgfx import named
+from ekgfx.base import named
 from ekgfx.cli.options import images, preprocessing_of
 
 if TYPE_CHECKING:
-    from ekgfx.trace import TracedModel
+    from ekgfx.tracing.trace import TracedModel
 
 
 @click.command()
@@ -50,10 +50,11 @@ def groups(
     """
     named.check_model(model)
     named.check_weights(weights)
-    from ekgfx import source
-    from ekgfx.trace import silently_traced
+    from ekgfx.models import source
+    from ekgfx.runs import checkpoint
+    from ekgfx.tracing.trace import silently_traced
 
-    built = source.parse(model, weights, input, classes, ema, **preprocessing_of(flags)).build()
+    built = checkpoint.build(source.parse(model, weights, input, classes, ema, **preprocessing_of(flags)))
     traced = silently_traced(built.model, built.example_inputs, leaf=(*built.leaf, *leaf), unused=unused)
     if svg is not None:
         from ekgfx.report import drawing

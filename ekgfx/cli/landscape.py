@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ekgfx import named
+from ekgfx.base import named
 from ekgfx.cli.subject import Subject, look, parameters
 
 FORMATS = ("png", "svg", "pdf")
@@ -71,9 +71,9 @@ def landscape(
     named.check_model(model)
     named.check_weights(weights)
     named.check_data(data)
-    from ekgfx import factories
     from ekgfx.cli.render import out
     from ekgfx.errors import DataError
+    from ekgfx.models import factories
 
     judge = None if loss is None else factories.find_function(loss)
     typed: dict[str, Any] = {
@@ -104,7 +104,7 @@ def _measure(subject: Subject, judge: Any, asked: dict[str, Any]) -> dict[str, A
     import torch
 
     from ekgfx import landscape as measures
-    from ekgfx.loss import cross_entropy, label_loss
+    from ekgfx.training.loss import cross_entropy, label_loss
 
     network, images = subject.built.model, subject.data
     draw = torch.Generator().manual_seed(asked["seed"])
@@ -144,7 +144,7 @@ def _measure(subject: Subject, judge: Any, asked: dict[str, Any]) -> dict[str, A
 
 def _write(found: dict[str, Any], output: Path | None, run: Path | None) -> list[Path]:
     """The picture and the numbers, each wholly or not at all; the files that were written."""
-    from ekgfx.files import replacing, write_json
+    from ekgfx.base.files import replacing, write_json
     from ekgfx.landscape import Surface, plot
 
     picture = output or (run or Path()) / "landscape.png"

@@ -7,9 +7,9 @@ from typing import Any, Literal, cast
 import click
 import yaml
 
-from ekgfx import recipe
+from ekgfx.base.units import fraction_of
 from ekgfx.errors import RecipeError
-from ekgfx.units import fraction_of
+from ekgfx.settings import recipe
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -53,8 +53,8 @@ def images(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def preprocessing_of(flags: dict[str, Any]) -> dict[str, Any]:
-    """Takes the flags of `images` out of `flags`: what `ekgfx.source.parse` gets for them."""
-    from ekgfx.preprocessing import Preprocessing
+    """Takes the flags of `images` out of `flags`: what `ekgfx.models.source.parse` gets for them."""
+    from ekgfx.settings.preprocessing import Preprocessing
 
     names = [name for name in flags if name.startswith("preprocessing__")]
     asked = {name.partition("__")[2]: value for name in names if (value := flags.pop(name)) is not None}

@@ -10,9 +10,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from ekgfx.bank import Progress as BankProgress
 from ekgfx.cli.render import duration, notes, percent
-from ekgfx.finetune import Epoch
 from ekgfx.repair.walk import LayerRepair
 from ekgfx.search import Step
+from ekgfx.training.finetune import Epoch
 
 
 class Terminal:

@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from ekgfx import named
-from ekgfx import recipe as recipes
+from ekgfx.base import named
 from ekgfx.cli.options import given, images, setting, tensorboard
 from ekgfx.errors import RecipeError
-from ekgfx.preprocessing import Preprocessing
-from ekgfx.recipe import Recipe
-from ekgfx.run import Run, fresh_path, read_manifest
+from ekgfx.runs.directory import Run, fresh_path, read_manifest
+from ekgfx.settings import recipe as recipes
+from ekgfx.settings.preprocessing import Preprocessing
+from ekgfx.settings.recipe import Recipe
 
 log = logging.getLogger("ekgfx")
 
@@ -142,9 +142,9 @@ def prune(
     else:
         read_manifest(resume)
     from ekgfx.cli.work import work
-    from ekgfx.distributed import copied, joined
-    from ekgfx.job import Silent
-    from ekgfx.pipeline import follow_job, prune_job
+    from ekgfx.distributed.team import copied, joined
+    from ekgfx.pipeline.job import Silent
+    from ekgfx.pipeline.stages import follow_job, prune_job
 
     with joined() as mates:
         if not mates.first:
@@ -159,7 +159,8 @@ def prune(
 
 def _run(asked: Recipe | None, output: Path | None, resume: Path | None) -> Run:
     """The run to work on: a new one, or the one to go on with."""
-    from ekgfx import source, timing, trust
+    from ekgfx.models import source, trust
+    from ekgfx.pipeline import timing
 
     if resume is not None:
         return Run.reopen(resume)
@@ -205,15 +206,17 @@ def _settings(name: str | None, changes: dict[str, Any]) -> Recipe:
 
 def _preview(asked: Recipe) -> None:
     """What --dry-run says: every group with the fewest channels it may come down to, and how far the budget is."""
-    from ekgfx import timing
+    from ekgfx.pipeline import timing
 
     timing.check_settings(asked.search)
-    from ekgfx import job, source
     from ekgfx.cli.render import change, human, out, table
-    from ekgfx.planning import budget_of, smallest
-    from ekgfx.trace import silently_traced
+    from ekgfx.models import source
+    from ekgfx.pipeline import job
+    from ekgfx.pipeline.planning import budget_of, smallest
+    from ekgfx.runs import checkpoint
+    from ekgfx.tracing.trace import silently_traced
 
-    built = source.of_recipe(replace(asked, weights="none")).build()
+    built = checkpoint.build(source.of_recipe(replace(asked, weights="none")))
     leaf, outputs = (*built.leaf, *asked.leaf), (*built.outputs, *asked.outputs) or None
     traced = silently_traced(built.model, built.example_inputs, leaf=leaf, unused=asked.unused, outputs=outputs)
     for note in traced.notes:

@@ -3,7 +3,7 @@
 import click
 import yaml
 
-from ekgfx import recipe
+from ekgfx.settings import recipe
 
 
 @click.command()

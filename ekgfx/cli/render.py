@@ -6,7 +6,7 @@ from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
 
-from ekgfx.units import change, duration, human, percent
+from ekgfx.base.units import change, duration, human, percent
 
 __all__ = ["change", "duration", "human", "notes", "out", "percent", "table"]
 

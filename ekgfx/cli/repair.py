@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ekgfx.cli.options import given, setting, tensorboard
-from ekgfx.run import Run
+from ekgfx.runs.directory import Run
 
 
 @click.command()
@@ -21,7 +21,7 @@ def repair(run: Path, tensorboard: bool, **flags: Any) -> None:
     `ekgfx prune` does so by itself; this is for runs that were made with --no-repair, or without images.
     """
     from ekgfx.cli.work import work
-    from ekgfx.pipeline import repair_job
+    from ekgfx.pipeline.stages import repair_job
 
     with Run.reopen(run) as opened:
         work(opened, lambda report: repair_job(opened, report, given(flags)), tensorboard=tensorboard)

@@ -15,7 +15,7 @@ def report(run: Path | None, output: Path | None) -> None:
 
     The page needs no network and runs no scripts. A run that is still going can be looked at too.
     """
-    from ekgfx.run import newest, read_manifest
+    from ekgfx.runs.directory import newest, read_manifest
 
     run = newest() if run is None else run
     read_manifest(run)

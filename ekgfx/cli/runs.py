@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
+from ekgfx.base.units import human, percent
 from ekgfx.errors import EkgfxError, RunError
-from ekgfx.recipe import BUDGETS
-from ekgfx.run import MANIFEST, STAGES, read_manifest
-from ekgfx.units import human, percent
+from ekgfx.runs.directory import MANIFEST, STAGES, read_manifest
+from ekgfx.settings.recipe import BUDGETS
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -136,7 +136,7 @@ def _draw(facts: Mapping[str, Mapping[str, Any]], picture: Path) -> None:
     """Quality over the share of the MACs that is kept: one line a run, from the unpruned network to the last one."""
     from matplotlib.figure import Figure
 
-    from ekgfx.files import replacing
+    from ekgfx.base.files import replacing
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()

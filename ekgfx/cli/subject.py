@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ekgfx import named
+from ekgfx.base import named
 from ekgfx.cli.options import images, preprocessing_of
 
 if TYPE_CHECKING:
     from ekgfx.data import Data
-    from ekgfx.source import Built
+    from ekgfx.models.source import Built
 
 log = logging.getLogger("ekgfx")
 _PARAMETERS = (
@@ -69,14 +69,16 @@ def look(
     named.check_data(data)
     from dataclasses import replace
 
-    from ekgfx import job, source
     from ekgfx.errors import DataError
-    from ekgfx.outputs import finder, logits_of
-    from ekgfx.run import read_manifest
+    from ekgfx.models import source
+    from ekgfx.pipeline import job
+    from ekgfx.runs import checkpoint
+    from ekgfx.runs.directory import read_manifest
+    from ekgfx.training.outputs import finder, logits_of
 
     asked = source.parse(model, weights, input, classes, ema, **preprocessing_of(flags))
     place = job.pick_device(device)
-    built = asked.build()
+    built = checkpoint.build(asked)
     run = Path(model) if asked.is_run else None
     settings = {} if run is None else read_manifest(run).get("settings", {})
     spec = data or settings.get("data")

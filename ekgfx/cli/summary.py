@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ekgfx.base.files import read_json
 from ekgfx.cli.render import change, human, out, percent, table
-from ekgfx.files import read_json
-from ekgfx.run import STAGES, read_manifest
+from ekgfx.runs.directory import STAGES, read_manifest
 
 
 def show(path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from ekgfx.cli.progress import Terminal
 from ekgfx.errors import RecipeError
-from ekgfx.finetune import Epoch
 from ekgfx.search import Step
+from ekgfx.training.finetune import Epoch
 
 FOLDER = "tensorboard"
 

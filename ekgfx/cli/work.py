@@ -7,7 +7,7 @@ from ekgfx.cli.progress import Terminal
 from ekgfx.cli.render import notes
 from ekgfx.cli.summary import show
 from ekgfx.errors import EkgfxError, TeamError
-from ekgfx.run import Run
+from ekgfx.runs.directory import Run
 
 
 def work(run: Run, job: Callable[[Terminal], Any], *, tensorboard: bool = False) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ekgfx.distributed import Team
+from ekgfx.distributed.team import Team
 from ekgfx.errors import DataError
 
 SPLITS = ("train", "test")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ekgfx import named
+from ekgfx.base import named
 from ekgfx.data.arrays import Arrays, ArraySplit, in_grey, read_cifar_binary, read_digits, read_npz, read_photos
 from ekgfx.data.augment import Augmentation
 from ekgfx.data.base import Data, Split, check_labels, holdout

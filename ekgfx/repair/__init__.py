@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 
 from ekgfx.axes import Axis
 from ekgfx.errors import PruneError
-from ekgfx.evaluation import device_of
-from ekgfx.leaf import evaluation_mode
-from ekgfx.plan import Plan
+from ekgfx.execution.subnetwork import BATCH_NORM, SubNetwork, slice_weights
+from ekgfx.graph.opaque import evaluation_mode
+from ekgfx.graph.plan import Plan
 from ekgfx.repair.batch_norm import settle, state, write
 from ekgfx.repair.images import Images, gather
 from ekgfx.repair.judge import Judge, Judgement
@@ -25,8 +25,8 @@ from ekgfx.repair.operators import Skipped, find_operators
 from ekgfx.repair.progress import Progress
 from ekgfx.repair.refitting import repair_operators
 from ekgfx.repair.walk import LayerRepair, Walk
-from ekgfx.sliced import BATCH_NORM, SubNetwork, slice_weights
-from ekgfx.trace import TracedModel
+from ekgfx.tracing.trace import TracedModel
+from ekgfx.training.evaluation import device_of
 
 __all__ = ["repair", "Repair", "LayerRepair", "Skipped", "Judgement"]
 

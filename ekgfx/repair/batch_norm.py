@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekgfx.calibrate import calibrate
 from ekgfx.errors import DataError
 from ekgfx.repair.images import Images
 from ekgfx.repair.judge import Judgement
+from ekgfx.surgery.calibrate import calibrate
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Of re-estimated statistics, that are tried."""

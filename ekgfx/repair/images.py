@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ekgfx.evaluation import to_device
+from ekgfx.training.evaluation import to_device
 
 EVERY = 5
 """Every fifth image is held out."""

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ekgfx import leaf
 from ekgfx.axes import axes
-from ekgfx.graph import AxisGraph, Operation, listed
+from ekgfx.execution.subnetwork import BATCH_NORM, SubNetwork, resize
+from ekgfx.graph import opaque as leaf
+from ekgfx.graph.axis_graph import AxisGraph, Operation, listed
 from ekgfx.repair.forms import FORMS, Form
 from ekgfx.repair.rearranged import Rearranged, rearranged, weight_nodes
-from ekgfx.sliced import BATCH_NORM, SubNetwork, resize
 
 RECURRENT = ("aten.lstm", "aten.gru", "aten.rnn")
 

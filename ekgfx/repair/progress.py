@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ekgfx.base.files import replacing
+from ekgfx.base.schema import read
 from ekgfx.errors import RunError
-from ekgfx.files import replacing
 from ekgfx.repair.walk import LayerRepair
-from ekgfx.typed import read
 
 SECONDS = 20.0
 """Between two checkpoints."""

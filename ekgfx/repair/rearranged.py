@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from ekgfx.axes import axes
-from ekgfx.graph import AxisGraph, listed
-from ekgfx.sliced import GraphRunner
+from ekgfx.execution.subnetwork import GraphRunner
+from ekgfx.graph.axis_graph import AxisGraph, listed
 
 MOVES = frozenset(
     f"aten.{name}"

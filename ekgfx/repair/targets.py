@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ekgfx.graph import AxisGraph
+from ekgfx.execution.subnetwork import BATCH_NORM, SubNetwork
+from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.repair.rearranged import MOVES
-from ekgfx.sliced import BATCH_NORM, SubNetwork
 
 SCALES = frozenset(f"aten.{name}.Tensor" for name in ("mul", "div", "add", "sub"))
 """Affine where the other operand is made of weights."""

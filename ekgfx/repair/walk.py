@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, fx
 
 from ekgfx.axes import Axis
-from ekgfx.graph import AxisGraph
+from ekgfx.execution.subnetwork import SubNetwork, slice_tensor
+from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.repair.forms import of_positions
 from ekgfx.repair.moments import Moments
 from ekgfx.repair.operators import LinearOperator
 from ekgfx.repair.rearranged import weight_nodes
 from ekgfx.repair.targets import Stream, find_stream, lacking
-from ekgfx.sliced import SubNetwork, slice_tensor
 
 CHUNK = 16_000_000
 """Elements of a matrix of inputs that is in memory at a time."""

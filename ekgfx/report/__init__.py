@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ekgfx.files import replacing
+from ekgfx.base.files import replacing
 from ekgfx.report.facts import Facts
 from ekgfx.report.page import page
 

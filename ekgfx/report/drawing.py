@@ -12,9 +12,9 @@ from xml.etree.ElementTree import tostring
 from torch import fx
 
 from ekgfx.axes import Axis, axes
-from ekgfx.files import replacing
+from ekgfx.base.files import replacing
 from ekgfx.report.markup import element, plain
-from ekgfx.trace import TracedModel
+from ekgfx.tracing.trace import TracedModel
 
 BOX, HIGH, GAP, PITCH = 206, 30, 22, 58
 """Width and height of a box, the gap between two beside each other, the distance of two layers; pixels."""

@@ -10,19 +10,21 @@ from typing import Any
 
 import torch
 
-from ekgfx import checkpoint, delivery, pipeline, planning
 from ekgfx.bank import Bank
 from ekgfx.bank.store import read_manifest as read_bank_manifest
+from ekgfx.base.files import read_json, read_lines
+from ekgfx.base.schema import read
 from ekgfx.errors import RunError
 from ekgfx.export import Breakdown, LatencyTable
-from ekgfx.files import read_json, read_lines
-from ekgfx.finetune import Epoch
-from ekgfx.job import Score
-from ekgfx.recipe import Recipe, parse
+from ekgfx.pipeline import delivery, planning
+from ekgfx.pipeline import stages as pipeline
+from ekgfx.pipeline.job import Score
 from ekgfx.repair import Repair
-from ekgfx.run import STAGES, read_manifest, verify
+from ekgfx.runs import checkpoint
+from ekgfx.runs.directory import STAGES, read_manifest, verify
 from ekgfx.search import SearchResult, Step
-from ekgfx.typed import read
+from ekgfx.settings.recipe import Recipe, parse
+from ekgfx.training.finetune import Epoch
 
 SAMPLES = 20_000
 """Most samples that the teachers' agreement is counted on."""

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from xml.etree.ElementTree import Element
 
-from ekgfx.recipe import BUDGETS
+from ekgfx.base.units import duration, percent
 from ekgfx.report import charts
 from ekgfx.report.charts import Line
 from ekgfx.report.facts import Facts
 from ekgfx.report.markup import element
 from ekgfx.report.parts import figure, section, table
-from ekgfx.run import STAGES
-from ekgfx.units import duration, percent
+from ekgfx.runs.directory import STAGES
+from ekgfx.settings.recipe import BUDGETS
 
 
 def search(facts: Facts) -> Element | None:

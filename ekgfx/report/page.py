@@ -8,14 +8,14 @@ from xml.etree.ElementTree import Element
 
 import yaml
 
-from ekgfx.job import Score
+from ekgfx.base.units import change, human, percent
+from ekgfx.pipeline.job import Score
 from ekgfx.report.facts import Facts
 from ekgfx.report.journey import knowledge, repair, search, training
 from ekgfx.report.markup import document, element
 from ekgfx.report.parts import section, share, table
 from ekgfx.report.savings import latency, layers, times, widths
-from ekgfx.run import STAGES
-from ekgfx.units import change, human, percent
+from ekgfx.runs.directory import STAGES
 
 
 def page(facts: Facts) -> str:

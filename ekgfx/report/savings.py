@@ -2,12 +2,12 @@
 
 from xml.etree.ElementTree import Element
 
+from ekgfx.base.units import human
 from ekgfx.export.tables import speedup_text
 from ekgfx.report import charts
 from ekgfx.report.facts import Facts
 from ekgfx.report.markup import element
 from ekgfx.report.parts import figure, section, share, table
-from ekgfx.units import human
 
 FEW = 16
 """Groups of which the table stands open."""

@@ -9,11 +9,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ekgfx.arguments import check_inputs
+from ekgfx.base.units import budget_of, bytes_of, fraction_of, human
 from ekgfx.errors import BudgetError, DataError, RecipeError
-from ekgfx.loss import cross_entropy
-from ekgfx.outputs import Logits, finder, logits_of
-from ekgfx.plan import Plan
+from ekgfx.execution.subnetwork import BATCH_NORM
+from ekgfx.graph.arguments import check_inputs
+from ekgfx.graph.plan import Plan
 from ekgfx.search import ekg, global_, importance_peers, uniform
 from ekgfx.search.company import check_mixed
 from ekgfx.search.details import AUTHORS, PAPER, Details, authors_cost
@@ -31,9 +31,9 @@ from ekgfx.search.reward import (
     label_free,
     validation_batches,
 )
-from ekgfx.sliced import BATCH_NORM
-from ekgfx.trace import TracedModel, check_traced
-from ekgfx.units import budget_of, bytes_of, fraction_of, human
+from ekgfx.tracing.trace import TracedModel, check_traced
+from ekgfx.training.loss import cross_entropy
+from ekgfx.training.outputs import Logits, finder, logits_of
 
 __all__ = [
     "AUTHORS",
@@ -121,7 +121,8 @@ def search(
             themselves, or classes of modules.
         loss: label loss, `loss(output, target)` → mean over the batch; cross-entropy is that of the logits.
         logits: where the logits B × K × …, which the knowledge is compared with, are in a model's output: a function of
-            it, or a key, a field or an index. By default they are found, where it is clear (`ekgfx.outputs.logits_of`).
+            it, or a key, a field or an index. By default they are found, where it is clear
+            (`ekgfx.training.outputs.logits_of`).
         rescale: whether cut kernels of convolutions and linear layers keep their norm (recorded in the plan). None: as
             the authors do where the model has BatchNorm, which cancels the factor almost everywhere; without it the
             factor would change what the network computes, and they are left alone.

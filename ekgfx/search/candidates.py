@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ekgfx.plan import Plan
+from ekgfx.graph.plan import Plan
 from ekgfx.search.otsu import trimmed_otsu
 
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ekgfx.loss import at_least_single
-from ekgfx.mixing import Mixture, warn
+from ekgfx.data.mixing import Mixture, warn
+from ekgfx.execution.subnetwork import BATCH_NORM, SubNetwork
 from ekgfx.search.problem import Problem
 from ekgfx.search.reward import Knowledge, ValidationBatch
-from ekgfx.sliced import BATCH_NORM, SubNetwork
+from ekgfx.training.loss import at_least_single
 
 
 def check_mixed(problem: Problem, batches: Sequence[ValidationBatch], unpruned: Knowledge) -> None:

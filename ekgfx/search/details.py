@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ekgfx.cost import evaluate
-from ekgfx.plan import Plan
+from ekgfx.graph.cost import evaluate
+from ekgfx.graph.plan import Plan
 from ekgfx.search.candidates import Proposal
 from ekgfx.search.widths import WidthRule, last_width
-from ekgfx.trace import TracedModel
+from ekgfx.tracing.trace import TracedModel
 
 
 @dataclass(frozen=True)

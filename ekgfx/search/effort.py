@@ -5,10 +5,10 @@ import math
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ekgfx.graph import AxisGraph
-from ekgfx.plan import Plan
+from ekgfx.graph.axis_graph import AxisGraph
+from ekgfx.graph.plan import Plan
 from ekgfx.search.problem import width_rules
-from ekgfx.trace import TracedModel
+from ekgfx.tracing.trace import TracedModel
 
 PASSES = 5
 """Forward passes of a step besides its candidates: importance (with backward), shared prefix, accepted network."""

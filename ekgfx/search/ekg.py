@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ekgfx.errors import BudgetError, PlanError
-from ekgfx.plan import Plan
+from ekgfx.graph.plan import Plan
 from ekgfx.search.candidates import Proposal, important_first, worth_evaluating
 from ekgfx.search.details import Details
 from ekgfx.search.forks import Forks, Keeper

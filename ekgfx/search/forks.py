@@ -13,10 +13,10 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ekgfx.axes import Axis, Expr, axes
-from ekgfx.batches import Inputs
-from ekgfx.cost import evaluate, mac_table
-from ekgfx.graph import AxisGraph
-from ekgfx.sliced import SubNetwork, slice_weights
+from ekgfx.data.batches import Inputs
+from ekgfx.execution.subnetwork import SubNetwork, slice_weights
+from ekgfx.graph.axis_graph import AxisGraph
+from ekgfx.graph.cost import evaluate, mac_table
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ekgfx.plan import Plan
+from ekgfx.graph.plan import Plan
 from ekgfx.search.candidates import important_first
 from ekgfx.search.importance import Criterion, Scores
 from ekgfx.search.problem import Problem

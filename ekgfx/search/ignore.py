@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ekgfx.errors import PlanError
-from ekgfx.groups import ChannelGroup, Groups
-from ekgfx.trace import TracedModel
+from ekgfx.graph.groups import ChannelGroup, Groups
+from ekgfx.tracing.trace import TracedModel
 
 
 def names_of(group: ChannelGroup) -> set[str]:

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ekgfx.axes import Axis, membership, positions
 from ekgfx.data.base import generator
-from ekgfx.distributed import team
-from ekgfx.groups import ChannelGroup
-from ekgfx.plan import Plan
+from ekgfx.distributed.team import team
+from ekgfx.execution.subnetwork import SubNetwork
+from ekgfx.graph.groups import ChannelGroup
+from ekgfx.graph.plan import Plan
 from ekgfx.search.forks import Keeper
 from ekgfx.search.problem import Problem
 from ekgfx.search.reward import Knowledge
-from ekgfx.sliced import SubNetwork
 
 Scores = dict[str, Tensor]
 """Importance per group: float64, one value for every channel of the uncut group, 0 where it is already removed."""

@@ -17,9 +17,9 @@ from torch_pruning.dependency import Dependency, Group, Node  # type: ignore[imp
 from torch_pruning.pruner import function, importance  # type: ignore[import-untyped]
 
 from ekgfx.errors import PlanError
-from ekgfx.graph import AxisGraph
-from ekgfx.groups import ChannelGroup
-from ekgfx.plan import Plan
+from ekgfx.graph.axis_graph import AxisGraph
+from ekgfx.graph.groups import ChannelGroup
+from ekgfx.graph.plan import Plan
 from ekgfx.search.importance import Criterion, Scores, channel_index, differentiable
 from ekgfx.search.problem import Problem
 from ekgfx.search.reward import Knowledge

@@ -1,11 +1,11 @@
 """The price of a plan in milliseconds: a table of layer timings, measured once, and interpolated over the staircase.
 
-A table holds, for some plans of one model, what each segment (`ekgfx.segments`) and the whole network took on one
-target. Between the measured widths a segment's time is interpolated by what such work consists of: a constant (launch),
-elements read and written (memory), and multiply-accumulates. Hardware computes whole tiles of channels, so all of these
-count channels rounded up to the tile: that is the staircase. Widths that are not even multiples of the hardware's grain
-get other, slower kernels or a change of layout on the way, and with them coefficients of their own on top. Segments
-that do the same work at the same widths (`Segment.signature`) share their measurements.
+A table holds, for some plans of one model, what each segment (`ekgfx.latency.segments`) and the whole network took on
+one target. Between the measured widths a segment's time is interpolated by what such work consists of: a constant
+(launch), elements read and written (memory), and multiply-accumulates. Hardware computes whole tiles of channels, so
+all of these count channels rounded up to the tile: that is the staircase. Widths that are not even multiples of the
+hardware's grain get other, slower kernels or a change of layout on the way, and with them coefficients of their own on
+top. Segments that do the same work at the same widths (`Segment.signature`) share their measurements.
 """
 
 import json
@@ -21,12 +21,12 @@ from scipy.optimize import nnls
 
 from ekgfx.axes import Axis
 from ekgfx.errors import RecipeError
-from ekgfx.plan import Plan
+from ekgfx.graph.plan import Plan
+from ekgfx.latency.segments import Segment, find_segments
+from ekgfx.latency.target import parse
 from ekgfx.search.problem import channels_per_position
 from ekgfx.search.widths import WidthRule
-from ekgfx.segments import Segment, find_segments
-from ekgfx.target import parse
-from ekgfx.trace import TracedModel
+from ekgfx.tracing.trace import TracedModel
 
 VERSION = 2
 NARROWEST = 0.2
@@ -45,7 +45,8 @@ class Sample:
 @dataclass(frozen=True)
 class LayerTable:
     """What was measured. structure: digest of the model's groups; inputs: shapes of its inputs without the batch;
-    target: where, as it is typed; tile, grain: its staircase (`ekgfx.target.Staircase`); environment: device, versions.
+    target: where, as it is typed; tile, grain: its staircase (`ekgfx.latency.target.Staircase`); environment: device,
+    versions.
     """
 
     structure: str

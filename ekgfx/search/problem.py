@@ -9,13 +9,13 @@ import torch
 
 from ekgfx.axes import membership
 from ekgfx.errors import BudgetError
-from ekgfx.groups import ChannelGroup
-from ekgfx.plan import Plan
+from ekgfx.execution.subnetwork import SubNetwork
+from ekgfx.graph.groups import ChannelGroup
+from ekgfx.graph.plan import Plan
 from ekgfx.search.result import Measure
 from ekgfx.search.reward import Evaluation, Objective, ValidationBatch
 from ekgfx.search.widths import WidthRule
-from ekgfx.sliced import SubNetwork
-from ekgfx.trace import TracedModel
+from ekgfx.tracing.trace import TracedModel
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ekgfx.distributed import team
-from ekgfx.plan import Plan
+from ekgfx.distributed.team import team
+from ekgfx.execution.subnetwork import SubNetwork
+from ekgfx.graph.plan import Plan
 from ekgfx.search.forks import Branch, Forks, Walk
 from ekgfx.search.problem import Problem
 from ekgfx.search.ranking import Ranking
 from ekgfx.search.reward import Evaluation, Knowledge, Terms, judge, least_terms, total
-from ekgfx.sliced import SubNetwork
 
 Unit = tuple[int, int]
 """One candidate on one batch, by their numbers."""

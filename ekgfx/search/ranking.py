@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ekgfx.plan import Plan
+from ekgfx.graph.plan import Plan
 from ekgfx.search.problem import Problem
 from ekgfx.search.reward import Knowledge, evaluate
 

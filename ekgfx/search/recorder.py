@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from ekgfx.plan import Plan
+from ekgfx.graph.plan import Plan
 from ekgfx.search.problem import Problem
 from ekgfx.search.result import Candidate, Step
 from ekgfx.search.reward import Evaluation

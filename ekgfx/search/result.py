@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
+from ekgfx.base.schema import read, show
 from ekgfx.errors import PlanError
-from ekgfx.plan import Plan
-from ekgfx.typed import read, show
+from ekgfx.graph.plan import Plan
 
 MOST_CHANNELS = 2**20
 """More than any layer has: a group that claims more is damage."""

@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ekgfx.batches import Inputs, device_of, each_batch, to_device, unpacked
+from ekgfx.data.batches import Inputs, device_of, each_batch, to_device, unpacked
 from ekgfx.errors import DataError, TrainingError
-from ekgfx.loss import at_least_single, check_classes, cross_entropy, is_classes, label_loss
-from ekgfx.outputs import logits_of
+from ekgfx.training.loss import at_least_single, check_classes, cross_entropy, is_classes, label_loss
+from ekgfx.training.outputs import logits_of
 
 KnowledgeMode = Literal["ensemble", "single", "none"]
 """What the reward compares with: the running ensemble of the sub-networks found, the unpruned network, or nothing."""
@@ -181,7 +181,8 @@ def ensemble_knowledge(knowledge: Knowledge, members: int, logits: Sequence[Tens
 
 
 def validation_batches(batches: Iterable[Any], model: nn.Module | None = None) -> tuple[ValidationBatch, ...]:
-    """Batches as the search wants them, from any that `ekgfx.batches` knows; as a model takes them, where one is given.
+    """Batches as the search wants them, from any that `ekgfx.data.batches` knows; as a model takes them, where one is
+    given.
 
     Raises DataError for what is no batch, and when some have targets and some do not.
     """

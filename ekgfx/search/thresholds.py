@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ekgfx.plan import Plan
+from ekgfx.graph.plan import Plan
 from ekgfx.search.problem import Problem
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.reward import evaluate

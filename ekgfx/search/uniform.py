@@ -1,6 +1,6 @@
 """One width ratio for all groups: the largest that the budget allows."""
 
-from ekgfx.plan import Plan
+from ekgfx.graph.plan import Plan
 from ekgfx.search.candidates import important_first
 from ekgfx.search.importance import Criterion, Scores
 from ekgfx.search.problem import Problem

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ekgfx.batches import Inputs
+from ekgfx.bank.norms import Settled, statistics
 from ekgfx.data.base import Batch, Split, Views
-from ekgfx.mixing import mixed
-from ekgfx.norms import Settled, statistics
+from ekgfx.data.batches import Inputs
+from ekgfx.data.mixing import mixed
 from ekgfx.search import SearchResult
-from ekgfx.trace import TracedModel
+from ekgfx.tracing.trace import TracedModel
 
 
 def training_batches(size: int = 16, samples: int = 50) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -11,11 +11,11 @@ import torch
 from ekgfx.bank import Bank, Progress, build_bank
 from ekgfx.bank import build as building
 from ekgfx.bank.rows import RowFormat
+from ekgfx.base.files import write_json
 from ekgfx.data.base import Loader, Views
 from ekgfx.errors import RunError
-from ekgfx.files import write_json
 from ekgfx.search import SearchResult
-from ekgfx.trace import TracedModel
+from ekgfx.tracing.trace import TracedModel
 from tests.bank.asked import Known, training_batches
 
 

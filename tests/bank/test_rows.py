@@ -9,9 +9,9 @@ import torch
 from ekgfx.bank import Bank, build_bank
 from ekgfx.bank.rows import RowFormat, infidelity
 from ekgfx.bank.store import map_rows
-from ekgfx.loss import softened_kl
 from ekgfx.search import SearchResult
-from ekgfx.trace import TracedModel
+from ekgfx.tracing.trace import TracedModel
+from ekgfx.training.loss import softened_kl
 from tests.bank.asked import answers, training_batches
 
 

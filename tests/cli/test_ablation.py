@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ekgfx.files import read_lines
-from ekgfx.run import read_manifest
+from ekgfx.base.files import read_lines
+from ekgfx.runs.directory import read_manifest
 
 
 @pytest.fixture(scope="module")

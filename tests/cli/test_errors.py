@@ -156,7 +156,7 @@ def test_unreachable_hub_is_one_line(ekgfx, tmp_path):
 
 
 def test_two_processes_cannot_share_a_run(refused, tmp_path):
-    from ekgfx.run import Run
+    from ekgfx.runs.directory import Run
 
     with Run.create(tmp_path / "run"):
         assert "another process is using the run" in refused("prune", "--resume", "run")

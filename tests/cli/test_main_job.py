@@ -15,8 +15,8 @@ import torch
 
 import ekgfx as library
 from ekgfx import data as datasets
-from ekgfx.files import read_lines
-from ekgfx.run import read_manifest
+from ekgfx.base.files import read_lines
+from ekgfx.runs.directory import read_manifest
 from tests.cli.conftest import TINY, command, environment
 
 

@@ -7,9 +7,9 @@ import sys
 import pytest
 import yaml
 
-from ekgfx import recipe
 from ekgfx.cli import render
 from ekgfx.rules.registry import _RULES
+from ekgfx.settings import recipe
 from tests.cli.conftest import environment
 
 
@@ -143,17 +143,18 @@ def test_change_says_kept_and_removed():
     ],
 )
 def test_data_means_the_same_when_a_run_goes_on_elsewhere(spec, meant, tmp_path, monkeypatch):
-    from ekgfx.named import absolute
+    from ekgfx.base.named import absolute
 
     monkeypatch.chdir(tmp_path)
     assert absolute(spec) == (meant and meant.replace("HERE", str(tmp_path)))
 
 
 def test_every_training_setting_is_a_recipe_key():
-    """The recipe's training sections repeat `ekgfx.training.Training`, which the command line must not import."""
+    """The recipe's training sections repeat `ekgfx.training.optimization.Training`, which the command line must not
+    import."""
     from dataclasses import fields
 
-    from ekgfx.training import Training
+    from ekgfx.training.optimization import Training
 
     ours = {f.name: f.type for f in fields(recipe.Training)}
     theirs = {f.name: f.type for f in fields(Training) if f.name != "seed"}  # the recipe has one seed for everything

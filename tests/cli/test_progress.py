@@ -42,7 +42,7 @@ def test_an_interrupt_is_never_lost(work: Callable[[], None]) -> None:
 def test_tensorboard_gets_what_the_terminal_shows(ekgfx, tiny, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from ekgfx.files import read_lines
+    from ekgfx.base.files import read_lines
 
     done = ekgfx("prune", "--recipe", tiny, "--tensorboard", "--epochs", 2, "-o", "run")
     assert done.code == 0, done.err

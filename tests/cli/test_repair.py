@@ -2,7 +2,7 @@
 
 import json
 
-from ekgfx.run import read_manifest
+from ekgfx.runs.directory import read_manifest
 
 RECIPE = """
 model: ekgfx.models:digits_cnn

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from ekgfx import recipe
 from ekgfx.cli import cli
-from ekgfx.job import Silent
 from ekgfx.models import digits_cnn
-from ekgfx.pipeline import prune_job
-from ekgfx.run import Run, read_manifest
+from ekgfx.pipeline.job import Silent
+from ekgfx.pipeline.stages import prune_job
+from ekgfx.runs.directory import Run, read_manifest
+from ekgfx.settings import recipe
 from tests.cli.conftest import environment
 
 SETTINGS = {

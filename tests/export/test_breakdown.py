@@ -8,10 +8,10 @@ from ekgfx.export import Breakdown, LayerTime, Timing, break_down, breakdown, to
 from torch import Tensor, nn
 
 import ekgfx
-from ekgfx.plan import Plan
+from ekgfx.graph.plan import Plan
+from ekgfx.latency.segments import find_segments
+from ekgfx.latency.target import Target
 from ekgfx.search.latency import whole_tiles
-from ekgfx.segments import find_segments
-from ekgfx.target import Target
 
 HERE = Target("cpu", "fp32", 2, 1)
 

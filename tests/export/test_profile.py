@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 import ekgfx
 from ekgfx.errors import ExportError
+from ekgfx.latency.segments import find_segments
+from ekgfx.latency.target import Target
 from ekgfx.search.latency import Price, Sample
 from ekgfx.search.problem import width_rules
-from ekgfx.segments import find_segments
-from ekgfx.target import Target
 
 from .nets import Classifier, LearnedBias
 

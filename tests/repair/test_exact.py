@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ekgfx
-from ekgfx.verify import relative_error
+from ekgfx.surgery.check import relative_error
 
 SIDE = 8
 KEPT = (0, 2, 3, 5)

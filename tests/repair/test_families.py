@@ -9,7 +9,7 @@ import ekgfx
 from benchmarks.coverage import listed
 from ekgfx.repair import Repair
 from ekgfx.repair.judge import Judge
-from ekgfx.verify import perturb
+from ekgfx.surgery.check import perturb
 
 FEW = ["test_resnet", "test_vit", "test_convnext", "test_mambaout", "test_efficientnet"]
 """Small networks that timm carries for tests: residual sums, attention, depthwise convolutions, gates."""

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import ekgfx
 from ekgfx.models.digits import DigitsCNN
-from ekgfx.trace import TracedModel
+from ekgfx.tracing.trace import TracedModel
 
 
 class TinyViT(nn.Module):

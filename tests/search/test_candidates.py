@@ -45,7 +45,7 @@ def test_ties_keep_the_lower_channel() -> None:
 
 
 @pytest.fixture(scope="module")
-def groups() -> ekgfx.groups.Groups:  # type: ignore[name-defined]
+def groups() -> ekgfx.graph.groups.Groups:  # type: ignore[name-defined]
     return ekgfx.trace(Residual().double(), example(Residual)).groups
 
 

@@ -6,16 +6,16 @@ from typing import Any
 import pytest
 import torch
 
-from ekgfx.graph import Operation
-from ekgfx.plan import Plan
+from ekgfx.execution.subnetwork import SubNetwork
+from ekgfx.graph.axis_graph import Operation
+from ekgfx.graph.plan import Plan
 from ekgfx.search.forks import Forks, Keeper, Walk, storages_of
 from ekgfx.search.importance import taylor
 from ekgfx.search.problem import Problem
 from ekgfx.search.race import evaluate_candidates
 from ekgfx.search.ranking import Ranking, by_reward
 from ekgfx.search.reward import evaluate
-from ekgfx.sliced import SubNetwork
-from ekgfx.trace import TracedModel
+from ekgfx.tracing.trace import TracedModel
 from tests.search import nets
 from tests.search.test_importance import problem_of
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ekgfx
-from ekgfx.plan import Plan
+from ekgfx.graph.plan import Plan
 from ekgfx.search import IMPORTANCE, find_budget, importance
 from ekgfx.search.importance import differentiable, products_along, taylor
 from ekgfx.search.importance_peers import hessian
 from ekgfx.search.problem import Problem, width_rules
 from ekgfx.search.reward import Objective, validation_batches
-from ekgfx.trace import TracedModel
+from ekgfx.tracing.trace import TracedModel
 from tests.models import PackedAttention, Residual, example
 from tests.search import nets
 

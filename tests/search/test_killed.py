@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from ekgfx.files import read_lines
-from ekgfx.run import Run
+from ekgfx.base.files import read_lines
+from ekgfx.runs.directory import Run
 from ekgfx.search import search
 from tests.processes import ready, start
 from tests.search import nets

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 import ekgfx
 from ekgfx.axes import Axis
 from ekgfx.errors import BudgetError, RecipeError
-from ekgfx.plan import Plan
+from ekgfx.graph.plan import Plan
+from ekgfx.latency.segments import Segment, find_segments
 from ekgfx.search import find_budget, ranking, search
 from ekgfx.search.latency import LayerTable, Price, Sample, input_shapes, plans_to_measure
 from ekgfx.search.problem import Budget, channels_per_position, width_rules
-from ekgfx.segments import Segment, find_segments
-from ekgfx.trace import TracedModel
+from ekgfx.tracing.trace import TracedModel
 from tests.search import nets
 
 TARGET = "cpu:fp32:batch=4:threads=1"

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 import ekgfx
 from ekgfx.errors import BudgetError, DataError, PlanError, RecipeError, TrainingError
-from ekgfx.plan import Plan
+from ekgfx.graph.plan import Plan
 from ekgfx.search import STRATEGIES, SearchResult, Step, search
 from ekgfx.search.effort import quick_accept, search_macs
 from ekgfx.search.problem import channels_per_position
-from ekgfx.trace import TracedModel
+from ekgfx.tracing.trace import TracedModel
 from tests import models
 from tests.search import nets
 from tests.search.test_importance import problem_of

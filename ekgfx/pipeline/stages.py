@@ -1,0 +1,308 @@
+"""The main job: from a model to a pruned, fine-tuned and exported one.
+
+Everything is in the run directory: the settings at the start, each stage's result when it is done. A stage whose
+result is there is not done again, so that a run that was interrupted anywhere goes on where it stopped, and ends with
+the same plan as one that was not.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from ekgfx import bank
+from ekgfx.distributed.team import team
+from ekgfx.errors import DataError, RecipeError, RunError
+from ekgfx.pipeline import delivery, timing
+from ekgfx.pipeline.job import DENSE, LABEL_FREE, Job, Report, open_data, pick_device
+from ekgfx.pipeline.planning import align_of, find_plan, smallest
+from ekgfx.repair import repair
+from ekgfx.rewriting.patched import replaced
+from ekgfx.runs import checkpoint
+from ekgfx.runs.directory import Run
+from ekgfx.search import SearchResult
+from ekgfx.settings.recipe import Recipe, Training, override
+from ekgfx.surgery.calibrate import calibrate
+from ekgfx.surgery.cut import needs_forward, prune
+from ekgfx.training import step_zero
+from ekgfx.training.finetune import Epoch, finetune
+from ekgfx.training.loss import KnowledgeSource
+
+EPOCHS = "finetune.jsonl"
+PRETRAINING, TUNING = "pretrain.safetensors", "finetune.safetensors"
+"""Checkpoints of trainings that are under way."""
+REPAIR, MENDING = "repair.json", "repair.safetensors"
+"""What a repair did, and the checkpoint of one that is under way."""
+BANK = "bank"
+RESIDENT_SAMPLES = 200_000
+"""Banks of fewer samples are held in the GPU's memory during fine-tuning."""
+NORM_SAMPLES = 1024
+"""Most images that BatchNorm's running statistics are estimated on after the cut; a quarter where there are no labels,
+since nothing can be measured there that more would improve."""
+
+
+def prune_job(run: Run, report: Report) -> None:
+    """The whole job of a run, from its settings to the end, or from where it was interrupted."""
+    job = Job.of(run, report)
+    run.update(status="running")
+    result = to_the_plan(job)
+    pruned = cut(job, result)
+    timing.keep_promise(job, result.plan, pruned)
+    if job.recipe.finetune.epochs:
+        train(job, pruned, result)
+    if job.recipe.export.onnx and not run.has(delivery.RESULT):
+        delivery.export_run(run, replace(job.built, model=pruned), job.recipe.export, report)
+    run.update(status="done", error=None)
+
+
+def follow_job(run: Run, report: Report) -> None:
+    """What other processes than the first do of a job, on a copy of its run: their parts of the search, of the memory
+    bank and of the fine-tuning."""
+    job = Job.of(run, report)
+    result = to_the_plan(job)
+    if job.recipe.finetune.epochs:
+        train(job, prune(job.built.model, result.plan, job.traced, graphs=settled(job)), result)
+
+
+def to_the_plan(job: Job) -> SearchResult:
+    """The stages up to the plan, or what they found before."""
+    if not job.run.has(checkpoint.PLAN):
+        keep_what_needs_a_forward(job)
+        timing.check_settings(job.recipe.search)
+        table = timing.layer_table(job)
+        smallest(job.traced, job.recipe.search, align_of(job, table), table)  # before anything takes its time
+    prepare(job)
+    return find_plan(job)
+
+
+def finetune_job(run: Run, report: Report, changes: Mapping[str, Any]) -> None:
+    """Fine-tunes the network of a finished run (further), with some settings changed; its weights are replaced.
+
+    A training that was interrupted goes on where the settings are the same, and starts anew where they are not.
+    """
+    job = Job.of(run, report)
+    if not run.has(checkpoint.WEIGHTS):
+        raise RunError(
+            f"the run at {run.path} has no pruned network yet; finish it with `ekgfx prune --resume {run.path}`"
+        )
+    asked = override(job.recipe, changes)
+    check_finetune(job, asked)
+    results = run.manifest.get("results", {})
+    if asked != job.recipe:
+        (run.path / TUNING).unlink(missing_ok=True)
+    stale = set(results) if asked.data != job.recipe.data else {"finetuned"}
+    kept = {name: score for name, score in results.items() if name not in stale}
+    run.update(settings=asked.to_json(), results=kept, status="running")
+    run.drop(*delivery.FILES)  # they are of the network before
+    prune_job(run, report)
+
+
+def check_finetune(job: Job, asked: Recipe) -> None:
+    """Refuses settings that a fine-tuning of the run could not go on with, while the run is as it was."""
+    wanted = asked.finetune
+    if wanted.epochs < 1:
+        raise RecipeError(f"no epochs to fine-tune for ({wanted.epochs}): give --epochs")
+    for key, value, least in (("batch_size", wanted.batch_size, 1), ("teachers", wanted.teachers, 0)):
+        if value < least:
+            raise RecipeError(f"finetune.{key} {value}: use at least {least}")
+    if not 0 < wanted.lr < math.inf:
+        raise RecipeError(f"finetune.lr {wanted.lr}: a learning rate is above 0")
+    pick_device(asked.device)
+    images = open_data(asked.data or LABEL_FREE, job.built, asked.seed)
+    for split in ("train", "test"):
+        images.size(split)
+    if images.classes is None and (wanted.knowledge == "none" or not wanted.teachers):
+        raise DataError(NO_TEACHERS)
+
+
+NO_TEACHERS = "fine-tuning without labels needs the memory bank: give data with labels, or teachers"
+
+
+def settled(job: Job) -> Literal["allow", "forbid"]:
+    """What surgery may do; the job itself tells what it did."""
+    return "forbid" if job.recipe.graphs == "forbid" else "allow"
+
+
+def keep_what_needs_a_forward(job: Job) -> None:
+    """Where no forward may be replaced, groups that need it keep all channels, which is known before the search."""
+    if job.recipe.graphs == "forbid":
+        found = needs_forward(job.traced)
+        if found:
+            job.report.note(f"keep all channels, since a cut needs another forward: {', '.join(found)}")
+            ignored = (*job.recipe.search.ignore, *(f"={name}" for name in found))
+            job.recipe = replace(job.recipe, search=replace(job.recipe.search, ignore=ignored))
+
+
+def prepare(job: Job) -> None:
+    """The weights that the search works on: trained where the recipe says so, then adapted (step 0 of the paper)."""
+    recipe, model = job.recipe, job.built.model
+    if job.run.has(DENSE):
+        job.keep_score("before", model, None)  # on other data than before, where fine-tuning changed them
+        return
+    if recipe.pretrain.epochs:
+        job.report.stage("train the model")
+        if job.data is None or not job.labelled:
+            raise DataError("training before the search needs data with labels; give --data, or leave pretrain out")
+        fit(job, model, recipe.pretrain, PRETRAINING)
+    job.keep_score("before", model, None)
+    asked = recipe.search
+    if job.data is not None and job.labelled and asked.strategy == "ekg" and asked.train_per_class:
+        job.report.stage("adapt the model to the search's images")
+        step_zero.prepare(
+            model,
+            job.data,
+            train_per_class=asked.train_per_class,
+            val_per_class=asked.val_per_class,
+            batch_size=job.batch_size,
+            logits=job.logits,
+            seed=recipe.seed,
+        )
+    with job.run.replacing(DENSE) as partial:
+        checkpoint.save_tensors(model, partial)
+    (job.run.path / PRETRAINING).unlink(missing_ok=True)
+
+
+def cut(job: Job, result: SearchResult) -> nn.Module:
+    """The pruned model: cut, verified, BatchNorm's statistics estimated anew, saved and scored; or as it was saved."""
+    model, traced = job.built.model, job.traced
+    if job.run.has(checkpoint.WEIGHTS):
+        pruned = prune(model, result.plan, traced, graphs=settled(job))
+        checkpoint.load_tensors(pruned, job.run.path / checkpoint.WEIGHTS)
+        return pruned
+    job.report.stage("prune and verify")
+    pruned = prune(model, result.plan, traced, graphs=settled(job))
+    replacements = [] if job.recipe.graphs == "allow" else replaced(pruned)
+    for replacement in replacements:
+        job.report.note(f"another forward for {replacement}")
+    if found := replaced(pruned):
+        job.run.update(replaced=[asdict(replacement) for replacement in found])
+    if job.data is not None:
+        size = job.batch_size
+        full = job.data.size("train") >= size  # a short last batch may be too small to have statistics
+        batches = job.data.loader("train", size, shuffle=True, seed=job.recipe.seed, drop_last=full)
+        samples = NORM_SAMPLES if job.labelled else NORM_SAMPLES // 4
+        calibrate(pruned, batches, limit=-(-samples // size))
+    job.keep_score("searched", pruned, result.plan)
+    mend(job, pruned, result)
+    checkpoint.write_weights(job.run, pruned, result.plan)
+    job.run.drop(MENDING)
+    return pruned
+
+
+def mend(job: Job, pruned: nn.Module, result: SearchResult) -> None:
+    """Refits the cut network on images, and scores it; what was done is in the run's repair.json."""
+    asked = job.recipe.repair
+    if not asked.enabled or job.data is None:
+        return
+    job.report.stage("repair")
+    if job.random:
+        job.report.note("left out: the weights are random, and there is nothing to give back")
+        return
+    images = (batch.images for batch in job.data.loader("train", job.batch_size, shuffle=True, seed=job.recipe.seed))
+    found = repair(
+        pruned,
+        job.traced,
+        result.plan,
+        images,
+        most=asked.images,
+        positions=asked.positions,
+        seed=job.recipe.seed,
+        checkpoint=job.run.path / MENDING,
+        on_layer=job.report.layer,
+    )
+    job.report.note(str(found))
+    job.run.write_json(REPAIR, found.to_json())
+    job.keep_score("repaired", pruned, result.plan)
+
+
+def repair_job(run: Run, report: Report, changes: Mapping[str, Any]) -> None:
+    """Repairs the network of a run that was cut without, from the cut on; its weights are replaced."""
+    job = Job.of(run, report)
+    if not run.has(checkpoint.WEIGHTS):
+        raise RunError(
+            f"the run at {run.path} has no pruned network yet; finish it with `ekgfx prune --resume {run.path}`"
+        )
+    results = run.manifest.get("results", {})
+    if "finetuned" in results:
+        raise RunError(
+            f"the network of {run.path} was fine-tuned, and a repair comes before that; prune anew without --no-repair"
+        )
+    if job.recipe.data is None and not job.needs_data and "data" not in changes:
+        raise DataError(f"the run at {run.path} has no images to repair on; give --data")
+    asked = override(job.recipe, {"repair.enabled": True, **changes})
+    fresh = set(results) - {"repaired"} if asked.data == job.recipe.data else set()
+    kept = {name: score for name, score in results.items() if name in fresh}
+    run.update(settings=asked.to_json(), results=kept, status="running")
+    run.drop(checkpoint.WEIGHTS, REPAIR, *delivery.FILES)
+    prune_job(run, report)
+
+
+def train(job: Job, pruned: nn.Module, result: SearchResult) -> None:
+    """Fine-tuning with the memory bank; the run's weights are replaced when it is done."""
+    if "finetuned" in job.run.manifest.get("results", {}):
+        return
+    asked = job.recipe.finetune
+    team().same(pruned)  # what the first one cut and estimated, or read
+    teachers = None
+    if asked.knowledge != "none" and asked.teachers:
+        teachers = fill_bank(job, result)
+    elif not job.labelled:
+        raise DataError(NO_TEACHERS)
+    job.report.stage("fine-tune")
+    epochs = fit(job, pruned, asked, TUNING, bank=teachers, temperature=asked.temperature, parallel=True)
+    if not team().first:
+        return
+    with job.run.replacing(EPOCHS) as partial:
+        partial.write_text("".join(json.dumps(asdict(epoch)) + "\n" for epoch in epochs), encoding="utf-8")
+    checkpoint.write_weights(job.run, pruned, result.plan)
+    job.keep_score("finetuned", pruned, result.plan)
+    (job.run.path / TUNING).unlink(missing_ok=True)
+
+
+def fill_bank(job: Job, result: SearchResult) -> KnowledgeSource:
+    """The run's memory bank for its training data, built where it is missing or was built for other data."""
+    assert job.data is not None  # fine-tuning needs data
+    asked, folder = job.recipe.finetune, job.run.path / BANK
+    wanted = {"data": job.data.spec, "knowledge": asked.knowledge, "teachers": asked.teachers, "top_k": asked.top_k}
+    wanted["statistics"] = bank.STATISTICS
+    if job.run.manifest.get("bank") != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        job.run.update(bank=wanted)
+    job.report.stage("build the memory bank")
+    samples = job.data.size("train")
+    built = bank.build_bank(
+        job.traced,
+        result,
+        job.data.loader("train", job.batch_size, workers=asked.workers),
+        folder,
+        asked.teachers,
+        knowledge="single" if asked.knowledge == "single" else "ensemble",
+        top_k=asked.top_k,
+        logits=job.logits,
+        on_progress=lambda progress: job.report.bank(progress, samples),
+        parallel=True,
+    )
+    return built.resident(job.device) if job.device.type != "cpu" and samples < RESIDENT_SAMPLES else built
+
+
+def fit(job: Job, model: nn.Module, asked: Training, file: str, **options: Any) -> tuple[Epoch, ...]:
+    """Training in place, with a checkpoint in the run's `file` to go on from."""
+    assert job.data is not None  # every caller has looked
+    batches = job.data.size("train") // asked.batch_size or 1
+    test = job.data.loader("test", job.batch_size, workers=asked.workers).mixed() if job.labelled else None
+    return finetune(
+        model,
+        job.data,
+        test=test,
+        logits=job.logits,
+        checkpoint=job.run.path / file,
+        on_epoch=lambda epoch: job.report.epoch(epoch, asked.epochs),
+        on_batch=lambda number: job.report.batch(number, batches),
+        seed=job.recipe.seed,
+        **{field.name: getattr(asked, field.name) for field in fields(Training)},
+        **options,
+    )

@@ -1,0 +1,311 @@
+"""What every module call of a model runs: its arguments, its own operators, the calls that it makes, what it returns.
+
+The graph of a trace knows operators, not calls. So the model is exported once more, on demand, with a mark where a
+forward begins and where it ends, and with every size of the inputs symbolic where the model's Python allows it: an
+integer that the user's Python derives from its inputs is an expression of them there, and one that it knows by itself
+is a constant. Weights are not needed for that: a hollow twin is exported, whose tensors have shapes and no values.
+"""
+
+import contextlib
+import functools
+import inspect
+import itertools
+import operator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from ekgfx.base.containers import Frame
+from ekgfx.errors import PruneError
+from ekgfx.graph.axis_graph import Example
+from ekgfx.graph.functional import inlined
+from ekgfx.graph.nodes import bind
+from ekgfx.graph.opaque import Leaves, as_operators
+from ekgfx.graph.returns import tensors_returned
+from ekgfx.graph.tables import is_table
+from ekgfx.graph.untouched import deep_copy
+
+
+@torch.library.custom_op("ekgfx::mark", mutates_args=())
+def mark(tensors: list[Tensor], sizes: list[int], module: str, begins: bool) -> list[Tensor]:
+    """The values with which a module's forward begins, or which it returns."""
+    raise NotImplementedError("marks are in exported graphs only")
+
+
+@mark.register_fake
+def _(tensors: list[Tensor], sizes: list[int], module: str, begins: bool) -> list[Tensor]:
+    return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors]
+
+
+MARK = torch.ops.ekgfx.mark.default
+fx.node.has_side_effect(MARK)  # a call is kept whose result nobody reads: it may change what it is given
+
+
+@dataclass(frozen=True)
+class Held:
+    """A value of a class that PyTorch does not know as a container, with the nodes of the tensors in it."""
+
+    frame: Frame
+    nodes: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Values:
+    """Nested containers as they were passed: tensors and integers as nodes (or constants), other values that hold
+    tensors as `Held`, anything else as it is."""
+
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+
+    @property
+    def flat(self) -> list[Any]:
+        """The leaves, with what is held by some of them in their place."""
+        return [each for leaf in self.leaves for each in (leaf.nodes if isinstance(leaf, Held) else (leaf,))]
+
+    @property
+    def paths(self) -> list[pytree.KeyPath]:
+        """Where in the containers each leaf is."""
+        return [path for path, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten(self.leaves, self.spec))[0]]
+
+
+@dataclass
+class Call:
+    """One call of the module at `path`.
+
+    passed: its (args, kwargs), as nodes of the caller; given: the same, as the nodes that it reads. returned: its
+    result; results: the same, as the nodes that the caller reads. steps: its own operators and the calls that it makes,
+    in order.
+    """
+
+    path: str
+    passed: Values
+    given: Values
+    returned: Values | None = None
+    results: Values | None = None
+    steps: list["fx.Node | Call"] = field(default_factory=list)
+
+    def all(self) -> Iterator["Call"]:
+        """This call and all that are made in it."""
+        yield self
+        for step in self.steps:
+            if isinstance(step, Call):
+                yield from step.all()
+
+    def operators(self) -> Iterator[tuple[str, fx.Node]]:
+        """Every operator in it with the module that runs it, in order."""
+        for step in self.steps:
+            if isinstance(step, Call):
+                yield from step.operators()
+            else:
+                yield self.path, step
+
+
+@dataclass(frozen=True)
+class Calls:
+    """root: the call of the model itself. weights: placeholder → qualified name; constants: placeholder → tensor.
+    free: how much of the inputs' sizes is symbolic: "sizes", "batch" or nothing."""
+
+    root: Call
+    weights: dict[str, str]
+    constants: dict[str, Tensor]
+    free: str
+
+    def of(self, path: str) -> list[Call]:
+        """The calls of one module."""
+        return [call for call in self.root.all() if call.path == path]
+
+
+def hollow(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A deep copy whose parameters and buffers have shapes and no values (memory that is never touched on a CPU).
+
+    dtype: what their floating types become, in place of what they are.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty_like(tensor, dtype=kind, requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    twin: nn.Module = deep_copy(model, memo)
+    return twin
+
+
+def calls_of(model: nn.Module, example: Example, leaves: Leaves) -> Calls:
+    """The calls that one forward of a (hollow) model makes, in the modes that its modules are in.
+
+    Raises:
+        PruneError: the forward cannot be exported.
+    """
+    args, kwargs = example
+    problem: Exception | None = None
+    for free, shapes in _dynamic(model, args, kwargs):
+        recorded: list[tuple[str, bool, list[Any], pytree.TreeSpec]] = []
+        with torch.no_grad(), as_operators(model, leaves), tensors_returned(model, ()), _marked(model, recorded):
+            try:
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+                return _read(model, program, recorded, free)
+            except Exception as error:  # noqa: BLE001  torch.export raises many types; fewer free sizes may pass
+                problem = error
+    raise PruneError(f"the calls of {type(model).__name__} could not be recorded: {problem}") from problem
+
+
+def _dynamic(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Which sizes of the inputs are left to the exporter, most first."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+    for free in ("sizes", "batch"):
+        last = None if free == "sizes" else 1
+        yield (
+            free,
+            pytree.tree_map(
+                lambda v: dict.fromkeys(range(v.ndim)[:last], Dim.AUTO) if isinstance(v, Tensor) else None,  # noqa: B023
+                dict(bound),
+            ),
+        )
+    yield "", None
+
+
+@contextlib.contextmanager
+def _marked(model: nn.Module, recorded: list[Any]) -> Iterator[None]:
+    """While this is open, every forward begins and ends with a mark; `recorded` gets what marks cannot hold."""
+
+    def around(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def marking(*args: Any, **kwargs: Any) -> Any:
+            if not path:
+                recorded.clear()  # the exporter may run the model more than once
+            args, kwargs = note(path, True, (args, kwargs))
+            return note(path, False, forward(*args, **kwargs))
+
+        return marking
+
+    def note(path: str, begins: bool, value: Any) -> Any:
+        leaves, spec = pytree.tree_flatten(value)
+        frames = {id(leaf): Frame.of(leaf) for leaf in leaves if not isinstance(leaf, _KNOWN)}
+        inside = [tensor for _, held in frames.values() for tensor in held]
+        given = [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *inside]
+        tensors = {id(tensor): tensor for tensor in given}  # what is the same stays the same
+        sizes = [leaf for leaf in leaves if _is_size(leaf)]
+        made = dict(zip(tensors, torch.ops.ekgfx.mark([*tensors.values()], sizes, path, begins), strict=True))
+        numbers, places = {key: i for i, key in enumerate(tensors)}, itertools.count()
+        kinds: list[Any] = []
+        passed: list[Any] = []
+        for leaf in leaves:
+            frame, held = frames.get(id(leaf), (None, []))
+            if frame is not None and held:
+                kinds.append(Held(frame, tuple(_Tensor(numbers[id(tensor)]) for tensor in held)))
+                passed.append(frame.filled([made[id(tensor)] for tensor in held]))
+            else:
+                size = _Size(next(places)) if _is_size(leaf) else leaf
+                kinds.append(_Tensor(numbers[id(leaf)]) if isinstance(leaf, Tensor) else size)
+                passed.append(made.get(id(leaf), leaf))
+        recorded.append((path, begins, kinds, spec))
+        return pytree.tree_unflatten(passed, spec)
+
+    modules = [
+        (path, module)
+        for path, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule | nn.ModuleList | nn.ModuleDict)
+    ]
+    own = [(module, vars(module).get("forward")) for _, module in modules]
+    try:
+        for path, module in modules:
+            module.forward = around(path, module.forward)
+        yield
+    finally:
+        for module, forward in own:
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """Stands for the tensor of that number in a mark."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Stands for the integer of that number in a mark."""
+
+    number: int
+
+
+_KNOWN = (Tensor, int, float, complex, str, bytes, torch.SymInt, torch.SymFloat, torch.SymBool, type(None))
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
+def _read(model: nn.Module, program: torch.export.ExportedProgram, recorded: list[Any], free: str) -> Calls:
+    graph, weights, constants = inlined(program.graph_module), {}, {}
+    placeholders = (node.name for node in graph.nodes if node.op == "placeholder")
+    for spec, name in zip(program.graph_signature.input_specs, placeholders, strict=True):
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            weights[name] = spec.target
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            constant = program.constants[spec.target]
+            if is_table(model, spec.target, constant):
+                weights[name] = spec.target
+            else:
+                constants[name] = constant
+    top: list[Any] = []
+    running: list[Call] = []
+    marks, taken = iter(recorded), set[fx.Node]()
+    for node in graph.nodes:
+        if node in taken or node.op != "call_function":
+            continue
+        if node.target is not MARK:
+            if _does(node):
+                running[-1].steps.append(node)
+            continue
+        path, begins, kinds, spec = next(marks)
+        inside = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+        taken.update(inside.values())
+        before, after = (
+            Values(tuple(_filled(kinds, tensors, node.args[1])), spec)
+            for tensors in (node.args[0], [inside.get(i) for i in range(len(node.args[0]))])
+        )
+        if begins:
+            call = Call(path, before, after)
+            (running[-1].steps if running else top).append(call)
+            running.append(call)
+        else:
+            call = running.pop()
+            call.returned, call.results = before, after
+    return Calls(top[0], weights, constants, free)
+
+
+def _filled(kinds: list[Any], tensors: Sequence[Any], sizes: Any) -> Iterator[Any]:
+    for kind in kinds:
+        if isinstance(kind, Held):
+            yield Held(kind.frame, tuple(_filled(list(kind.nodes), tensors, sizes)))
+        elif isinstance(kind, _Tensor):
+            yield tensors[kind.number]
+        else:
+            yield sizes[kind.number] if isinstance(kind, _Size) else kind
+
+
+def whole(node: fx.Node) -> bool:
+    """Whether a node takes all of a tensor by a slice, as `x[:, None]` does where sizes are symbolic."""
+    if node.target is not torch.ops.aten.slice.Tensor:
+        return False
+    args = bind(node)
+    return args["start"] in (0, None) and args["end"] in (sys.maxsize, None) and args["step"] == 1
+
+
+def _does(node: fx.Node) -> bool:
+    """Whether a node computes or changes a tensor: sizes are read where they are wanted, and checks of them are left
+    out."""
+    value = node.meta.get("val")
+    if any(isinstance(v, Tensor) for v in pytree.tree_leaves(value)):
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

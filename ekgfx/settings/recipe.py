@@ -1,0 +1,241 @@
+"""Recipes: complete, runnable settings, as YAML files or as the sum of command-line flags.
+
+The dataclasses here are the one list of settings: their fields are the keys a recipe may hold, their annotations the
+types that are accepted, their defaults what happens when nothing is said. A run keeps its settings in run.json in the
+same form, so that `--resume` needs nothing else.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ekgfx.base.schema import did_you_mean, read
+from ekgfx.base.units import budget_of, bytes_of, fraction_of
+from ekgfx.errors import RecipeError
+from ekgfx.settings.preprocessing import Preprocessing
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a network is trained; the fields of `ekgfx.training.optimization.Training`, which says what they mean."""
+
+    epochs: int = 0
+    batch_size: int = 128
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    optimizer: str = "sgd"
+    schedule: Literal["multistep", "cosine", "constant"] = "multistep"
+    warmup: int = 0
+    augment: bool = True
+    views: int | None = None
+    amp: Literal["bf16", "fp16"] | None = None
+    channels_last: bool = False
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class Finetune(Training):
+    """Training of the pruned network. `teachers`: size of the memory bank; `knowledge`: who they are ("none": no bank);
+    `top_k`: logits that the bank keeps of each image (all by default); `temperature`: T of the guidance."""
+
+    knowledge: Literal["ensemble", "single", "none"] = "ensemble"
+    teachers: int = 5
+    top_k: int | None = None
+    temperature: float | None = None
+
+
+@dataclass(frozen=True)
+class Repair:
+    """The refit of the cut network on the data's images, whose labels it does not look at; `ekgfx.repair` says what the
+    numbers mean. `enabled`: wherever there are images and trained weights."""
+
+    enabled: bool = True
+    images: int = 256
+    positions: int = 40_000
+
+    def __post_init__(self) -> None:
+        for key in ("images", "positions"):
+            if getattr(self, key) < 1:
+                raise RecipeError(
+                    f"repair.{key} is at least 1, not {getattr(self, key)}; to leave it out: enabled: false"
+                )
+
+
+BUDGETS = {"flops": "MACs", "params": "parameters", "latency": "latency"}
+"""The settings that a budget can be given by, and what each is about."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """The budgets (MACs, parameters, latency: kept fraction, or an amount such as "2.0G", "5M" or "8ms"), all of which
+    must hold, and the way to them; `ekgfx.search` says what the options mean. Latency is that of `target`, such as
+    cuda:fp16:batch=64, or of where the file `latency_table` was measured. `align`: a number of channels, or "auto" for
+    what the target's hardware computes at once (None: "auto" under a latency budget, else 1).
+
+    Before a guided search the model is trained for an epoch on `train_per_class` images of each class (step 0 of the
+    paper; 0 leaves it out). Candidates are judged on `val_per_class` images of each class, or on `images` images where
+    the data has no labels, in batches of `val_batch_size` (None: `batch_size`), as drawn, as in the paper, or those
+    first that the model finds hardest (`hardest_first`): with that and batches of 64 a search takes less time and
+    chooses less well (`docs/performance.md`). `batch_size`: of step 0 and of everything that is only evaluated (None:
+    256, or fewer where the activations of 256 would take over 8 GiB).
+    `accept`: candidates that a step takes together; None takes one, as the paper does, but on data without
+    labels as many as keep the search of a large network within minutes.
+    `cache`: memory for values that candidates share; `early_stop`: leave candidates that cannot win any more. `amp` and
+    `channels_last`: as in training, for the evaluation of candidates (None: channels last on the CPU).
+    """
+
+    flops: float | str | None = None
+    params: float | str | None = None
+    latency: float | str | None = None
+    target: str | None = None
+    latency_table: str | None = None
+    strategy: Literal["ekg", "global", "uniform"] = "ekg"
+    importance: Literal["taylor", "magnitude", "fpgm", "bn-scale", "hessian", "lamp", "random"] = "taylor"
+    knowledge: Literal["ensemble", "single", "none"] = "ensemble"
+    step: float = 0.2
+    accept: int | None = None
+    align: int | Literal["auto"] | None = None
+    min_width: float = 0.0
+    ignore: tuple[str, ...] = ()
+    rescale: bool | None = None
+    train_per_class: int = 256
+    val_per_class: int = 32
+    images: int = 16
+    batch_size: int | None = None
+    val_batch_size: int | None = None
+    hardest_first: bool = False
+    cache: str = "2GiB"
+    early_stop: bool = True
+    amp: Literal["bf16", "fp16"] | None = None
+    channels_last: bool | None = None
+
+    def __post_init__(self) -> None:
+        for key, asked in self.budgets.items():
+            budget_of(key, asked)
+        bytes_of(self.cache)
+
+    @property
+    def budgets(self) -> dict[str, float | str]:
+        """The budgets that are given, by their keys."""
+        return {key: asked for key in BUDGETS if (asked := getattr(self, key)) is not None}
+
+
+@dataclass(frozen=True)
+class Export:
+    """ONNX file, parity check and latency table at the end of the job. `opset`: the exporter's own by default."""
+
+    onnx: bool = False
+    fp16: bool = False
+    batches: tuple[int, ...] = (1, 64)
+    providers: tuple[str, ...] = ()
+    opset: int | None = None
+    latency: bool = True
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything `ekgfx prune` needs to know. `ekgfx prune --help` says what the settings mean.
+
+    `model_kwargs`: further arguments of the model's factory, or of timm's. `preprocessing`: of images, before what the
+    model says. `ema`: of a weights file with several state dicts, the moving average. `leaf`: modules that run as they
+    are, by name or glob. `unused`: parameters or modules that nothing uses, likewise. `outputs`: which of the model's
+    outputs matter (all by default); `logits`: where the logits are in them, by key, field or index. `graphs`: whether a
+    module whose Python cannot express the cut gets another forward ("warn" names it; "forbid" keeps all channels of the
+    groups that would need one). `data`: None takes `photos`, label-free. `pretrain`: training of the model before it is
+    pruned. `measured`: what this recipe gave, and where.
+    """
+
+    model: str | None = None
+    description: str = ""
+    measured: str = ""
+    weights: str = "auto"
+    ema: bool = False
+    input: str | None = None
+    classes: int | None = None
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    leaf: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    logits: str | None = None
+    graphs: Literal["warn", "allow", "forbid"] = "warn"
+    data: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    pretrain: Training = field(default_factory=Training)
+    search: Search = field(default_factory=Search)
+    repair: Repair = field(default_factory=Repair)
+    finetune: Finetune = field(default_factory=Finetune)
+    export: Export = field(default_factory=Export)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; `parse` reads them back to an equal recipe."""
+        return dataclasses.asdict(self)
+
+
+def parse(settings: object, where: str = "the recipe") -> Recipe:
+    """A Recipe from nested plain values, strictly: RecipeError names an unknown key or a value of another type."""
+    recipe: Recipe = read(Recipe, _with_fractions(settings), where, RecipeError)
+    return recipe
+
+
+def _with_fractions(settings: object) -> object:
+    """The settings with budgets written as 55% as numbers."""
+    if not isinstance(settings, Mapping) or not isinstance(asked := settings.get("search"), Mapping):
+        return settings
+    budgets = {key: fraction_of(asked[key]) for key in BUDGETS if str(asked.get(key)).endswith("%")}
+    return {**settings, "search": {**asked, **budgets}}
+
+
+def names() -> list[str]:
+    """The recipes that come with the package."""
+    folder = resources.files("ekgfx.recipes")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load(name: str) -> Recipe:
+    """A recipe by its name, or from a YAML file by its path."""
+    if name.endswith((".yaml", ".yml")):
+        try:
+            text = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = (isinstance(error, OSError) and error.strerror) or error
+            raise RecipeError(f"cannot read the recipe {name}: {why}; `ekgfx recipes` lists the known ones") from error
+    elif name in names():
+        text = resources.files("ekgfx.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        meant = did_you_mean(name, names())
+        raise RecipeError(f"no recipe {name!r}{meant}; `ekgfx recipes` lists them, a file ends in .yaml")
+    try:
+        settings = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RecipeError(f"recipe {name} is not YAML: {' '.join(str(error).split())[:300]}") from error
+    return parse({} if settings is None else settings, f"recipe {name}")
+
+
+def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with some settings replaced, named by dotted keys (`"search.flops"`), as the CLI's flags do."""
+    settings = recipe.to_json()
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        place = settings
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    return parse(settings, "the command line")
+
+
+def declared(key: str) -> tuple[Any, Any]:
+    """The annotated type and the default of a setting named by its dotted key."""
+    owner: Any = Recipe
+    *sections, last = key.split(".")
+    for section in sections:
+        owner = typing.get_type_hints(owner)[section]
+    return typing.get_type_hints(owner)[last], getattr(owner(), last)

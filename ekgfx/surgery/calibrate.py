@@ -1,0 +1,128 @@
+"""BatchNorm's running statistics, estimated anew for a network that was cut."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ekgfx.data.batches import Inputs, each_batch, unpacked
+from ekgfx.data.mixing import Mixture, warn
+from ekgfx.errors import DataError
+from ekgfx.graph.opaque import evaluation_mode
+
+log = logging.getLogger("ekgfx")
+
+Model = TypeVar("Model", bound=nn.Module)
+AVERAGES = ("running_mean", "running_var")
+
+
+def calibrate(model: Model, batches: Iterable[Any], *, limit: int | None = None) -> Model:
+    """Estimate the running statistics of every norm that has some (BatchNorm and its like) anew, in place.
+
+    A cut changes what a norm gets, and the running averages are still those of before: evaluate nothing before this, or
+    before training. Each norm gets the mean over the batches of their mean and variance, weighted by their samples.
+    Only these change: no weight does, and everything but the norms is in evaluation mode. No labels are needed; where
+    the batches have some, a warning is logged if they are sorted by class, since every batch should look like the data.
+
+    Args:
+        model: the pruned network, on any device; each module is put back in its own mode.
+        batches: un-augmented training images in mixed order: tensors, `(inputs, ...)` or dictionaries. Inputs may be a
+            tensor, a tuple of arguments, or a dictionary of keyword arguments. Some 1,000 images in batches of 64 or
+            more will do. Where the model has no such norm, they are not read.
+        limit: at most this many batches.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        DataError: there is no batch, a batch is too small to have statistics, or statistics are not finite. The model
+            is as it was.
+
+    Example:
+        >>> pruned = ekgfx.prune(model, plan, traced)
+        >>> ekgfx.calibrate(pruned, train_loader, limit=16)
+    """
+    averaging = {name: module for name, module in model.named_modules() if _averages(module)}
+    norms = {name: module for name, module in averaging.items() if hasattr(module, "momentum")}
+    _say_kept([name for name in averaging if name not in norms], "have no momentum to estimate them by")
+    if not norms:
+        log.info("%s has no norm whose running statistics can be estimated", type(model).__name__)
+        return model
+    mixture, known, number = Mixture(), None, 0
+    with evaluation_mode(model), torch.no_grad(), _estimating(norms) as seen:
+        for number, batch in enumerate(islice(each_batch(batches), limit), 1):
+            inputs, labels, _ = unpacked(batch)
+            try:
+                output = Inputs.of(inputs).onto(model).into(model)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise DataError(f"batch {number} is too small to have statistics; give larger batches") from error
+            mixture.see(labels)
+            known = output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
+        if not number:
+            raise DataError("there is no batch to calibrate on")
+        _check_finite(norms)
+    warn("the batches to calibrate on", mixture.fault(known))
+    _say_kept([name for name in norms if not seen[name]], "are not run in evaluation")
+    log.info("calibrated %d norms on %d batches", sum(map(bool, seen.values())), number)
+    return model
+
+
+def _averages(module: nn.Module) -> dict[str, Tensor]:
+    """The running averages that a module keeps itself."""
+    return {name: value for name in AVERAGES if (value := module._buffers.get(name)) is not None}
+
+
+def _say_kept(names: Sequence[str], reason: str) -> None:
+    if names:
+        listed = ", ".join(names[:3]) + (" ..." if names[3:] else "")
+        log.warning(f"{len(names)} norms keep their old running statistics, since they {reason}: {listed}")
+
+
+@contextmanager
+def _estimating(norms: Mapping[str, nn.Module]) -> Iterator[Mapping[str, int]]:
+    """The norms average over all samples that they are called with; yields how many those were. Their state is put back
+    where that fails."""
+    seen = dict.fromkeys(norms, 0)
+    before = [
+        (value, value.clone()) for norm in norms.values() for value in norm._buffers.values() if value is not None
+    ]
+    momenta = {name: norm.momentum for name, norm in norms.items()}
+
+    def before_call(norm: nn.Module, inputs: tuple[Any, ...], name: str) -> None:
+        if not seen[name]:
+            for key, value in norm._buffers.items():
+                if value is not None and key in (*AVERAGES, "num_batches_tracked"):
+                    value.fill_(key == "running_var")  # what is not finite would stay so
+        samples = len(inputs[0]) if inputs else 1
+        seen[name] += samples
+        norm.momentum = samples / seen[name]  # type: ignore[assignment]  # torch's stubs know modules and tensors alone
+
+    handles = [
+        norm.register_forward_pre_hook(lambda norm, inputs, name=name: before_call(norm, inputs, name))
+        for name, norm in norms.items()
+    ]
+    try:
+        for norm in norms.values():
+            norm.training = True  # not what is inside of it, such as dropout
+        yield seen
+    except BaseException:
+        for value, old in before:
+            value.copy_(old)
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, norm in norms.items():
+            norm.momentum = momenta[name]
+
+
+def _check_finite(norms: Mapping[str, nn.Module]) -> None:
+    for name, norm in norms.items():
+        if not all(value.isfinite().all() for value in _averages(norm).values()):
+            raise DataError(f"the statistics of {name} are not finite; check the images and the weights for NaN")

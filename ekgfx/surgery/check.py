@@ -1,0 +1,325 @@
+"""Two independent checks of the analysis: zeroing instead of cutting, and tracing the pruned model again."""
+
+import math
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ekgfx.axes import ONE, Axis, Dims, Expr, Prod, Sum, axes, count, resolve
+from ekgfx.base.containers import tensors_by_place
+from ekgfx.errors import PruneError
+from ekgfx.execution.subnetwork import GraphRunner, SubNetwork, resize
+from ekgfx.graph.axis_graph import AxisGraph, Operation
+from ekgfx.graph.nodes import op_name
+from ekgfx.graph.plan import Plan
+from ekgfx.graph.ways import Way, undisturbed
+from ekgfx.rules.registry import is_dims
+from ekgfx.tracing.trace import TracedModel
+
+TINY = torch.finfo(torch.float32).tiny
+# Copies that PyTorch leaves out where a narrower tensor happens to be contiguous already.
+LAYOUT_ONLY = {f"aten.{name}.default" for name in ("contiguous", "clone", "alias")}
+
+
+VIEWS = {"aten._unsafe_view.default", "aten.reshape.default"}  # of a tensor that has been copied, or may be
+
+
+class MaskedNetwork(GraphRunner):
+    """The uncut network with the pruned entries of every weight set to zero.
+
+    Where a value depends on which positions take part (a layer norm), it is taken over the kept ones. Where a product
+    has no weight in it, what is cut of its factors contributes nothing (it need not be zero, as a weight's is).
+    Everything else runs exactly as in the original, so agreement with the sliced graph shows that the cut is right.
+    """
+
+    def __init__(self, graph: AxisGraph, kept: Mapping[Axis, Tensor]) -> None:
+        weights = {name: mask_tensor(graph.tensor(name), dims, kept) for name, dims in graph.weight_dims().items()}
+        super().__init__(graph, weights)
+        self.kept = kept
+
+    def compute(self, operation: Operation, args: dict[str, Any], counts: Mapping[Axis, int], spare: bool) -> Any:
+        if not operation.effect.statistics:
+            if not self._weighted(operation):
+                for name, which, dim in operation.effect.sums:
+                    args[name] = self._silenced(args[name], operation.args[name], which, dim, counts)
+            return self.call(operation, resize(operation, args, counts))
+        dims = {name: self.graph.symbolic(value) for name, value in operation.args.items()}
+        cut = {name: self._gather(value, dims[name], counts) for name, value in args.items()}
+        kept = {axis: len(index) for axis, index in self.kept.items()}
+        result = self.call(operation, resize(operation, cut, {**kept, **counts}))
+        out = operation.effect.out
+        if isinstance(out, list):
+            return [_scatter(value, dims, self.kept, counts) for value, dims in zip(result, out, strict=True)]
+        return _scatter(result, out, self.kept, counts)
+
+    def _weighted(self, operation: Operation) -> bool:
+        """Whether one factor of an operator's products is a weight as it stands: what is cut of that is zero."""
+        produces = operation.effect.produces
+        factor = operation.args[produces[0]] if produces else None
+        return isinstance(factor, fx.Node) and factor.name in self.graph.weights
+
+    def _silenced(self, value: Any, node: Any, which: int | None, dim: int, counts: Mapping[Axis, int]) -> Any:
+        """An argument with what is cut of one dimension (of one of its tensors) set to zero."""
+        if which is not None:
+            return [
+                self._silenced(v, n, None, dim, counts) if i == which else v
+                for i, (v, n) in enumerate(zip(value, node, strict=True))
+            ]
+        dims = self.graph.dims[node.name]
+        only = tuple(e if d == dim % len(dims) else ONE for d, e in enumerate(dims))
+        return mask_tensor(value, only, self.kept, counts)
+
+    def _gather(self, value: Any, dims: Any, counts: Mapping[Axis, int]) -> Any:
+        if isinstance(value, Tensor) and is_dims(dims):
+            for d, dim in enumerate(dims):
+                if any(axis in self.kept for axis in axes(dim)):
+                    value = value.index_select(d, stays(dim, self.kept, counts).nonzero().flatten())
+        return value
+
+
+def _scatter(value: Tensor, dims: Dims, kept: Mapping[Axis, Tensor], counts: Mapping[Axis, int]) -> Tensor:
+    if not dims:
+        return value
+    full = value.new_zeros([count(dim, counts) for dim in dims])
+    rows = [stays(dim, kept, counts).nonzero().flatten() for dim in dims]
+    full[torch.meshgrid(*rows, indexing="ij")] = value
+    return full
+
+
+def mask_tensor(
+    tensor: Tensor, dims: Dims, kept: Mapping[Axis, Tensor], counts: Mapping[Axis, int] = MappingProxyType({})
+) -> Tensor:
+    """The tensor with every position that is not kept set to zero. counts: sizes that are not the traced ones."""
+    for d, dim in enumerate(dims):
+        if any(axis in kept for axis in axes(dim)):
+            shape = [-1 if i == d else 1 for i in range(tensor.ndim)]
+            mask = stays(dim, kept, counts).view(shape).to(tensor.device)
+            tensor = torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype))
+    return tensor
+
+
+def stays(expr: Expr, kept: Mapping[Axis, Tensor], counts: Mapping[Axis, int]) -> Tensor:
+    """For every position of the uncut dimension whether it is kept. counts: sizes of axes that are not the traced ones,
+    as the batch's."""
+    match resolve(expr):
+        case Axis() as axis if axis in kept:
+            return torch.zeros(axis.size, dtype=torch.bool).index_fill(0, kept[axis], True)
+        case Axis() as axis:
+            return torch.ones(counts.get(axis, axis.size), dtype=torch.bool)
+        case Sum(terms):
+            return torch.cat([stays(term, kept, counts) for term in terms])
+        case Prod(factors):
+            mask = torch.ones(1, dtype=torch.bool)
+            for factor in factors:
+                mask = (mask[:, None] & stays(factor, kept, counts)).flatten()
+            return mask
+
+
+def relative_error(a: Any, b: Any) -> float:
+    """Largest |a − b| over all output tensors, relative to the largest finite |b|; shapes must agree.
+
+    Where both are the same infinity, or both no number, they agree; where one of them is, the error is infinite.
+    """
+    worst = 0.0
+    for x, y in zip(tensors_by_place(a).values(), tensors_by_place(b).values(), strict=True):
+        if x.shape != y.shape:
+            raise PruneError(f"outputs have different shapes: {tuple(x.shape)} and {tuple(y.shape)}")
+        if x.numel():
+            x, y = (t.int() if t.dtype == torch.bool else t for t in (x, y))
+            off = torch.where((x == y) | (x != x) & (y != y), 0, (x - y).abs())
+            size = y.abs().nan_to_num(0, 0).max().item()
+            worst = max(worst, off.nan_to_num(math.inf, math.inf).max().item() / max(size, TINY))
+    return worst
+
+
+def check_masked(traced: TracedModel, plan: Plan, inputs: tuple) -> float:
+    """Relative error between the sliced graph and the masked original, on the given inputs."""
+    with torch.no_grad():
+        return relative_error(
+            traced.subnetwork(plan)(*inputs), MaskedNetwork(traced, traced.groups.kept(plan))(*inputs)
+        )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An operator of the pruned model that is not what was predicted, in words, and the module that runs it."""
+
+    module: str
+    text: str
+    way: Way = Way()  # noqa: RUF009  frozen
+
+    def __str__(self) -> str:
+        return self.text if self.way == Way() else f"{self.text} ({self.way})"
+
+
+def predicted_shapes(graph: AxisGraph, counts: Mapping[Axis, int]) -> dict[str, tuple[int, ...]]:
+    """Operator node → shape of its (first) output when the axes keep `counts` positions."""
+    shapes = {}
+    for operation in graph.operations:
+        out = operation.effect.out
+        shapes[operation.name] = tuple(count(dim, counts) for dim in (out if isinstance(out, tuple) else out[0]))
+    return shapes
+
+
+def differences(traced: TracedModel, counts: Mapping[Axis, int], again: TracedModel) -> list[Difference]:
+    """Where the pruned model, traced again in every way in which it was traced, is not the traced one with `counts`
+    positions left of its axes.
+
+    Every operator must read the same values as before, have the predicted shape, and the same numbers: an attention
+    that divides by the root of a width divides by the width before the cut. Where other operators run, the first of
+    them ends the comparison.
+    """
+    pairs = zip(traced.graphs, again.graphs, strict=True)
+    return [replace(found, way=old.way) for old, new in pairs for found in _differences(old, counts, new)]
+
+
+def _differences(traced: AxisGraph, counts: Mapping[Axis, int], again: AxisGraph) -> list[Difference]:
+    shapes, actual = predicted_shapes(traced, counts), predicted_shapes(again, {})
+    before, after = _Reader(traced), _Reader(again)
+    found = []
+    for old, new in zip(before.operations, after.operations, strict=False):
+        if operator_name(old.target) != operator_name(new.target):
+            break
+        place = f"{old.name} in {old.module or 'the model'}"
+        if shapes[old.name] != actual[new.name]:
+            text = f"{place}: predicted shape {shapes[old.name]}, found {actual[new.name]}"
+            found.append(Difference(old.module, text))
+        else:
+            found += [Difference(old.module, f"{place}: {what}") for what in _otherwise(old, new, before, after)]
+    else:
+        if len(before.operations) == len(after.operations):
+            return found
+    common = min(len(before.operations), len(after.operations)) - 1
+    pairs = enumerate(zip(before.operations, after.operations, strict=False))
+    first = before.operations[
+        next((i for i, (a, b) in pairs if operator_name(a.target) != operator_name(b.target)), common)
+    ]
+    text = f"the pruned model runs other operators than the original, from {first.name} in {first.module or 'it'} on"
+    return [*found, Difference(first.module, text)]
+
+
+def operator_name(target: Any) -> str:
+    """An operator's name, the same for those that differ in where their result lies in memory only."""
+    name = op_name(target).replace("_.", ".")
+    return "aten.view.default" if name in VIEWS else name
+
+
+def _takes_all(operation: Operation) -> bool:
+    """Whether an operator takes all of a tensor by a slice, which the export leaves out where Python slices."""
+    if str(operation.target) != "aten.slice.Tensor" or operation.args["step"] != 1:
+        return False
+    read, made = (node.meta["val"].shape for node in (operation.args["self"], operation.node))
+    return bool(read == made)
+
+
+class _Reader:
+    """Says what a value of a graph is, in words that are the same for another graph of the same model."""
+
+    def __init__(self, graph: AxisGraph) -> None:
+        self.graph = graph
+        self.operations = [op for op in graph.operations if str(op.target) not in LAYOUT_ONLY and not _takes_all(op)]
+        self.numbers = {op.node: i for i, op in enumerate(self.operations)}
+
+    def __call__(self, node: fx.Node) -> Any:
+        if node in self.numbers:
+            return self.numbers[node]
+        if node.op == "call_function" and node.target is operator.getitem:
+            return (self(node.args[0]), node.args[1])  # type: ignore[arg-type]
+        if node.op == "call_function" and node.all_input_nodes:
+            return self(node.all_input_nodes[0])
+        if node.name in self.graph.inputs:
+            return f"input {self.graph.inputs.index(node.name)}"
+        return self.graph.weights.get(node.name, "a constant")
+
+
+def _otherwise(old: Operation, new: Operation, before: _Reader, after: _Reader) -> Iterator[str]:
+    """What an operator is given that is not what it was given before, apart from sizes."""
+    for name, value in old.args.items():
+        other = new.args.get(name)
+        if name in old.effect.sizes or name in new.effect.sizes:
+            continue
+        if isinstance(value, fx.Node) and isinstance(other, fx.Node):
+            if before(value) != after(other):
+                yield f"{name} is another value than before"
+        elif type(value) in (float, bool, int) and type(other) in (float, bool, int):
+            exact = type(value) is not int or name in ("other", "exponent", "alpha", "value", "fill_value")
+            if exact and value != other:
+                yield f"{name} is {other}, before the cut it was {value}"
+
+
+def check_pruned(
+    traced: TracedModel, plan: Plan, pruned: nn.Module, args: tuple, kwargs: Mapping[str, Any] | None = None
+) -> float:
+    """Relative error between the pruned module and the sliced graph, both in evaluation mode."""
+    return compare_outputs(pruned, traced.subnetwork(plan, rescale=plan.rescale), args, kwargs or {})
+
+
+def compare_outputs(pruned: nn.Module, network: SubNetwork, args: tuple, kwargs: Mapping[str, Any]) -> float:
+    """Relative error between a module and a sub-network, both run in the way of the latter's graph."""
+    way = network.graph.way
+    if not way.training:
+        with torch.no_grad(), way.entered(pruned), undisturbed(pruned):
+            return relative_error(pruned(*args, **kwargs), network(*args, **kwargs))
+    with torch.no_grad(), way.entered(pruned), undisturbed(pruned):
+        output = pytree.tree_map_only(Tensor, torch.clone, pruned(*args, **kwargs))
+    with torch.no_grad(), way.entered(pruned), undisturbed(pruned):  # again, for the same random numbers
+        return relative_error(output, network(*args, **kwargs))
+
+
+def trains(pruned: nn.Module, way: Way, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Run a module forward and backward in training mode; nothing of it is changed. Raises what it raises."""
+    held = [(parameter, parameter.grad) for parameter in pruned.parameters() if parameter.requires_grad]
+    known = [hooks for p, _ in held for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks) if hooks]
+    own = [(hooks, dict(hooks)) for hooks in known]  # the user's hooks see nothing of this
+    for hooks in known:
+        hooks.clear()
+    handles = [parameter.register_post_accumulate_grad_hook(_drop_gradient) for parameter, _ in held]
+    for parameter, _ in held:
+        parameter.grad = None
+    try:
+        with torch.enable_grad(), replace(way, training=True).entered(pruned), undisturbed(pruned):
+            outputs = (t for t in pytree.tree_leaves(pruned(*args, **kwargs)) if isinstance(t, Tensor))
+            if wanted := [t.abs().sum() for t in outputs if t.requires_grad]:
+                torch.autograd.backward(wanted)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for hooks, before in own:
+            hooks.update(before)
+        for parameter, gradient in held:
+            parameter.grad = gradient
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    """No more than one gradient exists at a time."""
+    parameter.grad = None
+
+
+def perturb(model: nn.Module, seed: int = 0) -> None:
+    """Randomize all parameters and norm statistics in place, so that an error in the analysis cannot hide.
+
+    Freshly initialized networks hide errors: scales and residual gammas are zero or one, biases zero, running
+    statistics trivial, and attention maps are nearly uniform (so query and key weights are scaled up as well).
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(t: Tensor) -> Tensor:
+        return torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.3 if parameter.ndim < 2 else 0.5 * max(parameter.std(correction=0).item(), 0.02)
+            parameter.add_(noise(parameter) * scale)
+            if any(part in name for part in ("qkv", "query", "key", ".q.", ".k.", "q_", "k_", ".kv")):
+                parameter.mul_(3)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.add_(noise(buffer) * 0.2)
+            elif name.endswith("running_var"):
+                buffer.mul_(1 + 0.5 * torch.rand(buffer.shape, generator=generator).to(buffer))

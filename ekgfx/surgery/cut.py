@@ -1,0 +1,178 @@
+"""Cut a model for real: the same class with smaller tensors, checked against what the graph predicts."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from ekgfx.axes import Axis
+from ekgfx.errors import EkgfxWarning, PruneError
+from ekgfx.execution.subnetwork import slice_tensor, slice_weights, slices
+from ekgfx.graph.opaque import evaluation_mode
+from ekgfx.graph.plan import Plan, as_plan, remember, rounds_of
+from ekgfx.graph.unseen import keep_apart
+from ekgfx.graph.untouched import deep_copy
+from ekgfx.rewriting.calls import hollow
+from ekgfx.rewriting.patched import replaced
+from ekgfx.surgery.calibrate import calibrate as calibrated
+from ekgfx.surgery.carried import carry, like
+from ekgfx.surgery.declared_widths import attributes_of, declare
+from ekgfx.surgery.integers import correct, guess
+from ekgfx.surgery.settle import Prediction, repeatable, settle
+from ekgfx.tracing.trace import TracedModel, check_traced, trace
+
+Kept = Mapping[Axis, Tensor]
+
+
+def prune(
+    model: nn.Module,
+    plan: Plan,
+    traced: TracedModel | None = None,
+    example_inputs: Any = None,
+    *,
+    verify: bool = True,
+    inplace: bool = False,
+    calibrate: Iterable[Any] | None = None,
+    graphs: Literal["warn", "forbid", "allow"] = "warn",
+) -> nn.Module:
+    """The model that `plan` leaves: a new module of the same class; `model` itself is not changed.
+
+    The result says by which plans it was made, in this round and in those before (`Plan.of`), and `save` records them.
+
+    Args:
+        model: the module to cut; its current weights are taken.
+        plan: kept channels per group, or a search's result, or {group: kept channels}.
+        traced: the traced model (of this module, or of another one built the same way).
+        example_inputs: where no traced model is at hand, inputs to trace with, as `trace` takes them.
+        verify: trace the result again in every way in which the model was traced, compare every operator with the
+            prediction, and the output with the sliced graph's; run it forward and backward in training mode. What
+            differs says which integers of the user's modules must change. Without it they are guessed by their values,
+            and no forward is replaced.
+        inplace: cut `model` itself, one tensor after the other, and return it: at no time do all weights exist twice.
+            `traced` tells no more of it then; gradients are dropped.
+        calibrate: un-augmented training batches in mixed order, to estimate BatchNorm's running statistics anew on
+            (`ekgfx.calibrate`; all of them are read). None keeps the old ones, which no longer fit: train the result,
+            or calibrate it, before it is evaluated.
+        graphs: where a module's own Python cannot express the cut (`view(-1, 16 * 5 * 5)`), a forward made from the
+            traced graph takes its place: "warn" says so once, "allow" does not, "forbid" raises. `replaced` lists them.
+
+    Raises:
+        DataError: the batches to calibrate on cannot be used.
+        PlanError: the plan, or the traced model, does not fit the model.
+        PruneError: the result is not what was predicted, or a forward would have to be replaced and graphs="forbid".
+    """
+    plan, rounds = as_plan(plan), rounds_of(model)
+    if traced is None:
+        if example_inputs is None:
+            raise PruneError(
+                "prune needs the traced model or example inputs to trace with: pass traced= or example_inputs="
+            )
+        traced = trace(model, example_inputs, leaf=plan.leaf, unused=plan.unused, outputs=plan.outputs or None)
+    check_traced(traced, "prune")
+    source = traced if traced.model is model else traced.rebound(model)
+    kept = source.groups.kept(plan)
+    twin = hollow(model) if inplace and verify else None
+    before, state = attributes_of(model), source.changed(model)
+    ways = repeatable(source) if verify else set()
+    with torch.no_grad():
+        if inplace:
+            pruned, weights = model, _cut_in_place(source, kept, plan.rescale)
+        else:
+            weights = slice_weights(source, kept, rescale=plan.rescale)
+            pruned = _cut(model, weights, source, kept)
+        _recompute(pruned)
+    predicted = Prediction(source, plan, kept, weights, before, twin, state, ways)
+    correct(pruned, source, predicted.counts)
+    if not verify:
+        guess(pruned, source, predicted.counts, before)
+    declare(pruned, before, source, predicted.counts)
+    if verify:
+        settle(pruned, predicted, may_replace=graphs != "forbid")
+        if graphs == "warn":
+            _tell(pruned)
+    if source.unseen:
+        keep_apart(pruned, ((p.parameter, p.dim) for group in source.groups.values() for p in group.places))
+    remember(pruned, (*rounds, replace(plan, structure=source.groups.digest, **source.options)))
+    return pruned if calibrate is None else calibrated(pruned, calibrate)
+
+
+def needs_forward(traced: TracedModel) -> list[str]:
+    """Groups that cannot be cut without replacing a module's forward, found by cutting some of every group at once,
+    and, where that fails, of ever fewer."""
+    names = [name for name, group in traced.groups.items() if group.size > 1]
+    sizes = {name: traced.groups[name].size for name in names}
+
+    def plan(some: Sequence[str]) -> Plan:  # parts that differ, so that no two widths stay equal by chance
+        kept = {name: max(1, sizes[name] - sizes[name] // 4 - names.index(name) % 3) for name in some}
+        return Plan({name: tuple(range(n)) for name, n in kept.items()}, **traced.options)
+
+    def failing(some: Sequence[str]) -> list[str]:
+        try:
+            prune(traced.model, plan(some), traced, graphs="forbid")
+        except PruneError:
+            if len(some) == 1:
+                return list(some)
+            half = len(some) // 2
+            found = failing(some[:half])
+            rest = [name for name in some[:half] if name not in found]
+            found += failing(some[half:])
+            left = [*rest, *(name for name in some[half:] if name not in found)]
+            return found if found or not left else left  # only together
+        return []
+
+    return failing(names) if names else []
+
+
+def _tell(pruned: nn.Module) -> None:
+    """Say once which modules' forward was replaced."""
+    found = replaced(pruned)
+    if found:
+        shown = "; ".join(map(str, found[:3])) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
+        warnings.warn(
+            f"the forward of {len(found)} module{'s' * (len(found) > 1)} was replaced, since the user's Python cannot "
+            f"express the cut (ekgfx.replaced(pruned) lists them): {shown}",
+            EkgfxWarning,
+            stacklevel=3,
+        )
+
+
+def _cut(model: nn.Module, weights: Mapping[str, Tensor], source: TracedModel, kept: Kept) -> nn.Module:
+    """A deep copy in which the cut tensors stand in place of the originals, which are not copied first."""
+    memo: dict[int, Any] = {}
+    for name, cut in weights.items():
+        full = source.tensor(name)
+        if cut is not full:
+            memo[id(full)] = like(full, cut)
+    pruned: nn.Module = deep_copy(model, memo)
+    for name, dims in source.weight_dims().items():
+        full = source.tensor(name)
+        carry(full, memo[id(full)], partial(slice_tensor, dims=dims, kept=kept), memo)
+    return pruned
+
+
+def _cut_in_place(source: TracedModel, kept: Kept, rescale: bool) -> dict[str, Tensor]:
+    """Every parameter and buffer holds what is kept of it from now on; returns them by name."""
+    weights, dims = {}, source.weight_dims()
+    for name, full, cut in slices(source, kept, rescale=rescale):
+        if cut is not full:
+            for attribute, value in list(vars(full).items()):
+                if isinstance(value, Tensor) and value.shape == full.shape:
+                    setattr(full, attribute, slice_tensor(value, dims[name], kept))
+            full.data, full.grad = cut, None
+        weights[name] = full
+    return weights
+
+
+def _recompute(pruned: nn.Module) -> None:
+    """Bring what modules keep of earlier computations from their weights up to date."""
+    with evaluation_mode(pruned):  # some drop it here
+        for module in pruned.modules():
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, WeightNorm | SpectralNorm):
+                    hook(module, ())

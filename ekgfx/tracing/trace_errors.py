@@ -1,0 +1,110 @@
+"""Why a model has no graph: the line of the user's code, the module it stands in, and what to do about it."""
+
+import linecache
+import os
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils import _pytree as pytree
+
+from ekgfx.errors import TraceError
+from ekgfx.graph.nodes import owner
+
+_OWN = (*(f"{path}{os.sep}" for path in torch.__path__), f"{Path(__file__).parent}{os.sep}")
+_CAUSAL = (
+    "pass whether the mask is causal, so that nn.Transformer need not compare its values (tgt_is_causal=True or False, "
+    "src_is_causal=; is_causal= of a TransformerEncoder)"
+)
+_STANDARD = sysconfig.get_paths()["stdlib"] + os.sep
+
+
+def explained(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TraceError:
+    """What to say of an exception that the export raised; the model is run once to see whether it runs at all."""
+    frames = list(_frames(error))
+    own = [(path, line) for path, line, _ in frames if _is_users(path)]
+    where = _place(model, own[-1] if own else None, _module_of(model, [frame for *_, frame in frames]))
+    what = _first_lines(error)
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as failure:  # noqa: BLE001  the user's forward may raise anything
+        return TraceError(
+            f"{type(model).__name__} does not run on the example inputs: {where[0]}{_first_lines(failure)}"
+        )
+    advice = where[1]
+    if any(frame.f_code.co_name == "_detect_is_causal_mask" for *_, frame in frames):
+        advice = f"{_CAUSAL}, or {advice}"
+    return TraceError(f"{type(model).__name__} could not be traced: {where[0]}{what}: {advice}")
+
+
+def unknown_sizes(model: nn.Module, program: torch.export.ExportedProgram) -> TraceError | None:
+    """What to say of a graph in which a size or a number depends on values; None where there is none."""
+    for node in program.graph.nodes:
+        values = pytree.tree_leaves(node.meta.get("val"))
+        numbers = [n for v in values for n in (v.shape if isinstance(v, Tensor) else [v])]
+        if node.users and any(isinstance(n, torch.SymInt | torch.SymFloat | torch.SymBool) for n in numbers):
+            line, advice = _place(model, _line_of(node), owner(node))
+            what = "a size or a number depends on values of tensors there"
+            return TraceError(f"{type(model).__name__} could not be traced: {line}{what}: {advice}")
+    return None
+
+
+def _place(model: nn.Module, line: tuple[str, int] | None, module: str) -> tuple[str, str]:
+    """Where it is, as the beginning of a sentence, and what can be done."""
+    where = ""
+    if line is not None:
+        path, number = line
+        short = os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
+        code = linecache.getline(path, number).strip()
+        where = f"{short}:{number} `{code}`" + (f" in {module!r}" if module else "")
+    elif module:
+        where = repr(module)
+    if module:
+        kind = type(model.get_submodule(module)).__name__
+        advice = f"run this {kind} as it is, with leaf=[{module!r}] (--leaf {module})"
+    else:
+        advice = f"move what has no graph out of {type(model).__name__} into a sub-module, and name that as leaf"
+    return (f"{where}: " if where else ""), f"{advice}, or write it with tensor operators such as torch.where"
+
+
+def _is_users(path: str) -> bool:
+    if path.startswith(("<", *_OWN)):
+        return False
+    return not path.startswith(_STANDARD) or "site-packages" in path
+
+
+def _frames(error: BaseException) -> Iterator[tuple[str, int, FrameType]]:
+    trace = error.__traceback__
+    while trace is not None:
+        yield trace.tb_frame.f_code.co_filename, trace.tb_lineno, trace.tb_frame
+        trace = trace.tb_next
+
+
+def _module_of(model: nn.Module, frames: list[FrameType]) -> str:
+    """Name of the innermost module of the model in whose methods the error arose."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for frame in reversed(frames):
+        name = names.get(id(frame.f_locals.get("self")))
+        if name is not None:
+            return name
+    return ""
+
+
+def _line_of(node: fx.Node) -> tuple[str, int] | None:
+    places = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [(path, int(line)) for path, line in places if _is_users(path)]
+    return own[-1] if own else None
+
+
+def _first_lines(error: Exception) -> str:
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return "what Python does there depends on values of tensors"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])[:500].rstrip(".") or type(error).__name__

@@ -33,7 +33,7 @@ execution
 data
 tracing
 rewriting
-surgery
+surgery verify
 training
 repair latency
 bank search

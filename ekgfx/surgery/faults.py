@@ -1,0 +1,62 @@
+"""Where a model fails that was run, and whose Python is to blame for it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ekgfx.graph.axis_graph import Example
+from ekgfx.graph.ways import Way, undisturbed
+from ekgfx.surgery.check import trains
+from ekgfx.surgery.integers import STANDARD
+from ekgfx.tracing.trace import TracedModel
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a cut module: the module whose Python does it (None if that is not known), and what."""
+
+    module: str | None
+    text: str
+
+
+def failing(model: nn.Module, way: Way, example: Example) -> Problem | None:
+    """The innermost module whose own forward raises when the model is run in a way, None if none does."""
+    args, kwargs = example
+    running: list[str] = []
+
+    def ends(*_: Any) -> None:
+        running.pop()
+
+    with torch.no_grad(), way.entered(model), undisturbed(model):  # which also puts back what hooks collect
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(lambda _, __, n=name: running.append(n))
+            module.register_forward_hook(ends)
+        try:
+            model(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001  whatever the user's forward raises; its place is what is wanted
+            text = " ".join(str(error).split())
+            place = running[-1] if running else ""
+            return Problem(blamed(model, place), f"{place or 'its forward'} raises {type(error).__name__}: {text}")
+    return None
+
+
+def blamed(model: nn.Module, path: str) -> str:
+    """A standard layer does what its weights say: where it fails, the module that calls it gave it the wrong thing."""
+    while path and isinstance(model.get_submodule(path), STANDARD):
+        path = path.rpartition(".")[0]
+    while path and type(model.get_submodule(path)).forward in (nn.Sequential.forward, nn.Module.forward):
+        path = path.rpartition(".")[0]
+    return path
+
+
+def training_error(model: nn.Module, source: TracedModel) -> str | None:
+    """What a step of training raises, if it does."""
+    try:
+        trains(model, source.way, *source.example)
+    except torch.OutOfMemoryError:
+        return None
+    except Exception as error:  # noqa: BLE001  whatever the user's forward raises
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -1,0 +1,109 @@
+"""The calls of an uncut model as its forwards are rewritten from them, and what a cut makes of the sizes in them.
+
+The recording keeps the modules' boundaries, the trace knows the axes: each recorded operator is found in the trace.
+"""
+
+import difflib
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ekgfx.axes import Axis, count
+from ekgfx.errors import EkgfxError
+from ekgfx.graph.axis_graph import AxisGraph, Operation
+from ekgfx.graph.opaque import evaluation_mode
+from ekgfx.rewriting.calls import Call, Calls, Values, calls_of, hollow, whole
+from ekgfx.rewriting.forward import Recorded
+from ekgfx.surgery.check import operator_name
+from ekgfx.tracing.trace import TracedModel
+
+
+def record(source: TracedModel, twin: nn.Module | None = None) -> Recorded:
+    """The calls of the uncut model, in evaluation and (with floats of another type, so that one sees which types follow
+    the model's) in training. twin: the uncut model without its weights, where that of `source` has been cut itself."""
+    model = twin or hollow(source.model)
+    floats = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    with evaluation_mode(model):
+        evaluation = calls_of(model, source.example, source.leaves)
+    other = torch.float32 if floats in (torch.bfloat16, torch.float16) else torch.bfloat16
+    training = None
+    for dtype in (other, floats):
+        twin = hollow(model, dtype)
+        twin.train()
+        example = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.dtype == floats else t, source.example)  # noqa: B023
+        try:
+            training = calls_of(twin, example, source.leaves)
+            break
+        except (EkgfxError, RuntimeError):
+            continue
+    return Recorded(model, evaluation, training, floats, dtype)
+
+
+class TracedWidths:
+    """What the cut makes of the sizes in recorded calls: their operators are found in the trace, which knows."""
+
+    def __init__(self, source: TracedModel, counts: Mapping[Axis, int], recorded: Recorded) -> None:
+        self.counts = counts
+        self.operations: dict[fx.Node, Operation] = {}
+        self.dims: dict[fx.Node, Any] = {}
+        training = (graph for graph in source.graphs if graph.way == replace(source.way, training=True))
+        pairs = ((recorded.evaluation, source), (recorded.training, next(training, source)))
+        for calls, graph in pairs:
+            if calls is not None:
+                self.operations |= _aligned(graph, calls)
+                self._follow(calls.root, graph)
+
+    def _follow(self, call: Call, source: AxisGraph) -> None:
+        """Every value in a call, and what it is passed on as, with its dimensions."""
+        self._pass(call.passed, call.given)
+        for step in call.steps:
+            if isinstance(step, Call):
+                self._follow(step, source)
+            elif step in self.operations:
+                self.dims[step] = source.dims.get(self.operations[step].name)
+            elif whole(step):
+                self.dims[step] = self.dims.get(cast(fx.Node, step.args[0]))
+            elif step.target is operator.getitem and isinstance(self.dims.get(cast(fx.Node, step.args[0])), list):
+                self.dims[step] = self.dims[cast(fx.Node, step.args[0])][step.args[1]]
+        self._pass(call.returned, call.results)
+
+    def _pass(self, before: Values | None, after: Values | None) -> None:
+        if before is not None and after is not None:
+            for old, new in zip(before.flat, after.flat, strict=True):
+                if isinstance(new, fx.Node) and isinstance(old, fx.Node) and old in self.dims:
+                    self.dims[new] = self.dims[old]
+
+    def knows(self, call: Call) -> bool:
+        return any(node in self.operations for _, node in call.operators())
+
+    def argument(self, node: fx.Node, name: str, position: int | None, old: int) -> int:
+        operation = self.operations.get(node)
+        sizes = operation.effect.sizes if operation is not None else {}
+        expr = sizes.get(name, sizes.get({"shape": "size", "size": "shape"}.get(name, name)))  # of reshape, and of view
+        if isinstance(expr, Sequence):
+            expr = expr[position] if position is not None and position < len(expr) else None
+        return old if expr is None or count(expr, {}) != old else count(expr, self.counts)
+
+    def length(self, node: fx.Node, dim: int, old: int) -> int:
+        dims = self.dims.get(node)
+        return count(dims[dim], self.counts) if isinstance(dims, tuple) and dims[dim].size == old else old
+
+
+def _aligned(source: AxisGraph, calls: Calls) -> dict[fx.Node, Operation]:
+    """Recorded operator → the operation of the trace that it is."""
+
+    def sign(module: str, target: Any) -> tuple[str, str]:
+        return module, operator_name(target)
+
+    nodes = [(path, node) for path, node in calls.root.operators() if isinstance(node.target, torch._ops.OpOverload)]
+    mine = [sign(operation.module, operation.target) for operation in source.operations]
+    theirs = [sign(path, node.target) for path, node in nodes]
+    blocks: list[Any] = [(0, 0, len(mine))]
+    if mine != theirs:
+        blocks = difflib.SequenceMatcher(None, mine, theirs, autojunk=False).get_matching_blocks()
+    return {nodes[j + k][1]: source.operations[i + k] for i, j, size in blocks for k in range(size)}

@@ -134,6 +134,27 @@ def test_teachers_know_sorted_samples_and_single_ones(size: int) -> None:
         torch.testing.assert_close(said[:, 0], traced.model.head(z).detach(), rtol=2e-3, atol=2e-3)
 
 
+def test_the_order_of_the_files_does_not_matter() -> None:
+    """A folder's images class after class, or shuffled: teachers say the same of each, and the unpruned one is right as
+    often as in evaluation, whose running averages are those of the same images."""
+    images, labels = nets.class_images()
+    model = nets.Classes()
+    ekgfx.calibrate(model, [images])
+    with torch.no_grad():
+        right = (model.eval()(images).argmax(1) == labels).float().mean()
+    traced = ekgfx.trace(model, torch.randn(2, 1, 4, 4))
+    result = search(traced, [(images, labels)], flops=0.7)
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(1))
+    in_files, shuffled = (
+        build_bank(traced, result, list(zip(x.split(12), y.split(12), strict=True)), teachers=2).logits(
+            torch.arange(48)
+        )
+        for x, y in ((images, labels), (images[order], labels[order]))
+    )
+    torch.testing.assert_close(shuffled, in_files[order], rtol=2e-3, atol=2e-3)
+    assert abs((in_files[:, 0].argmax(1) == labels).float().mean() - right) <= 0.01
+
+
 def test_errors(searched: tuple[TracedModel, SearchResult], tmp_path: Path) -> None:
     traced, result = searched
     batches = training_batches()

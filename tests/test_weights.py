@@ -59,6 +59,45 @@ def test_half_precision_becomes_the_models_type(net: nn.Module, tmp_path: Path) 
     assert net[0].weight.dtype == torch.float32 and torch.equal(net[0].weight, expected)
 
 
+def warnings_of(net: nn.Module, state: dict[str, Tensor], file: Path, caplog) -> list[str]:
+    """What is said at the level of warnings while the file is loaded."""
+    save_file(state, file)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "ekgfx"):
+        load_weights(net, file)
+    return [record.getMessage() for record in caplog.records if record.name == "ekgfx"]
+
+
+def test_values_that_are_not_finite_are_named(net: nn.Module, tmp_path: Path, caplog) -> None:
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    assert warnings_of(net, state, tmp_path / "good.safetensors", caplog) == []
+    state["1.running_var"][2] = torch.inf
+    state["0.weight"][0, 0, 0, :2] = torch.nan
+    state["0.weight"][1, 0, 0, 0] = -torch.inf
+    (said,) = warnings_of(net, state, tmp_path / "odd.safetensors", caplog)
+    assert "odd.safetensors" in said and "\n" not in said
+    assert "0.weight (2 NaN, 1 infinite of 108); 1.running_var (1 infinite of 4);" in said
+    assert "1.running_mean" not in said and "0.bias" not in said
+    assert torch.equal(net[1].running_var, state["1.running_var"])  # taken as they are
+
+
+def test_values_that_the_models_type_cannot_hold_are_named(net: nn.Module, tmp_path: Path, caplog) -> None:
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    state["1.running_var"][0] = 70000.0
+    (said,) = warnings_of(net.half(), state, tmp_path / "large.safetensors", caplog)
+    assert "1.running_var (1 infinite of 4);" in said
+
+
+def test_a_mask_that_the_model_is_built_with_is_not_told_of(tmp_path: Path, caplog) -> None:
+    net = nn.Linear(2, 2)
+    net.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    assert warnings_of(net, state, tmp_path / "masked.safetensors", caplog) == []
+    state["mask"][2, 0] = -torch.inf  # another mask than the model's own
+    (said,) = warnings_of(net, state, tmp_path / "other.safetensors", caplog)
+    assert "mask (4 infinite of 9);" in said
+
+
 def test_weights_of_another_model_are_refused(tmp_path: Path, data_dir: Path) -> None:
     file = data_dir / "weights" / "resnet20-cifar10.safetensors"
     with pytest.raises(ModelError, match=r"not those of this CifarResNet: 180 missing: layer1\.3\.conv1\.weight"):
@@ -226,9 +265,11 @@ def keras_resnet50(data_dir: Path, monkeypatch) -> tuple[Built, data.Data]:
     return built, data.load(f"folder:{data_dir / 'imagenet-sample'}", classes=1000, **built.data_options)
 
 
-def test_resnet50_knows_real_images(data_dir: Path, monkeypatch) -> None:
+def test_resnet50_knows_real_images(data_dir: Path, monkeypatch, caplog) -> None:
     """Strides, fp16 weights, mean, std, crop and labels at once: the loss is 1.75 without the mean."""
-    logits, labels = outputs(*keras_resnet50(data_dir, monkeypatch), count=20)
+    with caplog.at_level(logging.WARNING, "ekgfx"):
+        logits, labels = outputs(*keras_resnet50(data_dir, monkeypatch), count=20)
+    assert [text for text in caplog.messages if "not finite" in text and "bn1.running_var (1 infinite of 64);" in text]
     assert ranks(logits, labels) == (15, 18)
     assert float(nn.functional.cross_entropy(logits, labels)) == pytest.approx(0.7258, abs=0.01)
 

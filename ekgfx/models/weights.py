@@ -40,6 +40,7 @@ def load_weights(model: nn.Module, file: Path, *, ema: bool = False) -> str:
 
     A file may hold several state dicts, at any place and with any prefix of their names, such as "module." or "model.".
     The one that fits is taken; of several, the first that is no moving average, or, with `ema`, that is one.
+    Tensors that hold NaN or infinite values afterwards are taken as they are, and named in a warning.
 
     Returns:
         Which ones were taken, in words; empty where the file holds nothing but the model's own names.
@@ -54,6 +55,7 @@ def load_weights(model: nn.Module, file: Path, *, ema: bool = False) -> str:
         raise ModelError(
             f"weights '{file}' hold no moving average (EMA), but {', '.join(map(str, fits))}; leave --ema out"
         )
+    built = {name: value.clone() for name, value in model.state_dict().items() if _strange(value)}
     best = max(asked, key=lambda fit: (fit.exact, fit.fitting, not fit.averaged, -len(fit.unknown)))
     if not best.exact:
         raise ModelError(f"weights '{file}' are not those of this {type(model).__name__}: {differences(model, best)}")
@@ -62,10 +64,39 @@ def load_weights(model: nn.Module, file: Path, *, ema: bool = False) -> str:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"weights '{file}' cannot be copied into this {type(model).__name__}: {reason}") from error
+    _warn_of_strange(file, model.state_dict(), built)
     taken = told(best, [fit for fit in fits if fit is not best and fit.exact], contents.others)
     if taken:
         log.info("weights %s: %s", file.name, taken)
     return taken
+
+
+def _strange(value: Tensor) -> str:
+    """Which values that are not finite a tensor holds, in words; empty if none."""
+    if value.is_meta or not (value.is_floating_point() or value.is_complex()):
+        return ""
+    if value.is_floating_point() and value.element_size() == 1:  # isfinite does not know all 8-bit types
+        value = value.float()
+    if torch.isfinite(value).all():
+        return ""
+    counts = {"NaN": int(value.isnan().sum()), "infinite": int(value.isinf().sum())}
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count) + f" of {value.numel()}"
+
+
+def _warn_of_strange(file: Path, state: Mapping[str, Tensor], built: Mapping[str, Tensor]) -> None:
+    """Names the tensors that are not finite, without those that the model was built with, such as a mask of −∞."""
+    found = {
+        name: words
+        for name, value in state.items()
+        if (words := _strange(value)) and not (name in built and torch.equal(value, built[name]))
+    }
+    if found:
+        log.warning(
+            "weights %s give values that are not finite, which are taken as they are: %s; half precision ends at "
+            "65504, and a training that diverged leaves NaN",
+            file.name,
+            "; ".join(f"{name} ({words})" for name, words in found.items()),
+        )
 
 
 def create_pretrained(name: str, options: Mapping[str, Any]) -> tuple[nn.Module, str]:

@@ -162,8 +162,8 @@ def test_a_job_that_lost_a_process_says_so_though_it_is_told_to_end_meanwhile(tm
 
 @PROC
 def test_training_that_lost_a_process_goes_on(tmp_path: Path) -> None:
-    """Killed after the first epochs of fine-tuning. Plan and memory bank are one process's; weights are so up to rounding,
-    which training amplifies."""
+    """Killed after the first epochs of fine-tuning. Plan and memory bank are one process's; weights are so up to
+    rounding, which training amplifies."""
     (tmp_path / "tiny.yaml").write_text(TINY.replace("epochs: 1, batch_size: 256", "epochs: 4, batch_size: 64"))
     killed_and_resumed(tmp_path, lambda run: (run / "finetune.safetensors").exists())
     for name in ("plan.json", "bank/bank.json", "bank/teacher-0.rows", "bank/teacher-1.rows"):

@@ -1,7 +1,6 @@
 """The main job as a user runs it: every stage on real data, interrupted anywhere, and what can be done with a run."""
 
 import json
-import os
 import re
 import resource
 import signal

@@ -231,22 +231,23 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert check_pruned(traced, UNET_PLAN, pruned, (x,)) < 0.05
 
 
-def test_shifted_windows_of_torchvision() -> None:
+@pytest.mark.parametrize("depths", [[2], pytest.param([2, 1], marks=pytest.mark.sweep)])
+def test_shifted_windows_of_torchvision(depths: list[int]) -> None:
     """Swin V2 writes its mask, and zeros of the bias of keys, into views: PyTorch makes the graph functional, and puts
     its inputs into another order than the model has. Heads are free as well."""
     from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 
     torch.manual_seed(0)
     model = SwinTransformer(
-        *([4, 4], 8, [2, 1], [2, 2], [4, 4], 1.5, 0.0, 0.0, 0.0, 3),
+        *([4, 4], 8, depths, [2] * len(depths), [4, 4], 1.5, 0.0, 0.0, 0.0, 3),
         block=SwinTransformerBlockV2,
         downsample_layer=PatchMergingV2,
     )
     small = of_shapes(((3, 32, 32),), 2)
     found = sizes(model, small)
-    assert {n: s for n, s in found.items() if n.endswith("cpb_mlp.2")} == dict.fromkeys(
-        ("features.1.0.attn.cpb_mlp.2", "features.1.1.attn.cpb_mlp.2", "features.3.0.attn.cpb_mlp.2"), 2
-    )
+    blocks = [f"features.{2 * stage + 1}.{block}" for stage, depth in enumerate(depths) for block in range(depth)]
+    heads = {f"{block}.attn.cpb_mlp.2": 2 for block in blocks}
+    assert {n: s for n, s in found.items() if n.endswith("cpb_mlp.2")} == heads
     pruned_exactly(model, small, of_shapes(((3, 32, 32),), 3), same=False)
 
 

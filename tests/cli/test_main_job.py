@@ -1,7 +1,6 @@
 """The main job as a user runs it: every stage on real data, interrupted anywhere, and what can be done with a run."""
 
 import json
-import os
 import re
 import resource
 import signal
@@ -16,7 +15,9 @@ import torch
 import ekgfx as library
 from ekgfx import data as datasets
 from ekgfx.base.files import read_lines
+from ekgfx.cli import main
 from ekgfx.runs.directory import read_manifest
+from tests import processes
 from tests.cli.conftest import TINY, command, environment
 
 
@@ -72,21 +73,29 @@ MOMENTS = {
 }
 
 
+def pruning(*arguments: str) -> None:
+    """`ekgfx prune` in this process."""
+    torch.set_num_threads(1)
+    main(["prune", *arguments])
+
+
 def test_a_run_killed_at_every_stage_ends_as_if_it_had_not_been(finished, tiny, tmp_path):
-    """kill -9 again and again; each --resume goes on, and plan, history and weights are the undisturbed run's."""
+    """kill -9 again and again; each --resume goes on, and plan, history and weights are the undisturbed run's. The
+    processes come with the package imported: to import it takes longer than the job."""
     run = tmp_path / "run"
     arguments: tuple[object, ...] = ("--recipe", tiny, "-o", run)
     for reached in MOMENTS.values():
-        process = start(*arguments)
+        process = processes.start(pruning, *map(str, arguments))
         while not reached(run):
-            assert process.poll() is None, process.stderr.read().decode()
+            assert process.exitcode is None
             time.sleep(0.005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
         assert read_manifest(run)["status"] == "running"
         arguments = ("--resume", run)
-    process = start(*arguments)
-    assert process.wait() == 0, process.communicate()[1].decode()
+    process = processes.start(pruning, *map(str, arguments))
+    process.join()
+    assert process.exitcode == 0
     assert read_manifest(run)["status"] == "done"
     assert steps(run) == steps(finished)
     assert (run / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()

@@ -1,0 +1,149 @@
+"""Break the package on purpose, one place at a time, and see whether the tests notice.
+
+    python tests/mutants.py                # all; fails where one survives, or stands nowhere any more
+    python tests/mutants.py einsum norms   # those with one of these words in their name
+    python tests/mutants.py --list         # only see that each still applies
+
+Each is applied in a copy of the tree, where the tests that should fail are run.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    """A text that stands once in the package, what to put in its place, and what to run: arguments of pytest."""
+
+    name: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = [
+    Mutant(
+        "a cut is not compared operator by operator",
+        "found = differences(self.source, self.predicted.counts, again)",
+        "found = []",
+        "tests/test_verification.py",
+    ),
+    Mutant(
+        "a cut's shapes are not compared",
+        "if shapes[old.name] != actual[new.name]:",
+        "if False:",
+        "tests/test_verification.py",
+    ),
+    Mutant(
+        "a cut's cost is not compared",
+        "if again.cost() != self.source.cost(self.predicted.plan):",
+        "if False:",
+        "tests/test_verification.py",
+    ),
+    Mutant(
+        "a cut's outputs are not compared",
+        "if off <= TOLERANCE.get(dtype, 0.05):",
+        "if True:",
+        "tests/test_verification.py",
+    ),
+    Mutant(
+        "norms without parameters keep their width",
+        "        _bare_norms(root, view, counts)",
+        "        pass",
+        "tests/test_families.py -k norms_without_parameters",
+    ),
+    Mutant(
+        "attention costs one product",
+        "macs=[(*pairs, query[-1]), (*pairs, value[-1])],",
+        "macs=[(*pairs, query[-1])],",
+        "tests/test_families.py -k attention",
+    ),
+    Mutant(
+        "attention's second product is as wide as the first",
+        "macs=[(*pairs, query[-1]), (*pairs, value[-1])],",
+        "macs=[(*pairs, query[-1]), (*pairs, query[-1])],",
+        "tests/test_families.py -k attention",
+    ),
+    Mutant(
+        "a transposed convolution costs its input channels twice",
+        "macs=[(*x, *weight[1:])],",
+        "macs=[(*x, *weight)],",
+        "tests/test_families.py -k transpos",
+    ),
+    Mutant(
+        "an einsum costs one product of all letters",
+        'for pair in _contractions(long, set(output), call["path"])]',
+        "for pair in [set().union(*long)]]",
+        "tests/test_costs.py -k einsum",
+    ),
+    Mutant(
+        "weights that nothing reads are free",
+        'freeze(dim, f"{name} is not used by what was traced")',
+        "pass",
+        "tests/test_views.py -k 'unused or no_call_shows or unseen'",
+    ),
+    Mutant(
+        "weights that nothing reads hold nothing back",
+        'freeze(axis, f"may meet {name}, which is not used by what was traced")',
+        "pass",
+        "tests/test_views.py -k 'unused or no_call_shows or unseen'",
+    ),
+    Mutant(
+        "an axis that occurs twice is told by its last occurrence",
+        "index = torch.where(index[:, None] >= 0, index[:, None], inner).flatten()",
+        "index = torch.where(inner >= 0, inner, index[:, None]).flatten()",
+        "tests/test_axes.py",
+    ),
+]
+
+
+def place(mutant: Mutant) -> Path:
+    """The one file of the package that holds the text."""
+    files = [file for folder in ("ekgfx", "export") for file in sorted((ROOT / folder).rglob("*.py"))]
+    texts = {file: file.read_text(encoding="utf-8").count(mutant.old) for file in files}
+    if sum(texts.values()) != 1:
+        raise SystemExit(f"{mutant.name}: {mutant.old!r} stands {sum(texts.values())} times in the package, not once")
+    return next(file.relative_to(ROOT) for file, found in texts.items() if found)
+
+
+def survives(mutant: Mutant, tree: Path) -> bool:
+    """Whether the tests pass nevertheless. Raises SystemExit where they could not be run."""
+    file = tree / place(mutant)
+    before = file.read_text(encoding="utf-8")
+    file.write_text(before.replace(mutant.old, mutant.new), encoding="utf-8")
+    try:
+        command = f"{sys.executable} -m pytest -q -x -p no:cacheprovider {mutant.tests}"
+        done = subprocess.run(command, shell=True, cwd=tree, capture_output=True, text=True)
+    finally:
+        file.write_text(before, encoding="utf-8")
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{mutant.name}: the tests did not run\n{done.stdout}{done.stderr}")
+    return done.returncode == 0
+
+
+def main(words: list[str]) -> int:
+    for mutant in MUTANTS:
+        place(mutant)
+    chosen = [m for m in MUTANTS if not words or any(word in m.name for word in words)]
+    if words == ["--list"]:
+        print("\n".join(f"{place(mutant)}: {mutant.name}" for mutant in MUTANTS))
+        return 0
+    left = 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache"))
+        for mutant in chosen:
+            alive = survives(mutant, tree)
+            left += alive
+            print(f"{'SURVIVED' if alive else 'killed  '}  {place(mutant)}: {mutant.name}", flush=True)
+    print(f"{left} of {len(chosen)} survived")
+    return min(left, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

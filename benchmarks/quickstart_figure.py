@@ -31,10 +31,10 @@ def main(run: Path, picture: Path) -> None:
         bars = panel.barh([labels[stage] for stage in stages], values, color=[colors[stage] for stage in stages])
         panel.bar_label(bars, fmt="%.1f", padding=3)
         panel.set_title(title, loc="left", fontsize=10)
-        panel.set_xlim(90 if key == "accuracy" else 0, max(values) * (1.01 if key == "accuracy" else 1.2))
+        panel.set_xlim(80 if key == "accuracy" else 0, max(values) * (1.01 if key == "accuracy" else 1.2))
         panel.invert_yaxis()
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_xlabel("axis begins at 90", fontsize=8)
+    panels[0].set_xlabel("axis begins at 80", fontsize=8)
     panels[1].set_yticks([])
     figure.savefig(picture, facecolor="white", metadata={"Date": None})
 

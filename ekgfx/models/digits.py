@@ -65,6 +65,6 @@ class DigitsCNN(nn.Module):
         return self.classifier(x.mean(dim=(2, 3)))
 
 
-def digits_cnn(num_classes: int = 10) -> DigitsCNN:
-    """The quick start's network: about 30,000 parameters, 8×8 images of one channel."""
-    return DigitsCNN(num_classes=num_classes)
+def digits_cnn(num_classes: int = 10, width: int = 16) -> DigitsCNN:
+    """About 30,000 parameters at width 16, 8×8 images of one channel; the quick start takes a wider one."""
+    return DigitsCNN(width, num_classes)

@@ -18,8 +18,8 @@ from torch import nn
 from ekgfx.base.files import read_lines
 from ekgfx.cli import main
 from ekgfx.cli.work import work
+from ekgfx.distributed import team as distributed
 from ekgfx.distributed.team import ALONE, Team, team
-from ekgfx.distributed.team import team as distributed
 from ekgfx.errors import TeamError
 from ekgfx.runs.directory import Run, read_manifest
 from ekgfx.search import search

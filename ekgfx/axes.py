@@ -248,12 +248,7 @@ def split(expr: Expr, position: int) -> tuple[Expr, Expr]:
         case Prod(factors):
             # Cut the leading factor beside the boundary; where the boundary falls inside one of its positions, that
             # position alone becomes a copy of the remaining factors, which is then cut in turn.
-            inner = Prod(factors[1:]).size
-            row, offset = divmod(position, inner)
-            edge = row or 1
-            split(factors[0], edge)
-            if offset and row and factors[0].size - row > 1:
-                split(factors[0], row + 1)
+            split(factors[0], position // Prod(factors[1:]).size or 1)
             return split(Prod(factors), position)
     raise ValueError(f"no position {position} in a dimension of {expr.size}")
 

@@ -1,5 +1,6 @@
 """Every recipe that comes with the package runs from beginning to end, shrunken; and says what it measured."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ekgfx.cli import summary
 from ekgfx.settings import recipe
 from tests.test_paper_recipes import DEEP, SHALLOW, check, dry_run, images
 
@@ -25,11 +27,22 @@ def test_it_names_its_result_or_says_that_there_is_none(name):
     assert said.startswith("not yet measured") or re.search(r"\d+(\.\d+)?%.*seed \d+.*torch.*\d{4}-\d\d-\d\d", said)
 
 
-def test_quickstart(tmp_path):
+def test_quickstart(tmp_path, capsys):
     changes = {"pretrain__epochs": 1, "search__flops": 0.8, "weights": "auto", "finetune__batch_size": 256}
     run = dry_run(tmp_path, "quickstart", **{**FAST, **changes, "pretrain__batch_size": 256})
     check(run, 0.8, 10)
     assert run.has("model.onnx")
+    timed = {(1, "dense"): 0.3, (1, "pruned"): 0.15, (64, "dense"): 8.0, (64, "pruned"): 5.0}
+    timings = [
+        {"provider": "cpu", "precision": "fp32", "batch": batch, "network": network, "median_ms": ms}
+        for (batch, network), ms in timed.items()
+    ]
+    (run.path / "export.json").write_text(json.dumps({"latency": {"timings": timings}}))
+    capsys.readouterr()
+    summary.show(run.path)
+    *_, gained, advice = capsys.readouterr().out.strip().splitlines()
+    assert gained.startswith("gained: 2.00 times as fast on cpu fp32 batch 1, 1.60 times as fast on cpu fp32 batch 64;")
+    assert advice.startswith("your own model: ekgfx prune my_model.py:factory")
 
 
 def test_cifar10_resnet56(tmp_path):

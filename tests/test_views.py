@@ -1,12 +1,9 @@
-"""What a model does beside evaluation on the example inputs: training mode, other arguments, other methods, and what
-nobody shows. The oracle is the user's own Python with zeroed weights, in float64, in every one of these ways."""
+"""What a model does beside evaluation on the example inputs: training mode, other arguments, other methods.
+The oracle is the user's own Python with zeroed weights, in float64, in every one of these ways."""
 
 import copy
-import json
 import random
 import warnings
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,47 +14,13 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import ekgfx
-from ekgfx.errors import EkgfxWarning, PlanError, PruneError, TraceError
+from ekgfx.errors import EkgfxWarning, PruneError
 from ekgfx.graph.ways import Way
-from ekgfx.surgery.check import mask_tensor, perturb, relative_error, trains
+from ekgfx.surgery.check import relative_error, trains
+from tests.trunks import Auxiliary, Optional, Trunk, conv, cut, images, ready, same
 from tests.zeroed import zeros
 
 pytestmark = pytest.mark.filterwarnings("ignore::ekgfx.errors.EkgfxWarning")
-
-
-def images(batch: int = 2, seed: int = 0) -> Tensor:
-    return torch.randn(batch, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def conv(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
-
-
-class Trunk(nn.Module):
-    """Channels a (6), b (10) and a head; subclasses say what else there is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.head = conv(3, 6), conv(6, 10), nn.Linear(10, 4)
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x))
-
-    def forward(self, x: Tensor) -> Any:
-        return self.head(self.features(x).mean((2, 3)))
-
-
-class Auxiliary(Trunk):
-    """A head in the middle, in training only, if it is switched on."""
-
-    def __init__(self, on: bool = True) -> None:
-        super().__init__()
-        self.on, self.aux = on, nn.Sequential(conv(6, 5), nn.Conv2d(5, 4, 1))
-
-    def forward(self, x: Tensor) -> Any:
-        middle = self.a(x)
-        y = self.head(self.b(middle).mean((2, 3)))
-        return (y, self.aux(middle).mean((2, 3))) if self.training and self.on else y
 
 
 class DeepSupervision(Trunk):
@@ -153,37 +116,6 @@ TRAINING = {  # network → size of every group
     TokenDrop: {"a.0": 6, "b.0": 10},
     RandomDepth: {"a.0": 6, "b.0": 10},
 }
-
-
-def ready(model: nn.Module) -> nn.Module:
-    perturb(model.double().eval())
-    return model
-
-
-def cut(model: nn.Module, *inputs: Any, **options: Any) -> tuple[nn.Module, nn.Module, ekgfx.TracedModel]:
-    """The model with every group cut at random, the model with the same entries zeroed, and what was traced."""
-    traced = ekgfx.trace(model, inputs or (images(),), **options)
-    rng = random.Random(0)
-    plan = ekgfx.Plan({n: tuple(sorted(rng.sample(range(g.size), g.size // 2))) for n, g in traced.groups.items()})
-    twin, dims, kept = copy.deepcopy(model), traced.weight_dims(), traced.groups.kept(plan)
-    with torch.no_grad():
-        for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
-            tensor.copy_(mask_tensor(tensor, dims[name], kept))
-    return ekgfx.prune(model, plan, traced), twin, traced
-
-
-def same(
-    a: nn.Module, b: nn.Module, *args: Any, training: bool = False, method: str = "forward", **kwargs: Any
-) -> None:
-    outputs = []
-    for model in (a, b):
-        model = copy.deepcopy(model).train(training)
-        torch.manual_seed(1)
-        random.seed(1)
-        with torch.no_grad():
-            outputs.append(model(*args, **kwargs) if method == "forward" else getattr(model, method)(*args, **kwargs))
-    assert pytree.tree_structure(outputs[0]) == pytree.tree_structure(outputs[1])
-    assert relative_error(*outputs) < 1e-10
 
 
 @pytest.mark.parametrize("network", TRAINING, ids=lambda network: network.__name__)
@@ -290,26 +222,6 @@ def test_dropout_and_batch_norm_alone_ask_for_no_second_graph() -> None:
     assert len(ekgfx.trace(ready(Auxiliary()), images()).graphs) == 2
 
 
-class Optional(Trunk):
-    """A second input, a second task, another method, and a loss with a head of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.extra, self.depth, self.project = nn.Linear(7, 6), nn.Conv2d(10, 2, 1), nn.Linear(10, 3)
-
-    def forward(self, x: Tensor, other: Tensor | None = None, task: str = "class") -> Tensor:
-        x = self.a(x)
-        if other is not None:
-            x = x + self.extra(other)[:, :, None, None]
-        x = self.b(x)
-        return self.head(x.mean((2, 3))) if task == "class" else self.depth(x)
-
-    def loss(self, x: Tensor, target: Tensor) -> Tensor:
-        """Calls the model itself, as losses do."""
-        y = self(x)
-        return functional.mse_loss(y, target) + self.project(self.features(x).mean((2, 3))).square().mean()
-
-
 def test_further_calls_share_the_axes() -> None:
     other, target = torch.randn(2, 7, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
     calls = [{"task": "depth"}, ((images(), other), {}), ("loss", images(), target)]
@@ -323,60 +235,6 @@ def test_further_calls_share_the_axes() -> None:
         same(pruned, twin, images(), task="depth", training=training)
         same(pruned, twin, images(), other, training=training)
         same(pruned, twin, images(), target, method="loss", training=training)
-
-
-def test_what_no_call_shows_keeps_what_may_meet_it() -> None:
-    model = ready(Optional())
-    with pytest.warns(EkgfxWarning, match=r"nothing that was traced uses extra, depth, project: .*also=.*unused="):
-        traced = ekgfx.trace(model, images())
-    assert list(traced.groups) == []
-    reasons = {f.reason for f in traced.groups.frozen if (f.parameter, f.dim) == ("a.0.weight", 0)}
-    assert reasons == {"may meet extra.weight, which is not used by what was traced"}
-
-
-def test_what_is_unused_holds_nothing_back() -> None:
-    pruned, twin, traced = cut(ready(Optional()), unused=["extra", "dep*", "project.*"])
-    assert list(traced.groups) == ["a.0", "b.0"]
-    assert traced.notes == ()
-    assert pruned.extra.out_features == 6
-    same(pruned, twin, images(3))
-
-
-class Elsewhere(Trunk):
-    """A method that only others call."""
-
-    def apart(self, x: Tensor) -> Any:
-        return self.other(x), self.project(x)
-
-
-def test_what_no_code_names_holds_nothing_back_and_is_told() -> None:
-    model = Trunk()
-    model.other = nn.Linear(10, 3)
-    with pytest.warns(EkgfxWarning, match="nothing uses other, as far as the code of the model says"):
-        traced = ekgfx.trace(ready(model), images())
-    assert list(traced.groups) == ["a.0", "b.0"]
-
-
-def test_the_inside_of_an_unseen_head_does_not_count() -> None:
-    model = Elsewhere()
-    model.other = nn.Sequential(nn.Linear(20, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 9))
-    traced = ekgfx.trace(ready(model), images())
-    assert list(traced.groups) == ["a.0"], "20 may be b twice, 6 is handed on inside"
-
-
-def test_a_flattened_input_of_an_unseen_head_counts() -> None:
-    model = Elsewhere()
-    model.other = nn.Linear(6 * 64, 9)
-    assert list(ekgfx.trace(ready(model), images()).groups) == ["b.0"]
-
-
-def test_widths_that_become_equal_by_the_cut_stay_apart() -> None:
-    model = Elsewhere()
-    model.project = nn.Linear(10, 3)
-    pruned, _, traced = cut(ready(model))
-    assert list(traced.groups) == ["a.0"]
-    assert pruned.a[0].out_channels == pruned.project.out_features == 3
-    assert list(ekgfx.trace(copy.deepcopy(pruned), images()).groups) == ["a.0"]
 
 
 class Careful(Trunk):
@@ -466,39 +324,3 @@ def test_a_model_that_is_cut_in_place_is_cut_alike() -> None:
     there = ekgfx.prune(model, plan, traced, inplace=True)
     assert there is model
     same(there, apart, images(3), training=True)
-
-
-def test_saved_models_know_what_was_unused_and_ask_for_the_calls(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model, calls = ready(Optional()), [{"task": "depth"}, ("loss", images(), torch.zeros(2, 4, dtype=torch.float64))]
-    traced = ekgfx.trace(model, images(), also=calls, unused=["extra"])
-    plan = replace(ekgfx.Plan({"a.0": (0, 2)}, traced.groups.digest), **traced.options)
-    assert plan == ekgfx.Plan.from_json(plan.to_json())
-    assert (plan.unused, plan.also) == (("extra.weight", "extra.bias"), 2)
-    pruned = ekgfx.prune(model, plan, traced)
-    ekgfx.save(pruned, tmp_path / "run", plan=plan)
-    build = lambda: Optional().double()  # noqa: E731
-    with pytest.raises(PlanError, match=r"traced with 2 further calls, not 0: .*also="):
-        ekgfx.load(tmp_path / "run", build, (images(),))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", EkgfxWarning)
-        loaded = ekgfx.load(tmp_path / "run", build, (images(),), also=calls)
-    same(loaded, pruned, images(3), task="depth")
-
-
-@pytest.mark.parametrize("wrong", [{"unused": "extra"}, {"also": -1}, {"also": [2]}])
-def test_a_malformed_plan_is_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(PlanError, match=f"malformed plan: {next(iter(wrong))}="):
-        ekgfx.Plan.from_json(json.dumps({"version": 1, "kept": {}, **wrong}))
-
-
-def test_mistakes_are_told() -> None:
-    model = ready(Optional())
-    with pytest.raises(TraceError, match=r"unused 'projct' names no parameter.*did you mean 'project'"):
-        ekgfx.trace(model, images(), unused=["projct"])
-    with pytest.raises(TraceError, match=r"unused 'head' names head.weight, which Optional does use"):
-        ekgfx.trace(model, images(), unused=["head"])
-    with pytest.raises(TraceError, match="'losses', which is no method of Optional"):
-        ekgfx.trace(model, images(), also=["losses"])
-    with pytest.raises(TraceError, match="also takes tensors"):
-        ekgfx.trace(model, images(), also=[3])

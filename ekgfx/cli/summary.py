@@ -47,26 +47,15 @@ def show(path: Path) -> None:
     if "finetuned" not in results:
         out.print(f"not fine-tuned; to do so: ekgfx finetune {path} --epochs N")
     out.print(f"run {path}")
-    if "finetuned" in results and latency:
-        _gain(first[quality], last[quality], quality, last["macs"] / first["macs"], latency, cases)
-
-
-def _gain(
-    before: float, after: float, quality: str, macs: float, latency: Mapping[tuple[str, str], float], cases: list[str]
-) -> None:
-    """What was gained, in words, and what to type next."""
-    ratios = {
-        case: latency[case, "dense"] / latency[case, "pruned"]
-        for case in cases
-        if (case, "dense") in latency and (case, "pruned") in latency
-    }
-    if not ratios:
-        return
-    speed = ", ".join(f"{ratio:.2f} times as fast on {case}" for case, ratio in ratios.items())
-    out.print(f"\ngained: {speed}; {quality} {percent(before)} → {percent(after)} at {macs:.1%} of the MACs")
-    out.print(
-        "your own model: ekgfx prune my_model.py:factory --weights FILE --data folder:DIR --flops 0.55 --epochs 20"
-    )
+    if "finetuned" in results and cases:
+        ratios = {case: latency[case, "dense"] / latency[case, "pruned"] for case in cases}
+        speed = ", ".join(f"{ratio:.2f} times as fast on {case}" for case, ratio in ratios.items())
+        change_of = f"{quality} {percent(first[quality])} → {percent(last[quality])}"
+        out.print(f"\ngained: {speed}; {change_of} at {last['macs'] / first['macs']:.1%} of the MACs")
+    if str(manifest["settings"]["model"]).startswith("ekgfx.models:"):
+        out.print(
+            "your own model: ekgfx prune my_model.py:factory --weights FILE --data folder:DIR --flops 0.55 --epochs 20"
+        )
 
 
 def _medians(path: Path) -> dict[tuple[str, str], float]:

@@ -8,7 +8,7 @@ module itself is. What goes into a leaf, what comes out of it and what it holds 
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -140,7 +140,8 @@ def record(model: nn.Module, names: Sequence[str], args: tuple[Any, ...], kwargs
         return output
 
     if names:
-        with untouched(model), _replaced_forwards(model, names, noting), torch.no_grad():
+        wrap = partial(partial, noting)
+        with untouched(model), wrapped_forwards(model, names, wrap), torch.no_grad():
             model(*args, **kwargs)
     return calls
 
@@ -159,18 +160,20 @@ def as_operators(model: nn.Module, leaves: Leaves) -> Iterator[None]:
         made = torch.ops.ekgfx.leaf(inputs, state, name, number, json.dumps(call.results), call.macs)
         return call.output.filled(made)
 
-    with _replaced_forwards(model, [name for name, calls in leaves.items() if calls], operator):
+    with wrapped_forwards(model, [name for name, calls in leaves.items() if calls], partial(partial, operator)):
         yield
 
 
 @contextlib.contextmanager
-def _replaced_forwards(model: nn.Module, names: Sequence[str], function: Any) -> Iterator[None]:
-    """`function(name, forward, *args, **kwargs)` in place of the forward of each of the modules."""
+def wrapped_forwards(
+    model: nn.Module, names: Sequence[str], wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """While this is open, `wrap(name, forward)` stands in place of the forward of each of the modules."""
     modules = [(name, model.get_submodule(name)) for name in names]
     own = [(module, vars(module).get("forward")) for _, module in modules]
     try:
         for name, module in modules:
-            module.forward = partial(function, name, module.forward)
+            module.forward = wrap(name, module.forward)
         yield
     finally:
         for module, forward in own:

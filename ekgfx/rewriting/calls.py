@@ -27,7 +27,7 @@ from ekgfx.errors import PruneError
 from ekgfx.graph.axis_graph import Example
 from ekgfx.graph.functional import inlined
 from ekgfx.graph.nodes import bind
-from ekgfx.graph.opaque import Leaves, as_operators
+from ekgfx.graph.opaque import Leaves, as_operators, wrapped_forwards
 from ekgfx.graph.returns import tensors_returned
 from ekgfx.graph.tables import is_table
 from ekgfx.graph.untouched import deep_copy
@@ -207,21 +207,10 @@ def _marked(model: nn.Module, recorded: list[Any]) -> Iterator[None]:
         recorded.append((path, begins, kinds, spec))
         return pytree.tree_unflatten(passed, spec)
 
-    modules = [
-        (path, module)
-        for path, module in model.named_modules()
-        if not isinstance(module, torch.jit.ScriptModule | nn.ModuleList | nn.ModuleDict)
-    ]
-    own = [(module, vars(module).get("forward")) for _, module in modules]
-    try:
-        for path, module in modules:
-            module.forward = around(path, module.forward)
+    not_run = torch.jit.ScriptModule | nn.ModuleList | nn.ModuleDict
+    paths = [path for path, module in model.named_modules() if not isinstance(module, not_run)]
+    with wrapped_forwards(model, paths, around):
         yield
-    finally:
-        for module, forward in own:
-            del module.forward
-            if forward is not None:
-                module.forward = forward
 
 
 @dataclass(frozen=True)

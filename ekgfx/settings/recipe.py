@@ -23,7 +23,7 @@ from ekgfx.settings.preprocessing import Preprocessing
 
 @dataclass(frozen=True)
 class Training:
-    """How a network is trained; the fields of `ekgfx.training.optimization.Training`, which says what they mean."""
+    """How a network is trained; `ekgfx.training.optimization.Training` says what the fields mean."""
 
     epochs: int = 0
     batch_size: int = 128

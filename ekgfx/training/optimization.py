@@ -1,7 +1,7 @@
 """How to train: the settings, and the optimizer and learning rates that they make."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -10,14 +10,15 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from ekgfx.errors import RecipeError
+from ekgfx.settings import recipe
 
 MILESTONES, DECAY = (0.3, 0.6, 0.8), 0.2
 """The paper's schedule: ×0.2 after these parts of the epochs."""
 
 
 @dataclass(frozen=True)
-class Training:
-    """How to train. The defaults are the paper's for CIFAR.
+class Training(recipe.Training):
+    """How to train: a recipe's settings and a seed. The defaults are the paper's for CIFAR.
 
     epochs; batch_size; lr; momentum; weight_decay (on all parameters). optimizer: any name that timm knows ("sgd" is
     with Nesterov momentum). schedule: "multistep" (×0.2 after 30, 60 and 80% of the epochs), "cosine" (to 0) or
@@ -28,18 +29,6 @@ class Training:
     """
 
     epochs: int = 100
-    batch_size: int = 128
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    optimizer: str = "sgd"
-    schedule: Literal["multistep", "cosine", "constant"] = "multistep"
-    warmup: int = 0
-    augment: bool = True
-    views: int | None = None
-    amp: Literal["bf16", "fp16"] | None = None
-    channels_last: bool = False
-    workers: int = 0
     seed: int = 0
 
     @classmethod

@@ -316,6 +316,30 @@ def test_verification_runs_training_mode(fails: bool, said: str) -> None:
     ekgfx.prune(model, plan, traced, verify=False)
 
 
+class Doubled(torch.autograd.Function):
+    """A gradient that knows the width."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient.reshape(-1, 10)
+
+
+class Backwards(Trunk):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Doubled.apply(self.features(x).mean((2, 3))))
+
+
+def test_verification_takes_a_step_of_training() -> None:
+    model = ready(Backwards())
+    traced = ekgfx.trace(model, images())
+    with pytest.raises(PruneError, match=r"it does not train: RuntimeError: shape '\[-1, 10\]' is invalid"):
+        ekgfx.prune(model, ekgfx.Plan({"b.0": (0, 1, 2)}), traced)
+
+
 def test_a_model_that_is_cut_in_place_is_cut_alike() -> None:
     model = ready(Auxiliary())
     traced = ekgfx.trace(model, images())

@@ -20,6 +20,7 @@ from ekgfx.axes import Axis, Dims, axes, freeze, resolve, unify
 from ekgfx.errors import TraceError
 from ekgfx.graph.functional import functionalize
 from ekgfx.graph.in_place import overwritable, overwritable_with_gradients
+from ekgfx.graph.liveness import last_reads
 from ekgfx.graph.nodes import bind, first_names, op_name, owner, rename_modules
 from ekgfx.graph.opaque import Leaves
 from ekgfx.graph.returns import Returns
@@ -344,14 +345,7 @@ class AxisGraph:
     @cached_property
     def last_uses(self) -> dict[str, list[str]]:
         """Node → nodes whose values nobody reads after it."""
-        last: dict[str, str] = {}
-        for node in self.graph.nodes:
-            for used in (node, *node.all_input_nodes):
-                last[used.name] = node.name
-        dying: dict[str, list[str]] = {}
-        for name, at in last.items():
-            dying.setdefault(at, []).append(name)
-        return dying
+        return last_reads(self.graph.nodes)
 
     def prunable_parameters(self) -> int:
         """Number of parameters in tensors that some free axis cuts."""

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from ekgfx.axes import Axis
 from ekgfx.execution.subnetwork import SubNetwork, slice_tensor
 from ekgfx.graph.axis_graph import AxisGraph
+from ekgfx.graph.liveness import last_reads
 from ekgfx.repair.forms import of_positions
 from ekgfx.repair.moments import Moments
 from ekgfx.repair.operators import LinearOperator
@@ -71,17 +72,6 @@ def by_depth(graph: AxisGraph, constant: set[fx.Node]) -> list[fx.Node]:
     return sorted(depth, key=depth.__getitem__)
 
 
-def _last_reads(nodes: Sequence[fx.Node]) -> dict[str, list[str]]:
-    """Node → nodes whose values nobody reads after it; what the output reads stays."""
-    order = {node: i for i, node in enumerate(nodes)}
-    dying: dict[str, list[str]] = {}
-    for node in nodes:
-        last = max((order.get(user, len(nodes)) for user in node.users), default=order[node])
-        if last < len(nodes):
-            dying.setdefault(nodes[last].name, []).append(node.name)
-    return dying
-
-
 class Walk:
     """Both networks on all batches, up to the operator at hand.
 
@@ -109,7 +99,8 @@ class Walk:
         self.constant = weight_nodes(graph)
         self.nodes = by_depth(graph, set(self.constant))
         self.order = {node: i for i, node in enumerate(self.nodes)}
-        self.dying = _last_reads(self.nodes)
+        *_, output = graph.graph.nodes
+        self.dying = last_reads(self.nodes, stay={source.name for source in output.all_input_nodes})
         self.constants = {net: net.follow(self.constant, {}, {}, {}) for net in (self.dense, self.pruned)}
         self.batches = [
             Batch(Frontier(self.dense, self._inputs(args)), Frontier(self.pruned, self._inputs(args)), held)

@@ -17,6 +17,7 @@ from ekgfx.data.batches import Inputs
 from ekgfx.execution.subnetwork import SubNetwork, slice_weights
 from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.cost import evaluate, mac_table
+from ekgfx.graph.liveness import last_reads
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,7 @@ class Forks:
         read = {source.name for node in (*changed.values(), self.output) for source in node.all_input_nodes}
         reads = frozenset(read & self.operators.keys() - changed.keys())
         nodes = [node for node in self.graph.graph.nodes if node.name in changed or (node.name in read - reads)]
-        last: dict[str, str] = {}
-        for node in nodes:
-            for used in (node, *node.all_input_nodes):
-                last[used.name] = node.name
-        dying: dict[str, list[str]] = {}
-        for name in last.keys() - {source.name for source in self.output.all_input_nodes}:
-            dying.setdefault(last[name], []).append(name)
+        dying = last_reads(nodes, stay={source.name for source in self.output.all_input_nodes})
         weights = {name for name, dims in self.graph.weight_dims().items() if axis in _all_axes(dims)}
         at = max((self.order[name] for name in reads), default=-1) + 1
         return Fork(tuple(nodes), reads, at, frozenset(weights), dying)

@@ -105,6 +105,30 @@ MUTANTS = [
         "index = torch.where(inner >= 0, inner, index[:, None]).flatten()",
         "tests/test_axes.py",
     ),
+    Mutant(
+        "Otsu's high class may hold one value",
+        "low = np.arange(1, len(kept) - 1)",
+        "low = np.arange(1, len(kept))",
+        "tests/search/test_candidates.py",
+    ),
+    Mutant(
+        "a candidate that only rounding puts behind is left",
+        "last = race.ranking.behind(sorted(done)[accept - 1])",
+        "last = sorted(done)[accept - 1]",
+        "tests/search/test_race.py",
+    ),
+    Mutant(
+        "values are dropped before their last reader",
+        "last = {used.name: node.name for node in nodes for used in (node, *node.all_input_nodes)}",
+        "last = {node.name: node.name for node in nodes}",
+        "tests/test_liveness.py",
+    ),
+    Mutant(
+        "what is wanted to the end is dropped",
+        "        if name not in stay:\n            droppable",
+        "        if True:\n            droppable",
+        "tests/test_liveness.py",
+    ),
 ]
 
 

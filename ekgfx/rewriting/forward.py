@@ -6,7 +6,6 @@ that the user's Python knew by itself is replaced by what the axes say. Where tr
 other arguments (dropout), `self.training` chooses; where it runs others, there are two bodies.
 """
 
-import inspect
 import itertools
 import keyword
 import math
@@ -23,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ekgfx.errors import PruneError
 from ekgfx.rewriting.calls import Call, Calls, Held, Values, whole
+from ekgfx.rewriting.head import Head
 from ekgfx.rewriting.patched import Forward
 from ekgfx.rewriting.spelling import access, attribute, literal, plain, released, scaled, spelled, variable, written
 
@@ -116,14 +116,10 @@ class _Writer:
         tensors = [*weights, *plain]
         self.own = {id(tensor): name for name, tensor in reversed(tensors)}
         self.modules = {id(m): name for name, m in reversed([*module.named_modules(remove_duplicate=False)])}
-        self.signature = inspect.signature(type(module).forward)
-        self.parameters = list(self.signature.parameters.values())[1:]
+        self.head = Head(module, path, call)
 
     def source(self) -> str:
-        lines = [f"def forward({', '.join(['self', *self._header()])}):"]
-        guard = self._guard()
-        if guard:
-            lines += [f"    if not ({guard}):", f"        raise NotImplementedError({self._refusal()!r})"]
+        lines = self.head.lines()
         steps = self._steps(self.call)
         others = self._steps(self.trained) if self.trained is not None else None
         if others is not None and not _alike(steps, others):
@@ -135,72 +131,6 @@ class _Writer:
             others = None
         lines += [f"    {line}" for line in self._body(self.call, steps, others)]
         return "\n".join(lines) + "\n"
-
-    # -- the head ---------------------------------------------------------------------------------------------------
-
-    def _header(self) -> list[str]:
-        texts, starred = [], False
-        for i, p in enumerate(self.parameters):
-            if p.kind is p.VAR_POSITIONAL:
-                texts.append(f"*{p.name}")
-                starred = True
-            elif p.kind is p.VAR_KEYWORD:
-                texts.append(f"**{p.name}")
-            else:
-                if p.kind is p.KEYWORD_ONLY and not starred:
-                    texts.append("*")
-                    starred = True
-                texts.append(p.name if p.default is p.empty else f"{p.name}=None")  # the defaults are set afterwards
-                following = self.parameters[i + 1 :]
-                if p.kind is p.POSITIONAL_ONLY and (not following or following[0].kind is not p.POSITIONAL_ONLY):
-                    texts.append("/")
-        return texts
-
-    def _accessor(self, path: tuple[Any, ...]) -> str:
-        """How the forward reads what its caller passed at this place of (args, kwargs)."""
-        first, key, *rest = path
-        if first.idx == 0:
-            positional = [p for p in self.parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-            if key.idx < len(positional):
-                text = positional[key.idx].name
-            else:
-                rest_name = next(p.name for p in self.parameters if p.kind is p.VAR_POSITIONAL)
-                text = f"{rest_name}[{key.idx - len(positional)}]"
-        elif any(p.name == key.key and p.kind is not p.VAR_KEYWORD for p in self.parameters):
-            text = key.key
-        else:
-            text = f"{next(p.name for p in self.parameters if p.kind is p.VAR_KEYWORD)}[{key.key!r}]"
-        return text + "".join(map(access, rest))
-
-    def _constants(self) -> dict[str, Any]:
-        """What is passed besides tensors and integers: the forward is written for these values."""
-        found = {}
-        given = self.call.given
-        for leaf, path in zip(given.leaves, given.paths, strict=True):
-            if not isinstance(leaf, fx.Node | int | Held) or isinstance(leaf, bool):
-                found[self._accessor(path)] = leaf
-        args, kwargs = pytree.tree_unflatten(given.leaves, given.spec)
-        bound = self.signature.bind(self.module, *args, **kwargs).arguments
-        for p in self.parameters:
-            if p.name not in bound and p.default is not p.empty and not isinstance(p.default, Tensor):
-                found[p.name] = p.default
-        return found
-
-    def _guard(self) -> str:
-        texts = []
-        for name, value in self._constants().items():
-            if value is None or isinstance(value, bool):
-                texts.append(f"{name} is {value}")
-            elif isinstance(value, str | int | float):
-                texts.append(f"{name} == {value!r}")
-        return " and ".join(texts)
-
-    def _refusal(self) -> str:
-        values = ", ".join(f"{name}={value!r}" for name, value in self._constants().items())
-        return (
-            f"ekgfx replaced the forward of {self.path or 'the model'} when it pruned, for {values} as in the example: "
-            "trace with an example that is called as it is used"
-        )
 
     # -- the body ---------------------------------------------------------------------------------------------------
 
@@ -231,12 +161,19 @@ class _Writer:
     def _body(self, call: Call, steps: list[Step], others: list[Step] | None) -> list[str]:
         self.names: dict[fx.Node, str] = {}
         self.known: dict[Any, str] = {}
-        self.taken = {p.name for p in self.parameters} | {"self", "torch", "math", "operator", "pytree", "tensors_in"}
+        self.taken = {p.name for p in self.head.parameters} | {
+            "self",
+            "torch",
+            "math",
+            "operator",
+            "pytree",
+            "tensors_in",
+        }
         self.reference = ""
         self.floating = ""
         lines: list[str] = []
         for leaf, path in zip(call.given.leaves, call.given.paths, strict=True):
-            self._name_all(leaf, self._accessor(path) if isinstance(leaf, fx.Node | Held) else "")
+            self._name_all(leaf, self.head.accessor(path) if isinstance(leaf, fx.Node | Held) else "")
         if not self.floating:
             own = [(self.own[id(t)], t) for t in (*self.module.parameters(), *self.module.buffers())]
             self.floating = next((attribute(n) for n, t in own if t.is_floating_point()), "")

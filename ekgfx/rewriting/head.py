@@ -1,0 +1,103 @@
+"""The first lines of a forward that is written anew: its parameters, and what it refuses to be called with."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ekgfx.rewriting.calls import Call, Held
+from ekgfx.rewriting.spelling import access
+
+
+@dataclass(frozen=True)
+class Head:
+    """The parameters of a module's own forward, and one recorded call of it. path: the module's name in the model."""
+
+    module: nn.Module
+    path: str
+    call: Call
+
+    @property
+    def _signature(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward)
+
+    @property
+    def parameters(self) -> list[inspect.Parameter]:
+        """All but `self`."""
+        return list(self._signature.parameters.values())[1:]
+
+    def lines(self) -> list[str]:
+        """`def forward(…):`, and the refusal of values that it was not written for."""
+        texts = [f"def forward({', '.join(['self', *self._texts()])}):"]
+        guard = self._guard()
+        if guard:
+            texts += [f"    if not ({guard}):", f"        raise NotImplementedError({self._refusal()!r})"]
+        return texts
+
+    def accessor(self, path: tuple[Any, ...]) -> str:
+        """How the forward reads what its caller passed at this place of (args, kwargs)."""
+        parameters = self.parameters
+        first, key, *rest = path
+        if first.idx == 0:
+            positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+            if key.idx < len(positional):
+                text = positional[key.idx].name
+            else:
+                rest_name = next(p.name for p in parameters if p.kind is p.VAR_POSITIONAL)
+                text = f"{rest_name}[{key.idx - len(positional)}]"
+        elif any(p.name == key.key and p.kind is not p.VAR_KEYWORD for p in parameters):
+            text = key.key
+        else:
+            text = f"{next(p.name for p in parameters if p.kind is p.VAR_KEYWORD)}[{key.key!r}]"
+        return text + "".join(map(access, rest))
+
+    def _texts(self) -> list[str]:
+        parameters = self.parameters
+        texts, starred = [], False
+        for i, p in enumerate(parameters):
+            if p.kind is p.VAR_POSITIONAL:
+                texts.append(f"*{p.name}")
+                starred = True
+            elif p.kind is p.VAR_KEYWORD:
+                texts.append(f"**{p.name}")
+            else:
+                if p.kind is p.KEYWORD_ONLY and not starred:
+                    texts.append("*")
+                    starred = True
+                texts.append(p.name if p.default is p.empty else f"{p.name}=None")  # the defaults are set afterwards
+                following = parameters[i + 1 :]
+                if p.kind is p.POSITIONAL_ONLY and (not following or following[0].kind is not p.POSITIONAL_ONLY):
+                    texts.append("/")
+        return texts
+
+    def _constants(self) -> dict[str, Any]:
+        """What is passed besides tensors and integers: the forward is written for these values."""
+        found = {}
+        given = self.call.given
+        for leaf, path in zip(given.leaves, given.paths, strict=True):
+            if not isinstance(leaf, fx.Node | int | Held) or isinstance(leaf, bool):
+                found[self.accessor(path)] = leaf
+        args, kwargs = pytree.tree_unflatten(given.leaves, given.spec)
+        bound = self._signature.bind(self.module, *args, **kwargs).arguments
+        for p in self.parameters:
+            if p.name not in bound and p.default is not p.empty and not isinstance(p.default, Tensor):
+                found[p.name] = p.default
+        return found
+
+    def _guard(self) -> str:
+        texts = []
+        for name, value in self._constants().items():
+            if value is None or isinstance(value, bool):
+                texts.append(f"{name} is {value}")
+            elif isinstance(value, str | int | float):
+                texts.append(f"{name} == {value!r}")
+        return " and ".join(texts)
+
+    def _refusal(self) -> str:
+        values = ", ".join(f"{name}={value!r}" for name, value in self._constants().items())
+        return (
+            f"ekgfx replaced the forward of {self.path or 'the model'} when it pruned, for {values} as in the example: "
+            "trace with an example that is called as it is used"
+        )

@@ -1,17 +1,17 @@
-"""What the coverage sweep found, as docs/coverage.md shows it.
+"""What the coverage sweep found.
 
-python benchmarks/coverage_table.py benchmarks/results/coverage.jsonl
+python benchmarks/coverage_table.py benchmarks/results/coverage.jsonl         # together, as docs/coverage.md shows it
+python benchmarks/coverage_table.py benchmarks/results/coverage.jsonl --rows  # one row a model
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 
-def table(path: Path) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
     lines = [
         "| model | status | groups | prunable | class kept | export s | group ms | worst error |",
         "|---|---|---|---|---|---|---|---|",
@@ -33,7 +33,7 @@ def table(path: Path) -> str:
         lines.append(
             "| " + " | ".join(map(str, [*cells, row["export_seconds"], row["group_ms"], f"{worst:.0e}"])) + " |"
         )
-    return summary(rows) + "\n" + "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -61,5 +61,13 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 if __name__ == "__main__":
-    print(table(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("raw", type=Path)
+    parser.add_argument("--rows", action="store_true", help="one row a model")
+    args = parser.parse_args()
+    print((table if args.rows else summary)(read(args.raw)))

@@ -4,7 +4,8 @@ one that has imported everything; resumable.
     python benchmarks/onnx_export.py --output benchmarks/results/onnx.jsonl                  # benchmarks/models.txt
     python benchmarks/onnx_export.py --output out.jsonl nest_tiny twins_svt_small
     python benchmarks/onnx_export.py --output out.jsonl --pixels 144 gemma4_vit_167m    # not on the 768×768 of its own
-    python benchmarks/onnx_export.py --table benchmarks/results/onnx.jsonl > docs/onnx.md
+    python benchmarks/onnx_export.py --table benchmarks/results/onnx.jsonl                   # one row a model
+    python benchmarks/onnx_export.py --page benchmarks/results/onnx.jsonl > docs/onnx.md
 
 Every model is exported as it is and pruned to half of its MACs (one share for all groups, by magnitude), in fp32 and
 in fp16. Parameters are perturbed first, since zero-initialised scales and near-uniform attention would hide errors;
@@ -253,16 +254,21 @@ def brief(row: Row) -> str:
     return f"{row['network']} {row['precision']} {row['status']}{figure}"
 
 
-def table(rows: list[Row]) -> str:
-    """One Markdown row a model: the four differences, and the exporter's time and nodes for the dense fp32 file."""
+def by_model(rows: list[Row]) -> dict[str, dict[tuple[str, str], Row]]:
+    """Model → network and precision → row."""
     models: dict[str, dict[tuple[str, str], Row]] = {}
     for row in rows:
         models.setdefault(row["model"], {})[row["network"], row["precision"]] = row
+    return models
+
+
+def table(rows: list[Row]) -> str:
+    """One Markdown row a model: the four differences, and the exporter's time and nodes for the dense fp32 file."""
     lines = [
         "| model | dense fp32 | dense fp16 | pruned fp32 | pruned fp16 | nodes | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, cases in sorted(models.items()):
+    for name, cases in sorted(by_model(rows).items()):
         cells = [
             f"{cases[case]['relative']:.1e}" if cases[case]["status"] == "ok" else f"**{cases[case]['status']}**"
             for case in CASES
@@ -272,6 +278,12 @@ def table(rows: list[Row]) -> str:
         lines.append(
             "| " + " | ".join([name, *cells, str(dense.get("nodes", "")), str(dense.get("seconds", ""))]) + " |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def page(rows: list[Row]) -> str:
+    """docs/onnx.md: what the rows say together, and each file that failed."""
+    models = by_model(rows)
     counts = [
         f"{network} {precision}: {sum(c[network, precision]['status'] == 'ok' for c in models.values())} of "
         f"{sum(c[network, precision]['status'] != 'unpruned' for c in models.values())}"
@@ -283,17 +295,15 @@ def table(rows: list[Row]) -> str:
         if row["status"] != "ok"
     ]
     missing = [name for name in listed() if name not in models]
-    return (
-        HEAD.format(models=len(models), counts="; ".join(counts), missing=", ".join(missing) or "nothing")
-        + "\n".join(lines)
-        + "\n"
-        + ("\n## What did not\n\n" + "\n".join(failures) + "\n" if failures else "")
+    return HEAD.format(models=len(models), counts="; ".join(counts), missing=", ".join(missing) or "nothing") + (
+        "## What did not\n\n" + "\n".join(failures) + "\n" if failures else ""
     )
 
 
 HEAD = """# ONNX files of timm models
 
-`python benchmarks/onnx_export.py --output benchmarks/results/onnx.jsonl`, then `--table benchmarks/results/onnx.jsonl`
+`python benchmarks/onnx_export.py --output benchmarks/results/onnx.jsonl` measures;
+`python benchmarks/onnx_export.py --table benchmarks/results/onnx.jsonl` prints a row for each model.
 
 {models} of the models in `benchmarks/models.txt`, each dense and pruned to half of its MACs, with random weights that
 are perturbed as strongly as the network bears without amplifying rounding. A figure is the largest relative difference
@@ -323,9 +333,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further model after this time")
     parser.add_argument("--pixels", type=int, help="side of the images (default: the model's own)")
     parser.add_argument("--table", type=Path, help="print the table of a finished file")
+    parser.add_argument("--page", type=Path, help="print docs/onnx.md from a finished file")
     args = parser.parse_args()
     if args.table:
         print(table(read(args.table)), end="")
+    elif args.page:
+        print(page(read(args.page)), end="")
     else:
         run(args.models or listed(), args.output, args.seconds, args.pixels)
 

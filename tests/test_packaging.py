@@ -219,4 +219,7 @@ def test_imports_point_one_way():
 def test_ci_runs_the_two_lines_of_the_readme():
     """.ci/run takes the lines that begin with `pip install` from the README; these are the ones it finds."""
     lines = re.findall(r"^pip install .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert lines == ["pip install . && ekgfx prune --recipe quickstart", "pip install '.[test]' && pytest -n 2 --dist loadfile"]
+    assert lines == [
+        "pip install . && ekgfx prune --recipe quickstart",
+        "pip install '.[test]' && pytest -n 2 --dist loadfile",
+    ]

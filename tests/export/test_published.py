@@ -1,0 +1,12 @@
+"""docs/onnx.md shows what was measured."""
+
+from pathlib import Path
+
+from benchmarks.onnx_export import page, read
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_page_is_made_from_the_raw_results() -> None:
+    made = page(read(ROOT / "benchmarks" / "results" / "onnx.jsonl"))
+    assert made == (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8")

@@ -285,7 +285,7 @@ def run() -> None:
     ran.append(1)
 
 
-@pytest.mark.parametrize("function", [eval, exec, __import__, ran.append, run], ids=repr)
+@pytest.mark.parametrize("function", [eval, exec, __import__, ran.append, run], ids=lambda function: function.__name__)
 def test_what_a_checkpoint_would_call_is_not_called(function, tmp_path) -> None:
     """Beside weights that fit: built-in functions are refused, others are passed over."""
     arguments = () if function is run else ("tests.test_weight_files.ran.append(1)",)

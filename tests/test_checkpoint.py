@@ -1,5 +1,6 @@
 """Saving and loading: the same function again, and every damage or mix-up refused with a clear text."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -47,6 +48,14 @@ def pruned() -> tuple[nn.Module, Plan]:
 def saved(pruned, tmp_path) -> Path:
     ekgfx.save(pruned[0], tmp_path / "run", plan=pruned[1], source=DIGITS)
     return tmp_path / "run"
+
+
+def test_a_run_in_half_precision_takes_its_own_example(pruned, tmp_path):
+    half = copy.deepcopy(pruned[0]).half()
+    ekgfx.save(half, tmp_path / "half", plan=pruned[1], source=DIGITS)
+    loaded = checkpoint.load_run(tmp_path / "half")
+    (example,) = loaded.example_inputs
+    assert torch.equal(loaded.model(example), half(example)) and example.dtype == torch.float16
 
 
 def test_load_gives_the_same_module_and_function(pruned, saved):

@@ -15,10 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ekgfx.base.files import read_json
 from ekgfx.base.schema import read
-from ekgfx.data.batches import Inputs
+from ekgfx.data.batches import Inputs, half_of
 from ekgfx.errors import ModelError, PlanError, RunError
 from ekgfx.graph.plan import Plan, as_plan, rounds_of
 from ekgfx.models import trust
@@ -214,8 +215,21 @@ def _rebuild(path: Path, original: Built, also: Sequence[Any] = ()) -> Built:
             raise PlanError(f"{path} was not made from this {type(original.model).__name__}: {error}") from error
     load_tensors(model, weights)
     return replace(
-        original, model=model.eval(), weights_origin=f"run {path.name}", leaf=plan.leaf, outputs=plan.outputs
+        original,
+        model=model.eval(),
+        example_inputs=_in_precision_of(model, original.example_inputs),
+        weights_origin=f"run {path.name}",
+        leaf=plan.leaf,
+        outputs=plan.outputs,
     )
+
+
+def _in_precision_of(model: nn.Module, inputs: Any) -> Any:
+    """Example inputs in the half precision that a model's weights were saved in, if they were."""
+    half = half_of(model)
+    if half is None:
+        return inputs
+    return pytree.tree_map_only(Tensor, lambda value: value.to(half) if value.is_floating_point() else value, inputs)
 
 
 def _check_metadata(weights: Path, plan: Plan) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ekgfx.errors import BudgetError, PlanError
 from ekgfx.graph.plan import Plan
 from ekgfx.search.candidates import Proposal, important_first, worth_evaluating
-from ekgfx.search.details import Details
+from ekgfx.search.details import PAPER, Details
 from ekgfx.search.forks import Forks, Keeper
 from ekgfx.search.importance import Criterion, Scores, taylor
 from ekgfx.search.problem import Problem
@@ -43,26 +43,17 @@ class Pace:
 
 
 def run(
-    problem: Problem,
-    criterion: Criterion,
-    recorder: Recorder,
-    unpruned: Knowledge,
-    *,
-    pace: Pace,
-    details: Details,
-    history: Sequence[Step],
+    problem: Problem, criterion: Criterion, recorder: Recorder, *, pace: Pace = Pace(), details: Details = PAPER
 ) -> None:
-    """Search until the budget holds, going on after `history`; the accepted steps go to `recorder`.
-
-    unpruned: T₀ = O(D_val; Θ₀).
+    """Search until the budget holds, going on after what `recorder` has of an earlier search.
 
     Raises BudgetError when no group can shrink further.
     """
     forks = Forks(problem.traced)
-    state = State(problem.full(), dict.fromkeys(problem.rules, 1.0), unpruned if problem.guided else None)
-    for past in history:
+    state = State(problem.full(), dict.fromkeys(problem.rules, 1.0), problem.unpruned if problem.guided else None)
+    for past in recorder.steps:
         state = replay(problem, state, past)
-        recorder.again(past)
+    recorder.resumed()
     while not problem.budget.met(state.plan):
         keeper = keeper_of(problem, forks, state)
         if criterion is taylor:

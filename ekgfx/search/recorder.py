@@ -5,22 +5,43 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ekgfx.graph.plan import Plan
 from ekgfx.search.problem import Problem
-from ekgfx.search.result import Candidate, Step
-from ekgfx.search.reward import Evaluation
+from ekgfx.search.result import Candidate, Step, apply_step
+from ekgfx.search.reward import Evaluation, evaluate
 
 
 class Recorder:
-    """The steps so far. on_step: called with every new step."""
+    """The steps so far, and where they lead: `plan`.
 
-    def __init__(self, problem: Problem, on_step: Callable[[Step], None] | None) -> None:
+    on_step: called with every new step. history: the steps of an earlier, interrupted search.
+
+    Raises PlanError when the history removes channels that the model does not have.
+    """
+
+    def __init__(
+        self, problem: Problem, on_step: Callable[[Step], None] | None = None, history: Sequence[Step] = ()
+    ) -> None:
         self.problem, self.on_step = problem, on_step
-        self.steps: list[Step] = []
+        self.steps, self.plan = list(history), problem.full()
+        sizes = {name: group.size for name, group in problem.traced.groups.items()}
+        for step in history:
+            self.plan = apply_step(self.plan, step, sizes)
         self._since = time.monotonic()
 
-    def again(self, step: Step) -> None:
-        """Take in a step of an earlier, interrupted search."""
-        self.steps.append(step)
+    def resumed(self) -> None:
+        """The history is taken in, and the time of the next step begins."""
         self._since = time.monotonic()
+
+    def go(self, plan: Plan) -> None:
+        """Record the step from the current plan to `plan`, measured where there are validation data."""
+        removed, widths = {}, {}
+        for group, rule in self.problem.rules.items():
+            before, after = self.problem.kept(self.plan, group), set(self.problem.kept(plan, group))
+            removed[group] = tuple(channel for channel in before if channel not in after)
+            widths[group] = len(after) / rule.size
+        evaluation, asked = None, self.problem
+        if asked.batches:
+            evaluation, _ = evaluate(asked.network(plan), asked.batches, asked.objective, asked.at_once)
+        self.accept(plan, removed=removed, widths=widths, evaluation=evaluation)
 
     def accept(
         self,
@@ -49,6 +70,7 @@ class Recorder:
             eta=spent * max(fraction - self.problem.budget.keep, 0.0) / max(1.0 - fraction, 1e-9),
         )
         self._since = now
+        self.plan = plan
         self.steps.append(step)
         if self.on_step is not None:
             self.on_step(step)

@@ -73,11 +73,27 @@ BUDGETS = {"flops": "MACs", "params": "parameters", "latency": "latency"}
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchSettings:
+    """How a plan is searched for; `ekgfx.search.SearchSettings` says what the fields mean."""
+
+    flops: float | str | None = None
+    params: float | str | None = None
+    latency: float | str | None = None
+    knowledge: Literal["ensemble", "single", "none"] = "ensemble"
+    step: float = 0.2
+    min_width: float = 0.0
+    rescale: bool | None = None
+    early_stop: bool | None = None
+    amp: Literal["bf16", "fp16"] | None = None
+    channels_last: bool | None = None
+
+
+@dataclass(frozen=True)
+class Search(SearchSettings):
     """The budgets (MACs, parameters, latency: kept fraction, or an amount such as "2.0G", "5M" or "8ms"), all of which
-    must hold, and the way to them; `ekgfx.search` says what the options mean. Latency is that of `target`, such as
-    cuda:fp16:batch=64, or of where the file `latency_table` was measured. `align`: a number of channels, or "auto" for
-    what the target's hardware computes at once (None: "auto" under a latency budget, else 1).
+    must hold, and the way to them. Latency is that of `target`, such as cuda:fp16:batch=64, or of where the file
+    `latency_table` was measured. `align`: a number of channels, or "auto" for what the target's hardware computes at
+    once (None: "auto" under a latency budget, else 1).
 
     Before a guided search the model is trained for an epoch on `train_per_class` images of each class (step 0 of the
     paper; 0 leaves it out). Candidates are judged on `val_per_class` images of each class, or on `images` images where
@@ -87,34 +103,22 @@ class Search:
     256, or fewer where the activations of 256 would take over 8 GiB).
     `accept`: candidates that a step takes together; None takes one, as the paper does, but on data without
     labels as many as keep the search of a large network within minutes.
-    `cache`: memory for values that candidates share; `early_stop`: leave candidates that cannot win any more. `amp` and
-    `channels_last`: as in training, for the evaluation of candidates (None: channels last on the CPU).
     """
 
-    flops: float | str | None = None
-    params: float | str | None = None
-    latency: float | str | None = None
     target: str | None = None
     latency_table: str | None = None
     strategy: Literal["ekg", "global", "uniform"] = "ekg"
     importance: Literal["taylor", "magnitude", "fpgm", "bn-scale", "hessian", "lamp", "random"] = "taylor"
-    knowledge: Literal["ensemble", "single", "none"] = "ensemble"
-    step: float = 0.2
     accept: int | None = None
     align: int | Literal["auto"] | None = None
-    min_width: float = 0.0
     ignore: tuple[str, ...] = ()
-    rescale: bool | None = None
+    cache: str = "2GiB"
     train_per_class: int = 256
     val_per_class: int = 32
     images: int = 16
     batch_size: int | None = None
     val_batch_size: int | None = None
     hardest_first: bool = False
-    cache: str = "2GiB"
-    early_stop: bool = True
-    amp: Literal["bf16", "fp16"] | None = None
-    channels_last: bool | None = None
 
     def __post_init__(self) -> None:
         for key, asked in self.budgets.items():

@@ -47,8 +47,11 @@ def smallest(traced: TracedModel, asked: Search, align: int, table: LayerTable |
 
 
 def budget_of(traced: TracedModel, asked: Search, table: LayerTable | None) -> Budget:
-    """The budget of a job, or all of several. BudgetError for an amount that the unpruned model is within."""
-    return find_budget(traced, flops=asked.flops, params=asked.params, latency=asked.latency, table=table)
+    """The budget of a job, or all of several that must hold; of a list the tightest.
+
+    Raises BudgetError for an amount that the unpruned model is within.
+    """
+    return find_budget(traced, **asked.budgets, table=table, cost=None, budget=None)
 
 
 def find_plan(job: Job) -> SearchResult:

@@ -20,7 +20,7 @@ from ekgfx.search.ignore import as_patterns, ignored_groups
 from ekgfx.search.latency import LayerTable, Price
 from ekgfx.search.problem import Budget, Computing, Problem, quicker_channels_last, width_rules
 from ekgfx.search.recorder import Recorder
-from ekgfx.search.result import Candidate, Measure, SearchResult, Step, as_steps
+from ekgfx.search.result import Candidate, Measure, Point, SearchResult, Step, as_steps, label_of
 from ekgfx.search.reward import Objective, Reward, evaluate, label_free, validation_batches
 from ekgfx.search.settings import STRATEGIES, SearchOptions, SearchSettings, check_known, name_of
 from ekgfx.tracing.trace import TracedModel, check_traced
@@ -36,6 +36,7 @@ __all__ = [
     "Candidate",
     "Details",
     "Measure",
+    "Point",
     "SearchResult",
     "SearchSettings",
     "Step",
@@ -100,9 +101,9 @@ def search(
     check_known(options)
     asked = replace(settings or SearchSettings(), **options)
     history = as_steps(resume_from or ())
-    limit = find_budget(
-        traced, flops=asked.flops, params=asked.params, latency=asked.latency, table=table, cost=cost, budget=budget
-    )
+    points = asked.points
+    limits = [find_budget(traced, **point, table=table, cost=cost, budget=budget) for point in points]
+    limit = limits[-1]
     asked = replace(
         asked,
         ignore=as_patterns(traced, asked.ignore),
@@ -115,8 +116,11 @@ def search(
         given = problem.batches
         problem, baseline = _measure_unpruned(problem)
         check_mixed(problem, given)
-        recorder = Recorder(problem, on_step, history)
+        others = dict(zip(map(label_of, points[:-1]), limits, strict=False))
+        recorder = Recorder(problem, on_step, history, others)
         asked.lead(problem, asked.criterion, recorder)
+        for label in others.keys() - recorder.ways.keys():  # of a strategy that does not know them
+            asked.lead(replace(problem, budget=others[label]), asked.criterion, recorder.leave(label, 0))
     return SearchResult(
         full=problem.full(),
         sizes={name: group.size for name, group in traced.groups.items()},
@@ -127,7 +131,19 @@ def search(
             **asked.to_json(),
             "samples": sum(batch.samples for batch in problem.batches),
         },
+        points=_points(points, limits, recorder) if others else (),
     )
+
+
+def _points(
+    asked: Sequence[Mapping[str, float | str]], limits: Sequence[Budget], recorder: Recorder
+) -> tuple[Point, ...]:
+    """What was found for each of several budgets, the loosest first."""
+    found = []
+    for given, limit in zip(asked[:-1], limits, strict=False):
+        along, way = recorder.ways[label_of(given)]
+        found.append(Point(given, limit.unit, limit.keep, along, tuple(way.steps[along:])))
+    return (*found, Point(asked[-1], limits[-1].unit, limits[-1].keep, len(recorder.steps)))
 
 
 def _problem(

@@ -28,9 +28,9 @@ STRATEGIES = ("ekg", "global", "uniform")
 class SearchOptions(TypedDict, total=False):
     """The keywords of `search` that set a field of `SearchSettings`, for editors and type checkers."""
 
-    flops: float | str | None
-    params: float | str | None
-    latency: float | str | None
+    flops: recipe.Amounts
+    params: recipe.Amounts
+    latency: recipe.Amounts
     strategy: str | Strategy
     importance: str | Criterion
     knowledge: KnowledgeMode
@@ -54,7 +54,9 @@ class SearchSettings(recipe.SearchSettings):
 
     Attributes:
         flops, params, latency: the budget: fraction of the MACs, the parameters or the milliseconds that is kept (0.55
-            or "55%"), or an amount ("2.0G" MACs per sample, "5M" parameters, "8ms"). Of several, all must hold.
+            or "55%"), or an amount ("2.0G" MACs per sample, "5M" parameters, "8ms"). Of several, all must hold. One of
+            them may be a list: the result is of its tightest, and `SearchResult.at` gives what was found for the
+            others on the way, for little more than the time of that one.
         strategy: "ekg"; "uniform" (one width for all groups), "global" (one threshold for all channels); or a function
             of your own (`Strategy`).
         importance: which channels go first: "taylor" (the paper's), or torch-pruning's "magnitude" (L1), "fpgm",

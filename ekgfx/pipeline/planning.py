@@ -1,5 +1,6 @@
 """The plan of a job: what the search is asked for, what it judges candidates on, and what it found."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ekgfx.pipeline import timing
 from ekgfx.pipeline.job import Job
 from ekgfx.runs import checkpoint
 from ekgfx.runs.directory import Run
-from ekgfx.search import SearchResult, Step, find_budget, search
+from ekgfx.search import SearchResult, SearchSettings, Step, find_budget, search
 from ekgfx.search.effort import quick_accept
 from ekgfx.search.latency import LayerTable
 from ekgfx.search.problem import Budget, Problem
@@ -46,8 +47,11 @@ def smallest(traced: TracedModel, asked: Search, align: int, table: LayerTable |
 
 
 def budget_of(traced: TracedModel, asked: Search, table: LayerTable | None) -> Budget:
-    """The budget of a job, or all of several. BudgetError for an amount that the unpruned model is within."""
-    return find_budget(traced, flops=asked.flops, params=asked.params, latency=asked.latency, table=table)
+    """The budget of a job, or all of several that must hold; of a list the tightest.
+
+    Raises BudgetError for an amount that the unpruned model is within.
+    """
+    return find_budget(traced, **asked.budgets, table=table, cost=None, budget=None)
 
 
 def find_plan(job: Job) -> SearchResult:
@@ -69,25 +73,9 @@ def find_plan(job: Job) -> SearchResult:
     result = search(
         traced,
         batches,
-        flops=asked.flops,
-        params=asked.params,
-        latency=asked.latency,
+        settings_of(job, pace(job, batches, keep), align_of(job, table)),
         table=table,
-        strategy=asked.strategy,
-        importance=asked.importance,
-        knowledge=asked.knowledge,
-        step=asked.step,
-        accept=pace(job, batches, keep),
-        align=align_of(job, table),
-        min_width=asked.min_width,
-        ignore=asked.ignore,
         logits=job.logits,
-        rescale=asked.rescale,
-        seed=job.recipe.seed,
-        cache=asked.cache,
-        early_stop=asked.early_stop,
-        amp=asked.amp,
-        channels_last=asked.channels_last,
         on_step=on_step,
         resume_from=history,
     )
@@ -96,6 +84,14 @@ def find_plan(job: Job) -> SearchResult:
     layers = [{"name": name, "before": macs, "after": after[name]} for name, macs in before.items()]
     checkpoint.write_plan(job.run, result.plan, reached=result.kept_fraction, search=facts, layers=layers)
     return result
+
+
+def settings_of(job: Job, accept: int, align: int) -> SearchSettings:
+    """What the search is asked: the recipe's settings, with those decided that it leaves to the job."""
+    asked = job.recipe.search
+    shared = {field.name for field in fields(SearchSettings)} & {field.name for field in fields(Search)}
+    decided = {"accept": accept, "align": align, "seed": job.recipe.seed}
+    return SearchSettings(**{**{name: getattr(asked, name) for name in shared}, **decided})
 
 
 def align_of(job: Job, table: LayerTable | None) -> int:

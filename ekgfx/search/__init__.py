@@ -1,98 +1,66 @@
 """The search for a plan within a budget: `search(traced, batches, flops=0.55)`."""
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from ekgfx.base.units import budget_of, bytes_of, fraction_of, human
-from ekgfx.errors import BudgetError, DataError, RecipeError
+from ekgfx.errors import BudgetError, DataError
 from ekgfx.execution.subnetwork import BATCH_NORM
 from ekgfx.graph.arguments import check_inputs
 from ekgfx.graph.plan import Plan
-from ekgfx.search import ekg, global_, importance_peers, uniform
 from ekgfx.search.company import check_mixed
+from ekgfx.search.criteria import IMPORTANCE, NEEDS_DATA, of_weights
 from ekgfx.search.details import AUTHORS, PAPER, Details, authors_cost
-from ekgfx.search.ignore import Ignored, as_patterns, ignored_groups
-from ekgfx.search.importance import Criterion, at_random, taylor
+from ekgfx.search.ignore import as_patterns, ignored_groups
 from ekgfx.search.latency import LayerTable, Price
 from ekgfx.search.problem import Budget, Computing, Problem, quicker_channels_last, width_rules
 from ekgfx.search.recorder import Recorder
-from ekgfx.search.result import Candidate, Measure, SearchResult, Step, as_steps
-from ekgfx.search.reward import (
-    Knowledge,
-    KnowledgeMode,
-    Objective,
-    evaluate,
-    label_free,
-    validation_batches,
-)
+from ekgfx.search.result import Candidate, Measure, Point, SearchResult, Step, as_steps, label_of
+from ekgfx.search.reward import Objective, Reward, evaluate, label_free, validation_batches
+from ekgfx.search.settings import STRATEGIES, SearchOptions, SearchSettings, check_known, name_of
 from ekgfx.tracing.trace import TracedModel, check_traced
 from ekgfx.training.loss import cross_entropy
 from ekgfx.training.outputs import Logits, finder, logits_of
 
 __all__ = [
     "AUTHORS",
+    "IMPORTANCE",
+    "NEEDS_DATA",
     "PAPER",
+    "STRATEGIES",
     "Candidate",
     "Details",
     "Measure",
+    "Point",
     "SearchResult",
+    "SearchSettings",
     "Step",
     "authors_cost",
     "find_budget",
+    "of_weights",
     "search",
 ]
-
-Strategy = Literal["ekg", "global", "uniform"]
-STRATEGIES = get_args(Strategy)
-ONE_STEP = {"global": global_.run, "uniform": uniform.run}
-
-IMPORTANCE: Mapping[str, Criterion] = {
-    "taylor": taylor,
-    "magnitude": importance_peers.magnitude,
-    "fpgm": importance_peers.fpgm,
-    "bn-scale": importance_peers.bn_scale,
-    "hessian": importance_peers.hessian,
-    "lamp": importance_peers.lamp,
-    "random": at_random,
-}
-NEEDS_DATA = ("taylor", "hessian")
 
 
 def search(
     traced: TracedModel,
     batches: Iterable[Any] = (),
+    settings: SearchSettings | None = None,
     *,
-    flops: float | str | None = None,
-    params: float | str | None = None,
-    latency: float | str | None = None,
     table: LayerTable | None = None,
     cost: Callable[[Plan], float] | None = None,
     budget: float | str | None = None,
-    strategy: Strategy = "ekg",
-    importance: str = "taylor",
-    knowledge: KnowledgeMode = "ensemble",
-    step: float = 0.2,
-    accept: int = 1,
-    align: int = 1,
-    min_width: float = 0.0,
-    ignore: Ignored | Sequence[Ignored] = (),
     loss: Callable[[Any, Any], Tensor] = cross_entropy,
     logits: Logits = logits_of,
-    rescale: bool | None = None,
-    details: Details = PAPER,
-    seed: int = 0,
-    cache: int | str = "2GiB",
-    early_stop: bool | None = None,
-    amp: Literal["bf16", "fp16"] | None = None,
-    channels_last: bool | None = None,
+    reward: Reward | None = None,
     on_step: Callable[[Step], None] | None = None,
     resume_from: Sequence[Step | Mapping[str, Any]] | None = None,
+    **options: Unpack[SearchOptions],
 ) -> SearchResult:
     """Search for the sub-network within a budget that keeps the most potential.
 
@@ -103,133 +71,124 @@ def search(
             network's soft predictions are the labels. Every batch should mix the classes, since BatchNorm takes its
             statistics; a warning is logged where they are sorted. They are read once and held on the model's device.
             `uniform` and `global` with an importance of the weights alone need none.
-        flops, params, latency: the budget: fraction of the MACs, the parameters or the milliseconds that is kept (0.55
-            or "55%"), or an amount ("2.0G" MACs per sample, "5M" parameters, "8ms"); for milliseconds with `table`, the
-            layers' timings (`ekgfx.export.measure_layers`). Or `cost`, any function of a plan, with `budget`, the
-            fraction of it that is kept. At least one; of several, all must hold.
-        strategy: "ekg"; "uniform" (one width for all groups), "global" (one threshold for all channels).
-        importance: which channels go first: "taylor" (the paper's), or torch-pruning's "magnitude" (L1), "fpgm",
-            "bn-scale", "hessian", "lamp"; or "random", the baseline: any channels, as `seed` draws them.
-        knowledge: what the reward compares with: the running "ensemble" of the sub-networks found so far, the "single"
-            unpruned network, or "none".
-        step: r, the width ratio that a group made by one layer loses at once.
-        accept: how many of the best candidates a step takes together. The paper takes one; k make the search k times
-            shorter (see `quick_accept`), and its history too.
-        align: kept channels are a multiple of this where the group is at least that wide.
-        min_width: least width ratio of every group.
-        ignore: groups, parameters or modules that keep all their channels: glob patterns of their names, the modules
-            themselves, or classes of modules.
+        settings: how to search, and the budget; the defaults are the paper's.
+        table: under a budget of `latency`, the layers' timings (`ekgfx.export.measure_layers`).
+        cost, budget: instead of the settings' budgets or beside them: any function of a plan, and the fraction of it
+            that is kept. At least one budget; of several, all must hold.
         loss: label loss, `loss(output, target)` → mean over the batch; cross-entropy is that of the logits.
         logits: where the logits B × K × …, which the knowledge is compared with, are in a model's output: a function of
             it, or a key, a field or an index. By default they are found, where it is clear
             (`ekgfx.training.outputs.logits_of`).
-        rescale: whether cut kernels of convolutions and linear layers keep their norm (recorded in the plan). None: as
-            the authors do where the model has BatchNorm, which cancels the factor almost everywhere; without it the
-            factor would change what the network computes, and they are left alone.
-        details: departures from the paper, for comparisons with the authors' program.
-        seed: for networks that draw random numbers and for the importance "random"; all else is deterministic.
-        cache: memory for values of the current network that its candidates go on from (bytes, or as "2GiB"); only time
-            depends on it.
-        early_stop: whether a candidate is left when it cannot be the best any more. The plan and the accepted steps do
-            not depend on it; the record of such a candidate says at what bound it was left, and not its loss. None:
-            where the loss is cross-entropy and `details` are the paper's.
-        amp: half precision to evaluate candidates in, which can change a close choice.
-        channels_last: memory format of images; results differ by rounding. None: on the CPU, where its convolutions
-            and norms are faster, for models with convolutions.
+        reward: in place of eq. 4, a function `reward(logits, target, knowledge)` → mean over the batch, the higher the
+            better: of a sub-network's logits, the batch's labels, and the logits T that it is compared with (None for
+            the knowledge "none"). The importance "taylor" is of its gradient.
         on_step: called after every step.
         resume_from: the steps of an interrupted search (or their JSON) to go on after.
+        options: fields of `SearchSettings`, which replace those of `settings`: `flops=0.55, importance="magnitude"`.
 
     Raises:
         BudgetError: nothing can be pruned, or the budget cannot be reached; says how far it can go.
         DataError: batches are missing, or don't fit the model's output.
         PlanError: an ignore pattern matches nothing; `resume_from` belongs to another model, data or search.
         TrainingError: the loss is not finite.
-        RecipeError: an option has an unknown value, or the table is of another model.
+        RecipeError: an option has an unknown name or value, or the table is of another model.
+
+    Example:
+        >>> result = ekgfx.search(traced, batches, flops=0.55)
+        >>> pruned = ekgfx.prune(model, result.plan, traced)
     """
     check_traced(traced, "search")
-    _check_option("strategy", strategy, STRATEGIES)
-    _check_option("importance", importance, IMPORTANCE)
-    _check_option("knowledge", knowledge, get_args(KnowledgeMode))
-    if align < 1 or accept < 1 or not 0 < step <= 1 or not 0 <= min_width < 1:
-        raise RecipeError(
-            f"align {align}, accept {accept}, step {step}, min_width {min_width}: use at least 1 for align and accept, "
-            "a step in (0, 1], and a least width in [0, 1)"
-        )
+    check_known(options)
+    asked = replace(settings or SearchSettings(), **options)
     history = as_steps(resume_from or ())
-    ignore = as_patterns(traced, ignore)
-    _check_option("amp", amp or "bf16", ("bf16", "fp16"))
-    asked = find_budget(traced, flops=flops, params=params, latency=latency, table=table, cost=cost, budget=budget)
-    early_stop = details == PAPER if early_stop is None else early_stop
-    channels_last = quicker_channels_last(traced) if channels_last is None else channels_last
-    computing = Computing(bytes_of(cache), early_stop, amp, channels_last)
-    problem = Problem(
-        traced=traced,
-        batches=tuple(map(computing.prepared, validation_batches(batches, traced.model))),
-        objective=Objective(loss, finder(logits), details.batch_size),
-        budget=asked,
-        rules=width_rules(traced, ignored_groups(traced.groups, ignore), align, min_width),
-        guided=knowledge != "none",
-        ensemble=knowledge == "ensemble",
-        rescale=_has_batch_norm(traced) if rescale is None else rescale,
-        computing=computing,
-        seed=seed,
+    points = asked.points
+    limits = [find_budget(traced, **point, table=table, cost=cost, budget=budget) for point in points]
+    limit = limits[-1]
+    asked = replace(
+        asked,
+        ignore=as_patterns(traced, asked.ignore),
+        rescale=_has_batch_norm(traced) if asked.rescale is None else asked.rescale,
+        early_stop=asked.details == PAPER if asked.early_stop is None else asked.early_stop,
+        channels_last=quicker_channels_last(traced) if asked.channels_last is None else asked.channels_last,
     )
-    problem.check_reachable()
-    for batch in problem.batches:
-        check_inputs(traced, *batch.inputs)
-    if not problem.batches and (strategy == "ekg" or importance in NEEDS_DATA):
-        raise DataError(f"strategy {strategy!r} with importance {importance!r} needs validation batches; pass some")
-    recorder = Recorder(problem, on_step)
-    with _reproducible(seed):
-        pace = ekg.Pace(step, accept)
+    problem = _problem(traced, batches, asked, limit, Objective(loss, finder(logits), asked.details.batch_size, reward))
+    with _reproducible(asked.seed):
         given = problem.batches
-        problem, baseline, unpruned = _measure_unpruned(problem)
-        check_mixed(problem, given, unpruned)
-        if strategy == "ekg":
-            ekg.run(problem, IMPORTANCE[importance], recorder, unpruned, pace=pace, details=details, history=history)
-        elif history:
-            recorder.again(history[0])
-        else:
-            ONE_STEP[strategy](problem, IMPORTANCE[importance], recorder)
+        problem, baseline = _measure_unpruned(problem)
+        check_mixed(problem, given)
+        others = dict(zip(map(label_of, points[:-1]), limits, strict=False))
+        recorder = Recorder(problem, on_step, history, others)
+        asked.lead(problem, asked.criterion, recorder)
+        for label in others.keys() - recorder.ways.keys():  # of a strategy that does not know them
+            asked.lead(replace(problem, budget=others[label]), asked.criterion, recorder.leave(label, 0))
     return SearchResult(
         full=problem.full(),
         sizes={name: group.size for name, group in traced.groups.items()},
         baseline=baseline,
         steps=tuple(recorder.steps),
         settings={
-            "budget": {"unit": problem.budget.unit, "keep": problem.budget.keep},
-            "strategy": strategy,
-            "importance": importance,
-            "knowledge": knowledge,
-            "step": step,
-            "accept": accept,
-            "align": align,
-            "min_width": min_width,
-            "ignore": list(ignore),
-            "rescale": problem.rescale,
-            "details": asdict(details),
-            "seed": seed,
-            "early_stop": early_stop,
-            "amp": amp,
-            "channels_last": channels_last,
+            "budget": {"unit": limit.unit, "keep": limit.keep},
+            **asked.to_json(),
             "samples": sum(batch.samples for batch in problem.batches),
         },
+        points=_points(points, limits, recorder) if others else (),
     )
 
 
-def _measure_unpruned(problem: Problem) -> tuple[Problem, Measure, Knowledge]:
-    """Θ₀ measured, its logits per batch (T₀), and the problem with labels where it had none."""
+def _points(
+    asked: Sequence[Mapping[str, float | str]], limits: Sequence[Budget], recorder: Recorder
+) -> tuple[Point, ...]:
+    """What was found for each of several budgets, the loosest first."""
+    found = []
+    for given, limit in zip(asked[:-1], limits, strict=False):
+        along, way = recorder.ways[label_of(given)]
+        found.append(Point(given, limit.unit, limit.keep, along, tuple(way.steps[along:])))
+    return (*found, Point(asked[-1], limits[-1].unit, limits[-1].keep, len(recorder.steps)))
+
+
+def _problem(
+    traced: TracedModel, batches: Iterable[Any], asked: SearchSettings, budget: Budget, objective: Objective
+) -> Problem:
+    """What is asked, checked. asked: with all that it leaves to the model decided."""
+    computing = Computing(bytes_of(asked.cache), bool(asked.early_stop), asked.amp, bool(asked.channels_last))
+    problem = Problem(
+        traced=traced,
+        batches=tuple(map(computing.prepared, validation_batches(batches, traced.model))),
+        objective=objective,
+        budget=budget,
+        rules=width_rules(
+            traced, ignored_groups(traced.groups, as_patterns(traced, asked.ignore)), asked.align, asked.min_width
+        ),
+        guided=asked.knowledge != "none",
+        ensemble=asked.knowledge == "ensemble",
+        rescale=bool(asked.rescale),
+        computing=computing,
+        seed=asked.seed,
+    )
+    problem.check_reachable()
+    for batch in problem.batches:
+        check_inputs(traced, *batch.inputs)
+    if not problem.batches and asked.needs_data:
+        raise DataError(
+            f"strategy {name_of(asked.strategy)!r} with importance {name_of(asked.importance)!r} needs validation "
+            "batches; pass some"
+        )
+    return problem
+
+
+def _measure_unpruned(problem: Problem) -> tuple[Problem, Measure]:
+    """The problem with T₀, the logits of Θ₀, and with labels where it had none; and Θ₀ measured."""
     network, objective = problem.network(problem.full()), problem.objective
     if problem.batches and problem.batches[0].target is None:
         if objective.loss is not cross_entropy:
             raise DataError("a loss of your own needs targets, and the validation batches have none")
         problem = replace(problem, batches=label_free(network, problem.batches, objective))
     if not problem.batches:
-        return problem, problem.measure(problem.full(), None), ()
-    evaluation, logits = evaluate(network, problem.batches, objective, None, check=True)
-    if problem.guided:
-        evaluation, _ = evaluate(network, problem.batches, objective, logits)
-    return problem, problem.measure(problem.full(), evaluation), logits
+        return problem, problem.measure(problem.full(), None)
+    evaluation, logits = evaluate(network, problem.batches, replace(objective, reward=None), None, check=True)
+    if problem.guided or objective.reward is not None:
+        evaluation, _ = evaluate(network, problem.batches, objective, logits if problem.guided else None)
+    return replace(problem, unpruned=logits), problem.measure(problem.full(), evaluation)
 
 
 def find_budget(
@@ -273,13 +232,6 @@ def find_budget(
     if cost is not None and budget is not None:
         parts.append(Budget.of(cost, budget, "cost"))
     return Budget.all_of(parts)
-
-
-def _check_option(name: str, value: str, known: Iterable[str]) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(str(value), list(known), 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known)}"
-        raise RecipeError(f"unknown {name} {value!r}; {hint}")
 
 
 def _has_batch_norm(traced: TracedModel) -> bool:

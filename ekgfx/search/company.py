@@ -8,15 +8,15 @@ from torch import Tensor
 from ekgfx.data.mixing import Mixture, warn
 from ekgfx.execution.subnetwork import BATCH_NORM, SubNetwork
 from ekgfx.search.problem import Problem
-from ekgfx.search.reward import Knowledge, ValidationBatch
+from ekgfx.search.reward import ValidationBatch
 from ekgfx.training.loss import at_least_single
 
 
-def check_mixed(problem: Problem, batches: Sequence[ValidationBatch], unpruned: Knowledge) -> None:
+def check_mixed(problem: Problem, batches: Sequence[ValidationBatch]) -> None:
     """Say so where the validation batches, as they were given, are sorted by class. Without labels the unpruned network
     says the classes, in evaluation mode, where an answer does not depend on the batch.
 
-    unpruned: that network's logits per batch, by the batch's statistics.
+    problem: with T₀.
     """
     if not any(operation.target is BATCH_NORM for operation in problem.traced.operations):
         return
@@ -24,7 +24,7 @@ def check_mixed(problem: Problem, batches: Sequence[ValidationBatch], unpruned: 
     for batch in batches:
         mixture.see(_predicted(problem, batch) if batch.target is None else batch.target)
     labelled = bool(batches) and batches[0].target is not None  # predictions may all be one by the network's own fault
-    warn("the validation batches of the search", mixture.fault(unpruned[0].shape[1] if labelled else None))
+    warn("the validation batches of the search", mixture.fault(problem.unpruned[0].shape[1] if labelled else None))
 
 
 def _predicted(problem: Problem, batch: ValidationBatch) -> Tensor:

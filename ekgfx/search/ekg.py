@@ -1,5 +1,6 @@
 """The EKG search: greedy steps, each to the candidate that the ensemble knowledge rewards most."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -8,11 +9,11 @@ from torch import Tensor
 from ekgfx.errors import BudgetError, PlanError
 from ekgfx.graph.plan import Plan
 from ekgfx.search.candidates import Proposal, important_first, worth_evaluating
-from ekgfx.search.details import Details
+from ekgfx.search.details import PAPER, Details
 from ekgfx.search.forks import Forks, Keeper
 from ekgfx.search.importance import Criterion, Scores, taylor
-from ekgfx.search.problem import Problem
-from ekgfx.search.race import Outcome, evaluate_candidates, room_for_logits
+from ekgfx.search.problem import Budget, Problem
+from ekgfx.search.race import Known, Outcome, evaluate_candidates, room_for_logits
 from ekgfx.search.ranking import ranking_of
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.result import Candidate, Step, apply_step
@@ -42,65 +43,160 @@ class Pace:
     accept: int = 1
 
 
-def run(
-    problem: Problem,
-    criterion: Criterion,
-    recorder: Recorder,
-    unpruned: Knowledge,
-    *,
-    pace: Pace,
-    details: Details,
-    history: Sequence[Step],
-) -> None:
-    """Search until the budget holds, going on after `history`; the accepted steps go to `recorder`.
+@dataclass(frozen=True)
+class Turn:
+    """What a step does. evaluated: the candidates that the filter left, with their outcomes; threshold: the filter's;
+    best: the best of them, the best first; first: the outcome of the very best; taken: what is accepted."""
 
-    unpruned: T₀ = O(D_val; Θ₀).
+    evaluated: Sequence[tuple[Proposal, Outcome]]
+    threshold: float | None
+    best: Sequence[Proposal]
+    first: Outcome
+    taken: Sequence[Proposal]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How steps are made: what scores the channels, how far a step goes, what the authors' program does otherwise; and
+    the forks of the graph."""
+
+    criterion: Criterion
+    pace: Pace
+    details: Details
+    forks: Forks
+
+
+def run(
+    problem: Problem, criterion: Criterion, recorder: Recorder, *, pace: Pace = Pace(), details: Details = PAPER
+) -> None:
+    """Search until the budget holds, going on after what `recorder` has of an earlier search.
+
+    Other budgets of the recorder, all of them looser, are met on the way: their searches take the same steps, until a
+    candidate would overshoot the one or the other. There the other has a turn of its own, of which only that is
+    computed in which it differs, and where it leads elsewhere, it leaves. So each ends where its search alone would.
 
     Raises BudgetError when no group can shrink further.
     """
-    forks = Forks(problem.traced)
-    state = State(problem.full(), dict.fromkeys(problem.rules, 1.0), unpruned if problem.guided else None)
-    for past in history:
+    state = State(problem.full(), dict.fromkeys(problem.rules, 1.0), problem.unpruned if problem.guided else None)
+    go_on(problem, recorder, state, 0, Method(criterion, pace, details, Forks(problem.traced)))
+
+
+def go_on(problem: Problem, recorder: Recorder, state: State, number: int, method: Method) -> None:
+    """Search from `state`, where `number` steps have led, until the budget holds."""
+    recorded = tuple(recorder.steps[number:])
+    others = dict(recorder.others)
+
+    def leave(label: str, turn: Turn | None = None) -> None:
+        """Another budget's way from here on: by a turn of its own, or as an earlier search went."""
+        began = time.monotonic()
+        own, there = recorder.leave(label, number), replace(problem, budget=others.pop(label))
+        if turn is not None:
+            go_on(there, own, move(there, own, state, turn), number + 1, method)
+        elif not there.budget.met(own.plan):
+            go_on(there, own, state, number, method)
+        recorder.skip(began)
+
+    for past in (*recorded, None):
+        for label, budget in recorder.others.items():
+            if label in others and (budget.met(state.plan) or recorder.begun(label) == number):
+                leave(label)
+        if past is None:
+            break
         state = replay(problem, state, past)
-        recorder.again(past)
+        recorder.resumed()
+        number += 1
     while not problem.budget.met(state.plan):
-        keeper = keeper_of(problem, forks, state)
-        if criterion is taylor:
-            scores = taylor(problem, state.plan, state.knowledge, keeper)
+        mine, theirs = turns(problem, state, others, method)
+        for label, turn in theirs.items():
+            if turn.taken != mine.taken:
+                leave(label, turn)
+        state = move(problem, recorder, state, mine)
+        number += 1
+        for label, budget in list(others.items()):
+            if budget.met(state.plan):
+                leave(label)
+
+
+def turns(
+    problem: Problem, state: State, others: Mapping[str, Budget], method: Method
+) -> tuple[Turn, Mapping[str, Turn]]:
+    """The step from `state` under the problem's budget, and under each of the others."""
+    keeper = keeper_of(problem, method.forks, state)
+    if method.criterion is taylor:
+        scores = taylor(problem, state.plan, state.knowledge, keeper)
+    else:
+        scores = method.criterion(problem, state.plan, state.knowledge)
+    known: Known = {}
+    proposals = propose_all(problem, state, scores, method)
+    mine = take_turn(problem, state, proposals, scores, method, keeper, known)
+    theirs = {}
+    for label, budget in others.items():
+        there = replace(problem, budget=budget)
+        own = propose_all(there, state, scores, method)
+        if own != proposals or (budget.weighed and any(budget.met(proposal.plan) for proposal in own)):
+            theirs[label] = take_turn(there, state, own, scores, method, keeper, known)
         else:
-            scores = criterion(problem, state.plan, state.knowledge)
-        found = (propose(problem, state, group, scores[group], pace, details) for group in problem.rules)
-        proposals = [proposal for proposal in found if proposal is not None]
-        if not proposals:
-            raise BudgetError(
-                f"no group can shrink further at {problem.budget.fraction(state.plan):.1%} of the "
-                f"{problem.budget.unit}, and the budget is {problem.budget.keep:.1%}; raise it, lower align or "
-                "min_width, or ignore fewer groups"
-            )
-        stake = {p.group: details.stake(scores[p.group], p, state.widths[p.group]) for p in proposals}
-        chosen, threshold = worth_evaluating(proposals, stake)
-        ranking = ranking_of(problem, state.plan, state.knowledge, details.strict_best)
-        outcomes = evaluate_candidates(
-            problem,
-            forks,
-            state.plan,
-            [(p.group, p.plan) for p in chosen],
-            state.knowledge,
-            ranking=ranking,
-            accept=pace.accept,
-            kept=keeper.kept,
+            taken = combine(there, state, mine.best, scores, method.pace, method.details)
+            theirs[label] = replace(mine, taken=taken)
+    return mine, theirs
+
+
+def propose_all(problem: Problem, state: State, scores: Scores, method: Method) -> list[Proposal]:
+    """The candidates of a step, Φ. BudgetError where there are none."""
+    found = (propose(problem, state, group, scores[group], method.pace, method.details) for group in problem.rules)
+    proposals = [proposal for proposal in found if proposal is not None]
+    if not proposals:
+        raise BudgetError(
+            f"no group can shrink further at {problem.budget.fraction(state.plan):.1%} of the "
+            f"{problem.budget.unit}, and the budget is {problem.budget.keep:.1%}; raise it, lower align or "
+            "min_width, or ignore fewer groups"
         )
-        ranked = ranking.best([p.plan for p in chosen], [outcome.negative for outcome in outcomes], pace.accept)
-        taken = combine(problem, state, [chosen[i] for i in ranked], scores, pace, details)
-        state, evaluation = accept(problem, state, taken, outcomes[ranked[0]])
-        recorder.accept(
-            state.plan,
-            removed={proposal.group: proposal.removed for proposal in taken},
-            widths={proposal.group: proposal.width for proposal in taken},
-            evaluation=evaluation,
-            candidates=[candidate(problem, p, outcome) for p, outcome in zip(chosen, outcomes, strict=True)],
-            threshold=threshold,
-        )
+    return proposals
+
+
+def take_turn(
+    problem: Problem,
+    state: State,
+    proposals: Sequence[Proposal],
+    scores: Scores,
+    method: Method,
+    keeper: Keeper,
+    known: Known,
+) -> Turn:
+    """The best of the proposals. known: what is known of them, and will be."""
+    pace, details = method.pace, method.details
+    stake = {p.group: details.stake(scores[p.group], p, state.widths[p.group]) for p in proposals}
+    chosen, threshold = worth_evaluating(proposals, stake)
+    ranking = ranking_of(problem, state.plan, state.knowledge, details.strict_best)
+    outcomes = evaluate_candidates(
+        problem,
+        method.forks,
+        state.plan,
+        [(p.group, p.plan) for p in chosen],
+        state.knowledge,
+        ranking=ranking,
+        accept=pace.accept,
+        kept=keeper.kept,
+        known=known,
+    )
+    ranked = ranking.best([p.plan for p in chosen], [outcome.negative for outcome in outcomes], pace.accept)
+    best = [chosen[i] for i in ranked]
+    taken = combine(problem, state, best, scores, pace, details)
+    return Turn(tuple(zip(chosen, outcomes, strict=True)), threshold, best, outcomes[ranked[0]], taken)
+
+
+def move(problem: Problem, recorder: Recorder, state: State, turn: Turn) -> State:
+    """The state after a step, which is recorded."""
+    state, evaluation = accept(problem, state, turn.taken, turn.first)
+    recorder.accept(
+        state.plan,
+        removed={proposal.group: proposal.removed for proposal in turn.taken},
+        widths={proposal.group: proposal.width for proposal in turn.taken},
+        evaluation=evaluation,
+        candidates=[candidate(problem, proposal, outcome) for proposal, outcome in turn.evaluated],
+        threshold=turn.threshold,
+    )
+    return state
 
 
 def propose(

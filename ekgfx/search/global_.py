@@ -7,18 +7,20 @@ from ekgfx.search.candidates import important_first
 from ekgfx.search.importance import Criterion, Scores
 from ekgfx.search.problem import Problem
 from ekgfx.search.recorder import Recorder
-from ekgfx.search.thresholds import largest_within, record_single_step
+from ekgfx.search.thresholds import largest_within
 
 
 def run(problem: Problem, criterion: Criterion, recorder: Recorder) -> None:
     """Rank the channels of all groups together and keep the first, as many as the budget allows; one recorded step."""
-    scores = criterion(problem, problem.full(), None)
+    if recorder.steps:  # it was done before
+        return
+    scores = criterion(problem, problem.full(), problem.at_once)
     ranked = torch.cat([scores[group] for group in problem.rules]).sort(descending=True).values.tolist()
 
     def cut(count: int) -> Plan:
         return above(problem, scores, ranked[count - 1] if count else float("inf"))
 
-    record_single_step(problem, recorder, largest_within(problem, cut, len(ranked)))
+    recorder.go(largest_within(problem, cut, len(ranked)))
 
 
 def above(problem: Problem, scores: Scores, threshold: float) -> Plan:

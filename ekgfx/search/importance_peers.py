@@ -136,8 +136,8 @@ def _stand_ins(
     for place in group.places:
         weight = weights[place.parameter].detach()
         index = channel_index(problem, place.parameter, place.dim, group.axis, axes_kept)
-        rows = _rows(weight, place.dim, index)
-        bend = _rows(curvature[place.parameter], place.dim, index) if curvature else None
+        rows = rows_of(weight, place.dim, index)
+        bend = rows_of(curvature[place.parameter], place.dim, index) if curvature else None
         if place.parameter in scales:
             for column in range(rows.shape[1]):
                 layer = scales[place.parameter](len(rows))
@@ -146,7 +146,7 @@ def _stand_ins(
             yield _with_weight(nn.Linear(1, 1, bias=False), rows, bend)
 
 
-def _rows(weight: Tensor, dim: int, index: Tensor) -> Tensor:
+def rows_of(weight: Tensor, dim: int, index: Tensor) -> Tensor:
     """The entries of every channel in a row of their own: kept channels × entries. index: channel per position."""
     own = torch.nonzero(index >= 0).flatten()
     order = own[index[own].argsort(stable=True)]

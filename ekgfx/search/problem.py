@@ -13,7 +13,7 @@ from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph.groups import ChannelGroup
 from ekgfx.graph.plan import Plan
 from ekgfx.search.result import Measure
-from ekgfx.search.reward import Evaluation, Objective, ValidationBatch
+from ekgfx.search.reward import Evaluation, Knowledge, Objective, ValidationBatch
 from ekgfx.search.widths import WidthRule
 from ekgfx.tracing.trace import TracedModel
 
@@ -96,7 +96,7 @@ class Problem:
     rules: the widths of every group that may shrink, by name. batches: validation data, empty where the strategy needs
     none. ensemble: whether the knowledge follows the accepted sub-networks (eq. 8). guided: whether the reward has a
     knowledge term at all. rescale: cut kernels keep their norm. computing: how candidates are computed. seed: of what
-    is drawn at random.
+    is drawn at random. unpruned: T₀ = O(D_val; Θ₀), once it is known.
     """
 
     traced: TracedModel
@@ -109,6 +109,7 @@ class Problem:
     rescale: bool
     computing: Computing = Computing()
     seed: int = 0
+    unpruned: Knowledge = ()
 
     def full(self) -> Plan:
         """Θ₀ as a plan."""
@@ -118,6 +119,12 @@ class Problem:
     def kept(self, plan: Plan, group: str) -> tuple[int, ...]:
         """The channels that `group` keeps under a plan."""
         return plan.kept.get(group) or tuple(range(self.rules[group].size))
+
+    @property
+    def at_once(self) -> Knowledge | None:
+        """What a strategy of one step compares with: nothing, and the labels decide; T₀ for a reward of the user's own,
+        which may know nothing else."""
+        return self.unpruned if self.guided and self.objective.reward is not None else None
 
     def network(self, plan: Plan) -> SubNetwork:
         """The sub-network of a plan, with batch statistics in its BatchNorms."""

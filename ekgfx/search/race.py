@@ -25,6 +25,10 @@ Kept = Mapping[int, Mapping[str, Any]]
 """Values of the current network that were kept, by the number of the batch and by node."""
 
 
+Known = dict[tuple[str, tuple[int, ...]], dict[int, Terms]]
+"""The terms of candidates, by their group and what they keep of it, and by the number of the batch."""
+
+
 class Outcome(NamedTuple):
     """What became of a candidate. evaluation: None for one that was left early, when its −ℛ was found to be `at_least`
     that. logits: of the best, per batch; None where there was no room to hold them."""
@@ -128,11 +132,13 @@ def evaluate_candidates(
     ranking: Ranking,
     accept: int = 1,
     kept: Kept | None = None,
+    known: Known | None = None,
 ) -> list[Outcome]:
     """The reward (eq. 4) of sub-networks that differ from the current one, `plan`, in one group each.
 
     candidates: (group, plan of the sub-network). ranking: which are best. accept: how many of these are wanted. kept:
-    values of the current network that are known.
+    values of the current network that are known. known: what an earlier race from the same network found of these
+    candidates; it takes in what this one finds.
 
     Without early stops every candidate sees every batch. With them, all see the first batch, the `accept` best there
     see all, and the others go on, batch by batch, until they are behind the `accept` best that have seen all even with
@@ -148,6 +154,9 @@ def evaluate_candidates(
     holding = room_for_logits(problem, knowledge, len(candidates)) > 0
     plans = [candidate for _, candidate in candidates]
     race = Race(problem, forks, current, branches, plans, knowledge, kept or {}, holding, ranking)
+    known = {} if known is None else known
+    names = [(group, candidate.kept[group]) for group, candidate in candidates]
+    race.terms |= {(number, b): terms for number, name in enumerate(names) for b, terms in known.get(name, {}).items()}
     least = least_terms(problem.objective, problem.batches, knowledge) if problem.computing.early_stop else None
     bounds = {} if least is None else eliminate(race, least, accept)
     batches = range(len(problem.batches))
@@ -156,8 +165,12 @@ def evaluate_candidates(
         Outcome(None, bounds[number]) if number in bounds else Outcome(total(race.terms[number, b] for b in batches))
         for number in range(len(candidates))
     ]
-    if holding:
-        (best,) = ranking.best(plans, [outcome.negative for outcome in outcomes])
+    for (number, b), terms in race.terms.items():
+        known.setdefault(names[number], {})[b] = terms
+    if not holding:
+        return outcomes
+    (best,) = ranking.best(plans, [outcome.negative for outcome in outcomes])
+    if all((best, b) in race.owners for b in batches):
         outcomes[best] = outcomes[best]._replace(logits=race.answers(best))
     return outcomes
 

@@ -2,25 +2,74 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from ekgfx.graph.plan import Plan
-from ekgfx.search.problem import Problem
-from ekgfx.search.result import Candidate, Step
-from ekgfx.search.reward import Evaluation
+from ekgfx.search.problem import Budget, Problem
+from ekgfx.search.result import Candidate, Step, apply_step
+from ekgfx.search.reward import Evaluation, evaluate
 
 
 class Recorder:
-    """The steps so far. on_step: called with every new step."""
+    """The steps so far, and where they lead: `plan`. In a search to several budgets, those to the tightest, and beside
+    it the recorders of the `others`.
 
-    def __init__(self, problem: Problem, on_step: Callable[[Step], None] | None) -> None:
-        self.problem, self.on_step = problem, on_step
-        self.steps: list[Step] = []
+    on_step: called with every new step. history: the steps of an earlier, interrupted search. others: further budgets,
+    by label. towards: the label of this one's, where it is one of those.
+
+    Raises PlanError when the history removes channels that the model does not have.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        on_step: Callable[[Step], None] | None = None,
+        history: Sequence[Step] = (),
+        others: Mapping[str, Budget] | None = None,
+        towards: str | None = None,
+    ) -> None:
+        self.problem, self.on_step, self.others, self.towards = problem, on_step, others or {}, towards
+        self.steps = [step for step in history if step.towards in (None, towards)]
+        self.plan, self.ways = problem.full(), dict[str, Way]()
+        self._begun = [step for step in history if step.towards not in (None, towards)]
+        self._sizes = {name: group.size for name, group in problem.traced.groups.items()}
+        for step in self.steps:
+            self.plan = apply_step(self.plan, step, self._sizes)
         self._since = time.monotonic()
 
-    def again(self, step: Step) -> None:
-        """Take in a step of an earlier, interrupted search."""
-        self.steps.append(step)
+    def begun(self, label: str) -> int | None:
+        """After how many steps an earlier, interrupted search left this way for another budget; None where it did
+        not."""
+        return next((step.number - 1 for step in self._begun if step.towards == label), None)
+
+    def leave(self, label: str, along: int) -> "Recorder":
+        """The recorder of another budget, whose way has the first `along` steps in common with this one."""
+        problem = replace(self.problem, budget=self.others[label])
+        own = [step for step in self._begun if step.towards == label]
+        recorder = Recorder(problem, self.on_step, [*self.steps[:along], *own], towards=label)
+        self.ways[label] = Way(along, recorder)
+        return recorder
+
+    def resumed(self) -> None:
+        """The history is taken in, and the time of the next step begins."""
         self._since = time.monotonic()
+
+    def skip(self, began: float) -> None:
+        """The time since `began` (`time.monotonic`) is no step's."""
+        self._since += time.monotonic() - began
+
+    def go(self, plan: Plan) -> None:
+        """Record the step from the current plan to `plan`, measured where there are validation data."""
+        removed, widths = {}, {}
+        for group, rule in self.problem.rules.items():
+            before, after = self.problem.kept(self.plan, group), set(self.problem.kept(plan, group))
+            removed[group] = tuple(channel for channel in before if channel not in after)
+            widths[group] = len(after) / rule.size
+        evaluation, asked = None, self.problem
+        if asked.batches:
+            evaluation, _ = evaluate(asked.network(plan), asked.batches, asked.objective, asked.at_once)
+        self.accept(plan, removed=removed, widths=widths, evaluation=evaluation)
 
     def accept(
         self,
@@ -46,9 +95,18 @@ class Recorder:
             candidates=tuple(candidates),
             threshold=threshold,
             seconds=seconds,
+            towards=self.towards,
             eta=spent * max(fraction - self.problem.budget.keep, 0.0) / max(1.0 - fraction, 1e-9),
         )
         self._since = now
+        self.plan = plan
         self.steps.append(step)
         if self.on_step is not None:
             self.on_step(step)
+
+
+class Way(NamedTuple):
+    """The way to another budget. along: steps in common with the way to the tightest."""
+
+    along: int
+    recorder: Recorder

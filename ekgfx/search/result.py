@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
 from ekgfx.base.schema import read, show
-from ekgfx.errors import PlanError
+from ekgfx.base.units import budget_of
+from ekgfx.errors import BudgetError, PlanError
 from ekgfx.graph.plan import Plan
+from ekgfx.settings.recipe import BUDGETS
 
 MOST_CHANNELS = 2**20
 """More than any layer has: a group that claims more is damage."""
@@ -49,7 +51,8 @@ class Step:
     number: i + 1. removed: the channels this step takes away, per group. widths: the width ratio of those groups
     afterwards. measure: of the new sub-network; kept_fraction: its cost over that of the unpruned model, in the
     budget's unit. candidates: what was evaluated. threshold: of the candidate filter, None where nothing was filtered.
-    seconds: this step; eta: seconds until the budget at the pace so far (an estimate).
+    seconds: this step; eta: seconds until the budget at the pace so far (an estimate). towards: in a search to several
+    budgets, the one whose way has left that to the tightest, on which all others steps are ("flops=0.75").
     """
 
     number: int
@@ -61,6 +64,7 @@ class Step:
     threshold: float | None = None
     seconds: float = 0.0
     eta: float = 0.0
+    towards: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers."""
@@ -74,11 +78,34 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Point:
+    """One of several budgets of a search. asked: the budget as it was given; unit, keep: of `SearchResult.settings`.
+    along: steps that its way has in common with that to the tightest budget; steps: its own after these."""
+
+    asked: Mapping[str, float | str]
+    unit: str
+    keep: float
+    along: int
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """How steps, files and people name it: `flops=0.75`."""
+        return label_of(self.asked)
+
+
+def label_of(asked: Mapping[str, float | str]) -> str:
+    """The name of a budget: `flops=0.75`, or `flops=0.75,params=5M`."""
+    return ",".join(f"{key}={value}" for key, value in asked.items())
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """The outcome of a search.
 
     full: the plan of Θ₀; sizes: channels of every group. baseline: Θ₀ measured. steps: the history,
-    oldest first. settings: what was asked (budget, strategy, importance, knowledge, …), for the record.
+    oldest first. settings: what was asked (budget, strategy, importance, knowledge, …), for the record. points: of a
+    search to several budgets, all of them, the loosest first; the rest is then of the tightest, and `at` gives others.
     """
 
     full: Plan
@@ -86,6 +113,25 @@ class SearchResult:
     baseline: Measure
     steps: tuple[Step, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    points: tuple[Point, ...] = ()
+
+    def at(self, **asked: float | str) -> "SearchResult":
+        """The outcome for one of several budgets: what a search to that budget alone would have found.
+
+        Args:
+            asked: the budget as it was given, such as `flops=0.75`.
+
+        Raises:
+            BudgetError: the search had no such budget.
+
+        Example:
+            >>> result = ekgfx.search(traced, batches, flops=(0.9, 0.75, 0.55))
+            >>> pruned = ekgfx.prune(model, result.at(flops=0.75).plan, traced)
+        """
+        point = self.points[which([point.asked for point in self.points], asked)]
+        steps = (*self.steps[: point.along], *(replace(step, towards=None) for step in point.steps))
+        settings = {**self.settings, **point.asked, "budget": {"unit": point.unit, "keep": point.keep}}
+        return replace(self, steps=steps, settings=settings, points=())
 
     @cached_property
     def plans(self) -> tuple[Plan, ...]:
@@ -128,6 +174,7 @@ class SearchResult:
             "steps": [step.to_json() for step in self.steps],
             "sizes": dict(self.sizes),
             "full": json.loads(self.full.to_json()),
+            **({"points": [asdict(point) for point in self.points]} if self.points else {}),
         }
 
     @classmethod
@@ -138,7 +185,10 @@ class SearchResult:
         if wrong:
             raise PlanError(f"the search's result is damaged: {show(wrong[0])} has {told.sizes[wrong[0]]} channels")
         full = Plan.from_json(json.dumps(told.full))
-        return cls(full, told.sizes, told.baseline, as_steps(told.steps), told.settings)
+        steps = as_steps(told.steps)
+        if any(not 0 <= point.along <= len(steps) for point in told.points):
+            raise PlanError("the search's result is damaged: a budget's way leaves another where that has no step")
+        return cls(full, told.sizes, told.baseline, steps, told.settings, told.points)
 
 
 @dataclass(frozen=True)
@@ -150,6 +200,23 @@ class _Told:
     baseline: Measure
     steps: Sequence[Step]
     settings: Mapping[str, Any]
+    points: tuple[Point, ...] = ()
+
+
+def which(points: Sequence[Mapping[str, float | str]], wanted: Mapping[str, float | str]) -> int:
+    """The position of the budget `wanted` among those that were asked for, however it is written.
+
+    Raises BudgetError when it is not there; says which are.
+    """
+    unknown = [key for key in wanted if key not in BUDGETS]
+    if unknown or not wanted:
+        raise BudgetError(f"{unknown[0] if unknown else 'nothing'} names no budget: give one of {', '.join(BUDGETS)}")
+    goal = {key: budget_of(key, value) for key, value in wanted.items()}
+    for number, asked in enumerate(points):
+        if all(key in asked and budget_of(key, asked[key]) == size for key, size in goal.items()):
+            return number
+    there = "; ".join(map(label_of, points)) or "none but its own"
+    raise BudgetError(f"no budget {label_of(wanted)} was asked for; there is {there}")
 
 
 def apply_step(plan: Plan, step: Step, sizes: Mapping[str, int]) -> Plan:
@@ -170,9 +237,12 @@ def apply_step(plan: Plan, step: Step, sizes: Mapping[str, int]) -> Plan:
 
 
 def as_steps(history: Sequence[Step | Mapping[str, Any]]) -> tuple[Step, ...]:
-    """A history given as steps or as their JSON, checked to be numbered 1, 2, 3, …"""
+    """A history given as steps or as their JSON, checked: numbered 1, 2, 3, …, and those towards each of several
+    budgets from where they leave this way."""
     steps = tuple(step if isinstance(step, Step) else Step.from_json(step) for step in history)
-    numbers = [step.number for step in steps]
-    if numbers != list(range(1, len(steps) + 1)):
-        raise PlanError(f"the history's steps are numbered {numbers}, not 1…{len(steps)}; it is damaged")
+    for towards in dict.fromkeys((None, *(step.towards for step in steps))):
+        numbers = [step.number for step in steps if step.towards == towards]
+        first = 1 if towards is None else numbers[0]
+        if numbers != list(range(first, first + len(numbers))):
+            raise PlanError(f"the history's steps are numbered {numbers}, not 1…{len(numbers)}; it is damaged")
     return steps

@@ -19,6 +19,9 @@ KnowledgeMode = Literal["ensemble", "single", "none"]
 Knowledge = Sequence[Tensor]
 """T: one tensor of logits, B × K × …, per validation batch."""
 
+Reward = Callable[[Tensor, Any, Tensor | None], Tensor]
+"""A reward of the user's own: of the logits of a batch, its labels and its knowledge."""
+
 ROUNDING = 1e-4, 1e-5
 """Relative and absolute error of a cross-entropy in float32 that are certainly not exceeded."""
 
@@ -53,15 +56,19 @@ class Objective:
     loss(output, target): mean over the batch's samples. logits(output): B × K × …, compared with the knowledge.
     batch_size: None divides sums over samples by their number. A number divides the sum over each batch by it, full or
     not, as the authors' program does (its losses are 0.625 of the mean over the 320 samples in batches of 256 and 64).
+    reward: in place of eq. 4.
     """
 
     loss: Callable[[Any, Any], Tensor] = cross_entropy
     logits: Callable[[Any], Tensor] = logits_of
     batch_size: int | None = None
+    reward: Reward | None = None
 
     def terms(self, output: Any, target: Any, knowledge: Tensor | None) -> tuple[Tensor, Tensor]:
         """Label loss, and −ℛ = CE(labels, O) + CE(softmax(T), O), each the mean over this batch (eq. 4)."""
         loss = label_loss(self.loss, self.logits)(output, target)
+        if self.reward is not None:
+            return loss, -self.reward(self.logits(output), target, knowledge)
         if knowledge is None:
             return loss, loss
         return loss, loss + cross_entropy(self.logits(output), knowledge.softmax(1))
@@ -143,9 +150,10 @@ def least_terms(
 
     Both terms are cross-entropies, and CE(p, q) ≥ H(p) whatever q is (Gibbs); for classes H is 0. Where both are of the
     same logits they are one, CE(y, q) + CE(T, q) = 2·CE((y + T)/2, q) ≥ 2·H((y + T)/2): no answer is right for a label
-    and a teacher that disagree. Rounding is allowed for. A loss of the user's own may be anything, negative too.
+    and a teacher that disagree. Rounding is allowed for. A loss or a reward of the user's own may be
+    anything, negative too.
     """
-    if objective.loss is not cross_entropy:
+    if objective.loss is not cross_entropy or objective.reward is not None:
         return None
     least = []
     for number, batch in enumerate(batches):

@@ -5,7 +5,7 @@ from ekgfx.search.candidates import important_first
 from ekgfx.search.importance import Criterion, Scores
 from ekgfx.search.problem import Problem
 from ekgfx.search.recorder import Recorder
-from ekgfx.search.thresholds import largest_within, record_single_step
+from ekgfx.search.thresholds import largest_within
 
 WIDTHS = 4096
 """Ratios that are told apart."""
@@ -13,12 +13,14 @@ WIDTHS = 4096
 
 def run(problem: Problem, criterion: Criterion, recorder: Recorder) -> None:
     """Keep the same share of the most important channels in every group; one step, recorded."""
-    scores = criterion(problem, problem.full(), None)
+    if recorder.steps:  # it was done before
+        return
+    scores = criterion(problem, problem.full(), problem.at_once)
 
     def cut(ratio: int) -> Plan:
         return at_width(problem, scores, ratio / WIDTHS)
 
-    record_single_step(problem, recorder, largest_within(problem, cut, WIDTHS))
+    recorder.go(largest_within(problem, cut, WIDTHS))
 
 
 def at_width(problem: Problem, scores: Scores, width: float) -> Plan:

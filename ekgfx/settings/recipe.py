@@ -7,7 +7,7 @@ same form, so that `--resume` needs nothing else.
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -72,12 +72,58 @@ BUDGETS = {"flops": "MACs", "params": "parameters", "latency": "latency"}
 """The settings that a budget can be given by, and what each is about."""
 
 
+Amounts = Sequence[float | str] | float | str | None
+"""A budget: the fraction to keep, or an amount; or several, each of which gets a network of its own."""
+
+
 @dataclass(frozen=True)
-class Search:
+class SearchSettings:
+    """How a plan is searched for; `ekgfx.search.SearchSettings` says what the fields mean."""
+
+    flops: Amounts = None
+    params: Amounts = None
+    latency: Amounts = None
+    knowledge: Literal["ensemble", "single", "none"] = "ensemble"
+    step: float = 0.2
+    min_width: float = 0.0
+    rescale: bool | None = None
+    early_stop: bool | None = None
+    amp: Literal["bf16", "fp16"] | None = None
+    channels_last: bool | None = None
+
+    @property
+    def points(self) -> tuple[Mapping[str, float | str], ...]:
+        """The budgets that are asked for, by their keys: one for each network, the loosest first.
+
+        RecipeError for what is no budget, and for several of which nobody knows how they go together.
+        """
+        given = {key: asked for key in BUDGETS if (asked := getattr(self, key)) is not None}
+        several = {key: tuple(asked) for key, asked in given.items() if isinstance(asked, tuple | list)}
+        single: dict[str, float | str] = {key: asked for key, asked in given.items() if key not in several}
+        for key, one in single.items():
+            budget_of(key, one)
+        if not several:
+            return (single,)
+        if len(several) > 1:
+            raise RecipeError(
+                f"{' and '.join(several)} each name several budgets; give several of one, and of the others at most one"
+            )
+        ((key, amounts),) = several.items()
+        sizes = [budget_of(key, amount) for amount in amounts]
+        if not sizes or len({amount for _, amount in sizes}) > 1 or len(set(sizes)) < len(sizes):
+            raise RecipeError(
+                f"{key} {', '.join(map(str, amounts))}: give several fractions or several amounts, each once"
+            )
+        loosest_first = sorted(zip(sizes, amounts, strict=True), key=lambda pair: -pair[0][0])
+        return tuple({**single, key: amount} for _, amount in loosest_first)
+
+
+@dataclass(frozen=True)
+class Search(SearchSettings):
     """The budgets (MACs, parameters, latency: kept fraction, or an amount such as "2.0G", "5M" or "8ms"), all of which
-    must hold, and the way to them; `ekgfx.search` says what the options mean. Latency is that of `target`, such as
-    cuda:fp16:batch=64, or of where the file `latency_table` was measured. `align`: a number of channels, or "auto" for
-    what the target's hardware computes at once (None: "auto" under a latency budget, else 1).
+    must hold, and the way to them. One of them may be a list: one search finds a network for each. Latency is that of
+    `target`, such as cuda:fp16:batch=64, or of where the file `latency_table` was measured. `align`: a number of
+    channels, or "auto" for what the target's hardware computes at once (None: "auto" under a latency budget, else 1).
 
     Before a guided search the model is trained for an epoch on `train_per_class` images of each class (step 0 of the
     paper; 0 leaves it out). Candidates are judged on `val_per_class` images of each class, or on `images` images where
@@ -87,44 +133,31 @@ class Search:
     256, or fewer where the activations of 256 would take over 8 GiB).
     `accept`: candidates that a step takes together; None takes one, as the paper does, but on data without
     labels as many as keep the search of a large network within minutes.
-    `cache`: memory for values that candidates share; `early_stop`: leave candidates that cannot win any more. `amp` and
-    `channels_last`: as in training, for the evaluation of candidates (None: channels last on the CPU).
     """
 
-    flops: float | str | None = None
-    params: float | str | None = None
-    latency: float | str | None = None
     target: str | None = None
     latency_table: str | None = None
     strategy: Literal["ekg", "global", "uniform"] = "ekg"
     importance: Literal["taylor", "magnitude", "fpgm", "bn-scale", "hessian", "lamp", "random"] = "taylor"
-    knowledge: Literal["ensemble", "single", "none"] = "ensemble"
-    step: float = 0.2
     accept: int | None = None
     align: int | Literal["auto"] | None = None
-    min_width: float = 0.0
     ignore: tuple[str, ...] = ()
-    rescale: bool | None = None
+    cache: str = "2GiB"
     train_per_class: int = 256
     val_per_class: int = 32
     images: int = 16
     batch_size: int | None = None
     val_batch_size: int | None = None
     hardest_first: bool = False
-    cache: str = "2GiB"
-    early_stop: bool = True
-    amp: Literal["bf16", "fp16"] | None = None
-    channels_last: bool | None = None
 
     def __post_init__(self) -> None:
-        for key, asked in self.budgets.items():
-            budget_of(key, asked)
+        assert self.points  # are such, or it raises
         bytes_of(self.cache)
 
     @property
-    def budgets(self) -> dict[str, float | str]:
-        """The budgets that are given, by their keys."""
-        return {key: asked for key in BUDGETS if (asked := getattr(self, key)) is not None}
+    def budgets(self) -> Mapping[str, float | str]:
+        """The budgets that are given, by their keys; of several the tightest."""
+        return self.points[-1]
 
 
 @dataclass(frozen=True)
@@ -190,8 +223,13 @@ def _with_fractions(settings: object) -> object:
     """The settings with budgets written as 55% as numbers."""
     if not isinstance(settings, Mapping) or not isinstance(asked := settings.get("search"), Mapping):
         return settings
-    budgets = {key: fraction_of(asked[key]) for key in BUDGETS if str(asked.get(key)).endswith("%")}
-    return {**settings, "search": {**asked, **budgets}}
+    return {**settings, "search": {**asked, **{key: _fraction(asked[key]) for key in BUDGETS if key in asked}}}
+
+
+def _fraction(asked: object) -> object:
+    if isinstance(asked, list | tuple):
+        return [_fraction(each) for each in asked]
+    return fraction_of(asked) if isinstance(asked, str) and asked.endswith("%") else asked
 
 
 def names() -> list[str]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import ekgfx
 from ekgfx.errors import BudgetError, DataError, PlanError, RecipeError, TrainingError
 from ekgfx.graph.plan import Plan
-from ekgfx.search import STRATEGIES, SearchResult, Step, search
+from ekgfx.search import IMPORTANCE, STRATEGIES, SearchResult, Step, search
 from ekgfx.search.effort import quick_accept, search_macs
 from ekgfx.search.problem import channels_per_position
 from ekgfx.tracing.trace import TracedModel
@@ -238,7 +238,7 @@ def test_uniform_is_one_ratio_and_global_one_threshold() -> None:
     ratios = [width / traced.groups[name].size for name, width in uniform.items()]
     assert max(ratios) - min(ratios) < 1 / 2  # the squeezed group has 2 channels only
     one = search(traced, nets.batches(), flops=0.5, strategy="global", importance="taylor")
-    scores = ekgfx.search.__globals__["taylor"](problem_of(traced, nets.batches()), Plan(rescale=True), None)
+    scores = IMPORTANCE["taylor"](problem_of(traced, nets.batches()), Plan(rescale=True), None)
     kept = [float(scores[name][list(one.plan.kept[name])].min()) for name in scores if len(one.plan.kept[name]) > 1]
     gone = [
         float(scores[name][list(one.steps[0].removed[name])].max()) for name in scores if one.steps[0].removed[name]

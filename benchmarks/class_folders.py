@@ -8,7 +8,7 @@ its teachers fill three banks:
 
     folder order      BatchNorm by the statistics of each batch, in the order of the files (ekgfx before 2026-11-29)
     mixed             the same, in a random order
-    once              by statistics that are taken once, of 1,024 images (`build_bank`)
+    corrected         by its running averages, corrected by what the cut changed on 1,024 images (`build_bank`)
 
 Then the pruned network is fine-tuned with some of the banks, and with labels alone. Test images are CIFAR-10's own. One
 thread, CPU seconds.
@@ -40,7 +40,7 @@ from ekgfx.runs.checkpoint import load_tensors
 from ekgfx.training.evaluation import evaluate
 
 BATCH = 256
-WAYS = ["folder order", "once", "labels alone", "mixed"]
+WAYS = ["folder order", "corrected", "labels alone", "mixed"]
 
 
 def class_folders(root: Path, folder: Path, samples: int, tests: int) -> datasets.Data:
@@ -112,13 +112,13 @@ def measure(asked: argparse.Namespace, root: Path, folder: Path) -> dict[str, An
     result = ekgfx.search(
         traced, list(data.loader("train", BATCH, subset=chosen)), flops=asked.flops, accept=asked.accept
     )
-    once = build_bank(traced, result, data.loader("train", BATCH))
-    steps = [teacher["step"] for teacher in once.teachers]
+    corrected = build_bank(traced, result, data.loader("train", BATCH))
+    steps = [teacher["step"] for teacher in corrected.teachers]
     files = data.loader("train", BATCH, subset=range(asked.samples))
     banks = {
         "folder order": by_batches(traced, result, steps, files),
         "mixed": by_batches(traced, result, steps, files.mixed()),
-        "once": once,
+        "corrected": corrected,
     }
     found: dict[str, Any] = {
         "unpruned, evaluation mode": evaluate(model, files).accuracy,

@@ -10,7 +10,10 @@ from timm.layers import BatchNormAct2d, EvoNorm2dB0
 from torch import Tensor, nn
 
 import ekgfx
-from ekgfx.errors import DataError
+from ekgfx.bank.norms import noted, statistics
+from ekgfx.data.batches import Inputs
+from ekgfx.errors import DataError, PlanError
+from ekgfx.execution.averages import Statistics, corrected
 from ekgfx.models import digits_cnn
 
 
@@ -260,10 +263,155 @@ def test_prune_calibrates() -> None:
     group = next(iter(traced.groups.values()))
     plan = ekgfx.Plan({group.name: tuple(range(group.size // 2))})
     before = state(model)
-    by_hand = ekgfx.calibrate(ekgfx.prune(model, plan, traced), images())
+    by_hand = ekgfx.calibrate(ekgfx.prune(model, plan, traced), images(), traced=traced)
     at_once = ekgfx.prune(model, plan, traced, calibrate=images())
     for name, value in by_hand.state_dict().items():
         assert torch.equal(at_once.state_dict()[name], value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     plain = ekgfx.prune(model, plan, traced).state_dict()
     assert any(not torch.equal(plain[name], value) for name, value in by_hand.state_dict().items())
+
+
+def test_a_cut_model_in_place_is_estimated_anew() -> None:
+    model = digits_cnn().eval()
+    traced = ekgfx.trace(model, torch.zeros(2, 1, 8, 8))
+    plan = ekgfx.Plan(dict.fromkeys(traced.groups, (0, 1)))
+    expected = ekgfx.calibrate(ekgfx.prune(model, plan, traced), images())
+    found = ekgfx.prune(model, plan, traced, inplace=True, calibrate=images())
+    torch.testing.assert_close(found.state_dict(), expected.state_dict())
+
+
+def sequential(*modules: nn.Module) -> nn.Module:
+    """In float64, with running averages of other images than `images`."""
+    torch.manual_seed(1)
+    model = nn.Sequential(*modules).double().train()
+    for x in images(4):
+        model(0.5 * x.double() - 1)
+    return model.eval()
+
+
+def cut_in_half(model: nn.Module, **options: Any) -> tuple[ekgfx.TracedModel, nn.Module]:
+    traced = ekgfx.trace(model, images(1)[0].to(next(model.parameters()).dtype))
+    plan = ekgfx.Plan({name: tuple(range(0, group.size, 2)) for name, group in traced.groups.items()}, **options)
+    return traced, ekgfx.prune(model, plan, traced)
+
+
+def test_one_channel_by_hand() -> None:
+    """y = x + 2x becomes y = x: a third. What the norm says of it stays the same, whatever images show it."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 1, 1, bias=False), nn.BatchNorm2d(1, eps=1e-12))
+    model = model.double().eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([1.0, 2.0]).view(2, 1, 1, 1))
+        model[1].weight.fill_(1.0)
+        model[2].running_mean.fill_(6.0)
+        model[2].running_var.fill_(18.0)
+    traced, pruned = cut_in_half(model)
+    shown = [torch.tensor([0.0, 2.0]).double().view(2, 1, 1, 1)]  # y: 0 and 6, then 0 and 2
+    ekgfx.calibrate(pruned, shown, traced=traced)
+    torch.testing.assert_close(pruned[2].running_mean, torch.tensor([2.0]).double(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(pruned[2].running_var, torch.tensor([2.0]).double(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(pruned(shown[0]), model(shown[0]), rtol=1e-10, atol=1e-10)
+    plain = ekgfx.calibrate(pruned, shown)
+    assert plain[2].running_mean.item() == 1 and plain[2].running_var.item() == 2
+
+
+def test_the_correction() -> None:
+    def one(mean: float, var: float) -> Statistics:
+        return Statistics(torch.tensor([mean]).double(), torch.tensor([var]).double())
+
+    assert corrected(one(1, 4), one(0, 1), one(2, 9), 0.0) == one(5, 36)  # one deviation off, which is three now
+    assert corrected(one(1, 3), one(0, 0), one(2, 15), 1.0) == one(6, 63)  # 1 + 15 where there was 1
+    assert corrected(one(0.1, 0.3), one(0.7, 0.9), one(0.7, 0.9), 1e-5) == one(0.1, 0.3)  # nothing was cut
+    assert corrected(one(0.5, 2), one(0.5, 2), one(3, 8), 0.0) == one(3, 8)  # averages of these images
+    assert corrected(one(1, 4), one(2, 0), one(3, 5), 0.0) == one(2, 4)  # nothing varied, and nothing can be said
+    assert corrected(one(0, 0.1), one(0, 9), one(0, 0), 1.0).var == 0  # (0.1 + 1) / 10 - 1 is no variance
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.BatchNorm2d(6),
+        BatchNormAct2d(6),
+        EvoNorm2dB0(6),
+        nn.InstanceNorm2d(6, track_running_stats=True),
+        nn.BatchNorm2d(6, affine=False, momentum=None),
+    ],
+    ids=lambda norm: type(norm).__name__ if isinstance(norm, nn.Module) else str(norm)[6:],
+)
+def test_where_nothing_is_cut_nothing_changes(norm: nn.Module, dtype: torch.dtype) -> None:
+    import copy
+
+    model = sequential(nn.Conv2d(1, 6, 3), copy.deepcopy(norm), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)).to(dtype)
+    traced = ekgfx.trace(model, images()[0].to(dtype))
+    pruned = ekgfx.prune(model, ekgfx.Plan(), traced, calibrate=[x.to(dtype) for x in images()])
+    for name, value in model.state_dict().items():
+        assert torch.equal(pruned.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("split", [[8], [3, 5]])
+def test_the_norms_behind_a_norm_get_what_they_will_get(split: list[int]) -> None:
+    """The bank computes the same on the traced graph; it takes variances of all samples, and biased ones."""
+    model = sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
+    traced, pruned = cut_in_half(model)
+    parts = images()[0].double().split(split)
+    ekgfx.calibrate(pruned, parts, traced=traced)
+    shown = [Inputs.of(part) for part in parts]
+    kept = traced.groups.kept(ekgfx.Plan.of(pruned))
+    known = list(statistics(traced, kept, shown, noted(traced, shown)).values())
+    close = {"rtol": 1e-4, "atol": 1e-6} if len(split) == 1 else {"rtol": 0.1, "atol": 0.05}
+    for norm, (mean, var) in zip((pruned[1], pruned[4]), known, strict=True):
+        torch.testing.assert_close(norm.running_mean, mean, **close)
+        torch.testing.assert_close(norm.running_var, var, **close)
+
+
+def test_kernels_that_keep_their_norm_change_nothing() -> None:
+    """A BatchNorm takes the scale of a kernel away, also where its averages are of other images."""
+    x = images()[0].double()
+    said = []
+    for rescale in (False, True):
+        model = sequential(
+            *(nn.Conv2d(1, 6, 3, bias=False), nn.BatchNorm2d(6, eps=1e-12), nn.ReLU()),
+            *(nn.Conv2d(6, 4, 3, bias=False), nn.BatchNorm2d(4, eps=1e-12), nn.Flatten(), nn.Linear(64, 3)),
+        )
+        traced, pruned = cut_in_half(model, rescale=rescale)
+        said.append(ekgfx.calibrate(pruned, [part.double() for part in images()], traced=traced)(x))
+    torch.testing.assert_close(said[0], said[1], rtol=1e-9, atol=1e-9)
+
+
+def test_a_norm_that_is_called_twice_is_corrected_call_by_call() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.shared = nn.Conv2d(1, 4, 1), Shared()
+            self.shared.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.shared(self.conv(x)).mean((2, 3))
+
+    torch.manual_seed(0)
+    model = Both().double().eval()
+    traced, pruned = cut_in_half(model)
+    ekgfx.calibrate(pruned, [x.double() for x in images()], traced=traced)
+    assert torch.equal(
+        pruned.shared.norm.running_mean, model.shared.norm.running_mean[::2]
+    )  # its channels are as before
+    assert torch.equal(pruned.shared.norm.running_var, model.shared.norm.running_var[::2])
+
+
+def test_what_cannot_be_corrected() -> None:
+    model = sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4))
+    traced, pruned = cut_in_half(model)
+    before = {id(module): state(module) for module in (model, pruned)}
+    with pytest.raises(PlanError, match=r"takes what ekgfx\.prune made"):
+        ekgfx.calibrate(model, [x.double() for x in images()], traced=traced)
+    with pytest.raises(DataError, match="statistics of 1 are not finite"):
+        ekgfx.calibrate(pruned, [images()[0].double(), torch.full((8, 1, 8, 8), float("nan")).double()], traced=traced)
+    with pytest.raises(DataError, match="no batch"):
+        ekgfx.calibrate(pruned, [], traced=traced)
+    for module in (model, pruned):
+        assert all(torch.equal(value, before[id(module)][name]) for name, value in module.state_dict().items())
+        assert not any(each._forward_pre_hooks or each.training for each in module.modules())
+    within = ekgfx.prune(model, ekgfx.Plan.of(pruned), traced, inplace=True)
+    with pytest.raises(PlanError, match="was cut, and tells no more"):
+        ekgfx.calibrate(within, [x.double() for x in images()], traced=traced)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ekgfx.axes import Axis
-from ekgfx.bank.norms import Settled, Statistics, statistics
+from ekgfx.bank.norms import Noted, Settled, Statistics, noted, statistics
 from ekgfx.bank.rows import RowFormat, Rows, infidelity
 from ekgfx.bank.store import FORMAT, MANIFEST, Bank, read_manifest, rows_file
 from ekgfx.bank.teachers import pick_teachers
@@ -37,7 +37,7 @@ SAVE_EVERY = 5.0
 """Seconds between two notes of how far a teacher's file has come: what a kill can cost."""
 
 STATISTICS = 1024
-"""Samples, drawn at random, that a teacher's BatchNorms take their statistics of."""
+"""Samples, drawn at random, that show what a cut changed for a teacher's BatchNorms."""
 
 _OTHER_SIZE = "the memory bank was begun with batches of another size; use that size, or a new folder"
 
@@ -71,9 +71,9 @@ def build_bank(
         result: the search's result; its history gives the teachers.
         batches: un-augmented training batches in index order, iterated once per teacher: `(images, labels, index)`, or
             `(images, labels)` or images, numbered from 0, or mappings (`ekgfx.data.batches`). (A loader of `ekgfx.data`
-            may have any order.) They may be sorted by class: a teacher's BatchNorms take their statistics once, of
-            1,024 samples drawn from all of them; where there are BatchNorms, batches that are no loader of `ekgfx.data`
-            are read once more for that.
+            may have any order.) They may be sorted by class: a teacher's BatchNorms keep the unpruned network's
+            running averages, corrected once by what the cut changed on 1,024 samples drawn from all of them; where
+            there are BatchNorms, batches that are no loader of `ekgfx.data` are read once more for that.
         path: folder for the bank; None keeps it in memory. A bank that was interrupted goes on where it stopped.
         teachers: K.
         knowledge: "ensemble" takes K sub-networks of the history, "single" the unpruned network alone.
@@ -96,6 +96,7 @@ def build_bank(
     networks = [_Teacher(traced, result, step, finder(logits)) for step in picked]
     row = _row_format(networks[0], batches, top_k)
     sample = cache(lambda: _sample(traced, batches))
+    uncut = cache(lambda: noted(traced, _onto(traced, sample())))
     mates = team() if parallel else ALONE
     start = time.monotonic()
 
@@ -110,7 +111,7 @@ def build_bank(
         for number, network in enumerate(networks):
             if "file" in record["teachers"][number]:
                 continue
-            known = mates.told(network.statistics(sample()) if mates.first else None)
+            known = mates.told(network.statistics(sample(), uncut()) if mates.first else None)
             teacher = replace(network, known=known)
             if mates.first:
                 record["teachers"][number] |= _write_rows(folder, number, row, teacher, batches, progress, mates)
@@ -160,10 +161,9 @@ class _Teacher:
     def rescale(self) -> bool:
         return self.result.plans[self.step].rescale
 
-    def statistics(self, batches: Iterable[Any]) -> Statistics:
-        """Of its BatchNorms, on mixed batches."""
-        inputs = (_inputs(batch, 0)[0].onto(self.traced.model) for batch in batches)
-        return statistics(self.traced, self.kept, inputs, rescale=self.rescale)
+    def statistics(self, batches: Iterable[Any], uncut: Sequence[Noted]) -> Statistics:
+        """Of its BatchNorms, on mixed batches. uncut: what those of the unpruned network normalize of them."""
+        return statistics(self.traced, self.kept, _onto(self.traced, batches), uncut, rescale=self.rescale)
 
     def answers(self, batches: Iterable[Any], skip: int = 0, mates: Team = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
         """Sample indices and logits of every batch, in order; the first `skip` samples are not asked about again. Of
@@ -218,6 +218,10 @@ def _sample(traced: TracedModel, batches: Iterable[Any]) -> Iterable[Any]:
     samples = mixed(map(values, each_batch(batches)), STATISTICS)
     positional = len(samples[0]) - len(names) if samples else 0
     return [(Inputs(each[:positional], dict(zip(names, each[positional:], strict=True))),) for each in samples]
+
+
+def _onto(traced: TracedModel, batches: Iterable[Any]) -> Iterator[Inputs]:
+    return (_inputs(batch, 0)[0].onto(traced.model) for batch in batches)
 
 
 def _rest(loader: Loader, skip: int) -> Loader:
@@ -326,7 +330,7 @@ def _begin(
 
 def _fingerprint(traced: TracedModel, result: SearchResult, picked: Sequence[int]) -> str:
     """What a bank depends on: the weights, the teachers' plans, and how their statistics are taken."""
-    digest = hashlib.sha256(f"statistics of {STATISTICS} samples".encode())
+    digest = hashlib.sha256(f"averages corrected on {STATISTICS} samples".encode())
     for name, value in sorted(traced.model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -41,7 +41,7 @@ BANK = "bank"
 RESIDENT_SAMPLES = 200_000
 """Banks of fewer samples are held in the GPU's memory during fine-tuning."""
 NORM_SAMPLES = 1024
-"""Most images that BatchNorm's running statistics are estimated on after the cut; a quarter where there are no labels,
+"""Most images that BatchNorm's running statistics are corrected on after the cut; a quarter where there are no labels,
 since nothing can be measured there that more would improve."""
 
 
@@ -167,7 +167,7 @@ def prepare(job: Job) -> None:
 
 
 def cut(job: Job, result: SearchResult) -> nn.Module:
-    """The pruned model: cut, verified, BatchNorm's statistics estimated anew, saved and scored; or as it was saved."""
+    """The pruned model: cut, verified, BatchNorm's statistics corrected, saved and scored; or as it was saved."""
     model, traced = job.built.model, job.traced
     if job.run.has(checkpoint.WEIGHTS):
         pruned = prune(model, result.plan, traced, graphs=settled(job))
@@ -185,7 +185,7 @@ def cut(job: Job, result: SearchResult) -> nn.Module:
         full = job.data.size("train") >= size  # a short last batch may be too small to have statistics
         batches = job.data.loader("train", size, shuffle=True, seed=job.recipe.seed, drop_last=full)
         samples = NORM_SAMPLES if job.labelled else NORM_SAMPLES // 4
-        calibrate(pruned, batches, limit=-(-samples // size))
+        calibrate(pruned, batches, traced=traced, limit=-(-samples // size))
     job.keep_score("searched", pruned, result.plan)
     mend(job, pruned, result)
     checkpoint.write_weights(job.run, pruned, result.plan)
@@ -268,7 +268,7 @@ def fill_bank(job: Job, result: SearchResult) -> KnowledgeSource:
     assert job.data is not None  # fine-tuning needs data
     asked, folder = job.recipe.finetune, job.run.path / BANK
     wanted = {"data": job.data.spec, "knowledge": asked.knowledge, "teachers": asked.teachers, "top_k": asked.top_k}
-    wanted["statistics"] = bank.STATISTICS
+    wanted["statistics"] = f"averages corrected on {bank.STATISTICS} samples"
     if job.run.manifest.get("bank") != wanted:
         shutil.rmtree(folder, ignore_errors=True)
         job.run.update(bank=wanted)

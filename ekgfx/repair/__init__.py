@@ -18,13 +18,14 @@ from ekgfx.errors import PruneError
 from ekgfx.execution.subnetwork import BATCH_NORM, SubNetwork, slice_weights
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.graph.plan import Plan
-from ekgfx.repair.batch_norm import settle, state, write
+from ekgfx.repair.batch_norm import Estimate, settle, state, write
 from ekgfx.repair.images import Images, gather
 from ekgfx.repair.judge import Judge, Judgement
 from ekgfx.repair.operators import Skipped, find_operators
 from ekgfx.repair.progress import Progress
 from ekgfx.repair.refitting import repair_operators
 from ekgfx.repair.walk import LayerRepair, Walk
+from ekgfx.surgery.calibrate import estimated
 from ekgfx.tracing.trace import TracedModel
 from ekgfx.training.evaluation import device_of
 
@@ -33,15 +34,17 @@ __all__ = ["repair", "Repair", "LayerRepair", "Skipped", "Judgement"]
 
 @dataclass(frozen=True)
 class Repair:
-    """What a repair did. before, after: on held-out images; batch_norm: share of re-estimated statistics that was
-    taken; kept: whether the network was changed at all. `after` is measured with statistics of the fitted images alone;
-    the network has those of all images, unless they are worse."""
+    """What a repair did. before, after: on held-out images; batch_norm: share of new statistics that was taken;
+    statistics: how they were found, "corrected" or "re-estimated" (`ekgfx.calibrate`), None where none were taken;
+    kept: whether the network was changed at all. `after` is measured with statistics of the fitted images alone; the
+    network has those of all images, unless they are worse."""
 
     before: Judgement
     after: Judgement
     kept: bool
     classes: bool
     batch_norm: float
+    statistics: str | None
     layers: tuple[LayerRepair, ...]
     skipped: tuple[Skipped, ...]
     images: int
@@ -85,8 +88,9 @@ def repair(
     """Give back, on unlabelled images, what a cut took: every linear operator is refitted in closed form.
 
     The pruned network is changed in place, and only where images that were not fitted say that it became better: of the
-    weights as they were, the refitted ones, and those with BatchNorm's statistics re-estimated (in part), the ones that
-    are nearest to the unpruned network on them are kept. Its class and its state dict's names and shapes stay.
+    weights as they were, the refitted ones, and those with BatchNorm's statistics corrected or re-estimated (in part),
+    the ones that are nearest to the unpruned network on them are kept. Its class and its state dict's names and shapes
+    stay.
 
     Args:
         pruned: what `ekgfx.prune` made of the traced model by the plan.
@@ -139,7 +143,11 @@ def repair(
         layers = repair_operators(walk, operators, progress, on_layer or (lambda *_: None))
         write(pruned, walk.pruned.weights)
         walk.batches.clear()
-        settled = settle(pruned, judge, given)
+        ways: dict[str, Estimate] = {
+            "corrected": lambda batches: estimated(pruned, batches, traced, kept),
+            "re-estimated": lambda batches: estimated(pruned, batches),
+        }
+        settled = settle(pruned, judge, given, ways)
         better = settled.judgement.better(before)
         if not better:
             write(pruned, original)
@@ -149,6 +157,7 @@ def repair(
         better,
         judge.classes,
         settled.share if better else 0.0,
+        settled.way if better else None,
         tuple(layers),
         tuple(skipped),
         given.used,
@@ -168,7 +177,7 @@ def _nothing(given: Images, start: float) -> Repair:
     need = f"{images}: a repair needs one to fit on and another to judge by"
     notes = (*given.notes, need)
     seconds = round(time.monotonic() - start, 2)
-    return Repair(unknown, unknown, False, False, 0.0, (), (), given.used, given.held_out, seconds, notes)
+    return Repair(unknown, unknown, False, False, 0.0, None, (), (), given.used, given.held_out, seconds, notes)
 
 
 def _weights(pruned: nn.Module, traced: TracedModel, kept: Mapping[Axis, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""BatchNorm's statistics after the refit: re-estimated as far as held-out images ask for.
+"""BatchNorm's statistics after the refit: corrected or re-estimated, as far as held-out images ask for.
 
-The share of re-estimated statistics is chosen with those of the fitted images, since images that judge must not be in
-what they judge. Once it is chosen, the statistics of all images take their place: they are better estimates.
+The way and the share of the new statistics are chosen with those of the fitted images, since images that judge must not
+be in what they judge. Once they are chosen, the statistics of all images take their place: they are better estimates.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,19 +14,22 @@ from torch import Tensor, nn
 from ekgfx.errors import DataError
 from ekgfx.repair.images import Images
 from ekgfx.repair.judge import Judgement
-from ekgfx.surgery.calibrate import calibrate
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
-"""Of re-estimated statistics, that are tried."""
+"""Of new statistics, that are tried."""
+
+Estimate = Callable[[list[Any]], Any]
+"""Gives the network new statistics by some batches."""
 
 
 @dataclass(frozen=True)
 class Settled:
-    """share: of re-estimated statistics that was taken; judgement: on held-out images, with statistics of the others;
-    note: why nothing was re-estimated."""
+    """share: of new statistics that was taken; judgement: on held-out images, with statistics of the others; way: how
+    they were found; note: why there are none."""
 
     share: float
     judgement: Judgement
+    way: str | None = None
     note: str | None = None
 
 
@@ -44,29 +47,33 @@ def write(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             own[name].copy_(tensor)
 
 
-def settle(network: nn.Module, judge: Callable[[nn.Module], Judgement], images: Images) -> Settled:
-    """Re-estimates as much of the statistics as lowers the held-out error most, in place."""
+def settle(
+    network: nn.Module, judge: Callable[[nn.Module], Judgement], images: Images, ways: Mapping[str, Estimate]
+) -> Settled:
+    """Takes that way's new statistics, and as much of them, as lowers the held-out error most, in place."""
     own = {name: tensor.clone() for name, tensor in state(network).items()}
-    best, share = judge(network), 0.0
-    try:
-        fitted = _estimated(network, own, images.fit)
-    except DataError as error:
-        return Settled(0.0, best, f"BatchNorm keeps its statistics: {error}")
+    best, share, way = judge(network), 0.0, ""
     chosen: dict[str, Tensor] = {}
-    for blend in SHARES if fitted else ():
-        mixed = _mixed(own, fitted, blend)
-        write(network, mixed)
-        found = judge(network)
-        if found.better(best):
-            best, share, chosen = found, blend, mixed
-    write(network, {**own, **chosen})
+    for name, estimate in ways.items():
+        try:
+            fitted = _estimated(network, own, estimate, images.fit)
+        except DataError as error:
+            return Settled(0.0, best, note=f"BatchNorm keeps its statistics: {error}")
+        for blend in SHARES if fitted else ():
+            mixed = _mixed(own, fitted, blend)
+            write(network, mixed)
+            found = judge(network)
+            if found.better(best):
+                best, share, way, chosen = found, blend, name, mixed
+        write(network, own)
+    write(network, chosen)
     if not share:
         return Settled(0.0, best)
-    everything = _estimated(network, {**own, **chosen}, images.whole())
+    everything = _estimated(network, {**own, **chosen}, ways[way], images.whole())
     write(network, _mixed(own, everything, share))
     if best.better(judge(network)):
         write(network, chosen)
-    return Settled(share, best)
+    return Settled(share, best, way)
 
 
 def _mixed(own: Mapping[str, Tensor], new: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
@@ -74,9 +81,11 @@ def _mixed(own: Mapping[str, Tensor], new: Mapping[str, Tensor], share: float) -
     return {name: t if share == 1 else torch.lerp(own[name], t, share) for name, t in new.items()}
 
 
-def _estimated(network: nn.Module, own: Mapping[str, Tensor], batches: list[tuple[Any, ...]]) -> dict[str, Tensor]:
-    """Statistics of these images; the network is left with `own`."""
-    calibrate(network, [(args,) for args in batches])
+def _estimated(
+    network: nn.Module, own: Mapping[str, Tensor], estimate: Estimate, batches: list[tuple[Any, ...]]
+) -> dict[str, Tensor]:
+    """Statistics by these images; the network is left with `own`."""
+    estimate([(args,) for args in batches])
     new = {
         name: tensor.clone()
         for name, tensor in state(network).items()

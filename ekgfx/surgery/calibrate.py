@@ -1,18 +1,22 @@
-"""BatchNorm's running statistics, estimated anew for a network that was cut."""
+"""BatchNorm's running statistics for a network that was cut: corrected by what the cut changed, or estimated anew."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ekgfx.axes import Axis
 from ekgfx.data.batches import Inputs, each_batch, unpacked
 from ekgfx.data.mixing import Mixture, warn
-from ekgfx.errors import DataError
+from ekgfx.errors import DataError, PlanError
 from ekgfx.graph.opaque import evaluation_mode
+from ekgfx.graph.plan import rounds_of
+from ekgfx.surgery.correction import Correction
+from ekgfx.tracing.trace import TracedModel, check_traced
 
 log = logging.getLogger("ekgfx")
 
@@ -20,11 +24,15 @@ Model = TypeVar("Model", bound=nn.Module)
 AVERAGES = ("running_mean", "running_var")
 
 
-def calibrate(model: Model, batches: Iterable[Any], *, limit: int | None = None) -> Model:
-    """Estimate the running statistics of every norm that has some (BatchNorm and its like) anew, in place.
+def calibrate(
+    model: Model, batches: Iterable[Any], *, traced: TracedModel | None = None, limit: int | None = None
+) -> Model:
+    """Let the running statistics of every norm that has some (BatchNorm and its like) fit a cut network, in place.
 
     A cut changes what a norm gets, and the running averages are still those of before: evaluate nothing before this, or
-    before training. Each norm gets the mean over the batches of their mean and variance, weighted by their samples.
+    before training. With `traced` the averages of before are corrected by what the cut changed on the batches: they
+    stay those of the images that the model was trained on, augmented as they were then. Without it they are replaced by
+    the batches' own: the mean of their mean and variance, weighted by their samples.
     Only these change: no weight does, and everything but the norms is in evaluation mode. No labels are needed; where
     the batches have some, a warning is logged if they are sorted by class, since every batch should look like the data.
 
@@ -33,6 +41,7 @@ def calibrate(model: Model, batches: Iterable[Any], *, limit: int | None = None)
         batches: un-augmented training images in mixed order: tensors, `(inputs, ...)` or dictionaries. Inputs may be a
             tensor, a tuple of arguments, or a dictionary of keyword arguments. Some 1,000 images in batches of 64 or
             more will do. Where the model has no such norm, they are not read.
+        traced: the model that `ekgfx.prune` made this one of, traced, with its weights as they were then.
         limit: at most this many batches.
 
     Returns:
@@ -41,11 +50,30 @@ def calibrate(model: Model, batches: Iterable[Any], *, limit: int | None = None)
     Raises:
         DataError: there is no batch, a batch is too small to have statistics, or statistics are not finite. The model
             is as it was.
+        PlanError: the model was not made of the traced one.
 
     Example:
         >>> pruned = ekgfx.prune(model, plan, traced)
-        >>> ekgfx.calibrate(pruned, train_loader, limit=16)
+        >>> ekgfx.calibrate(pruned, train_loader, traced=traced, limit=16)
     """
+    if traced is None:
+        return estimated(model, batches, limit=limit)
+    check_traced(traced, "calibrate")
+    if not rounds_of(model):
+        raise PlanError("calibrate(traced=...) takes what ekgfx.prune made of the traced model; leave traced out")
+    if model is traced.model:
+        raise PlanError("the traced model itself was cut, and tells no more of what it was; leave traced out")
+    return estimated(model, batches, traced, traced.groups.kept(rounds_of(model)[-1]), limit)
+
+
+def estimated(
+    model: Model,
+    batches: Iterable[Any],
+    source: TracedModel | None = None,
+    kept: Mapping[Axis, Tensor] | None = None,
+    limit: int | None = None,
+) -> Model:
+    """As `calibrate`, where the kept positions of the uncut model are at hand."""
     averaging = {name: module for name, module in model.named_modules() if _averages(module)}
     norms = {name: module for name, module in averaging.items() if hasattr(module, "momentum")}
     _say_kept([name for name in averaging if name not in norms], "have no momentum to estimate them by")
@@ -53,11 +81,14 @@ def calibrate(model: Model, batches: Iterable[Any], *, limit: int | None = None)
         log.info("%s has no norm whose running statistics can be estimated", type(model).__name__)
         return model
     mixture, known, number = Mixture(), None, 0
-    with evaluation_mode(model), torch.no_grad(), _estimating(norms) as seen:
+    correction = None if source is None else Correction(source, kept or {}, norms)
+    with evaluation_mode(model), torch.no_grad(), _estimating(norms, correction) as (seen, seeing):
         for number, batch in enumerate(islice(each_batch(batches), limit), 1):
-            inputs, labels, _ = unpacked(batch)
+            given, labels, _ = unpacked(batch)
+            inputs = Inputs.of(given)
             try:
-                output = Inputs.of(inputs).onto(model).into(model)
+                with seeing(inputs):
+                    output = inputs.onto(model).into(model)
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
@@ -66,9 +97,13 @@ def calibrate(model: Model, batches: Iterable[Any], *, limit: int | None = None)
             known = output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
         if not number:
             raise DataError("there is no batch to calibrate on")
+        if correction is not None:
+            correction.finish()
         _check_finite(norms)
     warn("the batches to calibrate on", mixture.fault(known))
     _say_kept([name for name in norms if not seen[name]], "are not run in evaluation")
+    if correction is not None and correction.alone:
+        log.warning(f"estimated anew, since the uncut model does not run them: {', '.join(sorted(correction.alone))}")
     log.info("calibrated %d norms on %d batches", sum(map(bool, seen.values())), number)
     return model
 
@@ -84,14 +119,34 @@ def _say_kept(names: Sequence[str], reason: str) -> None:
         log.warning(f"{len(names)} norms keep their old running statistics, since they {reason}: {listed}")
 
 
+Seeing = Callable[[Inputs], AbstractContextManager[None]]
+
+
 @contextmanager
-def _estimating(norms: Mapping[str, nn.Module]) -> Iterator[Mapping[str, int]]:
-    """The norms average over all samples that they are called with; yields how many those were. Their state is put back
+def _estimating(
+    norms: Mapping[str, nn.Module], correction: Correction | None
+) -> Iterator[tuple[Mapping[str, int], Seeing]]:
+    """Yields how many samples each norm was called with, and what a batch is seen within. The norms' state is put back
     where that fails."""
-    seen = dict.fromkeys(norms, 0)
     before = [
         (value, value.clone()) for norm in norms.values() for value in norm._buffers.values() if value is not None
     ]
+    try:
+        if correction is not None:
+            yield correction.seen, correction.batch
+        else:
+            with _averaging(norms) as seen:
+                yield seen, lambda inputs: nullcontext()
+    except BaseException:
+        for value, old in before:
+            value.copy_(old)
+        raise
+
+
+@contextmanager
+def _averaging(norms: Mapping[str, nn.Module]) -> Iterator[Mapping[str, int]]:
+    """The norms average over all samples that they are called with; yields how many those were."""
+    seen = dict.fromkeys(norms, 0)
     momenta = {name: norm.momentum for name, norm in norms.items()}
 
     def before_call(norm: nn.Module, inputs: tuple[Any, ...], name: str) -> None:
@@ -111,10 +166,6 @@ def _estimating(norms: Mapping[str, nn.Module]) -> Iterator[Mapping[str, int]]:
         for norm in norms.values():
             norm.training = True  # not what is inside of it, such as dropout
         yield seen
-    except BaseException:
-        for value, old in before:
-            value.copy_(old)
-        raise
     finally:
         for handle in handles:
             handle.remove()

@@ -20,7 +20,7 @@ from ekgfx.graph.unseen import keep_apart
 from ekgfx.graph.untouched import deep_copy
 from ekgfx.rewriting.calls import hollow
 from ekgfx.rewriting.patched import replaced
-from ekgfx.surgery.calibrate import calibrate as calibrated
+from ekgfx.surgery.calibrate import estimated
 from ekgfx.surgery.carried import carry, like
 from ekgfx.surgery.declared_widths import attributes_of, declare
 from ekgfx.surgery.integers import correct, guess
@@ -56,9 +56,10 @@ def prune(
             and no forward is replaced.
         inplace: cut `model` itself, one tensor after the other, and return it: at no time do all weights exist twice.
             `traced` tells no more of it then; gradients are dropped.
-        calibrate: un-augmented training batches in mixed order, to estimate BatchNorm's running statistics anew on
-            (`ekgfx.calibrate`; all of them are read). None keeps the old ones, which no longer fit: train the result,
-            or calibrate it, before it is evaluated.
+        calibrate: un-augmented training batches in mixed order, to correct BatchNorm's running statistics on by what
+            the cut changed (`ekgfx.calibrate`; all of them are read; with `inplace`, where nothing is left to compare
+            with, they are estimated anew). None keeps the old ones, which no longer fit: train the result, or calibrate
+            it, before it is evaluated.
         graphs: where a module's own Python cannot express the cut (`view(-1, 16 * 5 * 5)`), a forward made from the
             traced graph takes its place: "warn" says so once, "allow" does not, "forbid" raises. `replaced` lists them.
 
@@ -99,7 +100,9 @@ def prune(
     if source.unseen:
         keep_apart(pruned, ((p.parameter, p.dim) for group in source.groups.values() for p in group.places))
     remember(pruned, (*rounds, replace(plan, structure=source.groups.digest, **source.options)))
-    return pruned if calibrate is None else calibrated(pruned, calibrate)
+    if calibrate is None:
+        return pruned
+    return estimated(pruned, calibrate) if inplace else estimated(pruned, calibrate, source, kept)
 
 
 def needs_forward(traced: TracedModel) -> list[str]:

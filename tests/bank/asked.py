@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ekgfx.bank.norms import Settled, statistics
+from ekgfx.bank.norms import Settled, noted, statistics
 from ekgfx.data.base import Batch, Split, Views
 from ekgfx.data.batches import Inputs
 from ekgfx.data.mixing import mixed
@@ -23,12 +23,13 @@ def training_batches(size: int = 16, samples: int = 50) -> list[tuple[Tensor, Te
 def answers(
     traced: TracedModel, result: SearchResult, step: int, batches: list[Any], shown: list[Any] | None = None
 ) -> Tensor:
-    """What a teacher says of the batches when its BatchNorms know the statistics of `shown` (None: of the batches)."""
+    """What a teacher says of the batches when its BatchNorms are corrected on `shown` (None: on the batches)."""
     plan = result.plans[step]
     kept = traced.groups.kept(plan)
     shown = mixed([(batch[0],) for batch in batches], 1024) if shown is None else [(batch[0],) for batch in shown]
     shown = [Inputs.of(images) for images in shown]
-    network = Settled(traced, kept, statistics(traced, kept, shown, rescale=plan.rescale), rescale=plan.rescale)
+    known = statistics(traced, kept, shown, noted(traced, shown), rescale=plan.rescale)
+    network = Settled(traced, kept, known, rescale=plan.rescale)
     with torch.no_grad():
         return torch.cat([network(batch[0]) for batch in batches])
 

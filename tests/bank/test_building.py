@@ -118,7 +118,7 @@ def test_a_bank_is_aligned_with_any_augmentation(searched: tuple[TracedModel, Se
 def test_teachers_know_sorted_samples_and_single_ones(size: int) -> None:
     """What a teacher says of an image depends on no other one of its batch: not on their class, not on their number."""
     images, labels = nets.class_images()
-    traced = ekgfx.trace(nets.Classes(), torch.randn(2, 1, 4, 4))
+    traced = ekgfx.trace(ekgfx.calibrate(nets.Classes(), [images]).eval(), torch.randn(2, 1, 4, 4))
     result = search(traced, [(images, labels)], flops=0.7)
     sorted_batches = list(zip(images.split(size), labels.split(size), strict=True))
     with torch.no_grad():
@@ -129,9 +129,20 @@ def test_teachers_know_sorted_samples_and_single_ones(size: int) -> None:
         bank = build_bank(traced, result, batches, teachers=2)
         said = bank.logits(order)
         assert (said.argmax(2) == labels[:, None]).all()
-        var, mean = torch.var_mean(images, correction=0)
-        z = ((images - mean) / (var + 1e-5).sqrt()).mean((2, 3)).expand(48, 6)
-        torch.testing.assert_close(said[:, 0], traced.model.head(z).detach(), rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(said[:, 0], traced.model(images).detach(), rtol=2e-3, atol=2e-3)
+
+
+def test_the_unpruned_teacher_is_the_network_as_it_is() -> None:
+    """Also where its running averages are those of other images, as augmentation makes them."""
+    images, labels = nets.class_images()
+    model = ekgfx.calibrate(nets.Classes(), [1.5 * images + 0.2]).eval()
+    traced = ekgfx.trace(model, torch.randn(2, 1, 4, 4))
+    result = search(traced, [(images, labels)], flops=0.7)
+    bank = build_bank(traced, result, list(zip(images.split(9), labels.split(9), strict=True)), knowledge="single")
+    with torch.no_grad():
+        expected, other = model(images).half().float(), traced.subnetwork(batch_stats=True)(images)
+    assert torch.equal(bank.logits(torch.arange(48))[:, 0], expected)
+    assert not torch.equal(other.argmax(1), expected.argmax(1))
 
 
 def test_the_order_of_the_files_does_not_matter() -> None:

@@ -13,16 +13,13 @@ the repaired weights and the ONNX files are in `--work`.
 """
 
 import argparse
-import os
-import platform
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import imagenet_sample
 import torch
-from ekgfx.export import export_report
+from ekgfx.export import Samples, export_report
 from repair import from_history
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -60,7 +57,7 @@ def resized(traced: TracedModel, name: str, kept: tuple[int, ...], width: int) -
 
 
 def repaired(setting: imagenet_sample.Setting, asked: argparse.Namespace) -> tuple[nn.Module, Plan, float | None]:
-    """The pruned network, repaired on the first half of the images, and the CPU seconds that took, if it was done now."""
+    """The pruned network, repaired on the first half of the images, and the CPU seconds of it, if it was done now."""
     traced = setting.traced
     plan = aligned(traced, from_history(traced, Path(asked.history)), asked.keep)
     network = ekgfx.prune(traced.model, plan, traced).eval()
@@ -70,7 +67,16 @@ def repaired(setting: imagenet_sample.Setting, asked: argparse.Namespace) -> tup
     else:
         images = [batch[0] for batch in setting.batches(setting.seen)]
         started = time.process_time()
-        found = ekgfx.repair(network, traced, plan, images, most=len(setting.seen), seed=asked.seed, on_layer=told)
+        found = ekgfx.repair(
+            network,
+            traced,
+            plan,
+            images,
+            most=len(setting.seen),
+            seed=asked.seed,
+            checkpoint=weights.with_name("repair.safetensors"),
+            on_layer=told,
+        )
         seconds = round(time.process_time() - started, 1)
         print(found, f"{seconds} CPU seconds", flush=True)
         save_file({name: value.contiguous() for name, value in network.state_dict().items()}, weights)
@@ -79,3 +85,84 @@ def repaired(setting: imagenet_sample.Setting, asked: argparse.Namespace) -> tup
 
 def told(layer: Any, number: int, count: int) -> None:
     print(f"{number}/{count} {layer.name}: {layer.before:.3g} → {layer.after:.3g} ({layer.done})", flush=True)
+
+
+def rows(found: dict[str, Any]) -> list[str]:
+    """The lines of the table, one for each network and precision, as they stand in docs/latency.md."""
+    report = found["report"]
+    timings = {(t["network"], t["batch"]): t for t in report["latency"]["timings"]}
+    ratios = {(s["network"], s["batch"]): s["ratio"] for s in report["latency"]["speedups"]}
+    lines = []
+    for variant in report["precisions"]["variants"]:
+        cells = [
+            variant["network"],
+            variant["precision"],
+            f"{variant['score']:.1%}",
+            f"{variant['bytes'] / 1e6:.1f} MB",
+        ]
+        for batch in sorted({batch for _, batch in timings}):
+            key = variant["name"], batch
+            if key not in timings:
+                cells += ["", "", ""]
+                continue
+            ratio = ratios.get(key)
+            cells += [f"{timings[key]['median_ms']:.1f}", f"{timings[key]['p95_ms']:.1f}"]
+            cells.append("" if ratio is None else f"{ratio['value']:.2f}× ({ratio['low']:.2f}–{ratio['high']:.2f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    asked = arguments()
+    torch.set_num_threads(1)
+    output, work = Path(asked.output), Path(asked.work)
+    work.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = read_json(output) if output.exists() else {}
+    settings = {key: getattr(asked, key) for key in ("keep", "batches", "calibration", "test_images", "seed")}
+    if found.setdefault("settings", settings) != settings:
+        raise SystemExit(f"{output} was made with other settings; choose another --output")
+    setting = imagenet_sample.prepare(asked)
+    network, plan, seconds = repaired(setting, asked)
+    found["macs_kept"] = setting.traced.cost(plan).macs / setting.traced.cost().macs
+    found["widths"] = setting.traced.groups.widths(plan)
+    if seconds is not None:
+        found["repair_cpu_seconds"] = seconds
+    write_json(output, found)
+    if "report" not in found:
+        seen, unseen = setting.seen[: asked.calibration], setting.unseen
+        report = export_report(
+            setting.traced.model,
+            network,
+            next(setting.batches(unseen))[0][:8],
+            work,
+            batches=asked.batches,
+            int8=Samples(setting.batches(seen), setting.batches(unseen), on_note=lambda text: print(text, flush=True)),
+            runs=asked.runs,
+            seconds=asked.seconds,
+            threads=1,
+        )
+        found |= {"report": report.to_json(), "date": time.strftime("%Y-%m-%d")}
+        write_json(output, found)
+    print(*rows(found), sep="\n")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--images", required=True, help="data SPEC")
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--history", required=True, help="steps of EKG's search, as JSON lines")
+    parser.add_argument("--output", required=True, help="JSON")
+    parser.add_argument("--work", default="int8-work", help="folder for weights and ONNX files")
+    parser.add_argument("--keep", type=float, default=0.55)
+    parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8])
+    parser.add_argument("--calibration", type=int, default=128, help="images of the first half; half of them chooses")
+    parser.add_argument("--test-images", type=int, default=250)
+    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=120.0, help="most, of all timed runs of a batch size")
+    parser.add_argument("--batch", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -90,8 +90,8 @@ def to_int8(
     """Write an fp32 file of `to_onnx` again in INT8, by onnxruntime's static quantization.
 
     Half of the images give the ranges of the values, the other half chooses: first which operators become INT8 (the
-    fastest of those that lose no more than 1% over the best), then how ranges are found, then, where more than 1% of the
-    answers still differ, which layers stay in floating point (those that add most noise, as long as that helps).
+    fastest of those that lose no more than 1% over the best), then how ranges are found, then, where more than 1% of
+    the answers still differ, which layers stay in floating point (those that add most noise, as long as that helps).
 
     Args:
         file: fp32, its batch size free.
@@ -113,11 +113,15 @@ def to_int8(
     file, path = Path(file), Path(path)
     fit, held, notes = _halves(images, most)
     if not held:
-        raise ExportError(f"INT8 needs images to calibrate on and others to judge by, and there are {len(fit)}; give more")
+        raise ExportError(
+            f"INT8 needs images to calibrate on and others to judge by, and there are {len(fit)}; give more"
+        )
     if doubt := no_integer_unit():
         notes = (*notes, doubt)
     with scratch() as folder:
-        search = _Search(Quantizer(file, fit, Path(folder), threads), Judge(_call(file, threads, output), held), output)
+        search = _Search(
+            Quantizer(file, fit, Path(folder), threads), Judge(onnx_call(file, threads, output), held), output
+        )
         search.told = on_trial
         best = search.scope(scopes)
         best = search.method(best, [name for name in methods if name != best.recipe.method])
@@ -168,7 +172,7 @@ class _Search:
     def made(self, recipe: Recipe) -> _Made:
         path = self.quantizer.folder / f"{len(self.trials)}.onnx"
         self.quantizer(recipe, path)
-        made = _Made(recipe, path, self.judge(_call(path, self.quantizer.threads, self.output)))
+        made = _Made(recipe, path, self.judge(onnx_call(path, self.quantizer.threads, self.output)))
         trial = Trial(recipe.method, recipe.scope, tuple(sorted(recipe.keep)), made.loss, made.judged.error)
         self.trials.append(trial)
         if self.told is not None:
@@ -190,7 +194,8 @@ class _Search:
     def clocked(self, made: Sequence[_Made]) -> list[float]:
         place, threads, inputs = provider("cpu"), self.quantizer.threads, self.judge.calls[0]
         runners = {
-            str(one.path): onnx_runner(one.path, place, "int8", inputs, threads=threads, cpu_fallback=False) for one in made
+            str(one.path): onnx_runner(one.path, place, "int8", inputs, threads=threads, cpu_fallback=False)
+            for one in made
         }
         times = interleave(runners, runs=20, seconds=5.0, warmup=2)
         return [float(np.median(times[str(one.path)])) * 1e3 for one in made]
@@ -215,7 +220,8 @@ class _Search:
         return best
 
 
-def _call(file: Path, threads: int, output: str | None) -> Callable[..., list[Tensor]]:
+def onnx_call(file: Path, threads: int, output: str | None = None) -> Callable[..., list[Tensor]]:
+    """The file as a function of tensors; output: the name of the one that is wanted, None for all."""
     session = open_session(file, threads=threads)
     names = None if output is None else [output]
 
@@ -225,7 +231,9 @@ def _call(file: Path, threads: int, output: str | None) -> Callable[..., list[Te
     return run
 
 
-def _halves(images: Tensor | Iterable[Any], most: int) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], tuple[str, ...]]:
+def _halves(
+    images: Tensor | Iterable[Any], most: int
+) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], tuple[str, ...]]:
     """To calibrate on and to judge by, one sample each, and what was left out."""
     found = gather(images, 1, most, torch.device("cpu"))
     single = [*found.fit, *found.held]

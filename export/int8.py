@@ -48,8 +48,8 @@ METHODS: Mapping[str, tuple[CalibrationMethod, Mapping[str, Any]]] = {
 PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # What hands 8-bit values on as they are, or picks among them.
 _PASSING = frozenset(
-    "Relu Clip MaxPool AveragePool GlobalAveragePool Reshape Transpose Squeeze Unsqueeze Flatten Slice Pad Split Gather "
-    "Concat Resize".split()
+    ("Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Split", "Slice", "Gather", "Pad")
+    + ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Resize")
 )
 _ALL = frozenset(QDQRegistry) | frozenset(QLinearOpsRegistry)
 
@@ -58,8 +58,9 @@ SCOPES: Mapping[str, frozenset[str]] = {
     "products and sums": (PRODUCTS | _PASSING | {"Add"}) & _ALL,
     "products": (PRODUCTS | _PASSING) & _ALL,
 }
-"""Which operators become INT8. All that onnxruntime knows: softmax, norms and gates as well; without these, whose values
-span more than 8 bits hold; and products with weights alone, so that residual sums stay in floating point, too."""
+"""Which operators become INT8. All that onnxruntime knows: softmax, norms and gates as well; without these, whose
+values span more than 8 bits hold; and products with weights alone, so that residual sums stay in floating point, too.
+"""
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,9 @@ class Quantizer:
         kind, options = METHODS[method]
         augmented = self.folder / f"{method}.onnx"
         with _understood(f"the ranges of {self.file} cannot be measured ({method})"):
-            calibrator = create_calibrator(self.prepared, sorted(_ALL), str(augmented), kind, extra_options=dict(options))
+            calibrator = create_calibrator(
+                self.prepared, sorted(_ALL), str(augmented), kind, extra_options=dict(options)
+            )
             # The calibrator's own session optimises nothing and takes all CPUs.
             calibrator.infer_session = open_session(augmented, threads=self.threads)
             for image in self.images:  # one by one: the calibrator keeps all values of what it is given
@@ -128,7 +131,7 @@ class Quantizer:
 
     def noisiest(self, quantized: Path, images: Sequence[tuple[Tensor, ...]]) -> list[str]:
         """Names of the layers with weights by the noise that each adds, most first: how many decibels more there are
-        between signal and noise in what it reads than in what it writes. By onnxruntime's own comparison of all values."""
+        between signal and noise in what it reads than in what it writes, by onnxruntime's own comparison of values."""
         with _understood(f"the noise of {quantized} cannot be measured"):
             inputs = [feeds(open_session(self.prepared, threads=self.threads), image) for image in images]
             options = ort.SessionOptions()

@@ -99,8 +99,8 @@ def measure_latency(
         batches: batch 1 shows overhead, a large one throughput.
         providers: "cpu", "cuda", "cuda-graph", "tensorrt" (see `providers()` for those that are present); "torch" and
             "torch-compile" time `modules` on the device where they are.
-        precision: "fp32", "tf32" (GPUs), "fp16" (files written with fp16=True) or "int8" (files of `to_int8`, on the CPU);
-            or that of each network by its name, to time several beside each other.
+        precision: "fp32", "tf32" (GPUs), "fp16" (files written with fp16=True) or "int8" (files of `to_int8`, on the
+            CPU); or that of each network by its name, to time several beside each other.
         runs: timed runs of each network in each setting, at most; fewer when `seconds` are over, never under 10.
         seconds: bound on the timed part of one setting.
         warmup: untimed runs of each network before.

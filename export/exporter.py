@@ -86,7 +86,7 @@ def to_onnx(
     written.metadata_props.update(_record(model, "fp16" if fp16 else _precision_of(model), metadata or {}))
     if fp16:
         written = _halved(written, inputs)
-    _write(written, path)
+    write(written, path)
     return path
 
 
@@ -113,7 +113,7 @@ def to_fp16(
         raise ExportError(f"{file} is an {precision} file; half precision is made from an fp32 one")
     half = _halved(single, None if inputs is None else as_inputs(inputs))
     half.metadata_props[PRECISION] = "fp16"
-    _write(half, path)
+    write(half, path)
     return path
 
 
@@ -201,7 +201,7 @@ def _record(model: nn.Module, precision: str, metadata: Mapping[str, object]) ->
     }
 
 
-def _write(model: ir.Model, path: Path) -> None:
+def write(model: ir.Model, path: Path) -> None:
     """Write, check with shape inference, and only then move into place."""
     try:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:

@@ -81,7 +81,7 @@ def measure_latency(
     example_inputs: Tensor | Sequence[Tensor],
     batches: Sequence[int] = (1, 64),
     providers: Sequence[str] = ("cpu",),
-    precision: str = "fp32",
+    precision: str | Mapping[str, str] = "fp32",
     runs: int = 200,
     seconds: float = 10.0,
     *,
@@ -99,7 +99,8 @@ def measure_latency(
         batches: batch 1 shows overhead, a large one throughput.
         providers: "cpu", "cuda", "cuda-graph", "tensorrt" (see `providers()` for those that are present); "torch" and
             "torch-compile" time `modules` on the device where they are.
-        precision: "fp32", "tf32" (GPUs) or "fp16" (files written with fp16=True).
+        precision: "fp32", "tf32" (GPUs), "fp16" (files written with fp16=True) or "int8" (files of `to_int8`, on the
+            CPU); or that of each network by its name, to time several beside each other.
         runs: timed runs of each network in each setting, at most; fewer when `seconds` are over, never under 10.
         seconds: bound on the timed part of one setting.
         warmup: untimed runs of each network before.
@@ -123,12 +124,12 @@ def measure_latency(
         for batch in batches:
             if on_setting is not None:
                 on_setting(name, batch)
-            with _settings(count, tf32=stated == "tf32"):
+            with _settings(count, tf32="tf32" in stated.values()):
                 times = interleave(prepare(with_batch(inputs, batch)), runs=runs, seconds=seconds, warmup=warmup)
             against, *others = times
-            timings += [_timing(name, stated, batch, network, times[network]) for network in times]
+            timings += [_timing(name, stated[network], batch, network, times[network]) for network in times]
             speedups += [
-                Speedup(name, stated, batch, network, against, compare(times[against], times[network]))
+                Speedup(name, stated[network], batch, network, against, compare(times[against], times[network]))
                 for network in others
             ]
     note = "; ".join(filter(None, (present_providers().note, busy(facts))))
@@ -166,24 +167,27 @@ def _column(
     name: str,
     files: Mapping[str, str | os.PathLike[str]],
     modules: Mapping[str, nn.Module],
-    precision: str,
+    precision: str | Mapping[str, str],
     *,
     threads: int,
     cpu_fallback: bool,
-) -> tuple[str, Callable[[tuple[Tensor, ...]], dict[str, Runner]]]:
-    """The precision a column computes in, and what makes its runners from the inputs."""
+) -> tuple[dict[str, str], Callable[[tuple[Tensor, ...]], dict[str, Runner]]]:
+    """The precision that each network of a column computes in, and what makes its runners from the inputs."""
+    networks = modules if name in TORCH else files
+    asked = {network: precision if isinstance(precision, str) else precision[network] for network in networks}
     if name in TORCH:
         if not modules:
             raise ExportError(f"{name!r} times PyTorch modules, and none were given; pass modules={{name: module}}")
-        return precision, lambda inputs: {
-            network: torch_runner(module, precision, inputs, compiled=TORCH[name])
+        return asked, lambda inputs: {
+            network: torch_runner(module, asked[network], inputs, compiled=TORCH[name])
             for network, module in modules.items()
         }
     place = find_provider(name)
-    if precision not in place.precisions:
-        raise ExportError(f"{name} has no precision {precision!r}; it has {', '.join(place.precisions)}")
-    return place.precisions[precision][0], lambda inputs: {
-        network: onnx_runner(Path(file), place, precision, inputs, threads=threads, cpu_fallback=cpu_fallback)
+    for wanted in asked.values():
+        if wanted not in place.precisions:
+            raise ExportError(f"{name} has no precision {wanted!r}; it has {', '.join(place.precisions)}")
+    return {network: place.precisions[wanted][0] for network, wanted in asked.items()}, lambda inputs: {
+        network: onnx_runner(Path(file), place, asked[network], inputs, threads=threads, cpu_fallback=cpu_fallback)
         for network, file in files.items()
     }
 

@@ -48,7 +48,7 @@ class Provider:
 PROVIDERS: Mapping[str, Provider] = {
     provider.name: provider
     for provider in (
-        Provider("cpu", "CPUExecutionProvider", "cpu", {"fp32": ("fp32", {}), "fp16": ("fp16", {})}),
+        Provider("cpu", "CPUExecutionProvider", "cpu", {p: (p, {}) for p in ("fp32", "fp16", "int8")}),
         Provider(
             "cuda",
             "CUDAExecutionProvider",

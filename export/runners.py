@@ -17,6 +17,9 @@ from .session import TYPES, feeds, open_session, precision_of
 
 Runner = Callable[[], object]
 
+# Precisions that a file is written in; the others are how a provider computes an fp32 file.
+_WRITERS = {"fp16": "to_onnx(fp16=True)", "int8": "to_int8"}
+
 
 def onnx_runner(
     path: Path, provider: Provider, precision: str, inputs: Sequence[Tensor], *, threads: int, cpu_fallback: bool
@@ -37,10 +40,10 @@ def bound(
     """A call of an open session of the file on these inputs, see `onnx_runner`."""
     batch = next(value.shape[0] for value in inputs if value.ndim)
     written = precision_of(session)
-    if (precision == "fp16") != (written == "fp16"):
+    if precision != written and {precision, written} & set(_WRITERS):
         raise ExportError(
             f"{path} is an {written} file and cannot be timed in {precision}; "
-            f"write one with to_onnx(fp16={precision == 'fp16'})"
+            f"write one with {_WRITERS.get(precision, 'to_onnx(fp16=False)')}"
         )
     binding = session.io_binding()
     for name, array in feeds(session, inputs).items():

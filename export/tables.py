@@ -3,8 +3,11 @@
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ekgfx.base.units import human, percent
+
 from .latency import LatencyTable, Speedup
 from .parity import Parity
+from .precisions import Precisions
 
 
 def latency_table(measured: LatencyTable) -> Table:
@@ -39,6 +42,41 @@ def latency_table(measured: LatencyTable) -> Table:
             speedup_text(ratios.get((*setting, timing.network))),
         )
     return table
+
+
+def precisions_table(found: Precisions, measured: LatencyTable | None) -> Table:
+    """One row for each network in each precision (and batch size): its score, the size of its file, and its latency."""
+    shown = Table(
+        title="Precisions" if measured is None else _title(measured),
+        caption="; ".join(filter(None, (*found.notes, measured.note if measured else ""))) or None,
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        header_style="bold",
+    )
+    for column in ("network", "precision"):
+        shown.add_column(column, no_wrap=True)
+    for column in (found.quality or "score", "file"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    if measured is not None:
+        for column in ("batch", "median ms", "p95 ms", "speed-up (95% range)"):
+            shown.add_column(column, justify="right", no_wrap=True)
+    timings = {} if measured is None else {(t.network, t.batch): t for t in measured.timings}
+    ratios = {} if measured is None else {(s.network, s.batch): s for s in measured.speedups}
+    for batch in dict.fromkeys(batch for _, batch in timings) or [None]:
+        for variant in found.variants:
+            cells = [variant.network, variant.precision, percent(variant.score), f"{human(variant.bytes)}B"]
+            if batch is not None:
+                if (timing := timings.get((variant.name, batch))) is None:
+                    continue
+                cells += [str(batch), f"{timing.median_ms:.3f}", f"{timing.p95_ms:.3f}"]
+                cells.append(speedup_text(ratios.get((variant.name, batch))))
+            shown.add_row(*cells)
+        shown.add_section()
+    return shown
 
 
 def speedup_text(speedup: Speedup | None) -> str:

@@ -1,0 +1,168 @@
+"""INT8 alone, pruned alone, both: ResNet-50 with real weights on a few ImageNet images, one CPU thread.
+
+    python benchmarks/int8.py --images folder:imagenet-sample --weights resnet50-imagenet-keras-fp16.safetensors \
+        --history benchmarks/results/imagenet_sample.history.jsonl --output benchmarks/results/int8.json
+
+The halves of the sample are those of `benchmarks/imagenet_sample.py`. The first half repairs the pruned network,
+calibrates both INT8 files and chooses among their variants, without labels; accuracy is measured on the second.
+
+The plan is that of a recorded EKG search to 55% of the MACs, whose widths were free: they are rounded to whole tiles of
+16 channels, up or down, so that the budget holds. Where channels are lost, it is those of the smallest weights; where
+they come back, those of the largest. All networks are timed in turn in one process. What is done is not done again:
+the repaired weights and the ONNX files are in `--work`.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import imagenet_sample
+import torch
+from ekgfx.export import Samples, export_report
+from repair import from_history
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import ekgfx
+from ekgfx.base.files import read_json, write_json
+from ekgfx.graph.plan import Plan
+from ekgfx.tracing.trace import TracedModel
+
+TILE = 16
+
+
+def aligned(traced: TracedModel, plan: Plan, keep: float, tile: int = TILE) -> Plan:
+    """The plan with its widths on whole tiles, within the budget: a width goes up where it fills more of its last tile
+    than a share that is as small as may be."""
+    full = traced.cost().macs
+    for part in range(tile + 1):
+        rounded = plan
+        for name, kept in plan.kept.items():
+            group = traced.groups[name]
+            whole, rest = divmod(len(kept), tile)
+            width = min(group.size, max(tile, tile * (whole + (rest > part))))
+            rounded = rounded.with_kept(name, resized(traced, name, kept, width))
+        if traced.cost(rounded).macs <= keep * full:
+            return rounded
+    raise SystemExit(f"no widths in tiles of {tile} are within {keep:.0%} of the MACs")
+
+
+def resized(traced: TracedModel, name: str, kept: tuple[int, ...], width: int) -> tuple[int, ...]:
+    """So many channels of a group, those of the largest weights (L1 of the layer that the group is named after) gone or
+    come back last."""
+    sizes = traced.model.get_submodule(name).weight.detach().abs().flatten(1).sum(1)  # type: ignore[union-attr, operator]
+    order = sorted(range(traced.groups[name].size), key=lambda channel: (channel not in kept, -float(sizes[channel])))
+    return tuple(sorted(order[:width]))
+
+
+def repaired(setting: imagenet_sample.Setting, asked: argparse.Namespace) -> tuple[nn.Module, Plan, float | None]:
+    """The pruned network, repaired on the first half of the images, and the CPU seconds of it, if it was done now."""
+    traced = setting.traced
+    plan = aligned(traced, from_history(traced, Path(asked.history)), asked.keep)
+    network = ekgfx.prune(traced.model, plan, traced).eval()
+    weights, seconds = Path(asked.work) / "repaired.safetensors", None
+    if weights.exists():
+        network.load_state_dict(load_file(weights))
+    else:
+        images = [batch[0] for batch in setting.batches(setting.seen)]
+        started = time.process_time()
+        found = ekgfx.repair(
+            network,
+            traced,
+            plan,
+            images,
+            most=len(setting.seen),
+            seed=asked.seed,
+            checkpoint=weights.with_name("repair.safetensors"),
+            on_layer=told,
+        )
+        seconds = round(time.process_time() - started, 1)
+        print(found, f"{seconds} CPU seconds", flush=True)
+        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, weights)
+    return network, plan, seconds
+
+
+def told(layer: Any, number: int, count: int) -> None:
+    print(f"{number}/{count} {layer.name}: {layer.before:.3g} → {layer.after:.3g} ({layer.done})", flush=True)
+
+
+def rows(found: dict[str, Any]) -> list[str]:
+    """The lines of the table, one for each network and precision, as they stand in docs/latency.md."""
+    report = found["report"]
+    timings = {(t["network"], t["batch"]): t for t in report["latency"]["timings"]}
+    ratios = {(s["network"], s["batch"]): s["ratio"] for s in report["latency"]["speedups"]}
+    lines = []
+    for variant in report["precisions"]["variants"]:
+        cells = [
+            variant["network"],
+            variant["precision"],
+            f"{variant['score']:.1%}",
+            f"{variant['bytes'] / 1e6:.1f} MB",
+        ]
+        for batch in sorted({batch for _, batch in timings}):
+            key = variant["name"], batch
+            if key not in timings:
+                cells += ["", "", ""]
+                continue
+            ratio = ratios.get(key)
+            cells += [f"{timings[key]['median_ms']:.1f}", f"{timings[key]['p95_ms']:.1f}"]
+            cells.append("" if ratio is None else f"{ratio['value']:.2f}× ({ratio['low']:.2f}–{ratio['high']:.2f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    asked = arguments()
+    torch.set_num_threads(1)
+    output, work = Path(asked.output), Path(asked.work)
+    work.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = read_json(output) if output.exists() else {}
+    settings = {key: getattr(asked, key) for key in ("keep", "batches", "calibration", "test_images", "seed")}
+    if found.setdefault("settings", settings) != settings:
+        raise SystemExit(f"{output} was made with other settings; choose another --output")
+    setting = imagenet_sample.prepare(asked)
+    network, plan, seconds = repaired(setting, asked)
+    found["macs_kept"] = setting.traced.cost(plan).macs / setting.traced.cost().macs
+    found["widths"] = setting.traced.groups.widths(plan)
+    if seconds is not None:
+        found["repair_cpu_seconds"] = seconds
+    write_json(output, found)
+    if "report" not in found:
+        seen, unseen = setting.seen[: asked.calibration], setting.unseen
+        report = export_report(
+            setting.traced.model,
+            network,
+            next(setting.batches(unseen))[0][:8],
+            work,
+            batches=asked.batches,
+            int8=Samples(setting.batches(seen), setting.batches(unseen), on_note=lambda text: print(text, flush=True)),
+            runs=asked.runs,
+            seconds=asked.seconds,
+            threads=1,
+        )
+        found |= {"report": report.to_json(), "date": time.strftime("%Y-%m-%d")}
+        write_json(output, found)
+    print(*rows(found), sep="\n")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--images", required=True, help="data SPEC")
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--history", required=True, help="steps of EKG's search, as JSON lines")
+    parser.add_argument("--output", required=True, help="JSON")
+    parser.add_argument("--work", default="int8-work", help="folder for weights and ONNX files")
+    parser.add_argument("--keep", type=float, default=0.55)
+    parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8])
+    parser.add_argument("--calibration", type=int, default=128, help="images of the first half; half of them chooses")
+    parser.add_argument("--test-images", type=int, default=250)
+    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=120.0, help="most, of all timed runs of a batch size")
+    parser.add_argument("--batch", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

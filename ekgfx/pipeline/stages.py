@@ -310,6 +310,9 @@ def fill_bank(job: Job, result: SearchResult) -> KnowledgeSource:
 def fit(job: Job, model: nn.Module, asked: Training, file: str, **options: Any) -> History:
     """Training in place, with a checkpoint in the run's `file` to go on from."""
     assert job.data is not None  # every caller has looked
+    if asked.augment:
+        colours = ", colours" if (asked.views or (2 if options.get("bank") is not None else 1)) > 1 else ""
+        job.report.note(f"augmentation: {job.data.augmented}{colours}")
     test = job.data.loader("test", job.batch_size, workers=asked.workers).mixed() if job.labelled else None
     return finetune(
         model,

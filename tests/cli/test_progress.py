@@ -114,6 +114,6 @@ def test_piped_output_says_how_far_it_is(monkeypatch, capsys):
     lines = [line.strip() for line in capsys.readouterr().err.splitlines()[1:]]
     assert lines == [
         "epoch 1 of 3, batch 30 of 200  ETA 9 min 30 s",
-        "epoch 1 of 3, batch 60 of 200  ETA 9 min 0 s",
+        "epoch 1 of 3, batch 60 of 200  ETA 9 min 00 s",
         "epoch 1 of 3, batch 90 of 200  ETA 8 min 30 s",
     ]

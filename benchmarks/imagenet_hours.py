@@ -85,7 +85,7 @@ def throughput(asked: argparse.Namespace, settings: Recipe, device: torch.device
     batches = [(torch.stack([images, images]), labels, torch.arange(asked.batch))] * (asked.rounds + 1)
     ends: list[float] = []
 
-    def noted(_: int) -> None:
+    def noted(_: object) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         ends.append(time.monotonic())

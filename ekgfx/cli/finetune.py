@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ekgfx.base import named
-from ekgfx.cli.options import given, setting, tensorboard
+from ekgfx.cli.options import given, logs, setting, training
 from ekgfx.runs.directory import Run, read_manifest
 
 
@@ -18,10 +18,11 @@ from ekgfx.runs.directory import Run, read_manifest
 @setting("finetune.batch_size", "--batch-size", help="Batch size.")
 @setting("finetune.knowledge", "--knowledge", help="Who teaches: the search's sub-networks, the unpruned one, nobody.")
 @setting("finetune.teachers", "--teachers", help="Size of the memory bank.")
+@training
 @setting("finetune.amp", "--amp", help="Half precision to compute in.")
 @setting("device", "--device", metavar="auto|cpu|cuda[:N]", help="Where to compute.")
-@tensorboard
-def finetune(run: Path, tensorboard: bool, **flags: Any) -> None:
+@logs
+def finetune(run: Path, logger: str | None, **flags: Any) -> None:
     """Fine-tune the network of RUN with its memory bank, or go on where that was interrupted."""
     changes = given(flags)
     read_manifest(run)
@@ -32,4 +33,4 @@ def finetune(run: Path, tensorboard: bool, **flags: Any) -> None:
     from ekgfx.pipeline.stages import finetune_job
 
     with Run.reopen(run) as opened:
-        work(opened, lambda report: finetune_job(opened, report, changes), tensorboard=tensorboard)
+        work(opened, lambda report: finetune_job(opened, report, changes), logger=logger)

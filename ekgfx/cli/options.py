@@ -61,9 +61,37 @@ def preprocessing_of(flags: dict[str, Any]) -> dict[str, Any]:
     return {"preprocessing": Preprocessing(**asked), "model_kwargs": flags.pop("model_kwargs")}
 
 
-tensorboard = click.option(
-    "--tensorboard", is_flag=True, help="Also log to RUN/tensorboard (needs: pip install 'ekgfx[tensorboard]')."
-)
+def training(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags for which epoch is kept, and for what is done to images and weights meanwhile."""
+    for flag in reversed(
+        (
+            setting(
+                "finetune.val_fraction",
+                "--val-fraction",
+                metavar="SHARE",
+                help="Part of the training images that tells which epoch is kept; 0: train on all, keep the last.",
+            ),
+            setting("finetune.patience", "--patience", metavar="N", help="End after N epochs without a better one."),
+            setting("finetune.augment", "--augment/--no-augment", help="Flips, crops and, in two views, colours."),
+            setting(
+                "finetune.ema", "--ema-decay", metavar="DECAY", help="Keep a moving average of the weights: 0.999."
+            ),
+            setting("finetune.mixup", "--mixup", metavar="ALPHA", help="Mix images in pairs (mixup)."),
+            setting("finetune.cutmix", "--cutmix", metavar="ALPHA", help="Mix images in pairs (CutMix)."),
+        )
+    ):
+        command = flag(command)
+    return command
+
+
+def logs(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags for where figures are logged to besides the run's own files."""
+    for name, help in (
+        ("wandb", "Also log to Weights & Biases (needs: pip install wandb)."),
+        ("tensorboard", "Also log to RUN/tensorboard (needs: pip install tensorboard)."),
+    ):
+        command = click.option(f"--{name}", "logger", flag_value=name, default=None, help=help)(command)
+    return command
 
 
 def setting(key: str, *flags: str, help: str, metavar: str | None = None) -> Decorator:

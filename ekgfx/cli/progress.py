@@ -12,7 +12,11 @@ from ekgfx.bank import Progress as BankProgress
 from ekgfx.cli.render import duration, notes, percent
 from ekgfx.repair.walk import LayerRepair
 from ekgfx.search import Step
-from ekgfx.training.finetune import Epoch
+from ekgfx.training.keeping import Epoch
+from ekgfx.training.trainer import Progress as Training
+
+LINE_EVERY = 30.0
+"""Seconds between two lines of progress where the output is no terminal."""
 
 
 class Terminal:
@@ -31,7 +35,7 @@ class Terminal:
         self._bar = Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal)
         self._task = self._bar.add_task("", total=None, left="", visible=False)
         self._title, self._since, self._epoch = "", time.monotonic(), 0
-        self._interrupted = False
+        self._interrupted, self._said = False, time.monotonic()
 
     def __enter__(self) -> Self:
         self._before = signal.signal(signal.SIGINT, self._interrupt)
@@ -53,6 +57,7 @@ class Terminal:
     def stage(self, title: str) -> None:
         self._go_on()
         self._title, self._since, self._epoch = title, time.monotonic(), 0
+        self._said = self._since
         self._bar.update(self._task, visible=False)
         notes.print(f"[bold]{escape(title)}[/bold]")
 
@@ -81,19 +86,32 @@ class Terminal:
         left = (time.monotonic() - self._since) / number * (layers - number)
         self._show(number, layers, left)
 
-    def batch(self, number: int, batches: int) -> None:
-        self._show(number, batches, None)
+    def batch(self, progress: Training) -> None:
+        total = progress.batches or progress.batch
+        where = f"epoch {progress.epoch} of {progress.epochs}, batch {progress.batch} of {progress.batches or '?'}"
+        self._show(progress.batch, total, progress.eta, where)
 
     def epoch(self, epoch: Epoch, epochs: int) -> None:
         self._epoch += 1
         left = (time.monotonic() - self._since) / self._epoch * (epochs - epoch.number)
         facts = [f"epoch {epoch.number} of {epochs}", f"loss {epoch.loss:.4f}"]
+        if epoch.val_accuracy is not None:
+            facts.append(f"validation {percent(epoch.val_accuracy)}")
+        elif epoch.val_loss is not None:
+            facts.append(f"validation loss {epoch.val_loss:.4f}")
         if epoch.test_accuracy is not None:
             facts.append(f"test accuracy {percent(epoch.test_accuracy)}")
         facts += [f"{epoch.seconds:.1f} s", f"ETA {duration(left)}"]
         notes.print("  " + "  ".join(facts), soft_wrap=True)
 
-    def _show(self, done: float, total: float, left: float | None) -> None:
+    def _show(self, done: float, total: float, left: float | None, where: str = "") -> None:
+        """Draws the bar; where there is no terminal, a line from time to time."""
         self._go_on()
         text = "" if left is None else f"ETA {duration(left)}"
+        if not notes.is_terminal:
+            if time.monotonic() - self._said >= LINE_EVERY:
+                facts = (where or f"{done / total:.0%} of {self._title}", text)
+                notes.print("  " + escape("  ".join(filter(None, facts))), soft_wrap=True)
+                self._said = time.monotonic()
+            return
         self._bar.update(self._task, description=self._title, completed=done, total=total, left=text, visible=True)

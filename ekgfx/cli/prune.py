@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ekgfx.base import named
-from ekgfx.cli.options import given, images, setting, tensorboard
+from ekgfx.cli.options import given, images, logs, setting, training
 from ekgfx.errors import RecipeError
 from ekgfx.runs.directory import Run, fresh_path, read_manifest
 from ekgfx.settings import recipe as recipes
@@ -98,6 +98,7 @@ log = logging.getLogger("ekgfx")
 @setting("finetune.epochs", "--epochs", help="Epochs of fine-tuning after the search.")
 @setting("finetune.lr", "--lr", help="Learning rate of the fine-tuning.")
 @setting("finetune.batch_size", "--batch-size", help="Batch size of the fine-tuning.")
+@training
 @setting(
     "finetune.knowledge",
     "--finetune-knowledge",
@@ -114,14 +115,14 @@ log = logging.getLogger("ekgfx")
     help="Run directory  [default: a new one in runs/]",
 )
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with an interrupted run.")
-@tensorboard
+@logs
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 def prune(
     model: str | None,
     recipe: str | None,
     output: Path | None,
     resume: Path | None,
-    tensorboard: bool,
+    logger: str | None,
     dry_run: bool,
     **flags: Any,
 ) -> None:
@@ -154,7 +155,7 @@ def prune(
         with _run(asked, output, resume) as run:
             mates.told(str(run.path))
             mates.heard("copied")
-            work(run, lambda report: prune_job(run, report), tensorboard=tensorboard)
+            work(run, lambda report: prune_job(run, report), logger=logger)
 
 
 def _run(asked: Recipe | None, output: Path | None, resume: Path | None) -> Run:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ekgfx.cli.options import given, setting, tensorboard
+from ekgfx.cli.options import given, logs, setting
 from ekgfx.runs.directory import Run
 
 
@@ -14,8 +14,8 @@ from ekgfx.runs.directory import Run
 @setting("data", "--data", metavar="SPEC", help="Other images than the run's.")
 @setting("repair.images", "--images", help="Images that are used.")
 @setting("device", "--device", metavar="auto|cpu|cuda[:N]", help="Where to compute.")
-@tensorboard
-def repair(run: Path, tensorboard: bool, **flags: Any) -> None:
+@logs
+def repair(run: Path, logger: str | None, **flags: Any) -> None:
     """Refit the network of RUN to what the unpruned one computes, in closed form and without labels.
 
     `ekgfx prune` does so by itself; this is for runs that were made with --no-repair, or without images.
@@ -24,4 +24,4 @@ def repair(run: Path, tensorboard: bool, **flags: Any) -> None:
     from ekgfx.pipeline.stages import repair_job
 
     with Run.reopen(run) as opened:
-        work(opened, lambda report: repair_job(opened, report, given(flags)), tensorboard=tensorboard)
+        work(opened, lambda report: repair_job(opened, report, given(flags)), logger=logger)

@@ -10,11 +10,11 @@ from ekgfx.errors import EkgfxError, TeamError
 from ekgfx.runs.directory import Run
 
 
-def work(run: Run, job: Callable[[Terminal], Any], *, tensorboard: bool = False) -> None:
+def work(run: Run, job: Callable[[Terminal], Any], *, logger: str | None = None) -> None:
     """Does `job` and shows its results; a job that stops is marked in run.json, with the reason."""
     notes.print(f"run {run.path}", soft_wrap=True)
     try:
-        with _watch(run, tensorboard) as terminal:
+        with _watch(run, logger) as terminal:
             job(terminal)
     except (KeyboardInterrupt, TeamError) as error:
         run.update(status="interrupted")
@@ -29,9 +29,9 @@ def work(run: Run, job: Callable[[Terminal], Any], *, tensorboard: bool = False)
     show(run.path)
 
 
-def _watch(run: Run, tensorboard: bool) -> Terminal:
-    if not tensorboard:
+def _watch(run: Run, logger: str | None) -> Terminal:
+    if logger is None:
         return Terminal()
-    from ekgfx.cli.tensorboard import FOLDER, TensorBoard
+    from ekgfx.cli.loggers import LOGGERS
 
-    return TensorBoard(run.path / FOLDER)
+    return LOGGERS[logger](run.path)

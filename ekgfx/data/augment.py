@@ -20,6 +20,10 @@ class Augmentation:
     jitter: float = 0.2
     """Most that brightness, contrast and saturation change, as a fraction; only where several views are taken."""
 
+    def __str__(self) -> str:
+        pixels = "1 pixel" if self.pad == 1 else f"{self.pad} pixels"
+        return f"shifts by up to {pixels}" + (", mirrored half the time" if self.flip else "")
+
     def __call__(self, images: Tensor, draw: torch.Generator, colours: bool) -> Tensor:
         """Images on [0, 1], B×C×H×W → the same shape. `draw` is a CPU generator."""
         if colours:

@@ -157,6 +157,8 @@ class Data:
     openers: dict[str, Callable[[], Split]] = field(repr=False)
     resized: str = ""
     """How images come to that size, in words."""
+    augmented: str = ""
+    """What training does to them where it augments, in words."""
     device: torch.device = CPU
     _opened: dict[str, Split] = field(default_factory=dict, repr=False, compare=False)
 

@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import create_transform
+from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 
 from ekgfx.data.base import CPU, Batch, Split, Views, check_labels, generator, mixed_seed
 from ekgfx.data.sources import ImageSource
 from ekgfx.errors import DataError
 
 JITTER = 0.2  # of brightness, contrast and saturation, where several views are taken
+SMALL = 64  # pixels a side up to which training shows whole images: of CIFAR, of small ImageNets
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,10 @@ class Geometry:
 
     def transform(self, views: Views) -> Any:
         """timm's evaluation transform, or its training transform: random resized crop and flip, and in several views a
-        jitter of brightness, contrast and saturation."""
+        jitter of brightness, contrast and saturation. Small images are shifted instead (a crop of a tenth of 32 × 32
+        pixels shows nothing), and grey ones are not mirrored (letters and digits are no others then)."""
+        if views.augment and self.small:
+            return self._shifted(views)
         return create_transform(
             input_size=(len(self.mean), *self.size),
             is_training=views.augment,
@@ -46,7 +52,37 @@ class Geometry:
             mean=self.mean,
             std=self.std,
             crop_pct=self.crop_pct,
+            hflip=0.5 if self.channels == 3 else 0.0,
         )
+
+    @property
+    def small(self) -> bool:
+        """Whether training shows whole images, shifted a little, rather than crops of any size."""
+        return max(self.size) <= SMALL
+
+    @property
+    def augmented(self) -> str:
+        """What training does to images, in words."""
+        crops = f"shifts by up to {self.shift} pixels" if self.small else "crops of 8% to 100%"
+        return f"{crops}, mirrored half the time" if self.channels == 3 else crops
+
+    @property
+    def shift(self) -> int:
+        """Most pixels that a small image is shifted by."""
+        return max(1, min(self.size) // 8)
+
+    def _shifted(self, views: Views) -> Any:
+        colour = self.channels == 3
+        square = self.size[0] == self.size[1]
+        steps = [
+            transforms.Resize(self.size[0] if square else self.size, str_to_interp_mode(self.interpolation)),
+            transforms.RandomCrop(self.size, padding=self.shift, padding_mode="reflect"),
+            *([transforms.RandomHorizontalFlip()] if colour else ()),
+            *([transforms.ColorJitter(JITTER, JITTER, JITTER)] if views.count > 1 else ()),
+            transforms.ToTensor(),
+            transforms.Normalize(self.mean, self.std),
+        ]
+        return transforms.Compose(steps)
 
 
 class _Decoder(Dataset):

@@ -162,7 +162,7 @@ def _array_data(
 
     openers = {split: opener(split) for split in ("train", "test")}
     resized = "as they are" if size == (height, width) else f"resized from {height}×{width}"
-    return Data(name, request.spec, classes, (channels, *size), mean, std, openers, resized)
+    return Data(name, request.spec, classes, (channels, *size), mean, std, openers, resized, str(augmentation))
 
 
 def _top_label(labels: Tensor | None) -> int:
@@ -246,7 +246,7 @@ def _image_data(request: Request, name: str, sources: dict[str, ImageSource], cl
     if first is not None and geometry.crop_pct == 1 and (first.height, first.width) == geometry.size:
         resized = "files as they are"
     shape = (len(geometry.mean), *geometry.size)
-    return Data(name, request.spec, classes, shape, geometry.mean, geometry.std, openers, resized)
+    return Data(name, request.spec, classes, shape, geometry.mean, geometry.std, openers, resized, geometry.augmented)
 
 
 def _folder(request: Request) -> Data:

@@ -26,8 +26,9 @@ from ekgfx.search.effort import fitting_batch
 from ekgfx.settings.recipe import Recipe, parse
 from ekgfx.tracing.trace import TracedModel, silently_traced
 from ekgfx.training.evaluation import evaluate
-from ekgfx.training.finetune import Epoch
+from ekgfx.training.keeping import Epoch
 from ekgfx.training.outputs import finder, logits_of
+from ekgfx.training.trainer import Progress
 
 DENSE = "dense.safetensors"
 """The unpruned model's weights as the search works on them."""
@@ -54,7 +55,7 @@ class Report(Protocol):
     def layer(self, layer: LayerRepair, number: int, layers: int) -> None:
         """An operator was refitted, the `number`-th of `layers`."""
 
-    def batch(self, number: int, batches: int) -> None:
+    def batch(self, progress: Progress) -> None:
         """A batch of an epoch of training is done."""
 
     def epoch(self, epoch: Epoch, epochs: int) -> None:
@@ -74,7 +75,7 @@ class Silent:
 
     def layer(self, layer: LayerRepair, number: int, layers: int) -> None: ...
 
-    def batch(self, number: int, batches: int) -> None: ...
+    def batch(self, progress: Progress) -> None: ...
 
     def epoch(self, epoch: Epoch, epochs: int) -> None: ...
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ekgfx import bank
+from ekgfx.base.units import percent
 from ekgfx.distributed.team import team
 from ekgfx.errors import DataError, RecipeError, RunError
 from ekgfx.pipeline import delivery, timing
@@ -29,10 +30,12 @@ from ekgfx.settings.recipe import Recipe, Training, override
 from ekgfx.surgery.calibrate import calibrate
 from ekgfx.surgery.cut import needs_forward, prune
 from ekgfx.training import step_zero
-from ekgfx.training.finetune import Epoch, finetune
+from ekgfx.training.finetune import finetune
+from ekgfx.training.keeping import History
 from ekgfx.training.loss import KnowledgeSource
 
-EPOCHS = "finetune.jsonl"
+EPOCHS, LOG = "finetune.jsonl", "finetune.csv"
+"""The epochs of the fine-tuning: when it is done; after each of them, as a table."""
 PRETRAINING, TUNING = "pretrain.safetensors", "finetune.safetensors"
 """Checkpoints of trainings that are under way."""
 REPAIR, MENDING = "repair.json", "repair.safetensors"
@@ -253,14 +256,29 @@ def train(job: Job, pruned: nn.Module, result: SearchResult) -> None:
     elif not job.labelled:
         raise DataError(NO_TEACHERS)
     job.report.stage("fine-tune")
-    epochs = fit(job, pruned, asked, TUNING, bank=teachers, temperature=asked.temperature, parallel=True)
+    epochs = fit(
+        job, pruned, asked, TUNING, csv=job.run.path / LOG, bank=teachers, temperature=asked.temperature, parallel=True
+    )
     if not team().first:
         return
     with job.run.replacing(EPOCHS) as partial:
         partial.write_text("".join(json.dumps(asdict(epoch)) + "\n" for epoch in epochs), encoding="utf-8")
     checkpoint.write_weights(job.run, pruned, result.plan)
     job.keep_score("finetuned", pruned, result.plan)
+    compare(job)
     (job.run.path / TUNING).unlink(missing_ok=True)
+
+
+def compare(job: Job) -> None:
+    """Says so where the fine-tuned network does worse on the test images than the one that fine-tuning began with."""
+    scores = job.run.manifest["results"]
+    before, after = (scores[name] for name in (next(n for n in ("repaired", "searched") if n in scores), "finetuned"))
+    quality = "accuracy" if before["accuracy"] is not None else "agreement"
+    if before[quality] is not None and after[quality] < before[quality]:
+        job.report.note(
+            f"fine-tuning ended below the network that it began with, {percent(after[quality])} after "
+            f"{percent(before[quality])} on the test images; try a lower --lr, more --epochs, or leave it out"
+        )
 
 
 def fill_bank(job: Job, result: SearchResult) -> KnowledgeSource:
@@ -289,10 +307,12 @@ def fill_bank(job: Job, result: SearchResult) -> KnowledgeSource:
     return built.resident(job.device) if job.device.type != "cpu" and samples < RESIDENT_SAMPLES else built
 
 
-def fit(job: Job, model: nn.Module, asked: Training, file: str, **options: Any) -> tuple[Epoch, ...]:
+def fit(job: Job, model: nn.Module, asked: Training, file: str, **options: Any) -> History:
     """Training in place, with a checkpoint in the run's `file` to go on from."""
     assert job.data is not None  # every caller has looked
-    batches = job.data.size("train") // asked.batch_size or 1
+    if asked.augment:
+        colours = ", colours" if (asked.views or (2 if options.get("bank") is not None else 1)) > 1 else ""
+        job.report.note(f"augmentation: {job.data.augmented}{colours}")
     test = job.data.loader("test", job.batch_size, workers=asked.workers).mixed() if job.labelled else None
     return finetune(
         model,
@@ -301,7 +321,7 @@ def fit(job: Job, model: nn.Module, asked: Training, file: str, **options: Any) 
         logits=job.logits,
         checkpoint=job.run.path / file,
         on_epoch=lambda epoch: job.report.epoch(epoch, asked.epochs),
-        on_batch=lambda number: job.report.batch(number, batches),
+        on_batch=job.report.batch,
         seed=job.recipe.seed,
         **{field.name: getattr(asked, field.name) for field in fields(Training)},
         **options,

@@ -24,7 +24,7 @@ from ekgfx.runs import checkpoint
 from ekgfx.runs.directory import STAGES, read_manifest, verify
 from ekgfx.search import SearchResult, Step
 from ekgfx.settings.recipe import Recipe, parse
-from ekgfx.training.finetune import Epoch
+from ekgfx.training.keeping import Epoch
 
 SAMPLES = 20_000
 """Most samples that the teachers' agreement is counted on."""

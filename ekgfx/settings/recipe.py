@@ -23,7 +23,10 @@ from ekgfx.settings.preprocessing import Preprocessing
 
 @dataclass(frozen=True)
 class Training:
-    """How a network is trained; `ekgfx.training.optimization.Training` says what the fields mean."""
+    """How a network is trained; `ekgfx.training.optimization.Training` says what the fields mean.
+
+    Raises RecipeError for a number out of its range.
+    """
 
     epochs: int = 0
     batch_size: int = 128
@@ -38,6 +41,23 @@ class Training:
     amp: Literal["bf16", "fp16"] | None = None
     channels_last: bool = False
     workers: int = 0
+    val_fraction: float = 0.1
+    patience: int | None = None
+    ema: float | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __post_init__(self) -> None:
+        ranges = (
+            ("val_fraction", 0 <= self.val_fraction <= 0.5, "between 0 (train on everything) and 0.5"),
+            ("patience", self.patience is None or self.patience >= 1, "at least 1 epoch"),
+            ("ema", self.ema is None or 0 < self.ema < 1, "a decay between 0 and 1, such as 0.999"),
+            ("mixup", self.mixup >= 0, "at least 0 (off)"),
+            ("cutmix", self.cutmix >= 0, "at least 0 (off)"),
+        )
+        for key, right, allowed in ranges:
+            if not right:
+                raise RecipeError(f"{key} {getattr(self, key)}: use {allowed}")
 
 
 @dataclass(frozen=True)

@@ -1,54 +1,29 @@
 """Fine-tuning, guided by the memory bank or by labels alone."""
 
-import math
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ekgfx.base.schema import read
 from ekgfx.data import Data
-from ekgfx.data.batches import (
-    Inputs,
-    device_of,
-    each_batch,
-    half_of,
-    of_view,
-    own_share,
-    side_by_side,
-    to_device,
-    unpacked,
-)
+from ekgfx.data.base import holdout
+from ekgfx.data.batches import each_batch, own_share, unpacked
 from ekgfx.data.mixing import watched
-from ekgfx.distributed.parallel import SharedNorms, add_gradients
-from ekgfx.distributed.team import ALONE, Team, team
-from ekgfx.errors import DataError, RecipeError, RunError, TrainingError
-from ekgfx.training.evaluation import evaluate
-from ekgfx.training.loss import EKGLoss, KnowledgeSource, LabelLoss, check_classes, cross_entropy
+from ekgfx.distributed.team import ALONE, team
+from ekgfx.errors import DataError, RecipeError
+from ekgfx.training.evaluation import Metrics, evaluate
+from ekgfx.training.keeping import Best, Epoch, History, write_log
+from ekgfx.training.loss import EKGLoss, KnowledgeSource, LabelLoss, cross_entropy
 from ekgfx.training.optimization import Training
 from ekgfx.training.outputs import Logits, finder, logits_of
-from ekgfx.training.state import load_state, save_state
+from ekgfx.training.trainer import Progress, Trainer
 
-CHECK_EVERY = 50
-"""Batches between two looks at the loss: every look waits for the device."""
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One epoch of training. number: from 1; loss: mean over its batches; lr; seconds: of training. test_loss and
-    test_accuracy: None without test data."""
-
-    number: int
-    loss: float
-    lr: float
-    seconds: float
-    test_loss: float | None = None
-    test_accuracy: float | None = None
+log = logging.getLogger("ekgfx")
 
 
 def finetune(
@@ -59,15 +34,22 @@ def finetune(
     temperature: float | None = None,
     loss: Callable[[Any, Any], Tensor] = cross_entropy,
     logits: Logits = logits_of,
+    val: Iterable[Any] | None = None,
     test: Iterable[Any] | None = None,
     subset: Any = None,
     checkpoint: str | Path | None = None,
+    csv: str | Path | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[Progress], None] | None = None,
     parallel: bool = False,
     **settings: Any,
-) -> tuple[Epoch, ...]:
+) -> History:
     """Train a (pruned) model in place, guided by the bank (eq. 11 and 12) or by labels alone.
+
+    Of a data set, a part of the training images is held out (`val_fraction`, a tenth; the same every time), and the
+    model gets the weights of the epoch that does best on it: of epoch 0, too, which is the model as it came. Where that
+    is the best, a warning says so. The test images play no part. `val_fraction=0` trains on all images and keeps the
+    last epoch, and so do batches without `val`.
 
     Args:
         model: trained on the device it is on; left in evaluation mode.
@@ -80,11 +62,13 @@ def finetune(
         loss: label loss of one view, `loss(output, labels)`; cross-entropy is that of the logits.
         logits: where the logits are in a model's output: a function of it, or a key, a field or an index. By default
             they are found, where it is clear (`ekgfx.training.outputs.logits_of`).
+        val: batches that tell which epoch is kept; nothing of `data` is held out then.
         test: batches to evaluate on after every epoch, such as `data.loader("test", 256)`.
         subset: indices into the data set's training split; all of it if None.
         checkpoint: file to save to after every epoch, and to go on from where it exists: training that was interrupted
             ends as if it had not been.
-        on_epoch, on_batch: called after every epoch, and after every batch with its number in the epoch.
+        csv: file for a table of the epochs, written after each.
+        on_epoch, on_batch: called after every epoch, and after every batch (`ekgfx.training.trainer.Progress`).
         parallel: all processes of torchrun call this together and train as one: each takes its part of every batch, and
             a step is what one process would compute on the whole batch, up to rounding (see
             `ekgfx.distributed.parallel`). Only the first writes the checkpoint and evaluates.
@@ -99,7 +83,7 @@ def finetune(
     """
     training = Training.of(settings)
     mates = team() if parallel else ALONE
-    trainer = _Trainer(
+    trainer = Trainer(
         model,
         LabelLoss(loss, logits) if bank is None else EKGLoss(bank, temperature, loss, logits, parallel),
         finder(logits),
@@ -107,141 +91,113 @@ def finetune(
         views=training.views or (1 if bank is None else 2),
         mates=mates,
     )
-    batches = _batches(data, trainer, subset)
-    path = None if checkpoint is None else Path(checkpoint)
-    history = trainer.restore(path)
-    for number in range(len(history) + 1, training.epochs + 1):
-        start = time.monotonic()
-        mean = trainer.epoch(number, batches(number), on_batch or (lambda batch: None))
-        seconds = time.monotonic() - start
-        metrics = evaluate(model, test, loss=loss, logits=logits) if test is not None and mates.first else None
-        found = (None, None) if metrics is None else (metrics.loss, metrics.accuracy)
-        history.append(Epoch(number, mean, trainer.optimizer.param_groups[0]["lr"], seconds, *found))
-        trainer.save(path if mates.first else None, history)
+    if isinstance(data, Data) and val is None and (bank is not None or data.classes is not None):
+        subset, val = _held_out(data, subset, training)
+    if training.patience is not None and val is None:
+        raise RecipeError("patience needs images that tell which epoch is better: give val_fraction, or val=…")
+    judging = mates.first and val is not None
+    teaching = bank if judging and not _labelled(val) else None
+
+    def judged() -> Metrics:
+        if teaching is not None:
+            return evaluate(trainer.judged, _asked(val, teaching), logits=logits)
+        return evaluate(trainer.judged, val or (), loss=loss, logits=logits)
+
+    batches, most = _batches(data, trainer, subset)
+    path, table = (None if file is None or not mates.first else Path(file) for file in (checkpoint, csv))
+    resumed = checkpoint is not None and Path(checkpoint).is_file()
+    best = None
+    if judging:
+        best = Best(Metrics(0.0, None, 0) if resumed else judged(), trainer.judged)
+    history = trainer.restore(None if checkpoint is None else Path(checkpoint), best)
+    stopped = mates.told(_enough(history, best, training.patience))
+    while len(history) < training.epochs and not stopped:
+        number, start = len(history) + 1, time.monotonic()
+        mean = trainer.epoch(number, batches(number), most, on_batch or (lambda progress: None))
+        epoch = Epoch(number, mean, trainer.optimizer.param_groups[0]["lr"], time.monotonic() - start)
+        if best is not None:
+            found = judged()
+            best.offer(number, found, trainer.judged)
+            epoch = replace(epoch, val_loss=found.loss, val_accuracy=found.accuracy)
+        if test is not None and mates.first:
+            found = evaluate(trainer.judged, test, loss=loss, logits=logits)
+            epoch = replace(epoch, test_loss=found.loss, test_accuracy=found.accuracy)
+        history.append(epoch)
+        trainer.save(path, history, best)
+        if table is not None:
+            write_log(table, history, None if best is None else best.before)
         if on_epoch is not None:
             on_epoch(history[-1])
+        stopped = training.patience is not None and mates.told(_enough(history, best, training.patience))
+    kept = len(history) if best is None else best.number
+    if best is not None:
+        model.load_state_dict(best.weights)
+    elif trainer.judged is not model:
+        model.load_state_dict(trainer.judged.state_dict())
+    if mates.size > 1 and val is not None:
+        mates.same(model)
     model.eval()
-    return tuple(history)
+    made = History.of(
+        history, mates.told(kept), None if best is None else best.before, stopped and len(history) < training.epochs
+    )
+    if best is not None and history:
+        log.log(logging.INFO if made.kept else logging.WARNING, "%s", made)
+    return made
 
 
-class _Trainer:
-    """A model with its optimizer, schedule and loss scale."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        objective: Callable[[Any, Any, Tensor], Tensor],
-        logits: Callable[[Any], Tensor],
-        training: Training,
-        views: int,
-        mates: Team = ALONE,
-    ) -> None:
-        self.mates = mates
-        self.model, self.objective, self.logits, self.training, self.views = model, objective, logits, training, views
-        self.device = device_of(model)
-        half = half_of(model)
-        if training.amp is not None and half is not None:
-            raise RecipeError(
-                f"amp={training.amp!r} computes in half precision on weights that are not, and these are {half}; train "
-                "model.float() with amp, or leave amp out"
-            )
-        if training.channels_last:
-            model.to(memory_format=torch.channels_last)
-        self.optimizer = training.optimizer_of(model)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "fp16")
-        self.schedule = training.schedule_of(self.optimizer)
-
-    def epoch(self, number: int, batches: Iterable[Any], on_batch: Callable[[int], None]) -> float:
-        """Train on every batch once; returns the mean loss."""
-        if self.schedule is not None:
-            self.schedule.step(number - 1)
-        total = torch.zeros((), device=self.device)
-        count = 0
-        self.model.train()
-        shared = SharedNorms() if self.mates.size > 1 else nullcontext()
-        with _random_numbers_of(self.training.seed, number, self.mates.rank), shared:
-            for count, batch in enumerate(batches, 1):
-                total += self._update(batch, check=number == 1)
-                if count % CHECK_EVERY == 0:
-                    self._check(total, number, count)
-                on_batch(count)
-        if not count:
-            raise DataError("there is no batch to train on; give more data, or a smaller batch size")
-        return self._check(total, number, count) / count
-
-    def _update(self, batch: Any, check: bool) -> Tensor:
-        images, labels, index = unpacked(batch)
-        if self.views == 1:
-            shown, samples = Inputs.of(images).onto(self.model), None
-        else:
-            shown, samples = side_by_side(images, self.model)
-        if self.training.channels_last:
-            shown = shown.channels_last()
-        labels = to_device(labels, self.device)
-        with self._precision():
-            output = shown.into(self.model)
-        outputs = [output] if samples is None else [of_view(output, samples, view) for view in range(self.views)]
-        if check:
-            check_classes(self.logits(outputs[0]), labels)
-        loss = self.objective(outputs, labels, index) * self._share(outputs[0])
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        if self.mates.size > 1:
-            add_gradients(self.model.parameters())
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return loss.detach()
-
-    def _share(self, output: Any) -> float:
-        """This process's part of the samples of a batch: what its mean weighs in the mean over all of them."""
-        if self.mates.size == 1:
-            return 1.0
-        samples = len(self.logits(output))
-        everyone = self.mates.gathered(torch.tensor(float(samples), device=self.device))
-        return samples / float(everyone)
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self.training.amp is None:
-            return nullcontext()
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.training.amp]
-        return torch.autocast(self.device.type, half)
-
-    def _check(self, total: Tensor, epoch: int, batch: int) -> float:
-        """The sum of the losses of all processes, which must be finite."""
-        found = float(self.mates.gathered(total.clone()))
-        if not math.isfinite(found):
-            raise TrainingError(
-                f"the training loss is not finite in epoch {epoch}, by batch {batch} (lr {self.training.lr:g}); lower "
-                "the learning rate, or check the images for NaN"
-            )
-        return found
-
-    def restore(self, path: Path | None) -> list[Epoch]:
-        """Go on from a checkpoint where there is one; returns the epochs that are done."""
-        if path is None or not path.is_file():
-            return []
-        history = load_state(path, self.model, self.optimizer, self.scaler, self._identity())
-        return [read(Epoch, epoch, str(path), RunError) for epoch in history]
-
-    def save(self, path: Path | None, history: list[Epoch]) -> None:
-        """Write the checkpoint, if one is wanted."""
-        if path is not None:
-            record = [asdict(epoch) for epoch in history]
-            save_state(path, self.model, self.optimizer, self.scaler, self._identity(), record)
-
-    def _identity(self) -> dict[str, Any]:
-        """What must not change between an interrupted training and the one that goes on with it."""
-        return {**asdict(self.training), "views": self.views, "objective": type(self.objective).__name__}
+def _enough(history: list[Epoch], best: Best | None, patience: int | None) -> bool:
+    """Whether `patience` epochs went by without a better one."""
+    return patience is not None and best is not None and len(history) - best.number >= patience
 
 
-def _batches(data: Data | Iterable[Any], trainer: _Trainer, subset: Any) -> Callable[[int], Iterable[Any]]:
-    """The training batches of an epoch."""
+def _held_out(data: Data, subset: Any, training: Training) -> tuple[Any, Iterable[Any] | None]:
+    """The training images that are trained on, and batches of those that epochs are judged on (None: none are)."""
+    if not training.val_fraction:
+        return subset, None
+    everything = torch.arange(data.size("train")) if subset is None else torch.as_tensor(subset, dtype=torch.int64)
+    labels = data.labels("train")
+    try:
+        rest, held = holdout(None if labels is None else labels[everything], len(everything), training.val_fraction)
+    except DataError:
+        log.warning(
+            "%d training images are too few to hold %.0f%% of them out: the last epoch is kept, whether or not it is "
+            "the best",
+            len(everything),
+            100 * training.val_fraction,
+        )
+        return subset, None
+    size = training.batch_size
+    return everything[rest], data.loader("train", size, subset=everything[held], workers=training.workers)
+
+
+def _labelled(batches: Iterable[Any] | None) -> bool:
+    return any(unpacked(batch)[1] is not None for batch in _first(batches or ()))
+
+
+def _first(batches: Iterable[Any]) -> Iterator[Any]:
+    for batch in each_batch(batches):
+        yield batch
+        return
+
+
+def _asked(batches: Iterable[Any] | None, bank: KnowledgeSource) -> Iterator[tuple[Any, Tensor]]:
+    """Unlabelled batches with what the bank's best teacher says of them, as probabilities."""
+    for batch in each_batch(batches or ()):
+        images, _, index = unpacked(batch)
+        yield images, bank.logits(index)[:, 0].float().softmax(1)
+
+
+def _batches(
+    data: Data | Iterable[Any], trainer: Trainer, subset: Any
+) -> tuple[Callable[[int], Iterable[Any]], int | None]:
+    """The training batches of an epoch, and how many they are, where that is known."""
     mates = trainer.mates
     if not isinstance(data, Data):
+        count = len(data) if isinstance(data, Sized) else None
         if mates.size > 1:
-            return lambda epoch: (own_share(batch, trainer.views, mates) for batch in each_batch(data))
+            return lambda epoch: (own_share(batch, trainer.views, mates) for batch in each_batch(data)), count
         labels = lambda batch: unpacked(batch)[1]  # noqa: E731
-        return lambda epoch: each_batch(data if epoch > 1 else watched(data, labels, "training batches"))
+        return lambda epoch: each_batch(data if epoch > 1 else watched(data, labels, "training batches")), count
     training = trainer.training
     size = data.size("train") if subset is None else len(subset)
     if min(training.batch_size, size) < mates.size:
@@ -266,13 +222,4 @@ def _batches(data: Data | Iterable[Any], trainer: _Trainer, subset: Any) -> Call
         loader.set_epoch(epoch)
         return loader
 
-    return of_epoch
-
-
-@contextmanager
-def _random_numbers_of(seed: int, epoch: int, rank: int) -> Iterator[None]:
-    """Dropout and the like draw the same numbers in an epoch whether or not training was interrupted before it, and
-    others in every process."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed * 1_000_003 + epoch + rank * 1_000_000_007)
-        yield
+    return of_epoch, len(loader)

@@ -26,6 +26,11 @@ class Training(recipe.Training):
     views per image; None takes 2 with a bank and 1 without. amp: None, or the half precision to compute in.
     channels_last: memory format of images and weights. workers: processes that decode images. seed: of shuffle,
     augmentation and dropout.
+
+    val_fraction: part of the training images, of each class the same, that is not trained on but tells which epoch was
+    the best; 0 trains on all of them and keeps the last epoch, as the paper does. patience: epochs without a better
+    one after which training ends. ema: decay of a moving average of the weights (timm's ModelEmaV3, which begins with
+    less), which then is what is judged and kept. mixup, cutmix: alpha of timm's Mixup; 0 is off.
     """
 
     epochs: int = 100

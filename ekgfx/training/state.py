@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,18 @@ def save_state(
     scaler: torch.amp.GradScaler,
     identity: dict[str, Any],
     history: list[dict[str, Any]],
+    facts: dict[str, Any],
+    others: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
-    """Write the checkpoint, wholly or not at all. identity: what `load_state` must be asked with again.
+    """Write the checkpoint, wholly or not at all. identity: what `load_state` must be asked with again. facts: plain
+    values to keep. others: further weights of the model by name, such as the best so far.
 
     Raises RunError when the disk refuses.
     """
     slots = optimizer.state_dict()["state"]
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for kind, weights in others.items():
+        tensors.update({f"{kind}.{name}": value for name, value in weights.items()})
     plain: dict[str, dict[str, Any]] = {}
     for parameter, slot in slots.items():
         for name, value in slot.items():
@@ -45,6 +50,7 @@ def save_state(
         "history": history,
         "optimizer": plain,
         "scaler": scaler.state_dict(),
+        "facts": facts,
     }
     whole = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,8 +64,8 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     identity: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """Put a checkpoint's state into model, optimizer and scaler; returns the history.
+) -> "State":
+    """Put a checkpoint's state into model, optimizer and scaler; returns the rest of it.
 
     Raises RunError when the file is damaged, of a newer format, or of another model or training.
     """
@@ -72,7 +78,7 @@ def load_state(
     version = state.get("format") if isinstance(state, dict) else None
     if isinstance(version, int) and version > FORMAT:
         raise RunError(f"{path} has checkpoint format {version}, this ekgfx reads up to {FORMAT}: upgrade ekgfx")
-    told: _State = read(_State, state, str(path), RunError)
+    told: _Told = read(_Told, state, str(path), RunError)
     other = {name for name in {*identity, *told.identity} if identity.get(name) != told.identity.get(name)}
     if other:
         raise RunError(
@@ -80,24 +86,33 @@ def load_state(
         )
     try:
         slots: dict[int, dict[str, Any]] = {int(parameter): dict(slot) for parameter, slot in told.optimizer.items()}
-        weights = {}
+        others: dict[str, dict[str, Tensor]] = {"model": {}}
         for name, value in tensors.items():
             kind, _, rest = name.partition(".")
-            if kind == "model":
-                weights[rest] = value
-            else:
+            if kind == "optimizer":
                 parameter, _, slot = rest.partition(".")
                 slots.setdefault(int(parameter), {})[slot] = value
-        model.load_state_dict(weights)
+            else:
+                others.setdefault(kind, {})[rest] = value
+        model.load_state_dict(others.pop("model"))
         optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
         scaler.load_state_dict(dict(told.scaler))
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} holds the weights of another model; delete it to start anew") from error
-    return [dict(epoch) for epoch in told.history]
+    return State([dict(epoch) for epoch in told.history], dict(told.facts), others)
 
 
 @dataclass(frozen=True)
-class _State:
+class State:
+    """What a checkpoint holds besides model, optimizer and scaler; see `save_state`."""
+
+    history: list[dict[str, Any]]
+    facts: dict[str, Any]
+    others: dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class _Told:
     """What a checkpoint says besides its tensors."""
 
     format: int
@@ -105,3 +120,4 @@ class _State:
     history: tuple[Mapping[str, Any], ...]
     optimizer: Mapping[str, Mapping[str, Any]]
     scaler: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)

@@ -64,6 +64,7 @@ def prepare(
             batch_size=batch_size,
             schedule="constant",
             augment=False,
+            val_fraction=0,
             logits=logits,
             seed=seed,
         )

@@ -55,6 +55,7 @@ def test_a_run_holds_what_it_says(finished):
         "model.safetensors",
         "repair.json",
         "finetune.jsonl",
+        "finetune.csv",
     }
     validation = json.loads((finished / "validation.json").read_text())["samples"]
     assert sorted(validation) == sorted(datasets.load("digits").search_subset(4, 4, 0)[1].tolist())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from ekgfx.cli.progress import Terminal
+from ekgfx.training.trainer import Progress
 
 
 class SwallowsWhatIsRaisedInItsDestructor:
@@ -20,7 +21,7 @@ class SwallowsWhatIsRaisedInItsDestructor:
 def interrupted_in_a_destructor() -> None:
     with Terminal() as terminal:
         SwallowsWhatIsRaisedInItsDestructor()
-        terminal.batch(1, 2)
+        terminal.batch(Progress(1, 1, 1, 2, 1.0))
 
 
 def interrupted_at_work() -> None:
@@ -64,4 +65,55 @@ def test_a_job_that_fails_at_once_leaves_no_log(refused, tiny, tmp_path):
 def test_tensorboard_is_optional(refused, tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     line = refused("prune", "--recipe", tiny, "--tensorboard", "-o", "run")
-    assert "pip install 'ekgfx[tensorboard]'" in line
+    assert line.endswith("pip install tensorboard")
+
+
+class FakeWandB:
+    """What the package wandb is asked to do."""
+
+    def __init__(self) -> None:
+        self.asked, self.logged, self.finished = {}, [], 0
+
+    def init(self, **asked):
+        self.asked = asked
+        return self
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_wandb_gets_what_the_terminal_shows(ekgfx, refused, tiny, tmp_path, monkeypatch):
+    import csv
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert refused("prune", "--recipe", tiny, "--wandb", "-o", "run").endswith("pip install wandb")
+    fake = FakeWandB()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    done = ekgfx("prune", "--recipe", tiny, "--wandb", "--epochs", 2, "-o", "run")
+    assert done.code == 0, done.err
+    assert fake.asked["name"] == "run" and fake.finished == 1
+    tuned = [values for values in fake.logged if "fine-tune/loss" in values]
+    rows = list(csv.DictReader((tmp_path / "run" / "finetune.csv").open()))
+    assert [row["number"] for row in rows] == ["0", "1", "2"]
+    assert [values["fine-tune/number"] for values in tuned] == [1, 2]
+    assert [values["fine-tune/val_accuracy"] for values in tuned] == [float(row["val_accuracy"]) for row in rows[1:]]
+
+
+def test_piped_output_says_how_far_it_is(monkeypatch, capsys):
+    """Within an epoch, too, with the time to the end of the training; a line now and then, not one a batch."""
+    now = [0.0]
+    monkeypatch.setattr("ekgfx.cli.progress.time.monotonic", lambda: now[0])
+    with Terminal() as terminal:
+        terminal.stage("fine-tune")
+        for batch in range(1, 101):
+            now[0] = batch * 1.0
+            terminal.batch(Progress(1, 3, batch, 200, now[0]))
+    lines = [line.strip() for line in capsys.readouterr().err.splitlines()[1:]]
+    assert lines == [
+        "epoch 1 of 3, batch 30 of 200  ETA 9 min 30 s",
+        "epoch 1 of 3, batch 60 of 200  ETA 9 min 00 s",
+        "epoch 1 of 3, batch 90 of 200  ETA 8 min 30 s",
+    ]

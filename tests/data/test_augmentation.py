@@ -1,7 +1,12 @@
 """Every augmentation does what it says, with a draw of its own for each sample."""
 
-import torch
+from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image
+
+from ekgfx import data
 from ekgfx.data.augment import flip_some, jitter_colours, shift_some
 from ekgfx.data.base import generator
 
@@ -48,3 +53,39 @@ def test_jitter_scales_contrast_and_saturation() -> None:
         torch.testing.assert_close(jittered, grey + saturation * (expected - grey))
         strengths.append((float(contrast), float(saturation)))
     assert len(set(strengths)) == 50
+
+
+def test_small_image_files_are_shifted_and_mirrored_and_grey_ones_only_shifted(tmp_path: Path) -> None:
+    """Each view is a 32 × 32 window of the whole image with 4 reflected pixels around it; none is a blown-up crop."""
+    root = tmp_path
+    for place in (f"{name}/{i}.png" for name in "ab" for i in range(4)):
+        (root / place).parent.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(len(place)).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / place)
+    for channels in (3, 1):
+        opened = data.load(f"folder:{root}", image_size=32, channels=channels)
+        assert opened.augmented == "shifts by up to 4 pixels" + (", mirrored half the time" if channels == 3 else "")
+        subset = list(range(opened.size("train")))
+        plain = next(iter(opened.loader("train", 8, subset=subset))).images
+        padded = torch.nn.functional.pad(plain, (4,) * 4, mode="reflect")
+        mirrored, places = 0, set()
+        for seed in range(4):
+            shown = next(iter(opened.loader("train", 8, subset=subset, augment=True, seed=seed))).images
+            for sample in range(len(shown)):
+                found = [
+                    (y, x, flip)
+                    for y in range(9)
+                    for x in range(9)
+                    for flip in (False, True)
+                    if torch.allclose(
+                        padded[sample, :, y : y + 32, x : x + 32],
+                        shown[sample].flip(2) if flip else shown[sample],
+                        atol=1e-5,
+                    )
+                ]
+                assert found
+                mirrored += found[0][2]
+                places.add(found[0][:2])
+        assert len(places) > 5
+        assert 0 < mirrored < 4 * len(subset) if channels == 3 else not mirrored
+    assert data.load(f"folder:{root}", image_size=96).augmented == "crops of 8% to 100%, mirrored half the time"

@@ -1,0 +1,129 @@
+"""Which epoch is kept: the best on images that were not trained on, the network before training among them."""
+
+import csv
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ekgfx.base.files import replacing
+from ekgfx.base.units import percent
+from ekgfx.training.evaluation import Metrics
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch of training. number: from 1, 0 is the network before; loss: mean over its batches; lr; seconds: of
+    training. val_loss and val_accuracy: on the part of the training images that tells which epoch is kept; test_loss
+    and test_accuracy: on the test data; each None where there is nothing of the kind. kept: whether this is the epoch
+    whose weights the model has in the end."""
+
+    number: int
+    loss: float
+    lr: float
+    seconds: float
+    test_loss: float | None = None
+    test_accuracy: float | None = None
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+    kept: bool = False
+
+
+class History(tuple[Epoch, ...]):
+    """The epochs of a training, oldest first, and which of them was kept.
+
+    Attributes:
+        kept: number of the epoch whose weights the model has; 0 is the network before training.
+        before: that network on the images that epochs are judged on; None where there are none.
+        stopped: whether training ended early, since no epoch became better any more.
+    """
+
+    kept: int
+    before: Metrics | None
+    stopped: bool
+
+    @classmethod
+    def of(cls, epochs: list[Epoch], kept: int, before: Metrics | None, stopped: bool) -> "History":
+        """The epochs with the one marked that is kept."""
+        made = cls(replace(epoch, kept=epoch.number == kept) for epoch in epochs)
+        made.kept, made.before, made.stopped = kept, before, stopped
+        return made
+
+    def __str__(self) -> str:
+        """What was kept, in one line."""
+        count = f"{len(self)} epochs" if len(self) != 1 else "1 epoch"
+        last = f"{count}, stopped early" if self.stopped else count
+        if self.before is None:
+            return f"kept the last of {last}"
+        judged = {0: self.before} | {epoch.number: _judged(epoch) for epoch in self}
+        if not self.kept:
+            best = max(self, key=lambda epoch: rank(_judged(epoch)), default=None)
+            after = "" if best is None else f"; the best of {last} has {_said(_judged(best))}"
+            return (
+                f"kept the network as it was before training: {_said(self.before)} on the validation part of the "
+                f"training images{after}. A network that was trained on those images before does better on them than "
+                "on new ones: give images of its own to judge by (val=…), or keep the last epoch (val_fraction 0)"
+            )
+        return (
+            f"kept epoch {self.kept} of {last}: {_said(judged[self.kept])} on the validation part of the training "
+            f"images ({_said(self.before)} before training)"
+        )
+
+
+def _judged(epoch: Epoch) -> Metrics:
+    return Metrics(math.nan if epoch.val_loss is None else epoch.val_loss, epoch.val_accuracy, 0)
+
+
+def _said(metrics: Metrics) -> str:
+    return f"loss {metrics.loss:.4f}" if metrics.accuracy is None else percent(metrics.accuracy)
+
+
+def rank(metrics: Metrics) -> tuple[float, float]:
+    """What networks are compared by, larger is better: accuracy where there are classes, then the loss."""
+    if not math.isfinite(metrics.loss):
+        return -math.inf, -math.inf
+    return (0.0 if metrics.accuracy is None else metrics.accuracy), -metrics.loss
+
+
+class Best:
+    """The best weights that were offered so far.
+
+    number: of their epoch; metrics: theirs; weights: copies on the CPU, by name; before: metrics of epoch 0.
+    """
+
+    def __init__(self, before: Metrics, model: nn.Module) -> None:
+        self.number, self.metrics, self.before = 0, before, before
+        self.weights = _copied(model)
+
+    def offer(self, number: int, metrics: Metrics, model: nn.Module) -> None:
+        """Takes the model's weights where they are better than the best so far."""
+        if rank(metrics) > rank(self.metrics):
+            self.number, self.metrics, self.weights = number, metrics, _copied(model)
+
+    def facts(self) -> dict[str, Any]:
+        """All but the weights, as plain values; `restored` takes them."""
+        return {"number": self.number, "metrics": asdict(self.metrics), "before": asdict(self.before)}
+
+    def restored(self, facts: dict[str, Any], weights: dict[str, Tensor]) -> None:
+        """The best so far of a training that goes on."""
+        self.number, self.weights = facts["number"], weights
+        self.metrics, self.before = Metrics(**facts["metrics"]), Metrics(**facts["before"])
+
+
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+
+
+def write_log(path: Path, epochs: list[Epoch], before: Metrics | None) -> None:
+    """The epochs so far as a table, anew each time, so that a training that was killed leaves a whole one. Row 0 is the
+    network before training, where it was judged."""
+    rows = [asdict(epoch) for epoch in epochs]
+    if before is not None:
+        rows.insert(0, {"number": 0, "val_loss": before.loss, "val_accuracy": before.accuracy})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, [field.name for field in fields(Epoch) if field.name != "kept"], restval="")
+        table.writeheader()
+        table.writerows({key: value for key, value in row.items() if key in table.fieldnames} for row in rows)

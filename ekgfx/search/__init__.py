@@ -18,7 +18,7 @@ from ekgfx.search import ekg, global_, importance_peers, uniform
 from ekgfx.search.company import check_mixed
 from ekgfx.search.details import AUTHORS, PAPER, Details, authors_cost
 from ekgfx.search.ignore import Ignored, as_patterns, ignored_groups
-from ekgfx.search.importance import Criterion, at_random, taylor
+from ekgfx.search.importance import Criterion, at_random, taylor, taylor_per_sample
 from ekgfx.search.latency import LayerTable, Price
 from ekgfx.search.problem import Budget, Computing, Problem, quicker_channels_last, width_rules
 from ekgfx.search.recorder import Recorder
@@ -54,6 +54,7 @@ ONE_STEP = {"global": global_.run, "uniform": uniform.run}
 
 IMPORTANCE: Mapping[str, Criterion] = {
     "taylor": taylor,
+    "taylor-per-sample": taylor_per_sample,
     "magnitude": importance_peers.magnitude,
     "fpgm": importance_peers.fpgm,
     "bn-scale": importance_peers.bn_scale,
@@ -61,7 +62,7 @@ IMPORTANCE: Mapping[str, Criterion] = {
     "lamp": importance_peers.lamp,
     "random": at_random,
 }
-NEEDS_DATA = ("taylor", "hessian")
+NEEDS_DATA = ("taylor", "taylor-per-sample", "hessian")
 
 
 def search(
@@ -108,8 +109,9 @@ def search(
             layers' timings (`ekgfx.export.measure_layers`). Or `cost`, any function of a plan, with `budget`, the
             fraction of it that is kept. At least one; of several, all must hold.
         strategy: "ekg"; "uniform" (one width for all groups), "global" (one threshold for all channels).
-        importance: which channels go first: "taylor" (the paper's), or torch-pruning's "magnitude" (L1), "fpgm",
-            "bn-scale", "hessian", "lamp"; or "random", the baseline: any channels, as `seed` draws them.
+        importance: which channels go first: "taylor" (the paper's), "taylor-per-sample" (what samples lose does not
+            cancel), or torch-pruning's "magnitude" (L1), "fpgm", "bn-scale", "hessian", "lamp"; or "random", the
+            baseline: any channels, as `seed` draws them.
         knowledge: what the reward compares with: the running "ensemble" of the sub-networks found so far, the "single"
             unpruned network, or "none".
         step: r, the width ratio that a group made by one layer loses at once.

@@ -10,7 +10,7 @@ from ekgfx.graph.plan import Plan
 from ekgfx.search.candidates import Proposal, important_first, worth_evaluating
 from ekgfx.search.details import Details
 from ekgfx.search.forks import Forks, Keeper
-from ekgfx.search.importance import Criterion, Scores, taylor
+from ekgfx.search.importance import Criterion, Scores, taylor, taylor_per_sample
 from ekgfx.search.problem import Problem
 from ekgfx.search.race import Outcome, evaluate_candidates, room_for_logits
 from ekgfx.search.ranking import ranking_of
@@ -65,8 +65,8 @@ def run(
         recorder.again(past)
     while not problem.budget.met(state.plan):
         keeper = keeper_of(problem, forks, state)
-        if criterion is taylor:
-            scores = taylor(problem, state.plan, state.knowledge, keeper)
+        if criterion in (taylor, taylor_per_sample):
+            scores = criterion(problem, state.plan, state.knowledge, keeper)  # type: ignore[call-arg]
         else:
             scores = criterion(problem, state.plan, state.knowledge)
         found = (propose(problem, state, group, scores[group], pace, details) for group in problem.rules)

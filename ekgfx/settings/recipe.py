@@ -97,7 +97,9 @@ class Search:
     target: str | None = None
     latency_table: str | None = None
     strategy: Literal["ekg", "global", "uniform"] = "ekg"
-    importance: Literal["taylor", "magnitude", "fpgm", "bn-scale", "hessian", "lamp", "random"] = "taylor"
+    importance: Literal["taylor", "taylor-per-sample", "magnitude", "fpgm", "bn-scale", "hessian", "lamp", "random"] = (
+        "taylor"
+    )
     knowledge: Literal["ensemble", "single", "none"] = "ensemble"
     step: float = 0.2
     accept: int | None = None

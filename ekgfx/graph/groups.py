@@ -17,6 +17,10 @@ from ekgfx.graph.axis_graph import AxisGraph, Operation
 from ekgfx.graph.cost import Products, evaluate
 from ekgfx.graph.plan import Plan
 
+CONVOLUTIONS = "aten.conv"
+CHANNEL_NORMS = frozenset({"aten.batch_norm.default", "aten.instance_norm.default"})
+"""Norms whose statistics are those of each channel alone."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -214,7 +218,7 @@ def _governed_macs(graph: AxisGraph, macs_of: Mapping[str, Products]) -> dict[Ax
 
 
 def _gates(graph: AxisGraph, axis: Axis, producers: list[Operation]) -> tuple[Gate, ...]:
-    nodes = dict.fromkeys(_end_of_chain(graph, axis, operation.node) for operation in producers)
+    nodes = dict.fromkeys(end for operation in producers for end in _ends_of_chain(graph, axis, operation.node))
     gates = []
     for node in nodes:
         dims = graph.dims[node.name]
@@ -225,8 +229,11 @@ def _gates(graph: AxisGraph, axis: Axis, producers: list[Operation]) -> tuple[Ga
     return tuple(gates)
 
 
-def _end_of_chain(graph: AxisGraph, axis: Axis, node: fx.Node) -> fx.Node:
-    """Follow a producer's value through operators that only carry it, up to where others or several read it.
+def _ends_of_chain(graph: AxisGraph, axis: Axis, node: fx.Node) -> Iterator[fx.Node]:
+    """Follow a producer's value through operators that leave its channels apart, up to where others or several read it.
+
+    Where all that reads it leads to norms of single channels, the ends are behind these: such a norm takes a
+    channel's scale away, so that Σ (∂ℛ/∂y)·y, the derivative by that scale, is zero for all that comes before it.
 
     Of a producer with several outputs (a recurrent layer) it is the first that counts.
     """
@@ -235,12 +242,46 @@ def _end_of_chain(graph: AxisGraph, axis: Axis, node: fx.Node) -> fx.Node:
     while len(node.users) == 1:
         (user,) = node.users
         operation = graph.operation(user)
-        if operation is None or not operation.effect.carries or isinstance(graph.dims[user.name], list):
-            break
-        if not any(axis in set(axes(dim)) for dim in graph.dims[user.name]):
+        own = operation is not None and (operation.effect.carries or str(operation.target).startswith(CONVOLUTIONS))
+        if not own or not _leaves_apart(graph, axis, node, user):
             break
         node = user
-    return node
+    norms = _norms_behind(graph, axis, node)
+    for norm in norms:
+        yield from _ends_of_chain(graph, axis, norm)
+    if not norms:
+        yield node
+
+
+def _leaves_apart(graph: AxisGraph, axis: Axis, value: fx.Node, node: fx.Node) -> bool:
+    """Whether each channel of a value goes on by itself in an operator that reads it. A convolution may have kernels of
+    their own for the channels (a depthwise one, or one of as many groups)."""
+    operation = graph.operation(node)
+    if operation is None or isinstance(graph.dims[node.name], list):
+        return False
+    weight = operation.args.get("weight")
+    if str(operation.target).startswith(CONVOLUTIONS) and isinstance(weight, fx.Node):
+        summed = set(axes(graph.dims[weight.name][1]))
+        return operation.args["input"] is value and axis not in summed
+    return operation.effect.produces is None and any(axis in set(axes(dim)) for dim in graph.dims[node.name])
+
+
+def _norms_behind(graph: AxisGraph, axis: Axis, node: fx.Node) -> list[fx.Node]:
+    """The norms of single channels that a value leads to, channel by channel; none where it leads elsewhere, too."""
+    norms, seen, left = dict[fx.Node, None](), {node}, [node]
+    while left:
+        value = left.pop()
+        if not value.users:
+            return []
+        for user in value.users:
+            if not _leaves_apart(graph, axis, value, user):
+                return []
+            if str(user.target) in CHANNEL_NORMS:
+                norms[user] = None
+            elif user not in seen:
+                seen.add(user)
+                left.append(user)
+    return list(norms)
 
 
 def _prunable_share(graph: AxisGraph, places: Mapping[Axis, list[Place]]) -> float:

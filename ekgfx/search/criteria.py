@@ -7,13 +7,14 @@ from torch import Tensor
 
 from ekgfx.graph.plan import Plan
 from ekgfx.search import importance_peers
-from ekgfx.search.importance import Criterion, Scores, at_random, channel_index, taylor
+from ekgfx.search.importance import Criterion, Scores, at_random, channel_index, taylor, taylor_per_sample
 from ekgfx.search.importance_peers import rows_of
 from ekgfx.search.problem import Problem
 from ekgfx.search.reward import Knowledge
 
 IMPORTANCE: Mapping[str, Criterion] = {
     "taylor": taylor,
+    "taylor-per-sample": taylor_per_sample,
     "magnitude": importance_peers.magnitude,
     "fpgm": importance_peers.fpgm,
     "bn-scale": importance_peers.bn_scale,
@@ -21,7 +22,7 @@ IMPORTANCE: Mapping[str, Criterion] = {
     "lamp": importance_peers.lamp,
     "random": at_random,
 }
-NEEDS_DATA = ("taylor", "hessian")
+NEEDS_DATA = ("taylor", "taylor-per-sample", "hessian")
 
 
 def of_weights(score: Callable[[Tensor], Tensor]) -> Criterion:

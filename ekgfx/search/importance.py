@@ -6,10 +6,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ekgfx.axes import Axis, membership, positions
+from ekgfx.axes import Axis, axes, membership, positions
 from ekgfx.data.base import generator
 from ekgfx.distributed.team import team
 from ekgfx.execution.subnetwork import SubNetwork
+from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.groups import ChannelGroup
 from ekgfx.graph.plan import Plan
 from ekgfx.search.forks import Keeper
@@ -26,11 +27,19 @@ Criterion = Callable[[Problem, Plan, Knowledge | None], Scores]
 """Scores the channels of the current sub-network, given its plan and the knowledge T."""
 
 
-def taylor(problem: Problem, plan: Plan, knowledge: Knowledge | None, keeper: Keeper | None = None) -> Scores:
+def taylor(
+    problem: Problem,
+    plan: Plan,
+    knowledge: Knowledge | None,
+    keeper: Keeper | None = None,
+    *,
+    per_sample: bool = False,
+) -> Scores:
     """S_c = Σ_batches Σ_places |Σ_{batch, space} (∂ℛ/∂y_c)·y_c| at the activations that carry the group (eq. 9).
 
     A group that no activation carries takes Σ |∂ℛ/∂θ·θ| over its parameters instead, summed per channel.
     keeper: takes values of the forward passes, which are those of the sub-network's evaluation.
+    per_sample: see `taylor_per_sample`.
     """
     network = problem.network(plan)
     if problem.computing.amp == "fp16":
@@ -53,7 +62,10 @@ def taylor(problem: Problem, plan: Plan, knowledge: Knowledge | None, keeper: Ke
             negative = problem.objective.terms(output, batch.target, target)[1]
         if keeper is not None:
             keeper.take(number, values)
-        changes, gradients = changes_at(negative, {p: values[p[0]] for p in places}, [network.weights[n] for n in bare])
+        rows = {p: samples_along(problem.traced, p[0], batch.samples) if per_sample else None for p in places}
+        changes, gradients = changes_at(
+            negative, {p: values[p[0]] for p in places}, [network.weights[n] for n in bare], rows
+        )
         share = problem.objective.share(batch, problem.batches)
 
         for group in groups:
@@ -61,17 +73,30 @@ def taylor(problem: Problem, plan: Plan, knowledge: Knowledge | None, keeper: Ke
                 if (gate.node, gate.dim) in changes:
                     index = gate.index[positions(problem.traced.dims[gate.node][gate.dim], kept)]  # type: ignore[arg-type]
                     sums = changes[gate.node, gate.dim]
-                    scores[group.name] += share * by_channel(sums, index, group.size).abs()
+                    scores[group.name] += share * by_channel(sums, index, group.size).abs().sum(0)
             for name, dim in carriers(group).items() if not group.gates else ():
                 gradient = gradients[bare.index(name)]
                 if gradient is not None:
                     index = channel_index(problem, name, dim, group.axis, kept)
                     change = (gradient * network.weights[name].detach()).abs()
                     sums = over_samples(by_sample(change, dim), dim).cpu()
-                    scores[group.name] += share * by_channel(sums, index, group.size)
+                    scores[group.name] += share * by_channel(sums[None], index, group.size)[0]
     whole = sum(team().gathered(torch.stack(found)))  # batch after batch, whoever computed them
     assert isinstance(whole, Tensor)
     return dict(zip((g.name for g in groups), whole.split([g.size for g in groups]), strict=True))
+
+
+def taylor_per_sample(
+    problem: Problem, plan: Plan, knowledge: Knowledge | None, keeper: Keeper | None = None
+) -> Scores:
+    """S_c = Σ_samples Σ_places |Σ_space (∂ℛ/∂y_c)·y_c|: as `taylor`, but what a channel does to one sample is not made
+    up for by what it does to another.
+
+    The sum over samples is how ℛ changes with the channel's scale. Training has brought that to about zero, whatever
+    the channel is worth. Source: Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient
+    Inference (ICLR 2017), whose criterion is the mean of the absolute values.
+    """
+    return taylor(problem, plan, knowledge, keeper, per_sample=True)
 
 
 def at_random(problem: Problem, plan: Plan, knowledge: Knowledge | None) -> Scores:
@@ -87,12 +112,29 @@ def at_random(problem: Problem, plan: Plan, knowledge: Knowledge | None) -> Scor
 Place = tuple[str, int]
 """An activation and one of its dimensions."""
 
+Rows = tuple[int, int, int]
+"""Where the samples of an activation are: their dimension, their number, and neighbouring positions of one sample."""
+
+
+def samples_along(graph: AxisGraph, node: str, samples: int) -> Rows | None:
+    """Where an activation's samples are; None for one that has none, which is the same for all of them."""
+    dims = graph.dims[node]
+    for d, dim in enumerate(dims if isinstance(dims, tuple) else ()):
+        if graph.batch in axes(dim):
+            index = membership(dim, graph.batch)
+            return d, samples, int((index == index[0]).cummin(0).values.sum())
+    return None
+
 
 def changes_at(
-    negative: Tensor, places: Mapping[Place, Tensor], others: Sequence[Tensor]
+    negative: Tensor,
+    places: Mapping[Place, Tensor],
+    others: Sequence[Tensor],
+    rows: Mapping[Place, Rows | None] | None = None,
 ) -> tuple[dict[Place, Tensor], Sequence[Tensor | None]]:
-    """Σ (∂ℛ/∂y)·y for every position along a dimension of an activation y, for all places that ℛ depends on: float64,
-    on the CPU; and the gradients of `others`.
+    """Σ (∂ℛ/∂y)·y for every position along a dimension of an activation y, for all places that ℛ depends on: 1 ×
+    positions, or rows × positions where `rows` says which sums are taken by themselves; float64, on the CPU. And the
+    gradients of `others`.
 
     The gradient of an activation is looked at when it comes by, while it is in the cache, and is not kept: all of them
     together would take as much memory as the activations do.
@@ -103,7 +145,11 @@ def changes_at(
     def look(value: Tensor, gradient: Tensor) -> None:
         for place, other in places.items():
             if other is value:
-                sums[place] = products_along(gradient, value.detach(), place[1])
+                apart = None if rows is None else rows[place]
+                if apart is None:
+                    sums[place] = products_along(gradient, value.detach(), place[1])[None]
+                else:
+                    sums[place] = products_apart(gradient * value.detach(), place[1], apart)
 
     ends = [value for value in values.values() if value.is_leaf]
     hooks = [value.register_hook(partial(look, value)) for value in values.values() if not value.is_leaf]
@@ -113,9 +159,11 @@ def changes_at(
     for value, gradient in zip(ends, gradients, strict=False):
         if gradient is not None:
             look(value, gradient)
-    lengths = [len(each) for each in sums.values()]
-    found = torch.cat([negative.new_zeros(0, dtype=torch.float64), *sums.values()]).cpu()  # the device is asked once
-    return dict(zip(sums, found.split(lengths), strict=True)), gradients[len(ends) :]
+    shapes = [each.shape for each in sums.values()]
+    flat = [negative.new_zeros(0, dtype=torch.float64), *(each.flatten() for each in sums.values())]
+    found = torch.cat(flat).cpu().split([shape.numel() for shape in shapes])  # the device is asked once
+    tables = [each.view(shape) for each, shape in zip(found, shapes, strict=True)]
+    return dict(zip(sums, tables, strict=True)), gradients[len(ends) :]
 
 
 def differentiable(network: SubNetwork, names: Iterable[str]) -> SubNetwork:
@@ -133,6 +181,15 @@ def products_along(a: Tensor, b: Tensor, dim: int) -> Tensor:
     return over_samples(parts[0] if len(parts) == 1 else torch.cat(parts), dim)
 
 
+def products_apart(products: Tensor, dim: int, rows: Rows) -> Tensor:
+    """Sums of the products over all but samples and `dim`: samples × positions along `dim`, in float64."""
+    at, samples, run = rows
+    rest = [d for d in range(products.dim()) if d not in (at, dim)]
+    table = (products.sum(rest) if rest else products).to(torch.float64)
+    table = table if at < dim else table.T
+    return table.reshape(-1, samples, run, table.shape[1]).sum((0, 2))
+
+
 def by_sample(values: Tensor, dim: int) -> Tensor:
     """Sums over everything but samples and `dim`, in the values' own precision, which is quick."""
     rest = [d for d in range(1, values.dim()) if d != dim]
@@ -146,9 +203,9 @@ def over_samples(part: Tensor, dim: int) -> Tensor:
 
 
 def by_channel(sums: Tensor, index: Tensor, size: int) -> Tensor:
-    """The sums of positions as those of channels. index: channel of each position, −1 for none."""
+    """Rows of the sums of positions as rows of those of channels. index: channel of each position, −1 for none."""
     own = index >= 0
-    return torch.zeros(size, dtype=torch.float64).index_add_(0, index[own], sums[own])
+    return torch.zeros(len(sums), size, dtype=torch.float64).index_add_(1, index[own], sums[:, own])
 
 
 def carriers(group: ChannelGroup) -> dict[str, int]:

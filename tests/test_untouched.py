@@ -308,3 +308,29 @@ def test_a_loaded_model_fills_its_caches_from_the_loaded_weights(tmp_path) -> No
     again = ekgfx.load(tmp_path / "run", model=Yolov5, example_inputs=(x,))
     with torch.no_grad():
         assert torch.equal(again(x), pruned(x))
+
+
+class Registry(OrderedDict):
+    """Makes a new one of what stands in it when asked, as a library's table of activations does."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)()
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value if isinstance(value, type) else type(value))
+
+
+ACTIVATIONS = Registry(relu=nn.ReLU, gelu=nn.GELU)
+
+
+def test_a_registry_keeps_what_stands_in_it() -> None:
+    class Named(Base):
+        def keep(self, y: Tensor) -> Tensor:
+            ACTIVATIONS.move_to_end("relu")
+            ACTIVATIONS[f"seen {len(ACTIVATIONS)}"] = nn.ReLU
+            return ACTIVATIONS["gelu"](y)
+
+    model, x = Named().eval(), torch.randn(2, 3, 8, 8)
+    traced = ekgfx.trace(model, x)
+    ekgfx.prune(model, PLAN, traced)
+    assert list(OrderedDict.items(ACTIVATIONS)) == [("relu", nn.ReLU), ("gelu", nn.GELU)]

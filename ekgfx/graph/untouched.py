@@ -8,7 +8,7 @@ import contextlib
 import functools
 import operator
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator, Mapping
 from copy import copy, deepcopy
 from enum import Enum
@@ -139,7 +139,7 @@ def _reachable(model: nn.Module) -> tuple[list[Any], list[tuple[Tensor, bool]]]:
                 following += [m for kind in own for m in vars(kind).values() if isinstance(m, types.FunctionType)]
         elif isinstance(value, dict):
             holders.append(value)
-            following = list(value.values())
+            following = [held for _, held in _items(value)]
         elif isinstance(value, _CONTAINERS):
             holders.append(value)
             following = [] if isinstance(value, bytearray) else list(value)
@@ -177,10 +177,22 @@ def _known_to(value: Any) -> list[Any]:
 def _contents(holder: Any) -> Any:
     if isinstance(holder, np.ndarray):
         return holder.copy()
-    for kind in (dict, set, bytearray):
+    if isinstance(holder, dict):
+        return dict(_items(holder))
+    for kind in (set, bytearray):
         if isinstance(holder, kind):
             return kind(holder)  # type: ignore[arg-type]
     return list(holder)
+
+
+def _plain(holder: dict[Any, Any]) -> type[dict[Any, Any]]:
+    """The class whose methods see what a dictionary holds: one that a user derived may make something of it when it is
+    asked, as a registry that calls what stands in it."""
+    return OrderedDict if isinstance(holder, OrderedDict) else dict
+
+
+def _items(holder: dict[Any, Any]) -> list[tuple[Any, Any]]:
+    return list(_plain(holder).items(holder))
 
 
 def _put_back(holder: Any, before: Any) -> None:
@@ -189,9 +201,12 @@ def _put_back(holder: Any, before: Any) -> None:
         if holder.tobytes() != before.tobytes():
             holder[...] = before
     elif isinstance(holder, dict):
-        if (holder or before) and not (_identical(holder, before) and _identical(holder.values(), before.values())):
-            holder.clear()
-            holder.update(before)
+        now = _items(holder)
+        if not _identical([part for pair in now for part in pair], [part for pair in before.items() for part in pair]):
+            kind = _plain(holder)
+            kind.clear(holder)
+            for key, value in before.items():
+                kind.__setitem__(holder, key, value)
     elif isinstance(holder, set):
         if {*map(id, holder)} != {*map(id, before)}:
             holder.clear()

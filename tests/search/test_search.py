@@ -282,7 +282,7 @@ def test_a_budget_as_people_write_it(keep: float | str) -> None:
     assert asked.settings["budget"]["keep"] == 0.55
     for wrong, says in (
         ("half", "'half' is no fraction and no amount; write what is kept as 0.55 or 55%"),
-        (55, "did you mean 0.55?"),
+        (55, "did you mean 55%?"),
     ):
         with pytest.raises((RecipeError, BudgetError), match=re.escape(says)):
             search(traced, flops=wrong, strategy="uniform", importance="magnitude")

@@ -28,9 +28,12 @@ def corrected(old: Statistics, full: Statistics, cut: Statistics, eps: float) ->
         mean = cut.mean + (old.mean − full.mean) · sqrt((cut.var + eps) / (full.var + eps))
 
     So nothing changes, to the bit, where the cut changed nothing; the result is `cut` where the old averages are those
-    of the images; and a channel that the cut only scaled is normalized as before.
+    of the images; and a channel that the cut only scaled is normalized as before. Where old averages are not finite
+    (a variance that half precision cannot hold), `cut` takes their place.
     """
     before = full.var + eps
     gain = torch.where(before > 0, (cut.var + eps) / before, torch.ones_like(before))
     var = (old.var + (old.var + eps) * (gain - 1)).clamp_min(0)
-    return Statistics(old.mean + (cut.mean - full.mean) + (old.mean - full.mean) * (gain.sqrt() - 1), var)
+    mean = old.mean + (cut.mean - full.mean) + (old.mean - full.mean) * (gain.sqrt() - 1)
+    known = old.mean.isfinite() & old.var.isfinite()
+    return Statistics(torch.where(known, mean, cut.mean), torch.where(known, var, cut.var))

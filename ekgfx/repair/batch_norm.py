@@ -54,11 +54,13 @@ def settle(
     own = {name: tensor.clone() for name, tensor in state(network).items()}
     best, share, way = judge(network), 0.0, ""
     chosen: dict[str, Tensor] = {}
+    failed: list[str] = []
     for name, estimate in ways.items():
         try:
             fitted = _estimated(network, own, estimate, images.fit)
         except DataError as error:
-            return Settled(0.0, best, note=f"BatchNorm keeps its statistics: {error}")
+            failed.append(str(error))
+            continue
         for blend in SHARES if fitted else ():
             mixed = _mixed(own, fitted, blend)
             write(network, mixed)
@@ -68,7 +70,8 @@ def settle(
         write(network, own)
     write(network, chosen)
     if not share:
-        return Settled(0.0, best)
+        note = f"BatchNorm keeps its statistics: {failed[-1]}" if len(failed) == len(ways) else None
+        return Settled(0.0, best, note=note)
     everything = _estimated(network, {**own, **chosen}, ways[way], images.whole())
     write(network, _mixed(own, everything, share))
     if best.better(judge(network)):

@@ -101,9 +101,8 @@ def _averages(norm: nn.Module) -> Statistics:
     mean, var = norm._buffers.get("running_mean"), norm._buffers["running_var"]
     assert var is not None  # `norms` have one
     wide = torch.float64 if var.device.type == "cpu" or var.dtype == torch.float64 else torch.float32
-    return _each(
-        Statistics(torch.zeros_like(var) if mean is None else mean, var), lambda value: value.to(wide, copy=True)
-    )
+    mean = torch.zeros_like(var) if mean is None else mean
+    return _each(Statistics(mean, var), lambda value: value.to(wide, copy=True))
 
 
 def _write(norm: nn.Module, found: Statistics) -> None:

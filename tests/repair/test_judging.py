@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 
 import ekgfx
 from ekgfx import data
-from ekgfx.errors import PruneError
+from ekgfx.errors import DataError, PruneError
 from ekgfx.models import digits_cnn
-from ekgfx.repair.batch_norm import settle
+from ekgfx.repair.batch_norm import Estimate, settle
 from ekgfx.repair.images import gather
 from ekgfx.repair.judge import Judge, Judgement
 from ekgfx.repair.moments import Moments
@@ -240,6 +241,31 @@ def distance(network: nn.Module, mean: Tensor) -> Judgement:
     return Judgement(float((network[1].running_mean - mean).abs().sum()), None)
 
 
+def anew(network: nn.Module) -> dict[str, Estimate]:
+    return {"re-estimated": lambda batches: ekgfx.calibrate(network, batches)}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "way", "share"), [(2.0, "corrected", 1.0), (2.5, "re-estimated", 0.5), (-1, None, 0)]
+)
+def test_the_way_and_the_share_of_statistics_are_chosen_together(wanted: float, way: str | None, share: float) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+
+    def impossible(batches: list[Any]) -> None:
+        raise DataError("no statistics")
+
+    ways: dict[str, Estimate] = {
+        "impossible": impossible,
+        "corrected": lambda batches: network[1].running_mean.fill_(2.0),
+        "re-estimated": lambda batches: network[1].running_mean.fill_(5.0),
+    }
+    images = gather(torch.randn(26, 3, 6, 6), 8, 256, CPU)
+    with torch.no_grad():
+        settled = settle(network, lambda module: distance(module, torch.full((8,), wanted)), images, ways)
+    assert (settled.way, settled.share, settled.note) == (way, share, None)
+    assert (network[1].running_mean == max(wanted, 0)).all()
+
+
 @pytest.mark.parametrize("wanted", ["fit", "all"])
 def test_statistics_are_chosen_without_the_images_that_judge_and_taken_of_all(wanted: str) -> None:
     """The judge wants one of two means: that of the fitted images, or that of all. What it says of the share is of the
@@ -250,7 +276,7 @@ def test_statistics_are_chosen_without_the_images_that_judge_and_taken_of_all(wa
     means = {"fit": torch.cat([args[0] for args in images.fit]), "all": x}
     with torch.no_grad():
         means = {name: network[0](part).mean((0, 2, 3)) for name, part in means.items()}
-        settled = settle(network, lambda module: distance(module, means[wanted]), images)
+        settled = settle(network, lambda module: distance(module, means[wanted]), images, anew(network))
     assert settled.share == 1.0
     torch.testing.assert_close(network[1].running_mean, means[wanted])
     assert settled.judgement.error == pytest.approx(float((means["fit"] - means[wanted]).abs().sum()), abs=1e-12)
@@ -267,7 +293,7 @@ def test_statistics_that_are_not_finite_are_replaced() -> None:
         def judge(module: nn.Module) -> Judgement:
             return distance(module, mean) if bool(module(x).isfinite().all()) else Judgement(None, None)
 
-        settled = settle(network, judge, gather(x, 8, 256, CPU))
+        settled = settle(network, judge, gather(x, 8, 256, CPU), anew(network))
     assert settled.share == 1.0 and bool(network[1].running_var.isfinite().all())
 
 

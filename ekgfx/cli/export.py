@@ -6,6 +6,8 @@ from pathlib import Path
 import click
 
 from ekgfx.base.files import replacing
+from ekgfx.cli.options import at_budget
+from ekgfx.runs import directory
 from ekgfx.runs.directory import MANIFEST, Run, newest, read_manifest
 
 
@@ -39,6 +41,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     help="Where to time; repeatable  [default: all of onnxruntime's that are present]; torch and torch-compile time "
     "PyTorch itself, on the CPU.",
 )
+@at_budget
 @click.option("--no-latency", is_flag=True, help="Export and check only.")
 @click.option("--opset", type=int, help="ONNX operator set  [default: the exporter's]")
 def export(
@@ -49,6 +52,7 @@ def export(
     providers: tuple[str, ...],
     no_latency: bool,
     opset: int | None,
+    **budget: float | str | None,
 ) -> None:
     """Write the network of RUN (the newest one by default) as ONNX, check it against PyTorch and time it."""
     if run is None and file and (Path(file) / MANIFEST).is_file():
@@ -63,6 +67,7 @@ def export(
         run = newest()
         click.echo(f"run {run}, the newest one", err=True)
     read_manifest(run)
+    run = directory.at_budget(run, budget)
     from ekgfx.cli.progress import Terminal
     from ekgfx.cli.render import out
     from ekgfx.export import latency_table, parity_text

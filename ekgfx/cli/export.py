@@ -6,6 +6,8 @@ from pathlib import Path
 import click
 
 from ekgfx.base.files import replacing
+from ekgfx.cli.options import at_budget
+from ekgfx.runs import directory
 from ekgfx.runs.directory import MANIFEST, Run, newest, read_manifest
 
 
@@ -46,6 +48,7 @@ def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> 
     "PyTorch itself, on the CPU.",
 )
 @click.option("--threads", type=click.IntRange(1), help="CPU threads to time on  [default: all; with --int8 one]")
+@at_budget
 @click.option("--no-latency", is_flag=True, help="Export and check only.")
 @click.option("--opset", type=int, help="ONNX operator set  [default: the exporter's]")
 def export(
@@ -58,6 +61,7 @@ def export(
     threads: int | None,
     no_latency: bool,
     opset: int | None,
+    **budget: float | str | None,
 ) -> None:
     """Write the network of RUN (the newest one by default) as ONNX, check it against PyTorch and time it."""
     if int8 and (fp16 or set(providers) - {"cpu"}):
@@ -74,6 +78,7 @@ def export(
         run = newest()
         click.echo(f"run {run}, the newest one", err=True)
     read_manifest(run)
+    run = directory.at_budget(run, budget)
     from ekgfx.cli.progress import Terminal
     from ekgfx.cli.render import out
     from ekgfx.export import latency_table, parity_text, precisions_table

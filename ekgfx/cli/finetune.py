@@ -6,7 +6,8 @@ from typing import Any
 import click
 
 from ekgfx.base import named
-from ekgfx.cli.options import given, logs, setting, training
+from ekgfx.cli.options import at_budget, given, logs, setting, training
+from ekgfx.runs import directory
 from ekgfx.runs.directory import Run, read_manifest
 
 
@@ -21,11 +22,20 @@ from ekgfx.runs.directory import Run, read_manifest
 @training
 @setting("finetune.amp", "--amp", help="Half precision to compute in.")
 @setting("device", "--device", metavar="auto|cpu|cuda[:N]", help="Where to compute.")
+@at_budget
 @logs
-def finetune(run: Path, logger: str | None, **flags: Any) -> None:
+def finetune(
+    run: Path,
+    logger: str | None,
+    flops: float | str | None,
+    params: float | str | None,
+    latency: float | str | None,
+    **flags: Any,
+) -> None:
     """Fine-tune the network of RUN with its memory bank, or go on where that was interrupted."""
     changes = given(flags)
     read_manifest(run)
+    run = directory.at_budget(run, {"flops": flops, "params": params, "latency": latency})
     named.check_data(changes.get("data"))
     if "data" in changes:
         changes["data"] = named.absolute(changes["data"])

@@ -2,7 +2,7 @@
 
 import typing
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import click
 import yaml
@@ -10,6 +10,7 @@ import yaml
 from ekgfx.base.units import fraction_of
 from ekgfx.errors import RecipeError
 from ekgfx.settings import recipe
+from ekgfx.settings.budgets import BUDGETS
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -125,15 +126,28 @@ class _Numbers(click.ParamType):
 
 
 class _Amount(click.ParamType):
-    """A fraction, or an amount as text, which the recipe knows or refuses."""
+    """A fraction, or an amount as text, or several with commas, which the recipe knows or refuses."""
 
     name = "amount"
 
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> float | str:
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        if "," in str(value):
+            return tuple(self.convert(part, parameter, context) for part in str(value).split(","))
         try:
-            return cast(float, fraction_of(str(value)))
+            return fraction_of(str(value))
         except RecipeError:
-            return str(value)
+            return str(value).strip()
+
+
+AMOUNT = _Amount()
+
+
+def at_budget(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags that name one of the budgets of RUN."""
+    for key in reversed(BUDGETS):
+        said = "Of a run of several budgets, the network of this one." if key == "flops" else "Likewise."
+        command = click.option(f"--{key}", type=AMOUNT, metavar="BUDGET", help=said)(command)
+    return command
 
 
 class _Number(click.ParamType):
@@ -154,7 +168,7 @@ def _type(hint: Any) -> Any:
     ):  # `int | Literal["auto"] | None`
         return _Number()
     if {float, str} <= set(arguments):
-        return _Amount()
+        return AMOUNT
     if origin is not tuple and any(typing.get_origin(part) is tuple for part in arguments):
         return _Numbers()
     if origin is not None:  # `int | None`, `tuple[str, ...]`

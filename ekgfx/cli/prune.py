@@ -12,6 +12,7 @@ from ekgfx.cli.options import given, images, logs, setting, training
 from ekgfx.errors import RecipeError
 from ekgfx.runs.directory import Run, fresh_path, read_manifest
 from ekgfx.settings import recipe as recipes
+from ekgfx.settings.budgets import BUDGETS, label_of
 from ekgfx.settings.preprocessing import Preprocessing
 from ekgfx.settings.recipe import Recipe
 
@@ -21,7 +22,12 @@ log = logging.getLogger("ekgfx")
 @click.command()
 @click.argument("model", required=False)
 @click.option("--recipe", metavar="NAME|FILE", help="Start from a recipe; every other flag overrides it.")
-@setting("search.flops", "--flops", metavar="BUDGET", help="MACs to keep: a fraction (0.55, 55%), or an amount (2.0G).")
+@setting(
+    "search.flops",
+    "--flops",
+    metavar="BUDGET",
+    help="MACs to keep: a fraction (0.55, 55%), or an amount (2.0G); several with commas: a network for each.",
+)
 @setting("search.params", "--params", metavar="BUDGET", help="Parameters to keep: 0.6, 60%, or 5M.")
 @setting("search.latency", "--latency", metavar="BUDGET", help="Time on --target to keep: 0.6, 60%, or 8ms.")
 @setting(
@@ -96,6 +102,12 @@ log = logging.getLogger("ekgfx")
     help="Refit the cut network, in closed form, to what the unpruned one computes on the data's images.",
 )
 @setting("finetune.epochs", "--epochs", help="Epochs of fine-tuning after the search.")
+@setting(
+    "finetune.budgets",
+    "--finetune",
+    metavar="BUDGET",
+    help="Of several budgets, those whose networks are fine-tuned  [default: the tightest].",
+)
 @setting("finetune.lr", "--lr", help="Learning rate of the fine-tuning.")
 @setting("finetune.batch_size", "--batch-size", help="Batch size of the fine-tuning.")
 @training
@@ -183,7 +195,7 @@ def _run(asked: Recipe | None, output: Path | None, resume: Path | None) -> Run:
 def _settings(name: str | None, changes: dict[str, Any]) -> Recipe:
     """What is asked for, with all that can be seen to be wrong without importing torch refused."""
     base = recipes.load(name) if name else Recipe()
-    budgets = [f"search.{key}" for key in recipes.BUDGETS]
+    budgets = [f"search.{key}" for key in BUDGETS]
     if any(key in changes for key in budgets):  # a budget typed replaces the recipe's
         changes = {**dict.fromkeys(budgets), **changes}
     asked = recipes.override(base, changes)
@@ -193,6 +205,7 @@ def _settings(name: str | None, changes: dict[str, Any]) -> Recipe:
         raise RecipeError(
             "no budget: give --flops, --params or --latency, the fraction to keep (0.55 removes 45%) or an amount"
         )
+    assert asked.each  # or it raises
     named.check_model(asked.model)
     named.check_weights(asked.weights)
     settings = read_manifest(Path(asked.model)).get("settings", {}) if Path(asked.model).is_dir() else {}
@@ -248,4 +261,6 @@ def _preview(asked: Recipe) -> None:
     out.print(f"                      parameters {change(full.params, floor.params)}")
     budget = budget_of(traced, asked.search, table_here)
     parts = [f"{part.keep:.1%} of the {part.unit}" for part in budget.parts or (budget,)]
+    if len(points := asked.search.points) > 1:
+        out.print(f"a network for each of {'; '.join(map(label_of, points))}")
     out.print(f"budget: {' and '.join(parts)}; search {asked.search.strategy} on {asked.data or 'photos'}")

@@ -10,7 +10,7 @@ import click
 from ekgfx.base.units import human, percent
 from ekgfx.errors import EkgfxError, RunError
 from ekgfx.runs.directory import MANIFEST, STAGES, read_manifest
-from ekgfx.settings.recipe import BUDGETS
+from ekgfx.settings.budgets import BUDGETS
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -89,7 +89,7 @@ def _read(path: Path) -> dict[str, Any]:
     settings = manifest.get("settings") or {}
     search = settings.get("search") or {}
     asked = {BUDGETS[key]: search[key] for key in BUDGETS if search.get(key) is not None}
-    said = [f"{100 * keep:g}% {unit}" if isinstance(keep, float) else f"{keep} {unit}" for unit, keep in asked.items()]
+    said = [f"{_amount(keep)} {unit}" for unit, keep in asked.items()]
     times = (manifest.get("latency") or {}).get("milliseconds")
     return {
         "made": str(manifest.get("created", ""))[:16].replace("T", " "),
@@ -99,6 +99,12 @@ def _read(path: Path) -> dict[str, Any]:
         "results": manifest.get("results", {}),
         "latency": f"{times['dense']:.3g} → {times['pruned']:.3g} ms" if times else None,
     }
+
+
+def _amount(keep: object) -> str:
+    if isinstance(keep, list):
+        return ", ".join(map(_amount, keep))
+    return f"{100 * keep:g}%" if isinstance(keep, float) else str(keep)
 
 
 def _quality(score: Mapping[str, Any] | None) -> float | None:

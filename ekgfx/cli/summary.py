@@ -9,6 +9,30 @@ from ekgfx.cli.render import change, human, out, percent, table
 from ekgfx.runs.directory import STAGES, read_manifest
 
 
+def show_frontier(path: Path) -> None:
+    """The networks of all budgets beside the unpruned one, where the run has several."""
+    from ekgfx.pipeline.frontier import Frontier
+
+    found = Frontier.of(path)
+    if found is None:
+        return
+    first = found.networks[0]
+    timed = any(network.milliseconds is not None for network in found.networks)
+    rows = []
+    for number, network in enumerate(found.networks):
+        reach = f" ({' – '.join(map(percent, network.interval))})" if network.interval else ""
+        said = [network.label + (" (knee)" if number == found.knee else ""), percent(network.quality) + reach]
+        said += [f"{human(network.macs)} ({network.macs / first.macs:.1%})", human(network.params)]
+        if timed:
+            said.append("–" if network.milliseconds is None else f"{network.milliseconds:.3g} ms")
+        rows.append(tuple(said))
+    columns = ["budget", f"{found.measures} (95%)", "MACs", "parameters", *([found.target] if timed else [])]
+    out.print()
+    out.print(table(None, columns, rows, numbers=range(1, len(columns))))
+    key, _, value = found.networks[1].label.split(",")[-1].partition("=")
+    out.print(f"take one with: ekgfx export {path} --{key} {value}", soft_wrap=True)
+
+
 def show(path: Path) -> None:
     """Accuracy, MACs, parameters and ONNX latency of the run: before → after search → after fine-tuning."""
     manifest = read_manifest(path)
@@ -29,6 +53,7 @@ def show(path: Path) -> None:
     columns = ["", quality, "MACs", "parameters", *(f"ONNX, {case}" for case in cases)]
     if kept:
         columns.insert(4, promise["target"] + (" (predicted)" if promise["measured"] is None else ""))
+    show_frontier(path)
     out.print()
     out.print(table(None, columns, rows, numbers=range(1, len(columns))))
     first, last = results["before"], next(results[name] for name in reversed(STAGES) if name in results)

@@ -20,7 +20,7 @@ from ekgfx.models import source, trust
 from ekgfx.models.source import Built
 from ekgfx.repair.walk import LayerRepair
 from ekgfx.runs import checkpoint
-from ekgfx.runs.directory import Run
+from ekgfx.runs.directory import Run, verify
 from ekgfx.search import NEEDS_DATA, Step
 from ekgfx.search.effort import fitting_batch
 from ekgfx.settings.recipe import Recipe, parse
@@ -110,6 +110,23 @@ class Job:
             trust.check(recipe.model, run.manifest, run.path)
         return cls(run, recipe, report, pick_device(recipe.device))
 
+    def at(self, run: Run, recipe: Recipe) -> "Job":
+        """The job of another budget, on the same model and data."""
+        other = Job(run, recipe, self.report, self.device)
+        other.__dict__ |= {name: getattr(self, name) for name in ("built", "traced", "batch_size", "data")}
+        return other
+
+    @property
+    def dense(self) -> Path | None:
+        """The file of the unpruned model's weights as the search works on them, once there is one: the run's, or that
+        of the run of several budgets that this one is part of."""
+        if self.run.has(DENSE):
+            return self.run.path / DENSE
+        whole = self.run.path.parent.parent
+        if self.run.manifest.get("part_of_several") and (whole / DENSE).exists():
+            return verify(whole, DENSE)
+        return None
+
     @cached_property
     def built(self) -> Built:
         """The unpruned model on the device, with the weights that the search works on once they are known."""
@@ -117,9 +134,9 @@ class Job:
         asked = source.of_recipe(self.recipe)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed)  # for random weights: the same when the run goes on
-            if self.run.has(DENSE):
+            if self.dense is not None:
                 built = checkpoint.build(asked.without_weights())
-                checkpoint.load_tensors(built.model, self.run.path / DENSE)
+                checkpoint.load_tensors(built.model, self.dense)
             else:
                 built = checkpoint.build(asked)
                 origin = checkpoint.origin(asked, built.example_inputs)

@@ -1,5 +1,6 @@
 """The plan of a job: what the search is asked for, what it judges candidates on, and what it found."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -79,11 +80,18 @@ def find_plan(job: Job) -> SearchResult:
         on_step=on_step,
         resume_from=history,
     )
+    if result.points:
+        job.run.update(points=[dict(point.asked) for point in result.points])
+    write_result(job, result)
+    return result
+
+
+def write_result(job: Job, result: SearchResult) -> None:
+    """Writes plan.json: the plan, and all that is known of the search but its steps."""
     facts = {key: value for key, value in result.to_json().items() if key != "steps"}
-    before, after = traced.layer_macs(), traced.layer_macs(result.plan)
+    before, after = job.traced.layer_macs(), job.traced.layer_macs(result.plan)
     layers = [{"name": name, "before": macs, "after": after[name]} for name, macs in before.items()]
     checkpoint.write_plan(job.run, result.plan, reached=result.kept_fraction, search=facts, layers=layers)
-    return result
 
 
 def settings_of(job: Job, accept: int, align: int) -> SearchSettings:
@@ -119,10 +127,16 @@ def read_result(run: Run) -> SearchResult:
     facts = run.read(checkpoint.PLAN).get("search")
     if facts is None:
         raise RunError(f"the run at {run.path} has a plan but no search; make a new run with `ekgfx prune`")
-    result = SearchResult.from_json({**facts, "steps": run.lines(HISTORY)})
+    result = SearchResult.from_json({**facts, "steps": own_steps(run.lines(HISTORY))})
     if result.plan.digest != plan.digest:
         raise RunError(f"{run.path / HISTORY} does not lead to the plan beside it; it was changed since the search")
     return result
+
+
+def own_steps(lines: Sequence[Any]) -> list[Any]:
+    """The lines of history.jsonl that lead to the run's own plan: not to the other ones of several budgets, which
+    plan.json has."""
+    return [line for line in lines if not (isinstance(line, Mapping) and line.get("towards"))]
 
 
 def validation_batches(job: Job) -> list[Any]:

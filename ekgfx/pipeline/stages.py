@@ -18,7 +18,7 @@ from ekgfx import bank
 from ekgfx.base.units import percent
 from ekgfx.distributed.team import team
 from ekgfx.errors import DataError, RecipeError, RunError
-from ekgfx.pipeline import delivery, timing
+from ekgfx.pipeline import delivery, frontier, timing
 from ekgfx.pipeline.job import DENSE, LABEL_FREE, Job, Report, open_data, pick_device
 from ekgfx.pipeline.planning import align_of, find_plan, smallest
 from ekgfx.repair import repair
@@ -52,27 +52,47 @@ def prune_job(run: Run, report: Report) -> None:
     """The whole job of a run, from its settings to the end, or from where it was interrupted."""
     job = Job.of(run, report)
     run.update(status="running")
+    *looser, own = job.recipe.each
     result = to_the_plan(job)
+    for recipe, point in zip(looser, result.points, strict=False):
+        with frontier.run_of(job, recipe, result.at(**point.asked), point) as part:
+            if part.manifest["status"] != "done":
+                report.stage(f"budget {point.label}")
+                finish(job.at(part, recipe), result.at(**point.asked))
+    finish(job.at(run, own) if looser else job, result, "running" if looser else "done")
+    if looser:
+        frontier.compare(job, result)
+        run.update(status="done", error=None)
+
+
+def finish(job: Job, result: SearchResult, status: str = "done") -> None:
+    """The stages from the plan on. status: of the run, afterwards."""
     pruned = cut(job, result)
     timing.keep_promise(job, result.plan, pruned)
     if job.recipe.finetune.epochs:
         train(job, pruned, result)
-    if job.recipe.export.onnx and not run.has(delivery.RESULT):
-        delivery.export_run(run, replace(job.built, model=pruned), job.recipe.export, report)
-    run.update(status="done", error=None)
+    if job.recipe.export.onnx and not job.run.has(delivery.RESULT):
+        delivery.export_run(job.run, replace(job.built, model=pruned), job.recipe.export, job.report)
+    job.run.update(status=status, error=None)
 
 
 def follow_job(run: Run, report: Report) -> None:
     """What other processes than the first do of a job, on a copy of its run: their parts of the search, of the memory
     bank and of the fine-tuning."""
     job = Job.of(run, report)
+    *looser, own = job.recipe.each
     result = to_the_plan(job)
+    if looser:
+        job = job.at(run, own)
     if job.recipe.finetune.epochs:
         train(job, prune(job.built.model, result.plan, job.traced, graphs=settled(job)), result)
 
 
 def to_the_plan(job: Job) -> SearchResult:
     """The stages up to the plan, or what they found before."""
+    *looser, _ = job.recipe.each
+    if team().size > 1 and any(recipe.finetune.epochs for recipe in looser):
+        raise RecipeError("several processes train the network of the tightest budget alone; leave --finetune out")
     if not job.run.has(checkpoint.PLAN):
         keep_what_needs_a_forward(job)
         timing.check_settings(job.recipe.search)
@@ -100,7 +120,7 @@ def finetune_job(run: Run, report: Report, changes: Mapping[str, Any]) -> None:
     stale = set(results) if asked.data != job.recipe.data else {"finetuned"}
     kept = {name: score for name, score in results.items() if name not in stale}
     run.update(settings=asked.to_json(), results=kept, status="running")
-    run.drop(*delivery.FILES)  # they are of the network before
+    run.drop(*delivery.FILES, frontier.FILE)  # they are of the network before
     prune_job(run, report)
 
 
@@ -143,7 +163,7 @@ def keep_what_needs_a_forward(job: Job) -> None:
 def prepare(job: Job) -> None:
     """The weights that the search works on: trained where the recipe says so, then adapted (step 0 of the paper)."""
     recipe, model = job.recipe, job.built.model
-    if job.run.has(DENSE):
+    if job.dense is not None:
         job.keep_score("before", model, None)  # on other data than before, where fine-tuning changed them
         return
     if recipe.pretrain.epochs:
@@ -240,7 +260,7 @@ def repair_job(run: Run, report: Report, changes: Mapping[str, Any]) -> None:
     fresh = set(results) - {"repaired"} if asked.data == job.recipe.data else set()
     kept = {name: score for name, score in results.items() if name in fresh}
     run.update(settings=asked.to_json(), results=kept, status="running")
-    run.drop(checkpoint.WEIGHTS, REPAIR, *delivery.FILES)
+    run.drop(checkpoint.WEIGHTS, REPAIR, *delivery.FILES, frontier.FILE)
     prune_job(run, report)
 
 

@@ -80,6 +80,7 @@ class Facts:
         settings = parse(manifest.get("settings", {}), f"{path}/run.json")
         lines = read_lines(path / planning.HISTORY)
         search, layers = None, ()
+        lines = planning.own_steps(lines)
         steps = tuple(map(Step.from_json, lines))
         if checkpoint.PLAN in manifest["files"]:
             plan = read_json(verify(path, checkpoint.PLAN))

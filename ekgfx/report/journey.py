@@ -10,7 +10,7 @@ from ekgfx.report.facts import Facts
 from ekgfx.report.markup import element
 from ekgfx.report.parts import figure, section, table
 from ekgfx.runs.directory import STAGES
-from ekgfx.settings.recipe import BUDGETS
+from ekgfx.settings.budgets import BUDGETS
 
 
 def search(facts: Facts) -> Element | None:

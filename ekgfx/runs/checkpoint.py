@@ -24,7 +24,7 @@ from ekgfx.errors import ModelError, PlanError, RunError
 from ekgfx.graph.plan import Plan, as_plan, rounds_of
 from ekgfx.models import trust
 from ekgfx.models.source import AS_THE_MODEL_SAYS, Built, Source
-from ekgfx.runs.directory import FORMAT, MANIFEST, Run, check_format, read_manifest, verify
+from ekgfx.runs.directory import FORMAT, MANIFEST, Run, at_budget, check_format, read_manifest, verify
 from ekgfx.surgery.cut import prune
 from ekgfx.tracing.trace import silently_traced
 
@@ -85,6 +85,7 @@ def load(
     example_inputs: Example | None = None,
     *,
     also: Sequence[Any] = (),
+    **budget: float | str,
 ) -> nn.Module:
     """The pruned model saved in the folder `path`, in evaluation mode.
 
@@ -95,12 +96,15 @@ def load(
         example_inputs: inputs to trace the original with, where nothing else says them: a tensor, a tuple, or a mapping
             of inputs by name.
         also: further calls, as in `trace`, where the plan was made with such.
+        budget: of a run of several budgets the one whose network is loaded, such as `flops=0.75`; the tightest's by
+            default.
 
     Raises:
+        BudgetError: the run has no such budget.
         RunError: a file is missing, was changed or cut short, is of a newer format, or its weights do not fit.
         PlanError: the plan belongs to another model.
     """
-    path = Path(path)
+    path = at_budget(Path(path), budget)
     return _rebuild(path, _recorded(path) if model is None else _called(path, model, example_inputs), also).model
 
 

@@ -30,9 +30,12 @@ from ekgfx.base.files import (
 )
 from ekgfx.base.schema import read
 from ekgfx.errors import RunError
+from ekgfx.settings.budgets import label_of, which
 
 FORMAT = 1
 MANIFEST = "run.json"
+POINTS = "budgets"
+"""In a run of several budgets: the folder of the runs of all but the tightest, whose network is the run's own."""
 STAGES = {"before": "before", "searched": "after search", "repaired": "after repair", "finetuned": "after fine-tuning"}
 """The keys of run.json's results, in order, and what they are called."""
 _ENTRIES: dict[str, Any] = {
@@ -45,6 +48,8 @@ _ENTRIES: dict[str, Any] = {
     "results": Mapping[str, Mapping[str, Any]],
     "source": Mapping[str, Any] | None,
     "ancestors": tuple[str, ...],
+    "points": tuple[Mapping[str, float | str], ...],
+    "part_of_several": bool,
     "inputs": tuple[tuple[Any, ...], ...] | None,
     "named_inputs": Mapping[str, tuple[Any, ...]],
     "weights": str,
@@ -93,6 +98,19 @@ def verify(path: Path, name: str) -> Path:
     if checksum(file) not in (recorded.get("now"), recorded.get("before")):
         raise RunError(f"{file} was changed or cut short since it was written; restore it, or make the run again")
     return file
+
+
+def at_budget(path: Path, budget: Mapping[str, float | str | None]) -> Path:
+    """The run of one of several budgets in the run at `path`; that one itself where no budget is named.
+
+    Raises BudgetError when the run has no such budget; says which it has.
+    """
+    wanted = {key: asked for key, asked in budget.items() if asked is not None}
+    if not wanted:
+        return path
+    points = read_manifest(path).get("points", ())
+    number = which(points, wanted)
+    return path if number == len(points) - 1 else path / POINTS / label_of(points[number])
 
 
 def newest(root: Path = Path("runs")) -> Path:

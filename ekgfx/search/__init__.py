@@ -20,9 +20,10 @@ from ekgfx.search.ignore import as_patterns, ignored_groups
 from ekgfx.search.latency import LayerTable, Price
 from ekgfx.search.problem import Budget, Computing, Problem, quicker_channels_last, width_rules
 from ekgfx.search.recorder import Recorder
-from ekgfx.search.result import Candidate, Measure, Point, SearchResult, Step, as_steps, label_of
+from ekgfx.search.result import Candidate, Measure, Point, SearchResult, Step, as_steps
 from ekgfx.search.reward import Objective, Reward, evaluate, label_free, validation_batches
 from ekgfx.search.settings import STRATEGIES, SearchOptions, SearchSettings, check_known, name_of
+from ekgfx.settings.budgets import label_of
 from ekgfx.tracing.trace import TracedModel, check_traced
 from ekgfx.training.loss import cross_entropy
 from ekgfx.training.outputs import Logits, finder, logits_of

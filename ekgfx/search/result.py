@@ -7,10 +7,9 @@ from functools import cached_property
 from typing import Any, Self
 
 from ekgfx.base.schema import read, show
-from ekgfx.base.units import budget_of
-from ekgfx.errors import BudgetError, PlanError
+from ekgfx.errors import PlanError
 from ekgfx.graph.plan import Plan
-from ekgfx.settings.recipe import BUDGETS
+from ekgfx.settings.budgets import label_of, which
 
 MOST_CHANNELS = 2**20
 """More than any layer has: a group that claims more is damage."""
@@ -92,11 +91,6 @@ class Point:
     def label(self) -> str:
         """How steps, files and people name it: `flops=0.75`."""
         return label_of(self.asked)
-
-
-def label_of(asked: Mapping[str, float | str]) -> str:
-    """The name of a budget: `flops=0.75`, or `flops=0.75,params=5M`."""
-    return ",".join(f"{key}={value}" for key, value in asked.items())
 
 
 @dataclass(frozen=True)
@@ -201,22 +195,6 @@ class _Told:
     steps: Sequence[Step]
     settings: Mapping[str, Any]
     points: tuple[Point, ...] = ()
-
-
-def which(points: Sequence[Mapping[str, float | str]], wanted: Mapping[str, float | str]) -> int:
-    """The position of the budget `wanted` among those that were asked for, however it is written.
-
-    Raises BudgetError when it is not there; says which are.
-    """
-    unknown = [key for key in wanted if key not in BUDGETS]
-    if unknown or not wanted:
-        raise BudgetError(f"{unknown[0] if unknown else 'nothing'} names no budget: give one of {', '.join(BUDGETS)}")
-    goal = {key: budget_of(key, value) for key, value in wanted.items()}
-    for number, asked in enumerate(points):
-        if all(key in asked and budget_of(key, asked[key]) == size for key, size in goal.items()):
-            return number
-    there = "; ".join(map(label_of, points)) or "none but its own"
-    raise BudgetError(f"no budget {label_of(wanted)} was asked for; there is {there}")
 
 
 def apply_step(plan: Plan, step: Step, sizes: Mapping[str, int]) -> Plan:

@@ -16,6 +16,7 @@ from ekgfx.search.problem import Problem
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.reward import KnowledgeMode
 from ekgfx.settings import recipe
+from ekgfx.settings.budgets import Amounts
 
 Strategy = Callable[[Problem, Criterion, Recorder], None]
 """Leads a search. It is given the problem, the criterion that scores channels, and the recorder, at whose `plan` it
@@ -28,9 +29,9 @@ STRATEGIES = ("ekg", "global", "uniform")
 class SearchOptions(TypedDict, total=False):
     """The keywords of `search` that set a field of `SearchSettings`, for editors and type checkers."""
 
-    flops: recipe.Amounts
-    params: recipe.Amounts
-    latency: recipe.Amounts
+    flops: Amounts
+    params: Amounts
+    latency: Amounts
     strategy: str | Strategy
     importance: str | Criterion
     knowledge: KnowledgeMode

@@ -7,8 +7,8 @@ same form, so that `--resume` needs nothing else.
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +16,9 @@ from typing import Any, Literal
 import yaml
 
 from ekgfx.base.schema import did_you_mean, read
-from ekgfx.base.units import budget_of, bytes_of, fraction_of
+from ekgfx.base.units import bytes_of, fraction_of
 from ekgfx.errors import RecipeError
+from ekgfx.settings.budgets import BUDGETS, Amounts, Point, points_of, several, which
 from ekgfx.settings.preprocessing import Preprocessing
 
 
@@ -63,12 +64,14 @@ class Training:
 @dataclass(frozen=True)
 class Finetune(Training):
     """Training of the pruned network. `teachers`: size of the memory bank; `knowledge`: who they are ("none": no bank);
-    `top_k`: logits that the bank keeps of each image (all by default); `temperature`: T of the guidance."""
+    `top_k`: logits that the bank keeps of each image (all by default); `temperature`: T of the guidance. `budgets`: of
+    a search to several, those whose networks are trained (None: the tightest's)."""
 
     knowledge: Literal["ensemble", "single", "none"] = "ensemble"
     teachers: int = 5
     top_k: int | None = None
     temperature: float | None = None
+    budgets: Amounts = None
 
 
 @dataclass(frozen=True)
@@ -88,14 +91,6 @@ class Repair:
                 )
 
 
-BUDGETS = {"flops": "MACs", "params": "parameters", "latency": "latency"}
-"""The settings that a budget can be given by, and what each is about."""
-
-
-Amounts = Sequence[float | str] | float | str | None
-"""A budget: the fraction to keep, or an amount; or several, each of which gets a network of its own."""
-
-
 @dataclass(frozen=True)
 class SearchSettings:
     """How a plan is searched for; `ekgfx.search.SearchSettings` says what the fields mean."""
@@ -112,30 +107,9 @@ class SearchSettings:
     channels_last: bool | None = None
 
     @property
-    def points(self) -> tuple[Mapping[str, float | str], ...]:
-        """The budgets that are asked for, by their keys: one for each network, the loosest first.
-
-        RecipeError for what is no budget, and for several of which nobody knows how they go together.
-        """
-        given = {key: asked for key in BUDGETS if (asked := getattr(self, key)) is not None}
-        several = {key: tuple(asked) for key, asked in given.items() if isinstance(asked, tuple | list)}
-        single: dict[str, float | str] = {key: asked for key, asked in given.items() if key not in several}
-        for key, one in single.items():
-            budget_of(key, one)
-        if not several:
-            return (single,)
-        if len(several) > 1:
-            raise RecipeError(
-                f"{' and '.join(several)} each name several budgets; give several of one, and of the others at most one"
-            )
-        ((key, amounts),) = several.items()
-        sizes = [budget_of(key, amount) for amount in amounts]
-        if not sizes or len({amount for _, amount in sizes}) > 1 or len(set(sizes)) < len(sizes):
-            raise RecipeError(
-                f"{key} {', '.join(map(str, amounts))}: give several fractions or several amounts, each once"
-            )
-        loosest_first = sorted(zip(sizes, amounts, strict=True), key=lambda pair: -pair[0][0])
-        return tuple({**single, key: amount} for _, amount in loosest_first)
+    def points(self) -> tuple[Point, ...]:
+        """The budgets that are asked for, by their keys: one for each network, the loosest first (`points_of`)."""
+        return points_of({key: asked for key in BUDGETS if (asked := getattr(self, key)) is not None})
 
 
 @dataclass(frozen=True)
@@ -177,7 +151,7 @@ class Search(SearchSettings):
         bytes_of(self.cache)
 
     @property
-    def budgets(self) -> Mapping[str, float | str]:
+    def budgets(self) -> Point:
         """The budgets that are given, by their keys; of several the tightest."""
         return self.points[-1]
 
@@ -233,6 +207,25 @@ class Recipe:
     repair: Repair = field(default_factory=Repair)
     finetune: Finetune = field(default_factory=Finetune)
     export: Export = field(default_factory=Export)
+
+    @property
+    def each(self) -> tuple["Recipe", ...]:
+        """The recipe of the network of each budget, the loosest first. BudgetError for one to train at that is none."""
+        points, wanted = self.search.points, self.finetune.budgets
+        key = several({key: asked for key in BUDGETS if (asked := getattr(self.search, key)) is not None})
+        trained = {len(points) - 1}
+        if wanted is not None and key is None:
+            raise RecipeError("finetune.budgets chooses among the networks of several budgets, and there is one alone")
+        if wanted is not None and key is not None:
+            trained = {which(points, {key: one}) for one in (wanted if isinstance(wanted, tuple | list) else (wanted,))}
+        return tuple(
+            replace(
+                self,
+                search=replace(self.search, **{key: point.get(key) for key in BUDGETS}),  # type: ignore[arg-type]
+                finetune=replace(self.finetune, budgets=None, epochs=self.finetune.epochs if number in trained else 0),
+            )
+            for number, point in enumerate(points)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `parse` reads them back to an equal recipe."""

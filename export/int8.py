@@ -118,6 +118,7 @@ class Quantizer:
                 [],
                 sorted(recipe.keep | self.spared(recipe.scope)),
                 sorted(SCOPES[recipe.scope]),
+                {},
             )
             quantizer.quantize_model()
             quantizer.model.topological_sort()

@@ -19,7 +19,8 @@ from typing import Any
 
 import imagenet_sample
 import torch
-from ekgfx.export import Samples, export_report
+from ekgfx.export import Samples, check_parity, measure_latency, to_fp16, to_int8, to_onnx
+from ekgfx.export.precisions import judge, slower
 from repair import from_history
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -88,25 +89,14 @@ def told(layer: Any, number: int, count: int) -> None:
 
 
 def rows(found: dict[str, Any]) -> list[str]:
-    """The lines of the table, one for each network and precision, as they stand in docs/latency.md."""
-    report = found["report"]
-    timings = {(t["network"], t["batch"]): t for t in report["latency"]["timings"]}
-    ratios = {(s["network"], s["batch"]): s["ratio"] for s in report["latency"]["speedups"]}
+    """The lines of the table, one for each network, as they stand in docs/latency.md."""
     lines = []
-    for variant in report["precisions"]["variants"]:
-        cells = [
-            variant["network"],
-            variant["precision"],
-            f"{variant['score']:.1%}",
-            f"{variant['bytes'] / 1e6:.1f} MB",
-        ]
-        for batch in sorted({batch for _, batch in timings}):
-            key = variant["name"], batch
-            if key not in timings:
-                cells += ["", "", ""]
-                continue
-            ratio = ratios.get(key)
-            cells += [f"{timings[key]['median_ms']:.1f}", f"{timings[key]['p95_ms']:.1f}"]
+    for name, score in found["scores"].items():
+        cells = [name, f"{score:.1%}", f"{found['bytes'][name] / 1e6:.1f} MB"]
+        for measured in found["latency"].values():
+            timing = next(t for t in measured["timings"] if t["network"] == name)
+            ratio = next((s["ratio"] for s in measured["speedups"] if s["network"] == name), None)
+            cells += [f"{timing['median_ms']:.1f}", f"{timing['p95_ms']:.1f}"]
             cells.append("" if ratio is None else f"{ratio['value']:.2f}× ({ratio['low']:.2f}–{ratio['high']:.2f})")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -117,32 +107,46 @@ def main() -> None:
     torch.set_num_threads(1)
     output, work = Path(asked.output), Path(asked.work)
     work.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = read_json(output) if output.exists() else {}
-    settings = {key: getattr(asked, key) for key in ("keep", "batches", "calibration", "test_images", "seed")}
+    found: dict[str, Any] = read_json(output) if output.exists() else {"int8": {}, "latency": {}}
+    settings = {key: getattr(asked, key) for key in ("keep", "calibration", "test_images", "runs", "seconds", "seed")}
     if found.setdefault("settings", settings) != settings:
         raise SystemExit(f"{output} was made with other settings; choose another --output")
+
+    def keep(**parts: Any) -> None:
+        found.update(parts, date=time.strftime("%Y-%m-%d"))
+        write_json(output, found)
+
     setting = imagenet_sample.prepare(asked)
     network, plan, seconds = repaired(setting, asked)
-    found["macs_kept"] = setting.traced.cost(plan).macs / setting.traced.cost().macs
-    found["widths"] = setting.traced.groups.widths(plan)
+    keep(macs_kept=setting.traced.cost(plan).macs / setting.traced.cost().macs)
+    keep(widths=setting.traced.groups.widths(plan))
     if seconds is not None:
-        found["repair_cpu_seconds"] = seconds
-    write_json(output, found)
-    if "report" not in found:
-        seen, unseen = setting.seen[: asked.calibration], setting.unseen
-        report = export_report(
-            setting.traced.model,
-            network,
-            next(setting.batches(unseen))[0][:8],
-            work,
-            batches=asked.batches,
-            int8=Samples(setting.batches(seen), setting.batches(unseen), on_note=lambda text: print(text, flush=True)),
-            runs=asked.runs,
-            seconds=asked.seconds,
-            threads=1,
-        )
-        found |= {"report": report.to_json(), "date": time.strftime("%Y-%m-%d")}
-        write_json(output, found)
+        keep(repair_cpu_seconds=seconds)
+    images = next(setting.batches(setting.unseen))[0][:4]
+    files: dict[str, Path] = {}
+    for name, model in {"dense": setting.traced.model, "pruned": network}.items():
+        files[name], files[f"{name} int8"] = work / f"{name}.onnx", work / f"{name}-int8.onnx"
+        if name not in found["int8"]:
+            to_onnx(model, images, files[name])
+            check_parity(model, files[name], images)
+            seen = setting.batches(setting.seen[: asked.calibration])
+            made = to_int8(files[name], files[f"{name} int8"], seen, most=asked.calibration, on_trial=print)
+            print(made, flush=True)
+            keep(int8={**found["int8"], name: made.to_json()})
+    precisions = {name: "int8" if name.endswith("int8") else "fp32" for name in files}
+    keep(bytes={name: file.stat().st_size for name, file in files.items()})
+    if "scores" not in found:
+        variants = {name: (name, precisions[name], file.name) for name, file in files.items()}
+        scores, _, count = judge(variants, work, Samples([], setting.batches(setting.unseen)))
+        keep(scores=scores, images=count)
+    for batch in asked.batches:
+        if str(batch) not in found["latency"]:
+            options = {"runs": asked.runs, "seconds": asked.seconds, "warmup": 3, "threads": 1}
+            table = measure_latency(files, images, [batch], ["cpu"], precisions, **options)
+            keep(latency={**found["latency"], str(batch): table.to_json()})
+    if "fp16_times_as_slow" not in found:
+        half = to_fp16(files["dense"], work / "dense-fp16.onnx", images)
+        keep(fp16_times_as_slow=slower(half, files["dense"], (images[:1],), 1))
     print(*rows(found), sep="\n")
 
 
@@ -155,10 +159,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", default="int8-work", help="folder for weights and ONNX files")
     parser.add_argument("--keep", type=float, default=0.55)
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8])
-    parser.add_argument("--calibration", type=int, default=128, help="images of the first half; half of them chooses")
+    parser.add_argument("--calibration", type=int, default=64, help="images of the first half; half of them chooses")
     parser.add_argument("--test-images", type=int, default=250)
     parser.add_argument("--runs", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=120.0, help="most, of all timed runs of a batch size")
+    parser.add_argument("--seconds", type=float, default=90.0, help="most, of all timed runs of a batch size")
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -17,7 +17,7 @@ from ekgfx.repair.images import gather
 from ekgfx.repair.judge import Judge, Judgement
 
 from .exporter import write
-from .int8 import METHODS, SCOPES, Quantizer, Recipe, scratch
+from .int8 import METHODS, SCOPES, Quantizer, Recipe, layers, scratch, with_inputs
 from .latency import interleave
 from .processor import no_integer_unit
 from .providers import provider
@@ -129,11 +129,11 @@ def to_int8(
         if best.judged.error is None:
             raise ExportError(f"the INT8 file of {file} gives values that are no numbers; export it in fp32")
         write(ir.from_proto(onnx.load(best.path)), path)
-    recipe, judged = best.recipe, best.judged
+        recipe, judged, kept = best.recipe, best.judged, search.kept(best.recipe)
     return Int8(
         recipe.method,
         recipe.scope,
-        tuple(sorted(recipe.keep)),
+        kept,
         judged.agreement,
         judged.error,
         len(fit),
@@ -173,11 +173,15 @@ class _Search:
         path = self.quantizer.folder / f"{len(self.trials)}.onnx"
         self.quantizer(recipe, path)
         made = _Made(recipe, path, self.judge(onnx_call(path, self.quantizer.threads, self.output)))
-        trial = Trial(recipe.method, recipe.scope, tuple(sorted(recipe.keep)), made.loss, made.judged.error)
+        trial = Trial(recipe.method, recipe.scope, self.kept(recipe), made.loss, made.judged.error)
         self.trials.append(trial)
         if self.told is not None:
             self.told(trial)
         return made
+
+    def kept(self, recipe: Recipe) -> tuple[str, ...]:
+        """The layers with weights that stay in floating point, in order."""
+        return tuple(name for name in layers(self.quantizer.model) if name in recipe.keep)
 
     def scope(self, scopes: Sequence[str]) -> _Made:
         """The fastest of those that are hardly worse than the best one."""
@@ -211,8 +215,9 @@ class _Search:
             return best
         noisy = self.quantizer.noisiest(best.path, self.judge.calls[:SHOWN])
         count = 1
-        while best.loss > ENOUGH and count <= len(noisy) // 2:
-            other = self.made(replace(best.recipe, keep=frozenset(noisy[:count])))
+        while best.loss > ENOUGH and count <= max(1, len(noisy) // 2):
+            keep = with_inputs(self.quantizer.model, noisy[:count])
+            other = self.made(replace(best.recipe, keep=keep))
             if other.loss >= best.loss and count > 1:
                 break
             best = min(best, other, key=lambda made: made.rank)

@@ -48,8 +48,20 @@ METHODS: Mapping[str, tuple[CalibrationMethod, Mapping[str, Any]]] = {
 PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # What hands 8-bit values on as they are, or picks among them.
 _PASSING = frozenset(
-    ("Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Concat", "Split", "Slice", "Gather", "Pad")
-    + ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Resize")
+    {
+        "Relu",
+        "Clip",
+        "MaxPool",
+        "AveragePool",
+        "GlobalAveragePool",
+        "Concat",
+        "Split",
+        "Slice",
+        "Gather",
+        "Pad",
+        "Resize",
+    }
+    | {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"}
 )
 _ALL = frozenset(QDQRegistry) | frozenset(QLinearOpsRegistry)
 
@@ -58,9 +70,9 @@ SCOPES: Mapping[str, frozenset[str]] = {
     "products and sums": (PRODUCTS | _PASSING | {"Add"}) & _ALL,
     "products": (PRODUCTS | _PASSING) & _ALL,
 }
-"""Which operators become INT8. All that onnxruntime knows: softmax, norms and gates as well; without these, whose
-values span more than 8 bits hold; and products with weights alone, so that residual sums stay in floating point, too.
-"""
+"""Which operators become INT8. All that onnxruntime knows, with softmax, norms and gates, whose values may span more
+than 8 bits hold; products with weights and residual sums, so that those and attention stay in floating point; and
+without the sums."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,6 @@ class Quantizer:
 
     def __call__(self, recipe: Recipe, path: Path) -> Path:
         """Writes the network quantized by the recipe; ExportError when onnxruntime cannot."""
-        weights_only = {"MatMulConstBOnly": recipe.scope == "products"}
         with _understood(f"{self.file} cannot be quantized ({recipe})"):
             quantizer = QDQQuantizer(
                 copy.deepcopy(self.model),
@@ -105,9 +116,9 @@ class Quantizer:
                 QuantType.QUInt8,
                 self.ranges(recipe.method),
                 [],
-                sorted(recipe.keep),
+                sorted(recipe.keep | self.spared(recipe.scope)),
                 sorted(SCOPES[recipe.scope]),
-                weights_only,
+                {},
             )
             quantizer.quantize_model()
             quantizer.model.topological_sort()
@@ -115,6 +126,11 @@ class Quantizer:
         _describe(model, recipe)
         onnx.save(model, path)
         return path
+
+    def spared(self, scope: str) -> frozenset[str]:
+        """Products of activations with each other, which are INT8 only where everything is."""
+        products = {node.name for node in self.model.graph.node if node.op_type in PRODUCTS}
+        return frozenset() if scope == "all operators" else frozenset(products - set(layers(self.model)))
 
     def _ranges(self, method: str) -> TensorsData:
         kind, options = METHODS[method]
@@ -158,6 +174,23 @@ def layers(model: onnx.ModelProto) -> list[str]:
         for node in model.graph.node
         if node.op_type in PRODUCTS and any(name in constant for name in node.input[:2])
     ]
+
+
+def with_inputs(model: onnx.ModelProto, names: Collection[str]) -> frozenset[str]:
+    """The nodes and what computes what they read, back to a layer with weights or to where several values meet: a node
+    that stays in floating point reads rounded values all the same where their producer has them rounded."""
+    writers = {name: node for node in model.graph.node for name in node.output}
+    known, found = set(layers(model)), set(names)
+    pending = [node for node in model.graph.node if node.name in found]
+    while pending:
+        for name in pending.pop().input:
+            writer = writers.get(name)
+            if writer is None or writer.name in found:
+                continue
+            found.add(writer.name)
+            if writer.name not in known and sum(read in writers for read in writer.input) == 1:
+                pending.append(writer)
+    return frozenset(found)
 
 
 def _by_noise(model: onnx.ModelProto, ratio: Mapping[str, float]) -> list[str]:

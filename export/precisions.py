@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,9 +13,15 @@ from ekgfx.errors import ExportError
 
 from .choosing import Int8, onnx_call, to_int8
 from .exporter import to_fp16
-from .latency import LatencyTable
+from .io import with_batch
+from .latency import LatencyTable, interleave
+from .noise import FEWEST_ROUNDS
+from .providers import provider
+from .runners import onnx_runner
 
-PRECISIONS = ("fp32", "fp16", "int8")
+HOPELESS = 1.5
+"""Times that an fp16 file takes as long as the fp32 one at batch 1, from which on it is not measured any further: CPUs
+without fp16 arithmetic compute it in fp32, and convert all the while."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +90,15 @@ def write_variants(
             half = f"{Path(file).stem}-fp16.onnx"
             try:
                 to_fp16(directory / file, directory / half, inputs)
-                found[name_of(network, "fp16")] = network, "fp16", half
+                ratio = slower(directory / half, directory / file, with_batch(inputs, 1), samples.threads)
             except ExportError as error:
-                notes.append(f"{network} left out in fp16: {error}")
+                notes.append(f"{name_of(network, 'fp16')} left out: {error}")
+            else:
+                if ratio < HOPELESS:
+                    found[name_of(network, "fp16")] = network, "fp16", half
+                else:
+                    (directory / half).unlink()
+                    notes.append(f"{name_of(network, 'fp16')} left out: {ratio:.1f} times as slow as fp32 at batch 1")
         samples.on_note(f"quantizing the {network} network")
         small = f"{Path(file).stem}-int8.onnx"
         made[network] = to_int8(
@@ -95,6 +108,17 @@ def write_variants(
         samples.on_note(f"{network}: {made[network]}")
     notes += dict.fromkeys(note for each in made.values() for note in each.notes)
     return found, made, tuple(notes)
+
+
+def slower(file: Path, than: Path, inputs: tuple[Tensor, ...], threads: int) -> float:
+    """How many times as long an fp16 file takes as an fp32 one, in ten runs each."""
+    place, kinds = provider("cpu"), {"fp16": file, "fp32": than}
+    runners = {
+        kind: onnx_runner(path, place, kind, inputs, threads=threads, cpu_fallback=False)
+        for kind, path in kinds.items()
+    }
+    times = interleave(runners, runs=FEWEST_ROUNDS, seconds=0, warmup=1)
+    return float(np.median(times["fp16"]) / np.median(times["fp32"]))
 
 
 def judge(

@@ -87,7 +87,7 @@ def plan(
 
 
 def _meant(traced: TracedModel, pattern: str) -> list[str]:
-    """The groups that a pattern means: by name, or by a layer that computes their channels (not one that reads them)."""
+    """The groups that a pattern means: by name, or by a layer that computes their channels, not one that reads them."""
     known = {group.name: {group.name, *_enclosing(group.producers)} for group in traced.groups.values()}
     found = [name for name, names in known.items() if any(fnmatchcase(each, pattern) for each in names)]
     if not found:

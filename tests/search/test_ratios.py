@@ -71,7 +71,10 @@ def test_wrong_ratios_are_refused_in_a_line(traced: ekgfx.TracedModel) -> None:
 
 def test_what_is_shown_fits_a_line_and_a_notebook(traced: ekgfx.TracedModel) -> None:
     cost = traced.cost()
-    assert repr(traced) == f"TracedModel(Net: 3 groups, {cost.macs / 1000:.1f} k MACs, {cost.params / 1000:.2f} k parameters)"
+    assert (
+        repr(traced)
+        == f"TracedModel(Net: 3 groups, {cost.macs / 1000:.1f} k MACs, {cost.params / 1000:.2f} k parameters)"
+    )
     assert repr(traced.groups).startswith("Groups(3 groups, ")
     plan = ekgfx.plan(traced, {"*": 0.5})
     assert repr(plan) == "Plan(stem: 4, stage.a: 6, stage.b: 10 channels kept)"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ekgfx.rules import rule
     from ekgfx.runs.checkpoint import load, save
     from ekgfx.search import search
+    from ekgfx.search.ratios import plan
     from ekgfx.surgery.calibrate import calibrate
     from ekgfx.surgery.cut import prune
     from ekgfx.surgery.transfer import transfer
@@ -29,6 +30,7 @@ __all__ = [
     "trace",
     "TracedModel",
     "search",
+    "plan",
     "prune",
     "calibrate",
     "transfer",
@@ -53,6 +55,7 @@ _HOMES = {
     "trace": "tracing.trace",
     "TracedModel": "tracing.trace",
     "search": "search",
+    "plan": "search.ratios",
     "prune": "surgery.cut",
     "calibrate": "surgery.calibrate",
     "transfer": "surgery.transfer",

@@ -38,7 +38,7 @@ training
 repair latency
 bank search
 runs landscape
-hub export recipes
+hub export recipes callbacks
 pipeline
 report
 cli

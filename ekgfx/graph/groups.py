@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from ekgfx.axes import Axis, axes, membership, show
+from ekgfx.base.markup import html_table
+from ekgfx.base.units import human
 from ekgfx.errors import PlanError
 from ekgfx.graph.axis_graph import AxisGraph, Operation
 from ekgfx.graph.cost import Products, evaluate
@@ -108,6 +110,13 @@ class Groups(Mapping[str, ChannelGroup]):
             f"{g.name:40} {g.size:6}  {len(g.producers):3} producers  {len(g.places):3} places" for g in self.values()
         ]
         return "\n".join(rows) or "no channel groups"
+
+    def __repr__(self) -> str:
+        return f"Groups({len(self)} groups, {self.prunable_share:.0%} of the parameters in tensors that they cut)"
+
+    def _repr_html_(self) -> str:
+        rows = [(g.name, g.size, len(g.producers), len(g.places), human(g.macs)) for g in self.values()]
+        return html_table(("group", "channels", "producers", "places", "MACs governed"), rows, caption=repr(self))
 
     @cached_property
     def digest(self) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 from ekgfx.errors import PlanError
 
 VERSION = 1
+SHOWN = 4
+"""Groups that a plan's repr names."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,12 @@ class Plan:
             raise PlanError(f"a plan is made of {{group: kept channels}}, not of a {type(self.kept).__name__}")
         kept = {name: _indices(name, indices) for name, indices in self.kept.items()}
         object.__setattr__(self, "kept", kept)
+
+    def __repr__(self) -> str:
+        """The widths, not the indices: a plan has thousands of those."""
+        widths = [f"{name}: {len(kept)}" for name, kept in self.kept.items()]
+        more = f", … {len(widths) - SHOWN} more groups" if len(widths) > SHOWN else ""
+        return f"Plan({', '.join(widths[:SHOWN])}{more} channels kept)" if widths else "Plan(all channels kept)"
 
     def with_kept(self, name: str, indices: Iterable[int]) -> "Plan":
         """The same plan with other indices for one group."""

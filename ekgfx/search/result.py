@@ -9,6 +9,7 @@ from typing import Any, Self
 from ekgfx.base.schema import read, show
 from ekgfx.errors import PlanError
 from ekgfx.graph.plan import Plan
+from ekgfx.search.shown import Widths, html_of, line_of, plot
 from ekgfx.settings.budgets import label_of, which
 
 MOST_CHANNELS = 2**20
@@ -144,6 +145,23 @@ class SearchResult:
     def history(self) -> tuple[Step, ...]:
         """The accepted steps, oldest first."""
         return self.steps
+
+    @property
+    def widths(self) -> Widths:
+        """Channels before and after of every group: `result.widths["layer1.0.conv1"]` → (64, 40)."""
+        kept = self.plan.kept
+        return Widths({name: (size, len(kept.get(name, range(size)))) for name, size in self.sizes.items()})
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draws how the loss rose while the network shrank, and the widths along the network, as a matplotlib figure.
+        axes: two to draw on; None makes them."""
+        return plot(self, axes)
+
+    def __repr__(self) -> str:
+        return line_of(self)
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
 
     @property
     def losses(self) -> tuple[float, ...]:

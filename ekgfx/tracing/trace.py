@@ -15,12 +15,14 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from html import escape
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ekgfx.base.units import human
 from ekgfx.data.batches import Inputs
 from ekgfx.errors import EkgfxError, EkgfxWarning, PlanError, TraceError
 from ekgfx.execution.subnetwork import SubNetwork
@@ -57,6 +59,16 @@ class TracedModel(AxisGraph):
     def groups(self) -> Groups:
         """The channel groups; one for every free axis of a parameter, with all places that it cuts."""
         return find_groups(self, self._mac_table)
+
+    def __repr__(self) -> str:
+        cost = self.cost()
+        return (
+            f"TracedModel({type(self.model).__name__}: {len(self.groups)} groups, {human(cost.macs)} MACs, "
+            f"{human(cost.params)} parameters)"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{self.groups._repr_html_()}"
 
     @cached_property
     def unknown_costs(self) -> dict[str, int]:

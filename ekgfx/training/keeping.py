@@ -98,7 +98,10 @@ class Best:
         self.weights = _copied(model)
 
     def offer(self, number: int, metrics: Metrics, model: nn.Module) -> None:
-        """Takes the model's weights where they are better than the best so far."""
+        """Takes the model's weights where they are better than the best so far. Those from before training give way to
+        a higher accuracy alone: as many right answers are no sign that training helped."""
+        if not self.number and metrics.accuracy == self.metrics.accuracy and metrics.accuracy is not None:
+            return
         if rank(metrics) > rank(self.metrics):
             self.number, self.metrics, self.weights = number, metrics, _copied(model)
 

@@ -81,6 +81,7 @@ def find_plan(job: Job) -> SearchResult:
         align=align_of(job, table),
         min_width=asked.min_width,
         ignore=asked.ignore,
+        uniform_layers=asked.uniform_layers,
         logits=job.logits,
         rescale=asked.rescale,
         seed=job.recipe.seed,

@@ -20,7 +20,7 @@ from ekgfx.search.details import AUTHORS, PAPER, Details, authors_cost
 from ekgfx.search.ignore import Ignored, as_patterns, ignored_groups
 from ekgfx.search.importance import Criterion, at_random, taylor
 from ekgfx.search.latency import LayerTable, Price
-from ekgfx.search.problem import Budget, Computing, Problem, quicker_channels_last, width_rules
+from ekgfx.search.problem import Budget, Computing, Problem, quicker_channels_last, tied_rules
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.result import Candidate, Measure, SearchResult, Step, as_steps
 from ekgfx.search.reward import (
@@ -31,6 +31,7 @@ from ekgfx.search.reward import (
     label_free,
     validation_batches,
 )
+from ekgfx.surgery.tied import ties_of
 from ekgfx.tracing.trace import TracedModel, check_traced
 from ekgfx.training.loss import cross_entropy
 from ekgfx.training.outputs import Logits, finder, logits_of
@@ -82,6 +83,7 @@ def search(
     align: int = 1,
     min_width: float = 0.0,
     ignore: Ignored | Sequence[Ignored] = (),
+    uniform_layers: bool = False,
     loss: Callable[[Any, Any], Tensor] = cross_entropy,
     logits: Logits = logits_of,
     rescale: bool | None = None,
@@ -119,6 +121,9 @@ def search(
         min_width: least width ratio of every group.
         ignore: groups, parameters or modules that keep all their channels: glob patterns of their names, the modules
             themselves, or classes of modules.
+        uniform_layers: whether widths are found that the model's configuration can say, so that `from_pretrained`
+            takes the pruned model back; without one, repeated layers share their widths. Groups for whose width a
+            module's Python has one number share it in any case (`ekgfx.surgery.tied`).
         loss: label loss, `loss(output, target)` → mean over the batch; cross-entropy is that of the logits.
         logits: where the logits B × K × …, which the knowledge is compared with, are in a model's output: a function of
             it, or a key, a field or an index. By default they are found, where it is clear
@@ -162,12 +167,15 @@ def search(
     early_stop = details == PAPER if early_stop is None else early_stop
     channels_last = quicker_channels_last(traced) if channels_last is None else channels_last
     computing = Computing(bytes_of(cache), early_stop, amp, channels_last)
+    ties = ties_of(traced, uniform_layers)
+    rules, members = tied_rules(traced, ties, ignored_groups(traced.groups, ignore), align, min_width)
     problem = Problem(
         traced=traced,
         batches=tuple(map(computing.prepared, validation_batches(batches, traced.model))),
         objective=Objective(loss, finder(logits), details.batch_size),
         budget=asked,
-        rules=width_rules(traced, ignored_groups(traced.groups, ignore), align, min_width),
+        rules=rules,
+        members=members,
         guided=knowledge != "none",
         ensemble=knowledge == "ensemble",
         rescale=_has_batch_norm(traced) if rescale is None else rescale,
@@ -206,6 +214,7 @@ def search(
             "align": align,
             "min_width": min_width,
             "ignore": list(ignore),
+            "uniform_layers": uniform_layers,
             "rescale": problem.rescale,
             "details": asdict(details),
             "seed": seed,

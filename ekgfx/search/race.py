@@ -129,9 +129,9 @@ def evaluate_candidates(
     accept: int = 1,
     kept: Kept | None = None,
 ) -> list[Outcome]:
-    """The reward (eq. 4) of sub-networks that differ from the current one, `plan`, in one group each.
+    """The reward (eq. 4) of sub-networks that differ from the current one, `plan`, in one unit each.
 
-    candidates: (group, plan of the sub-network). ranking: which are best. accept: how many of these are wanted. kept:
+    candidates: (unit, plan of the sub-network). ranking: which are best. accept: how many of these are wanted. kept:
     values of the current network that are known.
 
     Without early stops every candidate sees every batch. With them, all see the first batch, the `accept` best there
@@ -142,8 +142,8 @@ def evaluate_candidates(
     """
     current, groups = problem.network(plan), problem.traced.groups
     branches = [
-        Branch(current, forks, groups[group].axis, groups.kept(candidate), rescale=problem.rescale)
-        for group, candidate in candidates
+        Branch(current, forks, problem.axes(unit), groups.kept(candidate), rescale=problem.rescale)
+        for unit, candidate in candidates
     ]
     holding = room_for_logits(problem, knowledge, len(candidates)) > 0
     plans = [candidate for _, candidate in candidates]

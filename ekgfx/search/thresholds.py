@@ -17,10 +17,10 @@ def largest_within(problem: Problem, cut: Callable[[int], Plan], sizes: int) -> 
 def record_single_step(problem: Problem, recorder: Recorder, plan: Plan) -> None:
     """Record the way from the unpruned network to `plan` as one step, measured where there is validation data."""
     removed, widths = {}, {}
-    for group, rule in problem.rules.items():
-        kept = set(problem.kept(plan, group))
-        widths[group] = len(kept) / rule.size
-        removed[group] = tuple(channel for channel in range(rule.size) if channel not in kept)
+    for group in problem.groups:
+        kept, size = set(problem.kept(plan, group)), problem.traced.groups[group].size
+        widths[group] = len(kept) / size
+        removed[group] = tuple(channel for channel in range(size) if channel not in kept)
     evaluation = None
     if problem.batches:
         evaluation, _ = evaluate(problem.network(plan), problem.batches, problem.objective, None)

@@ -85,6 +85,7 @@ class Search:
     first that the model finds hardest (`hardest_first`): with that and batches of 64 a search takes less time and
     chooses less well (`docs/performance.md`). `batch_size`: of step 0 and of everything that is only evaluated (None:
     256, or fewer where the activations of 256 would take over 8 GiB).
+    `uniform_layers`: widths that the model's own configuration can say; without one, one width for repeated layers.
     `accept`: candidates that a step takes together; None takes one, as the paper does, but on data without
     labels as many as keep the search of a large network within minutes.
     `cache`: memory for values that candidates share; `early_stop`: leave candidates that cannot win any more. `amp` and
@@ -104,6 +105,7 @@ class Search:
     align: int | Literal["auto"] | None = None
     min_width: float = 0.0
     ignore: tuple[str, ...] = ()
+    uniform_layers: bool = False
     rescale: bool | None = None
     train_per_class: int = 256
     val_per_class: int = 32

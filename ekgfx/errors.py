@@ -6,7 +6,11 @@ class EkgfxError(Exception):
 
 
 class TraceError(EkgfxError):
-    """The model could not be turned into a graph."""
+    """The model could not be turned into a graph. module: where, by name; None if that is not known."""
+
+    def __init__(self, message: str, module: str | None = None) -> None:
+        super().__init__(message)
+        self.module = module
 
 
 class RuleError(EkgfxError):

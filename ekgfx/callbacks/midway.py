@@ -102,10 +102,10 @@ class Midway:
 
 def become(network: nn.Module, pruned: nn.Module) -> None:
     """Turns a module into another of its kind, in place. A forward that a trainer has set on it stays."""
-    own = {name: network.__dict__[name] for name in ("forward", "_original_forward") if name in network.__dict__}
+    own = {name: value for name, value in vars(network).items() if name in ("forward", "_original_forward")}
     network.__class__ = pruned.__class__
     network.__dict__.clear()
-    network.__dict__.update({**pruned.__dict__, **own})
+    network.__dict__.update({**vars(pruned), **own})
 
 
 def without_labels(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -74,6 +74,12 @@ log = logging.getLogger("ekgfx")
     help="Groups, parameters or modules that keep all channels; =NAME: one group alone; repeatable.",
 )
 @setting(
+    "search.uniform_layers",
+    "--uniform-layers/--no-uniform-layers",
+    help="Find widths that the model's own configuration can say, so that its library loads the pruned model; without "
+    "a configuration, repeated layers share their widths.",
+)
+@setting(
     "search.accept",
     "--accept",
     metavar="N",

@@ -17,10 +17,12 @@ from ekgfx.runs import checkpoint
 from ekgfx.runs.directory import Run
 from ekgfx.search import SearchResult, SearchSettings, Step, find_budget, search
 from ekgfx.search.effort import quick_accept
+from ekgfx.search.ignore import ignored_groups
 from ekgfx.search.latency import LayerTable
-from ekgfx.search.problem import Budget, Problem
+from ekgfx.search.problem import Budget, Problem, tied_rules
 from ekgfx.search.reward import Objective
 from ekgfx.settings.recipe import Search
+from ekgfx.surgery.tied import ties_of
 from ekgfx.tracing.trace import TracedModel
 from ekgfx.training import step_zero
 
@@ -37,14 +39,13 @@ def smallest(traced: TracedModel, asked: Search, align: int, table: LayerTable |
         PlanError: an ignore pattern matches nothing.
         BudgetError: nothing can be pruned, or even this sub-network is beyond the budget.
     """
-    rules = timing.rules_of(traced, asked, align)
+    ties, ignored = ties_of(traced, asked.uniform_layers), ignored_groups(traced.groups, asked.ignore)
+    rules, members = tied_rules(traced, ties, ignored, align, asked.min_width)
     budget = budget_of(traced, asked, table)
-    Problem(traced, (), Objective(), budget, rules, False, False, False).check_reachable()
-    return Plan(
-        {name: tuple(range(rule.minimum)) for name, rule in rules.items()},
-        traced.groups.digest,
-        **traced.options,
-    )
+    problem = Problem(traced, (), Objective(), budget, rules, False, False, False, members=members)
+    problem.check_reachable()
+    steps = {group: step * rules[unit].minimum for unit in rules for group, step in problem.of(unit).items()}
+    return Plan({group: tuple(range(count)) for group, count in steps.items()}, traced.groups.digest, **traced.options)
 
 
 def budget_of(traced: TracedModel, asked: Search, table: LayerTable | None) -> Budget:

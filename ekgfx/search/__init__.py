@@ -18,12 +18,13 @@ from ekgfx.search.criteria import IMPORTANCE, NEEDS_DATA, of_weights
 from ekgfx.search.details import AUTHORS, PAPER, Details, authors_cost
 from ekgfx.search.ignore import as_patterns, ignored_groups
 from ekgfx.search.latency import LayerTable, Price
-from ekgfx.search.problem import Budget, Computing, Problem, quicker_channels_last, width_rules
+from ekgfx.search.problem import Budget, Computing, Problem, quicker_channels_last, tied_rules
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.result import Candidate, Measure, Point, SearchResult, Step, as_steps
 from ekgfx.search.reward import Objective, Reward, evaluate, label_free, validation_batches
 from ekgfx.search.settings import STRATEGIES, SearchOptions, SearchSettings, check_known, name_of
 from ekgfx.settings.budgets import label_of
+from ekgfx.surgery.tied import ties_of
 from ekgfx.tracing.trace import TracedModel, check_traced
 from ekgfx.training.loss import cross_entropy
 from ekgfx.training.outputs import Logits, finder, logits_of
@@ -152,14 +153,16 @@ def _problem(
 ) -> Problem:
     """What is asked, checked. asked: with all that it leaves to the model decided."""
     computing = Computing(bytes_of(asked.cache), bool(asked.early_stop), asked.amp, bool(asked.channels_last))
+    ignored = ignored_groups(traced.groups, as_patterns(traced, asked.ignore))
+    ties = ties_of(traced, asked.uniform_layers)
+    rules, members = tied_rules(traced, ties, ignored, asked.align, asked.min_width)
     problem = Problem(
         traced=traced,
         batches=tuple(map(computing.prepared, validation_batches(batches, traced.model))),
         objective=objective,
         budget=budget,
-        rules=width_rules(
-            traced, ignored_groups(traced.groups, as_patterns(traced, asked.ignore)), asked.align, asked.min_width
-        ),
+        rules=rules,
+        members=members,
         guided=asked.knowledge != "none",
         ensemble=asked.knowledge == "ensemble",
         rescale=bool(asked.rescale),

@@ -12,16 +12,16 @@ from ekgfx.search.otsu import trimmed_otsu
 
 @dataclass(frozen=True)
 class Proposal:
-    """A sub-network one group away from the current one.
+    """A sub-network one unit away from the current one: a group, or groups that are tied.
 
-    group: the one that shrinks. width: its new width ratio. plan: the new plan. removed: the channels taken away.
-    lost: the importance that goes with them.
+    group: the unit that shrinks. width: its new width ratio. plan: the new plan. removed: the channels taken away, of
+    each of its groups. lost: the importance that goes with them.
     """
 
     group: str
     width: float
     plan: Plan
-    removed: tuple[int, ...]
+    removed: Mapping[str, tuple[int, ...]]
     lost: float
 
 

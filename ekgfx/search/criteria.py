@@ -40,7 +40,7 @@ def of_weights(score: Callable[[Tensor], Tensor]) -> Criterion:
     def criterion(problem: Problem, plan: Plan, knowledge: Knowledge | None) -> Scores:
         weights, axes_kept = problem.network(plan).weights, problem.traced.groups.kept(plan)
         scores = {}
-        for name in problem.rules:
+        for name in problem.groups:
             group, kept = problem.traced.groups[name], list(problem.kept(plan, name))
             scores[name] = torch.zeros(group.size, dtype=torch.float64)
             for place in group.places:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+import torch
 
 from ekgfx.errors import BudgetError, PlanError
 from ekgfx.graph.plan import Plan
@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class State:
-    """Where a search stands: Θᵢ. plan and widths (ratio per group); knowledge T over `members` sub-networks, None in
+    """Where a search stands: Θᵢ. plan and widths (ratio per unit); knowledge T over `members` sub-networks, None in
     an unguided search."""
 
     plan: Plan
@@ -143,7 +143,7 @@ def turns(
 
 def propose_all(problem: Problem, state: State, scores: Scores, method: Method) -> list[Proposal]:
     """The candidates of a step, Φ. BudgetError where there are none."""
-    found = (propose(problem, state, group, scores[group], method.pace, method.details) for group in problem.rules)
+    found = (propose(problem, state, unit, scores, method.pace, method.details) for unit in problem.rules)
     proposals = [proposal for proposal in found if proposal is not None]
     if not proposals:
         raise BudgetError(
@@ -165,7 +165,8 @@ def take_turn(
 ) -> Turn:
     """The best of the proposals. known: what is known of them, and will be."""
     pace, details = method.pace, method.details
-    stake = {p.group: details.stake(scores[p.group], p, state.widths[p.group]) for p in proposals}
+    whole = {unit: torch.cat([scores[group] for group in problem.of(unit)]) for unit in problem.rules}
+    stake = {p.group: details.stake(whole[p.group], p, state.widths[p.group]) for p in proposals}
     chosen, threshold = worth_evaluating(proposals, stake)
     ranking = ranking_of(problem, state.plan, state.knowledge, details.strict_best)
     outcomes = evaluate_candidates(
@@ -190,8 +191,8 @@ def move(problem: Problem, recorder: Recorder, state: State, turn: Turn) -> Stat
     state, evaluation = accept(problem, state, turn.taken, turn.first)
     recorder.accept(
         state.plan,
-        removed={proposal.group: proposal.removed for proposal in turn.taken},
-        widths={proposal.group: proposal.width for proposal in turn.taken},
+        removed={group: removed for proposal in turn.taken for group, removed in proposal.removed.items()},
+        widths={group: proposal.width for proposal in turn.taken for group in proposal.removed},
         evaluation=evaluation,
         candidates=[candidate(problem, proposal, outcome) for proposal, outcome in turn.evaluated],
         threshold=turn.threshold,
@@ -199,36 +200,35 @@ def move(problem: Problem, recorder: Recorder, state: State, turn: Turn) -> Stat
     return state
 
 
-def propose(
-    problem: Problem, state: State, group: str, scores: Tensor, pace: Pace, details: Details
-) -> Proposal | None:
-    """A group's candidate in Φ: its next width is w_l − r_l with r_l = max(1/C_l, r/n_l), without the channels of least
+def propose(problem: Problem, state: State, unit: str, scores: Scores, pace: Pace, details: Details) -> Proposal | None:
+    """A unit's candidate in Φ: its next width is w_l − r_l with r_l = max(1/C_l, r/n_l), without the channels of least
     importance. Where that overshoots the budget, the smallest reduction that still reaches it. None at its least width.
     """
-    rule = problem.rules[group]
-    order = important_first(problem.kept(state.plan, group), scores)
+    rule, now = problem.rules[unit], problem.positions(state.plan, unit)
+    orders = {group: important_first(problem.kept(state.plan, group), scores[group]) for group in problem.of(unit)}
 
     def cut(count: int) -> Plan:
-        return state.plan.with_kept(group, order[:count])
+        return problem.cut(state.plan, unit, orders, count)
 
-    width = rule.next_width(state.widths[group], pace.width)
+    width = rule.next_width(state.widths[unit], pace.width)
     if problem.budget.weighed:
         before = problem.budget.cost(state.plan)
         while rule.kept(width) > rule.minimum and problem.budget.cost(cut(rule.kept(width))) >= before:
             width = rule.next_width(width, pace.width)  # on to the next stair: a step that saves nothing is none
         if problem.budget.cost(cut(rule.kept(width))) >= before:
             return None
-    if rule.kept(width) >= len(order):
+    if rule.kept(width) >= now:
         return None
     if problem.budget.weighed and problem.budget.met(cut(rule.kept(width))):
         # Time does not always fall with the width: off the hardware's grain a narrower layer may take longer.
-        counts = range(rule.kept(width), len(order), rule.align)
+        counts = range(rule.kept(width), now, rule.align)
         width = next(count for count in reversed(counts) if problem.budget.met(cut(count))) / rule.size
     elif problem.budget.fraction(cut(rule.kept(width))) < problem.budget.keep:
-        width = details.last_width(rule, width, len(order), lambda count: problem.budget.met(cut(count)))
+        width = details.last_width(rule, width, now, lambda count: problem.budget.met(cut(count)))
     count = rule.kept(width)
-    removed = tuple(sorted(order[count:]))
-    return Proposal(group, width, cut(count), removed, float(scores[list(removed)].sum()))
+    removed = {group: tuple(sorted(orders[group][count * step :])) for group, step in problem.of(unit).items()}
+    lost = sum(float(scores[group][list(channels)].sum()) for group, channels in removed.items())
+    return Proposal(unit, width, cut(count), removed, lost)
 
 
 def combine(
@@ -240,7 +240,7 @@ def combine(
         if problem.budget.met(taken[-1].plan):
             break
         so_far = replace(state, plan=taken[-1].plan)
-        further = propose(problem, so_far, proposal.group, scores[proposal.group], pace, details)
+        further = propose(problem, so_far, proposal.group, scores, pace, details)
         if further is not None:
             taken.append(further)
     return taken
@@ -273,7 +273,9 @@ def replay(problem: Problem, state: State, past: Step) -> State:
     """
     sizes = {name: group.size for name, group in problem.traced.groups.items()}
     plan = apply_step(state.plan, past, sizes)
-    taken = [Proposal(group, past.widths[group], plan, removed, 0.0) for group, removed in past.removed.items()]
+    units = [unit for unit in problem.rules if past.removed.keys() & problem.of(unit).keys()]
+    widths = {unit: min(past.widths[group] for group in problem.of(unit) if group in past.widths) for unit in units}
+    taken = [Proposal(unit, widths[unit], plan, past.removed, 0.0) for unit in units]
     again, evaluation = accept(problem, state, taken)
     recorded = past.measure.loss
     if recorded is None or abs(evaluation.loss - recorded) > TOLERANCE * max(abs(recorded), TOLERANCE):
@@ -287,14 +289,14 @@ def replay(problem: Problem, state: State, past: Step) -> State:
 def keeper_of(problem: Problem, forks: Forks, state: State) -> Keeper:
     """What keeps the current network's values for the candidates of a step, within the cache."""
     counts = {axis: len(kept) for axis, kept in problem.traced.groups.kept(state.plan).items()}
-    axes = [problem.traced.groups[name].axis for name in problem.rules]
+    cuts = [problem.axes(unit) for unit in problem.rules]
     samples = [batch.samples for batch in problem.batches]
     budget = problem.computing.cache - room_for_logits(problem, state.knowledge, len(problem.rules))
-    return Keeper(forks, axes, counts, [count / sum(samples) for count in samples], budget)
+    return Keeper(forks, cuts, counts, [count / sum(samples) for count in samples], budget)
 
 
 def candidate(problem: Problem, proposal: Proposal, outcome: Outcome) -> Candidate:
     """A proposal and what became of it, for the record."""
-    kept = len(problem.kept(proposal.plan, proposal.group))
+    kept = len(problem.kept(proposal.plan, next(iter(problem.of(proposal.group)))))
     measure = problem.measure(proposal.plan, outcome.evaluation)
     return Candidate(proposal.group, proposal.width, kept, measure, outcome.at_least)

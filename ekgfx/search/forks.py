@@ -1,10 +1,11 @@
 """Where candidates leave the current network: which operators a cut changes, and what these read of the others.
 
-A candidate differs from the current network in one group. Operators that the cut does not reach give what they give in
-the current network, bit for bit, so a candidate computes the others alone, from the values that they read.
+A candidate differs from the current network in one unit: a group, or groups that are tied. Operators that the cut does
+not reach give what they give in the current network, bit for bit, so a candidate computes the others alone, from the
+values that they read.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,7 +23,7 @@ from ekgfx.graph.liveness import last_reads
 
 @dataclass(frozen=True)
 class Fork:
-    """How the candidates of one group are computed.
+    """How the candidates of one unit are computed.
 
     nodes: the operators that the cut changes, in order, and the placeholders that they read. reads: the other operators
     whose values they read. at: position in the graph where all of those are known. weights: parameters that are cut.
@@ -37,18 +38,18 @@ class Fork:
 
 
 class Forks:
-    """The fork of every group's axis in a graph."""
+    """The fork of every unit's axes in a graph."""
 
     def __init__(self, graph: AxisGraph) -> None:
         self.graph = graph
         self.order = {node.name: position for position, node in enumerate(graph.graph.nodes)}
-        self._known: dict[Axis, Fork] = {}
+        self._known: dict[frozenset[Axis], Fork] = {}
 
-    def of(self, axis: Axis) -> Fork:
-        """The fork of a group's axis."""
-        if axis not in self._known:
-            self._known[axis] = self._fork(axis)
-        return self._known[axis]
+    def of(self, cut: frozenset[Axis]) -> Fork:
+        """The fork of the axes that are cut together."""
+        if cut not in self._known:
+            self._known[cut] = self._fork(cut)
+        return self._known[cut]
 
     @cached_property
     def operators(self) -> dict[str, fx.Node]:
@@ -61,16 +62,16 @@ class Forks:
         *_, output = self.graph.graph.nodes
         return output
 
-    def _fork(self, axis: Axis) -> Fork:
+    def _fork(self, cut: frozenset[Axis]) -> Fork:
         changed: dict[str, fx.Node] = {}
         for node in self.operators.values():
-            if any(source.name in changed for source in node.all_input_nodes) or axis in self._axes[node.name]:
+            if any(source.name in changed for source in node.all_input_nodes) or cut & self._axes[node.name]:
                 changed[node.name] = node
         read = {source.name for node in (*changed.values(), self.output) for source in node.all_input_nodes}
         reads = frozenset(read & self.operators.keys() - changed.keys())
         nodes = [node for node in self.graph.graph.nodes if node.name in changed or (node.name in read - reads)]
         dying = last_reads(nodes, stay={source.name for source in self.output.all_input_nodes})
-        weights = {name for name, dims in self.graph.weight_dims().items() if axis in _all_axes(dims)}
+        weights = {name for name, dims in self.graph.weight_dims().items() if cut & _all_axes(dims)}
         at = max((self.order[name] for name in reads), default=-1) + 1
         return Fork(tuple(nodes), reads, at, frozenset(weights), dying)
 
@@ -125,13 +126,18 @@ class Keeper:
     """
 
     def __init__(
-        self, forks: Forks, axes: Iterable[Axis], counts: Mapping[Axis, int], shares: Sequence[float], budget: int
+        self,
+        forks: Forks,
+        cuts: Collection[frozenset[Axis]],
+        counts: Mapping[Axis, int],
+        shares: Sequence[float],
+        budget: int,
     ) -> None:
-        """axes: of all groups. counts: kept positions per axis. shares: every batch's part of the samples. budget: in
-        bytes, for all batches."""
+        """cuts: the axes of every unit. counts: kept positions per axis. shares: every batch's part of the samples.
+        budget: in bytes, for all batches."""
         self.forks, self.counts, self.shares, self.budget = forks, counts, shares, budget
-        self.wanted = set().union(*(forks.of(axis).reads for axis in axes)) if budget else set()
-        self.ahead = [forks.of(axis) for axis in axes]
+        self.wanted = set().union(*(forks.of(cut).reads for cut in cuts)) if budget else set()
+        self.ahead = [forks.of(cut) for cut in cuts]
         self.kept: dict[int, dict[str, Any]] = {}
 
     def take(self, number: int, values: Mapping[str, Any]) -> None:
@@ -219,16 +225,16 @@ class Walk:
 
 
 class Branch(SubNetwork):
-    """A sub-network that differs from the current one in one group. It shares the weights that the group does not cut,
+    """A sub-network that differs from the current one in one unit. It shares the weights that the unit does not cut,
     and computes from the current network's values on."""
 
     def __init__(
-        self, current: SubNetwork, forks: Forks, axis: Axis, kept: Mapping[Axis, Tensor], *, rescale: bool
+        self, current: SubNetwork, forks: Forks, cut: frozenset[Axis], kept: Mapping[Axis, Tensor], *, rescale: bool
     ) -> None:
-        """axis: of the group. kept: as in `SubNetwork`, all that the candidate keeps."""
-        self.fork, self._end = forks.of(axis), forks.output
-        cut = slice_weights(current.graph, kept, rescale=rescale, names=self.fork.weights)
-        super().__init__(current.graph, kept, weights={**current.weights, **cut}, **current.manner)
+        """cut: the axes of the unit. kept: as in `SubNetwork`, all that the candidate keeps."""
+        self.fork, self._end = forks.of(cut), forks.output
+        sliced = slice_weights(current.graph, kept, rescale=rescale, names=self.fork.weights)
+        super().__init__(current.graph, kept, weights={**current.weights, **sliced}, **current.manner)
 
     def go_on(self, inputs: Inputs, read: Mapping[str, Any]) -> Any:
         """The model's output for a batch. read: the current network's values that the fork reads."""

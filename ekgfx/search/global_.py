@@ -15,7 +15,7 @@ def run(problem: Problem, criterion: Criterion, recorder: Recorder) -> None:
     if recorder.steps:  # it was done before
         return
     scores = criterion(problem, problem.full(), problem.at_once)
-    ranked = torch.cat([scores[group] for group in problem.rules]).sort(descending=True).values.tolist()
+    ranked = torch.cat([scores[group] for group in problem.groups]).sort(descending=True).values.tolist()
 
     def cut(count: int) -> Plan:
         return above(problem, scores, ranked[count - 1] if count else float("inf"))
@@ -27,6 +27,7 @@ def above(problem: Problem, scores: Scores, threshold: float) -> Plan:
     """Every group with the channels whose importance reaches `threshold`, rounded up to an allowed width."""
     plan = problem.full()
     for group, rule in problem.rules.items():
-        count = rule.kept(int((scores[group] >= threshold).sum()) / rule.size)
-        plan = plan.with_kept(group, important_first(range(rule.size), scores[group])[:count])
+        orders = {g: important_first(range(len(scores[g])), scores[g]) for g in problem.of(group)}
+        reached = sum(int((scores[g] >= threshold).sum()) for g in orders)
+        plan = problem.cut(plan, group, orders, rule.kept(reached / sum(map(len, orders.values()))))
     return plan

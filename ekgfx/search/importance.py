@@ -45,7 +45,7 @@ def taylor(
     if problem.computing.amp == "fp16":
         network.amp, keeper = None, None  # gradients of a mean over many pixels are below what fp16 can hold
     kept = problem.traced.groups.kept(plan)
-    groups = [problem.traced.groups[name] for name in problem.rules]
+    groups = [problem.traced.groups[name] for name in problem.groups]
     places = dict.fromkeys((gate.node, gate.dim) for group in groups for gate in group.gates)
     gates = {node for node, _ in places}
     bare = sorted({name for group in groups if not group.gates for name in carriers(group)})
@@ -106,7 +106,7 @@ def at_random(problem: Problem, plan: Plan, knowledge: Knowledge | None) -> Scor
         group.name: torch.rand(group.size, dtype=torch.float64, generator=draw)
         for group in problem.traced.groups.values()
     }
-    return {name: drawn[name] for name in problem.rules}
+    return {name: drawn[name] for name in problem.groups}
 
 
 Place = tuple[str, int]

@@ -39,8 +39,8 @@ def by_weights(scorer: Scorer) -> Criterion:
     """A criterion that looks only at the weights of the current sub-network."""
 
     def criterion(problem: Problem, plan: Plan, knowledge: Knowledge | None) -> Scores:
-        weights = problem.network(plan).weights
-        return {name: _score(problem, plan, problem.traced.groups[name], weights, {}, scorer) for name in problem.rules}
+        weights, groups = problem.network(plan).weights, problem.traced.groups
+        return {name: _score(problem, plan, groups[name], weights, {}, scorer) for name in problem.groups}
 
     return criterion
 
@@ -69,7 +69,7 @@ def hessian(problem: Problem, plan: Plan, knowledge: Knowledge | None) -> Scores
 
     One backward pass per validation sample: the dearest of the criteria.
     """
-    groups = [problem.traced.groups[name] for name in problem.rules]
+    groups = [problem.traced.groups[name] for name in problem.groups]
     names = sorted({place.parameter for group in groups for place in group.places})
     network = differentiable(problem.network(plan), names)
     weights = [network.weights[name] for name in names]

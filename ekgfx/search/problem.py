@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
-from ekgfx.axes import membership
+from ekgfx.axes import Axis, membership
 from ekgfx.errors import BudgetError
 from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph.groups import ChannelGroup
 from ekgfx.graph.plan import Plan
+from ekgfx.graph.ties import Ties
 from ekgfx.search.result import Measure
 from ekgfx.search.reward import Evaluation, Knowledge, Objective, ValidationBatch
 from ekgfx.search.widths import WidthRule
@@ -93,10 +94,11 @@ class Computing:
 class Problem:
     """A search, before it starts.
 
-    rules: the widths of every group that may shrink, by name. batches: validation data, empty where the strategy needs
-    none. ensemble: whether the knowledge follows the accepted sub-networks (eq. 8). guided: whether the reward has a
-    knowledge term at all. rescale: cut kernels keep their norm. computing: how candidates are computed. seed: of what
-    is drawn at random. unpruned: T₀ = O(D_val; Θ₀), once it is known.
+    rules: the widths of every unit that may shrink, by name: a group, or groups that are tied. members: of a unit of
+    several groups, each with the channels that go with one of its positions. batches: validation data, empty where the
+    strategy needs none. ensemble: whether the knowledge follows the accepted sub-networks (eq. 8). guided: whether the
+    reward has a knowledge term at all. rescale: cut kernels keep their norm. computing: how candidates are computed.
+    seed: of what is drawn at random. unpruned: T₀ = O(D_val; Θ₀), once it is known.
     """
 
     traced: TracedModel
@@ -110,6 +112,7 @@ class Problem:
     computing: Computing = Computing()
     seed: int = 0
     unpruned: Knowledge = ()
+    members: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def full(self) -> Plan:
         """Θ₀ as a plan."""
@@ -118,7 +121,30 @@ class Problem:
 
     def kept(self, plan: Plan, group: str) -> tuple[int, ...]:
         """The channels that `group` keeps under a plan."""
-        return plan.kept.get(group) or tuple(range(self.rules[group].size))
+        return plan.kept.get(group) or tuple(range(self.traced.groups[group].size))
+
+    def of(self, unit: str) -> Mapping[str, int]:
+        """The groups of a unit, each with the channels that go with one of its positions."""
+        return self.members.get(unit, {unit: 1})
+
+    @property
+    def groups(self) -> list[str]:
+        """All groups that may shrink, in the order of the units."""
+        return [group for unit in self.rules for group in self.of(unit)]
+
+    def axes(self, unit: str) -> frozenset[Axis]:
+        """The axes that a unit cuts."""
+        return frozenset(self.traced.groups[group].axis for group in self.of(unit))
+
+    def positions(self, plan: Plan, unit: str) -> int:
+        """How many positions of a unit a plan keeps: as many as all of its groups have channels for."""
+        return min(len(self.kept(plan, group)) // step for group, step in self.of(unit).items())
+
+    def cut(self, plan: Plan, unit: str, orders: Mapping[str, Sequence[int]], positions: int) -> Plan:
+        """The plan with so many positions of a unit. orders: the channels of each of its groups, the best first."""
+        for group, step in self.of(unit).items():
+            plan = plan.with_kept(group, orders[group][: positions * step])
+        return plan
 
     @property
     def at_once(self) -> Knowledge | None:
@@ -152,7 +178,8 @@ class Problem:
             raise BudgetError(f"nothing can be pruned in this model{why}; `ekgfx groups MODEL --why` shows every axis")
         least = self.full()
         for name, rule in self.rules.items():
-            least = least.with_kept(name, range(rule.minimum))
+            orders = {group: range(self.traced.groups[group].size) for group in self.of(name)}
+            least = self.cut(least, name, orders, rule.minimum)
         for budget in self.budget.parts or (self.budget,):
             if budget.met(least):
                 continue
@@ -181,6 +208,26 @@ def width_rules(traced: TracedModel, ignored: frozenset[str], align: int, min_wi
         for group in traced.groups.values()
         if group.name not in ignored
     }
+
+
+def tied_rules(
+    traced: TracedModel, ties: Ties, ignored: frozenset[str], align: int, min_width: float
+) -> tuple[dict[str, WidthRule], dict[str, Mapping[str, int]]]:
+    """The widths of every unit (see `width_rules`), and the groups of those that have several. Where a group of a tie
+    is ignored, the others keep all as well."""
+    held = {*ignored, *ties.held}
+    for tie in ties.ties:
+        held |= {*tie.members} if held & {*tie.members} else set()
+    rules = width_rules(traced, frozenset(held), align, min_width)
+    members = {tie.name: tie.members for tie in ties.ties if tie.name in rules}
+    for name, steps in members.items():
+        groups = [traced.groups[group] for group in steps]
+        each = [align // math.gcd(align, steps[g.name] * channels_per_position(traced, g)) for g in groups]
+        producers = sum(len(group.producers) for group in groups)
+        rules[name] = WidthRule.of(groups[0].size // steps[name], producers, math.lcm(*each), min_width)
+        for other in steps.keys() - {name}:
+            del rules[other]
+    return rules, members
 
 
 def channels_per_position(traced: TracedModel, group: ChannelGroup) -> int:

@@ -134,9 +134,9 @@ def evaluate_candidates(
     kept: Kept | None = None,
     known: Known | None = None,
 ) -> list[Outcome]:
-    """The reward (eq. 4) of sub-networks that differ from the current one, `plan`, in one group each.
+    """The reward (eq. 4) of sub-networks that differ from the current one, `plan`, in one unit each.
 
-    candidates: (group, plan of the sub-network). ranking: which are best. accept: how many of these are wanted. kept:
+    candidates: (unit, plan of the sub-network). ranking: which are best. accept: how many of these are wanted. kept:
     values of the current network that are known. known: what an earlier race from the same network found of these
     candidates; it takes in what this one finds.
 
@@ -148,8 +148,8 @@ def evaluate_candidates(
     """
     current, groups = problem.network(plan), problem.traced.groups
     branches = [
-        Branch(current, forks, groups[group].axis, groups.kept(candidate), rescale=problem.rescale)
-        for group, candidate in candidates
+        Branch(current, forks, problem.axes(unit), groups.kept(candidate), rescale=problem.rescale)
+        for unit, candidate in candidates
     ]
     holding = room_for_logits(problem, knowledge, len(candidates)) > 0
     plans = [candidate for _, candidate in candidates]

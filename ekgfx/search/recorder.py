@@ -62,10 +62,10 @@ class Recorder:
     def go(self, plan: Plan) -> None:
         """Record the step from the current plan to `plan`, measured where there are validation data."""
         removed, widths = {}, {}
-        for group, rule in self.problem.rules.items():
+        for group in self.problem.groups:
             before, after = self.problem.kept(self.plan, group), set(self.problem.kept(plan, group))
             removed[group] = tuple(channel for channel in before if channel not in after)
-            widths[group] = len(after) / rule.size
+            widths[group] = len(after) / self.problem.traced.groups[group].size
         evaluation, asked = None, self.problem
         if asked.batches:
             evaluation, _ = evaluate(asked.network(plan), asked.batches, asked.objective, asked.at_once)

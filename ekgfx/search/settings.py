@@ -40,6 +40,7 @@ class SearchOptions(TypedDict, total=False):
     align: int
     min_width: float
     ignore: Ignored | Sequence[Ignored]
+    uniform_layers: bool
     rescale: bool | None
     details: Details
     seed: int
@@ -73,6 +74,9 @@ class SearchSettings(recipe.SearchSettings):
         min_width: least width ratio of every group.
         ignore: groups, parameters or modules that keep all their channels: glob patterns of their names, the modules
             themselves, or classes of modules.
+        uniform_layers: whether widths are found that the model's configuration can say, so that `from_pretrained`
+            takes the pruned model back; without one, repeated layers share their widths. Groups for whose width a
+            module's Python has one number share it in any case (`ekgfx.surgery.tied`).
         rescale: whether cut kernels of convolutions and linear layers keep their norm (recorded in the plan). None: as
             the authors do where the model has BatchNorm, which cancels the factor almost everywhere; without it the
             factor would change what the network computes, and they are left alone.

@@ -27,5 +27,6 @@ def at_width(problem: Problem, scores: Scores, width: float) -> Plan:
     """Every group at one width ratio."""
     plan = problem.full()
     for group, rule in problem.rules.items():
-        plan = plan.with_kept(group, important_first(range(rule.size), scores[group])[: rule.kept(width)])
+        orders = {g: important_first(range(len(scores[g])), scores[g]) for g in problem.of(group)}
+        plan = problem.cut(plan, group, orders, rule.kept(width))
     return plan

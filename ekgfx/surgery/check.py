@@ -148,11 +148,16 @@ def check_masked(traced: TracedModel, plan: Plan, inputs: tuple) -> float:
 
 @dataclass(frozen=True)
 class Difference:
-    """An operator of the pruned model that is not what was predicted, in words, and the module that runs it."""
+    """An operator of the pruned model that is not what was predicted, in words, and the module that runs it.
+
+    another: another operator stands in its place. That need not be wrong: Python may leave out what does nothing, as
+    repeating once does.
+    """
 
     module: str
     text: str
     way: Way = Way()  # noqa: RUF009  frozen
+    another: bool = False
 
     def __str__(self) -> str:
         return self.text if self.way == Way() else f"{self.text} ({self.way})"
@@ -201,7 +206,7 @@ def _differences(traced: AxisGraph, counts: Mapping[Axis, int], again: AxisGraph
         next((i for i, (a, b) in pairs if operator_name(a.target) != operator_name(b.target)), common)
     ]
     text = f"the pruned model runs other operators than the original, from {first.name} in {first.module or 'it'} on"
-    return [*found, Difference(first.module, text)]
+    return [*found, Difference(first.module, text, another=True)]
 
 
 def operator_name(target: Any) -> str:

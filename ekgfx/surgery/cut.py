@@ -22,6 +22,7 @@ from ekgfx.rewriting.calls import hollow
 from ekgfx.rewriting.patched import replaced
 from ekgfx.surgery.calibrate import estimated
 from ekgfx.surgery.carried import carry, like
+from ekgfx.surgery.configured import configuration_of, configure
 from ekgfx.surgery.declared_widths import attributes_of, declare
 from ekgfx.surgery.integers import correct, guess
 from ekgfx.surgery.settle import Prediction, repeatable, settle
@@ -62,6 +63,8 @@ def prune(
             it, before it is evaluated.
         graphs: where a module's own Python cannot express the cut (`view(-1, 16 * 5 * 5)`), a forward made from the
             traced graph takes its place: "warn" says so once, "allow" does not, "forbid" raises. `replaced` lists them.
+            "warn" also says where no values of the model's configuration (`model.config`) describe the cut; else the
+            result's configuration holds those that do.
 
     Raises:
         DataError: the batches to calibrate on cannot be used.
@@ -93,8 +96,13 @@ def prune(
     if not verify:
         guess(pruned, source, predicted.counts, before)
     declare(pruned, before, source, predicted.counts)
+    config = configuration_of(source, plan) if plan.kept else None
+    said = configure(pruned, config)
     if verify:
         settle(pruned, predicted, may_replace=graphs != "forbid")
+        said = configure(pruned, config, source)
+    if said and graphs == "warn":
+        warnings.warn(said, EkgfxWarning, stacklevel=2)
         if graphs == "warn":
             _tell(pruned)
     if source.unseen:

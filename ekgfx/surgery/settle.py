@@ -117,11 +117,18 @@ class _Settling:
                 return [failed]
         try:
             again = retrace(self.pruned, self.source, self.predicted.state)
-        except EkgfxError as error:
-            return [Problem(None, str(error))]
+        except EkgfxError as error:  # its Python may do otherwise there than when it runs
+            module = getattr(error, "module", None)
+            return [Problem(None if module is None else blamed(self.pruned, module), str(error))]
         found = differences(self.source, self.predicted.counts, again)
-        if found:
-            return [Problem(blamed(self.pruned, d.module), str(d)) for d in _first_of_each(found)]
+        if all(difference.another for difference in found):
+            problems = self._in_numbers(again)
+            if not problems or not found:
+                return problems
+        return [Problem(blamed(self.pruned, d.module), str(d)) for d in _first_of_each(found)]
+
+    def _in_numbers(self, again: TracedModel) -> list[Problem]:
+        """What is wrong with the cut module's cost and outputs. again: it, traced."""
         if again.cost() != self.source.cost(self.predicted.plan):
             cost = self.source.cost(self.predicted.plan)
             return [Problem(None, f"it costs {again.cost()}, predicted were {cost}")]

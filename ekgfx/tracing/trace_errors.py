@@ -29,7 +29,8 @@ def explained(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs:
     """What to say of an exception that the export raised; the model is run once to see whether it runs at all."""
     frames = list(_frames(error))
     own = [(path, line) for path, line, _ in frames if _is_users(path)]
-    where = _place(model, own[-1] if own else None, _module_of(model, [frame for *_, frame in frames]))
+    module = _module_of(model, [frame for *_, frame in frames])
+    where = _place(model, own[-1] if own else None, module)
     what = _first_lines(error)
     try:
         with torch.no_grad():
@@ -41,7 +42,7 @@ def explained(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs:
     advice = where[1]
     if any(frame.f_code.co_name == "_detect_is_causal_mask" for *_, frame in frames):
         advice = f"{_CAUSAL}, or {advice}"
-    return TraceError(f"{type(model).__name__} could not be traced: {where[0]}{what}: {advice}")
+    return TraceError(f"{type(model).__name__} could not be traced: {where[0]}{what}: {advice}", module)
 
 
 def unknown_sizes(model: nn.Module, program: torch.export.ExportedProgram) -> TraceError | None:

@@ -39,7 +39,7 @@ def keeper_for(problem: Problem, forks: Forks, plan: Plan, budget: int) -> Keepe
     counts = {axis: len(kept) for axis, kept in groups.kept(plan).items()}
     samples = [batch.samples for batch in problem.batches]
     shares = [count / sum(samples) for count in samples]
-    keeper = Keeper(forks, [group.axis for group in groups.values()], counts, shares, budget)
+    keeper = Keeper(forks, [frozenset({group.axis}) for group in groups.values()], counts, shares, budget)
     taylor(problem, plan, None, keeper)
     return keeper
 
@@ -89,7 +89,7 @@ def test_only_what_changes_is_computed(make: Callable[[], TracedModel], computed
     own = [
         node.name
         for name, _ in candidates
-        for node in forks.of(traced.groups[name].axis).nodes
+        for node in forks.of(frozenset({traced.groups[name].axis})).nodes
         if traced.operation(node) is not None
     ]
     computed.clear()
@@ -116,7 +116,7 @@ def test_a_fork_is_what_its_cut_changes() -> None:
         "b.weight",
         "short.weight",
     ]
-    inner, stream = forks.of(traced.groups["a"].axis), forks.of(traced.groups["b"].axis)
+    inner, stream = forks.of(frozenset({traced.groups["a"].axis})), forks.of(frozenset({traced.groups["b"].axis}))
     assert {first, second} <= {node.name for node in inner.nodes}
     assert not {stem, shortcut} & {node.name for node in inner.nodes}
     assert shortcut in inner.reads
@@ -124,7 +124,7 @@ def test_a_fork_is_what_its_cut_changes() -> None:
     assert stream.weights == {"b.weight", "b.bias", "short.weight", "short.bias", "head.weight"}
     assert {second, shortcut} <= {node.name for node in stream.nodes}
     assert first not in {node.name for node in stream.nodes}
-    everything = forks.of(traced.groups["stem"].axis)
+    everything = forks.of(frozenset({traced.groups["stem"].axis}))
     assert (everything.reads, everything.at) == (frozenset(), 0)
 
 
@@ -132,7 +132,7 @@ def test_a_fork_is_what_its_cut_changes() -> None:
 def test_a_walk_forgets_what_nobody_reads_any_more(make: Callable[[], TracedModel]) -> None:
     traced = make()
     problem, forks = problem_of(traced, nets.batches(16, 16)), Forks(traced)
-    ahead = sorted((forks.of(group.axis) for group in traced.groups.values()), key=lambda fork: fork.at)
+    ahead = sorted((forks.of(frozenset({group.axis})) for group in traced.groups.values()), key=lambda fork: fork.at)
     walk = Walk(forks, problem.network(Plan()), problem.batches[0].inputs, ahead, {})
     for number, fork in enumerate(ahead):
         read = walk.to(fork)
@@ -147,7 +147,7 @@ def test_the_costliest_values_per_byte_are_kept_first() -> None:
     """Between two forks lie operators whose cost is known by hand; the dearer gap is bridged first."""
     traced = nets.downsampling()
     problem, forks = problem_of(traced, nets.batches(16, 16)), Forks(traced)
-    inner, stream = forks.of(traced.groups["a"].axis), forks.of(traced.groups["b"].axis)
+    inner, stream = forks.of(frozenset({traced.groups["a"].axis})), forks.of(frozenset({traced.groups["b"].axis}))
     # read by b: a's 12 channels on 2 × 2 and the stem's 8 on 6 × 6; by a: the latter and the shortcut's 16 on 2 × 2
     sizes = {name: 16 * 4 * n for name, n in (("a", 12 * 4), ("stem", 8 * 36), ("short", 16 * 4))}
     found = [keeper_for(problem, forks, Plan(), budget).wanted for budget in (sizes["stem"], sum(sizes.values()))]

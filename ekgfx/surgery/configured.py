@@ -1,0 +1,447 @@
+"""What a model's own configuration can say of its widths.
+
+Libraries build their models from a configuration, and load saved weights into a model that is built from the saved
+configuration anew. So a pruned network can be taken back by `from_pretrained` only where some values of the
+configuration build it. Which of its numbers stands for which dimensions is found by trying: the model is built again
+without memory (on the meta device) with one number doubled, and what doubles is what it stands for.
+
+A number may also split a dimension without changing it, as the number of heads splits the width into heads; then whole
+heads go with the width, since a head's width is in the scale of its products. A number that changes other values of the
+model than whole ones (such a scale) stays, for the model that is built anew would compute something else.
+"""
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import gcd, prod
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from ekgfx.axes import Axis, Expr, Prod, Sum, axes, count, resolve
+from ekgfx.graph.groups import Groups
+from ekgfx.graph.plan import Plan
+from ekgfx.graph.ties import Ties, Width, factors, tied
+from ekgfx.graph.ways import undisturbed
+from ekgfx.rewriting.patched import forward_of
+from ekgfx.surgery.check import relative_error
+from ekgfx.tracing.trace import TracedModel
+
+Field = tuple[str | int, ...]
+"""The way from a configuration to one of its numbers: attributes, and positions in lists."""
+Dimension = tuple[str, int]
+"""A parameter, and which of its dimensions."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the numbers of a configuration stand for. parts: number → what grows with it. held: group → why it stays
+    whole: no number can say how wide it is. steps: group → in how many equal steps the configuration lets it shrink."""
+
+    parts: Mapping[Field, Sequence[Expr]]
+    held: Mapping[str, str]
+    steps: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def widths(self) -> list[Width]:
+        """Every number as the dimensions that it stands for."""
+        return [Width(tuple(parts), f"config.{name_of(number)}") for number, parts in self.parts.items()]
+
+    def ties(self, groups: Groups, others: Sequence[Width] = ()) -> Ties:
+        """What the configuration asks of the groups, with other widths that hold as well."""
+        return tied(groups, [*others, *self.widths], self.held, self.steps)
+
+    def numbers(self, config: Any, counts: Mapping[Axis, int]) -> dict[Field, int]:
+        """What the numbers are when the axes keep `counts` positions."""
+        return {f: get(config, f) * count(parts[0], counts) // parts[0].size for f, parts in self.parts.items()}
+
+
+_KNOWN: WeakKeyDictionary[TracedModel, Described | None] = WeakKeyDictionary()
+
+
+def description(traced: TracedModel) -> Described | None:
+    """What the numbers of the model's configuration stand for; None where no configuration builds it."""
+    if traced not in _KNOWN:
+        _KNOWN[traced] = _describe(traced)
+    return _KNOWN[traced]
+
+
+def configuration_of(traced: TracedModel, plan: Plan) -> Any | str | None:
+    """A copy of the model's configuration that builds the network which a plan leaves; a sentence where no values of it
+    do; None where no configuration builds the model."""
+    described = description(traced)
+    if described is None:
+        return None
+    fault = _broken(traced, described.ties(traced.groups), plan)
+    if fault is not None:
+        return fault
+    config = copy.deepcopy(traced.model.config)
+    counts = {axis: len(kept) for axis, kept in traced.groups.kept(plan).items()}
+    for number, value in described.numbers(config, counts).items():
+        put(config, number, value)
+    built = _built(traced.model, config)
+    if built is None:
+        return f"{type(traced.model).__name__} cannot be built with the configuration of the cut"
+    for name, exprs in traced.weight_dims().items():
+        wanted = tuple(count(expr, counts) for expr in exprs)
+        if built.shapes.get(name, wanted) != wanted:
+            return f"{name} would be {built.shapes[name]}, not {wanted}"
+    return config
+
+
+def configure(pruned: nn.Module, config: Any | str | None, source: TracedModel | None = None) -> str:
+    """Let a cut model hold the configuration that `configuration_of` found; what to tell its user, "" for nothing.
+
+    source: the model before the cut, where it is to be tried whether a model that is built anew computes the same.
+    """
+    if config is None:
+        return ""
+    kind = type(pruned).__name__
+    help = f"ekgfx.save and ekgfx.load keep it, {kind}.from_pretrained does not; search(uniform_layers=True) finds such"
+    if isinstance(config, str):
+        return f"no configuration of {kind} describes this cut: {config}; {help}"
+    known = pruned.config
+    _put(pruned, config)
+    if source is None:
+        return ""
+    try:
+        off = _off(pruned, built_anew(pruned, config), source)
+    except Exception as error:  # noqa: BLE001  whatever the library raises of what it is given
+        off = f"raises {type(error).__name__}: {' '.join(str(error).split())}"
+    if off:
+        _put(pruned, known)
+        return f"no configuration of {kind} describes this cut: a model that is built anew {off}; {help}"
+    return ""
+
+
+def _off(pruned: nn.Module, anew: nn.Module, source: TracedModel) -> str:
+    """How the output of a model that was built anew differs from the cut one's; "" where it does not."""
+    args, kwargs = source.example
+    with torch.no_grad(), source.way.entered(pruned), source.way.entered(anew), undisturbed(pruned):
+        error = relative_error(anew(*args, **kwargs), pruned(*args, **kwargs))
+    return "" if error <= 1e-3 else f"computes something else (by {error:.1e})"
+
+
+def _put(model: Any, config: Any) -> None:
+    """Let a model, and all modules that hold its configuration or a part of it, hold another one."""
+    new = dict(_pairs(model.config, config))
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if id(value) in new:
+                vars(module)[name] = new[id(value)]
+
+
+def built_anew(model: nn.Module, config: Any) -> nn.Module:
+    """A model of the same class, built from a configuration, with the weights of this one."""
+    kind: Any = type(model) if forward_of(model) is None else type(model).__bases__[0]
+    with torch.random.fork_rng(), _quiet():
+        made: nn.Module = kind(copy.deepcopy(config))
+    sample = next(model.parameters())
+    made.to(device=sample.device, dtype=sample.dtype)
+    made.load_state_dict(model.state_dict())
+    return made.train(model.training)
+
+
+def name_of(number: Field) -> str:
+    """A number of a configuration as people write it."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in number).lstrip(".")
+
+
+def get(config: Any, number: Field) -> int:
+    """The number."""
+    for step in number:
+        config = config[step] if isinstance(step, int) else getattr(config, step)
+    return int(config)
+
+
+def put(config: Any, place: Field, number: int) -> None:
+    """Set the number in place; a list or tuple that holds it is replaced."""
+    *way, last = place
+    if isinstance(last, int):
+        held = list(_at(config, way))
+        held[last] = number
+        return setattr(_at(config, way[:-1]), str(way[-1]), type(_at(config, way))(held))
+    return setattr(_at(config, way), last, number)
+
+
+def _at(config: Any, way: Sequence[str | int]) -> Any:
+    for step in way:
+        config = getattr(config, str(step))
+    return config
+
+
+# -- what stands for what ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A model without memory: shapes of what it saves, and the numbers that its modules hold."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    whole: Mapping[tuple[str, str], int]
+    real: Mapping[tuple[str, str], float]
+
+
+def _describe(traced: TracedModel) -> Described | None:
+    model = traced.model
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        return None
+    built, dims = _built(model, model.config), traced.weight_dims()
+    sizes_of = {name: tuple(dim.size for dim in exprs) for name, exprs in dims.items()}
+    if built is None or any(built.shapes[name] != sizes_of[name] for name in dims.keys() & built.shapes.keys()):
+        return None
+    trial = _Trial(model, built)
+    places = {(p.parameter, p.dim): dims[p.parameter][p.dim] for g in traced.groups.values() for p in g.places}
+    sizes = {part.size for expr in places.values() for part in _runs(expr)}
+    numbers = {number: old for number, old in _numbers(model.config) if old in sizes}
+    grows = {number: trial.grown({number: 2 * old}) for number, old in numbers.items()}
+    found = _Parts()
+    several: list[tuple[Field, list[Expr]]] = []
+    for place, expr in places.items():
+        fields = {number: old for number, old in numbers.items() if grows[number].get(place) is True}
+        parted = any(grows[number].get(place) is False for number in numbers)
+        split = None if parted else _segments(expr, fields)
+        if split is None:
+            told = "several numbers say parts of" if fields or parted else "no number says the width of"
+            found.hold(axes(expr), f"config: {told} {place[0]}")
+        for number, part in split or ():
+            free = [f for f in factors(part) if any(not axis.frozen for axis in axes(f))]
+            if len(free) > 1:
+                several.append((number, free))
+            else:
+                found.add(number, part if free == [] else free[0])
+    splitting = {
+        number: old for number, old in numbers.items() if not grows[number] and trial.splits({number: 2 * old})
+    }
+    partners: dict[Field, dict[Field, int]] = {}
+    alone = set(found.single)
+    for number, free in several:
+        unknown = [part for part in free if part not in alone]
+        heads = {g: old for g, old in splitting.items() if unknown and old == unknown[0].size}
+        if len(unknown) > 1 and heads:
+            moving = unknown[0]
+            found.add(next(iter(heads)), moving)
+            partners.setdefault(number, {}).update({next(iter(heads)): 2 * next(iter(heads.values()))})
+        else:
+            moving = unknown[-1] if unknown else free[-1]
+        for part in unknown:
+            if part is not moving:
+                found.hold(axes(part), f"config.{name_of(number)} does not say how it is made up")
+        if len(unknown) > 1:
+            found.add(number, moving)
+        else:
+            found.whole.setdefault(number, []).append(free)
+    for number, old in numbers.items():
+        widens = number in found.parts and number not in splitting  # those go with the width that they split
+        if widens and (changed := trial.others({number: 2 * old, **partners.get(number, {})})):
+            for part in found.parts[number]:
+                found.hold(axes(part), f"config.{name_of(number)} also says {changed}")
+    saved = model.state_dict().keys()
+    for name, exprs in dims.items():
+        if name not in saved:  # the library computes it anew when it builds the model
+            found.hold((axis for expr in exprs for axis in axes(expr)), f"{name} is not saved")
+    named = {group.axis: group.name for group in traced.groups.values()}
+    held = {named[axis]: why for axis, why in found.held.items() if axis in named}
+    return _checked(traced, Described(found.all(), held), trial)
+
+
+def _checked(traced: TracedModel, found: Described, trial: "_Trial") -> Described:
+    """In how many steps what the configuration ties can shrink: it may refuse numbers, as a width that is no multiple
+    of the number of heads. Of two that cannot shrink independently, the one of fewer channels stays whole."""
+    groups, held = traced.groups, dict(found.held)
+    steps: dict[str, int] = {}
+
+    def takes(*shrunk: tuple[Sequence[str], int, int]) -> bool:
+        """Whether it takes numbers for groups with such a share (numerator and denominator) of their channels."""
+        counts = {groups[n].axis: groups[n].size * a // b for names, a, b in shrunk for n in names}
+        return trial.of(found.numbers(traced.model.config, counts)) is not None
+
+    ties = found.ties(groups)
+    together = [list(tie.members) for tie in ties.ties]
+    together += [[name] for name in groups if name not in ties.held and not any(name in names for names in together)]
+    for names in together:
+        most = gcd(*(groups[name].size for name in names))
+        most = next((n for n in range(most, 1, -1) if most % n == 0 and takes((names, n - 1, n))), 1)
+        steps |= dict.fromkeys(names, most)
+    together.sort(key=lambda names: -groups[names[0]].size)
+    for i, names in enumerate(together):
+        for others in together[i + 1 :]:
+            n, m = steps[names[0]], steps[others[0]]
+            if not all(takes((names, n - 1, n), (others, k, m)) for k in range(max(1, m - 16), m)):
+                held |= dict.fromkeys(others, f"config takes no other number for it where {names[0]} shrinks")
+    return Described(found.parts, held, {name: n for name, n in steps.items() if n < groups[name].size})
+
+
+class _Parts:
+    """What was found: number → parts of dimensions that grow with it; single: parts that a number says alone; whole:
+    number → dimensions that it says with several parts, of which the others say all but one."""
+
+    def __init__(self) -> None:
+        self.parts: dict[Field, list[Expr]] = {}
+        self.single: dict[Expr, None] = {}
+        self.whole: dict[Field, list[list[Expr]]] = {}
+        self.held: dict[Axis, str] = {}
+
+    def add(self, number: Field, part: Expr) -> None:
+        self.parts.setdefault(number, []).append(part)
+        self.single[part] = None
+
+    def hold(self, some: Iterable[Axis], why: str) -> None:
+        for axis in some:
+            if not axis.frozen:
+                self.held.setdefault(axis, why)
+
+    def all(self) -> dict[Field, list[Expr]]:
+        made = {number: [Prod(tuple(parts)) for parts in each] for number, each in self.whole.items()}
+        return {number: [*self.parts.get(number, []), *made.get(number, [])] for number in {**self.parts, **made}}
+
+
+class _Trial:
+    """Builds a model with other numbers in its configuration."""
+
+    def __init__(self, model: nn.Module, built: _Built) -> None:
+        self.model, self.built = model, built
+        self.known: dict[tuple[tuple[Field, int], ...], _Built | None] = {}
+
+    def of(self, numbers: Mapping[Field, int]) -> _Built | None:
+        key = tuple(sorted(numbers.items(), key=str))
+        if key not in self.known:
+            config = copy.deepcopy(self.model.config)
+            try:
+                for number, value in numbers.items():
+                    put(config, number, value)
+            except Exception:  # noqa: BLE001  whatever the configuration's own checks raise
+                self.known[key] = None
+            else:
+                self.known[key] = _built(self.model, config)
+        return self.known[key]
+
+    def grown(self, numbers: Mapping[Field, int]) -> dict[Dimension, bool]:
+        """The dimensions that change, and whether they double."""
+        made = self.of(numbers)
+        if made is None or made.shapes.keys() != self.built.shapes.keys():
+            return {}
+        pairs = ((name, zip(self.built.shapes[name], made.shapes[name], strict=False)) for name in made.shapes)
+        return {(name, d): new == 2 * old for name, both in pairs for d, (old, new) in enumerate(both) if old != new}
+
+    def splits(self, numbers: Mapping[Field, int]) -> bool:
+        """Whether modules are told another whole number, though no shape changes."""
+        made = self.of(numbers)
+        return made is not None and made.whole != self.built.whole
+
+    def others(self, numbers: Mapping[Field, int]) -> str:
+        """A number of a module that changes and is not a whole one; "" where none does."""
+        made = self.of(numbers)
+        real = {} if made is None else made.real
+        return next(
+            (".".join(place).strip(".") for place, old in self.built.real.items() if real.get(place) != old), ""
+        )
+
+
+def _numbers(config: Any, seen: frozenset[int] = frozenset()) -> Iterator[tuple[Field, int]]:
+    """Every whole number in a configuration, in its lists, and in configurations that it holds."""
+    for name, value in sorted(vars(config).items()):
+        if name.startswith("_"):
+            continue
+        if type(value) is int and value > 1:
+            yield (name,), value
+        elif type(value) in (list, tuple):
+            yield from (((name, i), v) for i, v in enumerate(value) if type(v) is int and v > 1)
+        elif hasattr(value, "to_dict") and hasattr(value, "__dict__") and id(value) not in seen:
+            yield from (((name, *rest), v) for rest, v in _numbers(value, seen | {id(config), id(value)}))
+
+
+def _pairs(old: Any, new: Any) -> Iterator[tuple[int, Any]]:
+    """A configuration and those that it holds, by identity, with what takes their places."""
+    yield id(old), new
+    for name, value in vars(old).items():
+        if hasattr(value, "to_dict") and hasattr(value, "__dict__"):
+            yield from _pairs(value, vars(new)[name])
+
+
+def _runs(expr: Expr) -> Iterator[Expr]:
+    """A dimension, and the neighbouring factors of it and of its terms that a number may stand for."""
+    for term in (expr, *_terms(expr)):
+        made = factors(term)
+        yield term
+        yield from (Prod(tuple(made[i:j])) for i in range(len(made)) for j in range(i + 1, len(made) + 1))
+
+
+def _segments(expr: Expr, fields: Mapping[Field, int]) -> list[tuple[Field, Expr]] | None:
+    """Which part of a dimension each of the numbers that it grows with stands for; None where that is not clear."""
+    if len(fields) < 2:
+        return [(number, term) for number in fields for term in _terms(expr)] or None
+    found: list[tuple[Field, Expr]] = []
+    for term in _terms(expr):
+        made, left = factors(term), dict(fields)
+        if len(made) == 1:  # a number times another one: the width is the larger
+            found.append((max(fields, key=lambda number: fields[number]), term))
+            continue
+        while made:
+            products = {n: prod(part.size for part in made[:n]) for n in range(1, len(made) + 1)}
+            fitting = [(n, number) for n, size in products.items() for number, old in left.items() if size == old]
+            if len(fitting) != 1:
+                return None
+            ((length, number),) = fitting
+            found.append((number, Prod(tuple(made[:length])) if length > 1 else made[0]))
+            made = made[length:]
+            del left[number]
+    return found
+
+
+def _terms(expr: Expr) -> Sequence[Expr]:
+    expr = resolve(expr)
+    return expr.terms if isinstance(expr, Sum) else (expr,)
+
+
+def _broken(traced: TracedModel, ties: Ties, plan: Plan) -> str | None:
+    """What of a plan the ties do not allow, in words."""
+    widths = traced.groups.widths(plan)
+    for name, why in ties.held.items():
+        if widths[name] != traced.groups[name].size:
+            return f"{name} would have to stay whole ({why})"
+    for tie in ties.ties:
+        steps = {name: widths[name] / step for name, step in tie.members.items()}
+        if len({*steps.values()}) > 1:
+            other = next(name for name in steps if steps[name] != steps[tie.name])
+            return (
+                f"{tie.name} keeps {widths[tie.name]} channels and {other} {widths[other]}, and one number stands for "
+                f"both ({tie.why[0]})"
+            )
+    return None
+
+
+def _built(model: nn.Module, config: Any) -> _Built | None:
+    """A model like this one built from a configuration; None where that cannot be."""
+    kind: Any = type(model) if forward_of(model) is None else type(model).__bases__[0]
+    try:
+        with torch.device("meta"), _quiet():
+            getattr(config, "validate", int)()  # as transformers' are looked at when they are saved
+            made = kind(copy.deepcopy(config))
+    except Exception:  # noqa: BLE001  whatever the library raises of a configuration that it does not take
+        return None
+    held = {(name, key): value for name, module in made.named_modules() for key, value in vars(module).items()}
+    return _Built(
+        {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()},
+        {place: value for place, value in held.items() if type(value) is int},
+        {place: value for place, value in held.items() if type(value) is float},
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what a library says of odd configurations from users."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -101,10 +101,10 @@ def prune(
     if verify:
         settle(pruned, predicted, may_replace=graphs != "forbid")
         said = configure(pruned, config, source)
-    if said and graphs == "warn":
-        warnings.warn(said, EkgfxWarning, stacklevel=2)
-        if graphs == "warn":
-            _tell(pruned)
+    if graphs == "warn":
+        _tell(pruned)
+        if said:
+            warnings.warn(said, EkgfxWarning, stacklevel=2)
     if source.unseen:
         keep_apart(pruned, ((p.parameter, p.dim) for group in source.groups.values() for p in group.places))
     remember(pruned, (*rounds, replace(plan, structure=source.groups.digest, **source.options)))

@@ -349,7 +349,7 @@ class Bad(nn.Module):
 
 def test_errors_say_what_to_do() -> None:
     traced, batches = nets.cnn(), nets.batches()
-    with pytest.raises(BudgetError, match="did you mean 0.55"):
+    with pytest.raises(RecipeError, match="did you mean 55%"):
         search(traced, batches, flops=55)
     with pytest.raises(BudgetError, match="give one budget"):
         search(traced, batches)

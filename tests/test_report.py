@@ -242,6 +242,52 @@ def test_lines_are_where_the_numbers_say():
     assert y1 < y0  # up is more
 
 
+def test_a_curve_has_its_points_and_intervals_where_the_numbers_say():
+    spots = [charts.Spot("a", 1.0, 0.9, (0.8, 1.0)), charts.Spot("b", 0.5, 0.6, (0.4, 0.8), marked=True)]
+    spots.append(charts.Spot("c", 0.75, 0.8))
+    chart = charts.spots("", spots, x="kept", form="{:g}".format, across_form="{:g}".format)
+    dots = [(float(dot.get("cx")), float(dot.get("cy")), dot.get("r")) for dot in chart.findall("circle")]
+    (x0, y0, r0), (x1, y1, _), (x2, y2, r2) = dots  # from left to right
+    assert x1 == pytest.approx((x0 + x2) / 2, abs=0.1)
+    assert (y0 - y1) / (y1 - y2) == pytest.approx(2, abs=0.02)  # up is more
+    assert (r0, r2) == ("5", "3")
+    bars = [bar for bar in chart.findall("line") if bar.get("class") == "bar"]
+    assert [float(bar.get("x1")) for bar in bars] == [x0, x2]
+    for bar, middle in zip(bars, (y0, y2), strict=True):
+        assert float(bar.get("y1")) + float(bar.get("y2")) == pytest.approx(2 * middle, abs=0.2)
+    assert "b" in [text.text for text in chart.findall("text")]
+
+
+def test_every_budget_is_drawn_and_the_knee_marked(run):
+    """By hand: 0.85 at 60% lies above the line from 0.9 at 100% to 0.6 at 40%; the other does not."""
+    networks = [
+        ("unpruned", 1000, 0.9, 4.0),
+        ("flops=0.8", 800, 0.8, 3.5),
+        ("flops=0.6", 600, 0.85, 3.0),
+        ("flops=0.4", 400, 0.6, None),
+    ]
+    rows = [
+        {"label": label, "macs": macs, "params": 10, "quality": q, "interval": [q - 0.01, q + 0.01], "finetuned": False}
+        | {"milliseconds": ms}
+        for label, macs, q, ms in networks
+    ]
+    told = {"networks": rows, "measures": "accuracy", "samples": 50, "target": "cpu:fp32:batch=1", "knee": 2}
+    with Run.reopen(run) as made:
+        made.write_json("frontier.json", told)
+    page = report.page(Facts.of(run))
+    texts = Page(page).texts
+    assert "flops=0.6 (knee)" in texts
+    assert "flops=0.6 (knee): 85.00% at 60%" in texts
+    assert "flops=0.6 (knee): 85.00% at 3" in texts
+    assert "flops=0.4: 60.00% at 40%" in texts
+    assert not any(text.startswith("flops=0.4: 60.00% at") and not text.endswith("%") for text in texts)
+    assert any("The curve bends at flops=0.6" in text for text in texts)
+    with Run.reopen(run) as made:
+        made.write_json("frontier.json", {**told, "knee": "high"})
+    with pytest.raises(RunError, match="knee"):
+        Facts.of(run)
+
+
 def test_columns_are_as_high_as_what_is_kept():
     def heights(column) -> list[float]:
         return [float(rect.get("height")) for rect in column.findall("rect")]

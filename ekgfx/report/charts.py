@@ -69,6 +69,44 @@ def lines(
     return _svg(label, HEIGHT, parts)
 
 
+@dataclass(frozen=True)
+class Spot:
+    """A named point with the interval of its height. marked: with its name beside it."""
+
+    name: str
+    x: float
+    y: float
+    interval: tuple[float, ...] | None = None
+    marked: bool = False
+
+
+def spots(label: str, shown: Sequence[Spot], *, x: str, form: Format, across_form: Format) -> Element:
+    """A curve through points, from left to right, with error bars. x: the axis's name; form, across_form: how heights
+    and places on that axis are written."""
+    shown = sorted(shown, key=lambda spot: spot.x)
+    heights = [value for spot in shown for value in (spot.y, *(spot.interval or ()))]
+    low, high = _padded(min(heights, default=0.0), max(heights, default=1.0))
+    left, right = _padded(min((s.x for s in shown), default=0.0), max((s.x for s in shown), default=1.0))
+    across, up = _scale(left, right, LEFT, WIDTH - RIGHT), _scale(low, high, HEIGHT - BOTTOM, TOP)
+    parts = _frame([(up(tick), form(tick)) for tick in ticks(low, high)])
+    parts += [_below(across(tick), across_form(tick)) for tick in ticks(left, right)]
+    parts.append(element("text", x, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 4, class_="axis middle"))
+    path = "M" + "L".join(f"{_round(across(spot.x))} {_round(up(spot.y))}" for spot in shown)
+    parts += [element("path", d=path, class_="line s0")] if len(shown) > 1 else []
+    for spot in shown:
+        at, y = _round(across(spot.x)), _round(up(spot.y))
+        if spot.interval:
+            bottom, top = (_round(up(value)) for value in spot.interval)
+            parts.append(element("line", x1=at, x2=at, y1=bottom, y2=top, class_="bar"))
+        hint = element("title", f"{spot.name}: {form(spot.y)} at {across_form(spot.x)}")
+        parts.append(element("circle", hint, cx=at, cy=y, r=5 if spot.marked else 3, class_="dot s0"))
+        if spot.marked:
+            end = at > (LEFT + WIDTH) / 2
+            kind = "halo end" if end else "halo"
+            parts.append(element("text", spot.name, x=at + (-8 if end else 8), y=y + 16, class_=kind))
+    return _svg(label, HEIGHT, parts)
+
+
 def columns(
     label: str, shown: Sequence[tuple[str, int, int]], unit: str, form: Format | None = None, height: int = 230
 ) -> Element:

@@ -18,6 +18,7 @@ from ekgfx.errors import RunError
 from ekgfx.export import Breakdown, LatencyTable
 from ekgfx.pipeline import delivery, planning
 from ekgfx.pipeline import stages as pipeline
+from ekgfx.pipeline.frontier import Frontier
 from ekgfx.pipeline.job import Score
 from ekgfx.repair import Repair
 from ekgfx.runs import checkpoint
@@ -66,6 +67,7 @@ class Facts:
     latency: LatencyTable | None
     breakdown: Breakdown | None = None
     repair: Repair | None = None
+    frontier: Frontier | None = None
 
     @classmethod
     def of(cls, path: Path) -> "Facts":
@@ -104,6 +106,7 @@ class Facts:
             _knowledge(path),
             *_exported(path, manifest),
             repair=_repair(path, manifest),
+            frontier=Frontier.of(path),
         )
 
     @property

@@ -29,8 +29,9 @@ from ekgfx.base.files import (
     write_json,
 )
 from ekgfx.base.schema import read
+from ekgfx.base.units import budget_of
 from ekgfx.errors import RunError
-from ekgfx.settings.budgets import label_of, which
+from ekgfx.settings.budgets import BUDGETS, label_of, which
 
 FORMAT = 1
 MANIFEST = "run.json"
@@ -109,6 +110,10 @@ def at_budget(path: Path, budget: Mapping[str, float | str | None]) -> Path:
     if not wanted:
         return path
     points = read_manifest(path).get("points", ())
+    for key, asked in ((key, asked) for point in points for key, asked in point.items()):
+        if key not in BUDGETS:  # their names are those of folders
+            raise RunError(f"{path / MANIFEST} is damaged: {key[:100]!r} is no budget; restore it")
+        budget_of(key, asked)
     number = which(points, wanted)
     return path if number == len(points) - 1 else path / POINTS / label_of(points[number])
 

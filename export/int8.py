@@ -45,6 +45,10 @@ METHODS: Mapping[str, tuple[CalibrationMethod, Mapping[str, Any]]] = {
 }
 """How the range of a tensor is found: all that was seen; the part that keeps most information; all but 0.01%."""
 
+HISTOGRAMS = 16
+"""Images whose values go into histograms (entropy, percentile): sorting all values of an image into bins takes longer
+than computing them, and a few images have millions."""
+
 PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # What hands 8-bit values on as they are, or picks among them.
 _PASSING = frozenset(
@@ -141,7 +145,8 @@ class Quantizer:
             )
             # The calibrator's own session optimises nothing and takes all CPUs.
             calibrator.infer_session = open_session(augmented, threads=self.threads)
-            for image in self.images:  # one by one: the calibrator keeps all values of what it is given
+            few = self.images if kind is CalibrationMethod.MinMax else self.images[:HISTOGRAMS]
+            for image in few:  # one by one: the calibrator keeps all values of what it is given
                 calibrator.collect_data(_Reader([feeds(calibrator.infer_session, image)]))
             return calibrator.compute_data()
 

@@ -1,11 +1,11 @@
 """Measures the table of layer timings that prices a plan (`ekgfx.search.latency`)."""
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from ekgfx.graph.plan import Plan
 from ekgfx.graph.untouched import deep_copy
@@ -18,6 +18,7 @@ from ekgfx.tracing.trace import TracedModel
 
 from .environment import available_cpus, environment
 from .exporter import to_onnx
+from .int8 import Quantizer, Recipe, scratch
 from .profile import profile, whole_runs
 from .providers import provider
 
@@ -70,10 +71,21 @@ def measure(traced: TracedModel, plan: Plan, target: Target) -> Sample:
     network = network_of(traced, plan)
     inputs = tuple(traced.example[0])
     with tempfile.TemporaryDirectory() as folder:
-        file = to_onnx(network, inputs, Path(folder) / "net.onnx", fp16=fp16(target))
+        file = write_for(target, network, inputs, Path(folder) / "net.onnx")
         times = profile(file, inputs, target)
         whole = whole_runs({"": file}, inputs, target)[""]
     return Sample(traced.groups.widths(plan), to_known(times, traced), whole)
+
+
+def write_for(target: Target, network: nn.Module, inputs: Sequence[Tensor], path: Path) -> Path:
+    """The network as the file that is timed on the target. INT8 takes its ranges from the example inputs: how long it
+    takes does not depend on them."""
+    to_onnx(network, inputs, path, fp16=fp16(target))
+    if target.precision == "int8":
+        with scratch() as folder:
+            images = [tuple(value[:1] if value.ndim else value for value in inputs)]
+            Quantizer(path, images, Path(folder), threads_of(target))(Recipe(), path)
+    return path
 
 
 def threads_of(target: Target) -> int:

@@ -13,6 +13,7 @@ from ekgfx.latency.target import Staircase, Target, parse, staircase
         ("cuda:fp16:batch=64", Target("cuda", "fp16", 64)),
         ("cpu", Target("cpu", "fp32", 1)),
         ("cpu:batch=8:threads=1", Target("cpu", "fp32", 8, 1)),
+        ("cpu:int8:batch=8", Target("cpu", "int8", 8)),
         ("cuda:tf32", Target("cuda", "tf32", 1)),
     ],
 )
@@ -25,6 +26,7 @@ def test_is_read_back_from_its_text(text: str, target: Target) -> None:
     [
         ("npu", "unknown target 'npu': layers can be timed on cpu and cuda"),
         ("tensorrt:fp16", "unknown target 'tensorrt:fp16'"),
+        ("cuda:int8", "cannot read 'int8' in target 'cuda:int8'"),
         ("cpu:tf32", "cannot read 'tf32' in target 'cpu:tf32'"),
         ("cuda:batch=0", "cannot read 'batch=0'"),
         ("cuda:batch=many", "cannot read 'batch=many'"),

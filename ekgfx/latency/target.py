@@ -1,6 +1,6 @@
 """Where a network is to run: provider, precision, batch size, and the widths that such hardware likes.
 
-`cuda:fp16:batch=64`, `cpu:fp32:batch=8:threads=1`
+`cuda:fp16:batch=64`, `cpu:fp32:batch=8:threads=1`, `cpu:int8:batch=8`
 """
 
 import re
@@ -11,7 +11,7 @@ import torch
 from ekgfx.base.schema import show
 from ekgfx.errors import RecipeError
 
-PRECISIONS = {"cpu": ("fp32", "fp16"), "cuda": ("fp32", "tf32", "fp16")}
+PRECISIONS = {"cpu": ("fp32", "fp16", "int8"), "cuda": ("fp32", "tf32", "fp16")}
 """What each provider whose layers can be timed one by one computes in."""
 
 
@@ -73,7 +73,8 @@ def staircase(provider: str, precision: str) -> Staircase:
     the channel counts of a layer are multiples of that (Deep Learning Performance Guide); other GPU kernels load 4 fp32
     values at once. onnxruntime's CPU convolutions pad channels to blocks of one vector register of fp32
     (`MlasNchwcGetBlockSize`: 16 with AVX-512, else 8), and take only multiples of 4 into that layout: a MobileNetV2 cut
-    to 55% of its MACs without alignment takes longer than the uncut one.
+    to 55% of its MACs without alignment takes longer than the uncut one. Its INT8 products pack the output channels in
+    blocks of 16 as well and add up four inputs at a time.
     """
     if provider == "cpu":
         return Staircase(16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8, 4)

@@ -15,8 +15,7 @@ from ekgfx.base.files import write_json
 from ekgfx.distributed.team import team
 from ekgfx.errors import ExportError, RecipeError, RunError
 from ekgfx.export.environment import environment
-from ekgfx.export.exporter import to_onnx
-from ekgfx.export.layers import NETWORKS, fp16, measure_layers, threads_of
+from ekgfx.export.layers import NETWORKS, measure_layers, threads_of, write_for
 from ekgfx.export.profile import whole_runs
 from ekgfx.export.providers import provider
 from ekgfx.graph.plan import Plan
@@ -179,7 +178,7 @@ def _times(job: Job, pruned: nn.Module, target: Target) -> Mapping[str, float]:
     inputs = job.built.example_inputs
     with tempfile.TemporaryDirectory() as folder:
         files = {
-            name: to_onnx(model, inputs, Path(folder) / f"{name}.onnx", fp16=fp16(target))
+            name: write_for(target, model, inputs, Path(folder) / f"{name}.onnx")
             for name, model in {"dense": job.built.model, "pruned": pruned}.items()
         }
         return whole_runs(files, inputs, target)

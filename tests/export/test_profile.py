@@ -98,6 +98,27 @@ def test_sums_and_fused_products_belong_to_the_layer_that_they_follow(tmp_path):
     assert found.get("", 0.0) < 0.1 * sum(found.values())
 
 
+def test_layers_in_int8_are_named_as_in_fp32(classifier, tmp_path):
+    """onnxruntime makes one integer operator of a layer and the rounding around it."""
+    model, images, _ = classifier
+    here = Target("cpu", "int8", 4, 1)
+    file = layers.write_for(here, model, (images,), tmp_path / "net.onnx")
+    found = profile(file, images, here)
+    assert set(found) == {"", "stem", "head"}  # pixels are rounded before the first layer
+    assert found["stem"] > found["head"] > 0
+    with pytest.raises(ExportError, match="is an int8 file and cannot be timed in fp32"):
+        profile(file, images, HERE)
+
+
+def test_a_latency_budget_is_priced_by_int8_layers():
+    torch.manual_seed(0)
+    traced = ekgfx.trace(Classifier(32).eval(), torch.randn(2, 3, 16, 16))
+    here = Target("cpu", "int8", 1, 1)
+    table = measure_layers(traced, here, width_rules(traced, frozenset(), 1, 0.0), count=2)
+    assert table.target == "cpu:int8:batch=1:threads=1"
+    assert all(sample.network > 0 and set(sample.segments) <= {"", "stem", "head"} for sample in table.samples)
+
+
 def test_a_real_profile_accounts_for_the_run(classifier):
     _, images, file = classifier
     found = profile(file, images, HERE)

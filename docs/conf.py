@@ -13,7 +13,7 @@ author = "the ekgfx developers"
 project_copyright = f"2026, {author}"
 release = version = ekgfx.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx_click"]
 exclude_patterns = ["build"]
 html_theme = "furo"
 html_title = f"ekgfx {release}"
@@ -27,6 +27,8 @@ default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+maximum_signature_line_length = 100  # longer ones get a line for each parameter
+python_use_unqualified_type_names = True
 autodoc_default_options = {"members": True, "show-inheritance": False}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

@@ -1,8 +1,9 @@
 """A network that is pruned in the middle of its training, where it stands, and taught from then on by what it was."""
 
 import copy
+import inspect
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +12,13 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ekgfx.base.units import percent
 from ekgfx.data.batches import LABELS, Inputs, unpacked
-from ekgfx.errors import DataError
+from ekgfx.errors import DataError, EkgfxError
 from ekgfx.graph.plan import Plan
 from ekgfx.repair import repair
 from ekgfx.search import SearchResult, search
 from ekgfx.surgery.cut import prune
 from ekgfx.surgery.transfer import transfer
-from ekgfx.tracing.trace import trace
+from ekgfx.tracing.trace import TracedModel, trace
 from ekgfx.training.loss import at_least_single, default_temperature, guided_loss
 from ekgfx.training.outputs import Logits, finder, logits_of
 
@@ -76,7 +77,7 @@ class Midway:
         teacher = copy.deepcopy(network).eval().requires_grad_(False)
         pruned = prune(network, plan, traced, calibrate=[images for images, _ in batches])
         if self.refit:
-            log.info("%s", repair(pruned, traced, plan, [images for images, _ in batches]))
+            _refit(pruned, traced, plan, [_in_order(network, images) for images, _ in batches])
         for optimizer in optimizers:
             transfer(optimizer, pruned, plan, traced)
         before, after = traced.cost(), traced.cost(plan)
@@ -98,6 +99,21 @@ class Midway:
         own = at_least_single(self.logits(output)).movedim(1, -1)
         temperature = self.temperature or default_temperature(own.shape[-1])
         return self.teach * guided_loss([own], None, said[:, None], temperature)
+
+
+def _refit(pruned: nn.Module, traced: TracedModel, plan: Plan, images: list[Any]) -> None:
+    try:
+        log.info("%s", repair(pruned, traced, plan, images))
+    except EkgfxError as error:  # the cut is right without it, and training goes on
+        log.warning("the cut network was not repaired: %s", error)
+
+
+def _in_order(network: nn.Module, images: Any) -> Any:
+    """A batch's inputs as `repair` takes them: those given by name in the order of forward's arguments."""
+    if not isinstance(images, Mapping):
+        return (images,)
+    names = list(inspect.signature(network.forward).parameters)
+    return (tuple(images[name] for name in sorted(images, key=names.index)),)
 
 
 def become(network: nn.Module, pruned: nn.Module) -> None:

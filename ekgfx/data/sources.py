@@ -5,7 +5,9 @@ and a label or a bank's row, looked up by index, would then belong to another im
 """
 
 import logging
+import os
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,6 +115,11 @@ class PairImages(ImageSource):
         return torch.tensor([self.read(i)[1] for i in range(len(self))], dtype=torch.int64)
 
 
+DEEPEST, MOST_FOLDERS = 12, 100_000
+"""Levels of folders, and folders in all, beyond which it is not one data set. (ImageNet-21k has 21,841.)"""
+LONG = 5.0
+"""Seconds after which it is said that a folder is still looked through."""
+
 _LABELLED_NAME = re.compile(r"(\d+)_")
 _TRAIN_FOLDERS = ("train", "training", "trn")
 _TEST_FOLDERS = ("val", "validation", "valid", "test", "testing", "eval", "dev")
@@ -131,6 +138,7 @@ def open_folder(folder: Path, classes: int | None) -> tuple[dict[str, FileImages
     ImageNet's class index if they are all ImageNet ids (n01440764) and the model has 1000 outputs; else from the number
     before the first underscore of each file's name (0012_anything.jpg is class 12); else there are none.
     """
+    _check_extent(folder)
     if tables := _tables(folder):
         return _open_tables(tables, classes)
     inside = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir() and _counts(path)}
@@ -152,6 +160,27 @@ def open_folder(folder: Path, classes: int | None) -> tuple[dict[str, FileImages
     elif count != test_count:
         raise DataError(f"of {train} and {test} only one has labels")
     return {"train": train_images, "test": test_images}, count
+
+
+def _check_extent(folder: Path) -> None:
+    """DataError for what is no folder of images but a disk or a home, which would take minutes to list; a note where a
+    folder takes long."""
+    place = folder.resolve()
+    if place == place.parent or place == Path.home().resolve():
+        raise DataError(
+            f"folder:{folder} is a whole {'disk' if place == place.parent else 'home'}; name the folder of images"
+        )
+    start, said = time.monotonic(), False
+    for count, (inside, folders, _) in enumerate(os.walk(place, followlinks=True), 1):
+        if len(Path(inside).relative_to(place).parts) > DEEPEST and folders:
+            raise DataError(
+                f"{folder} has folders more than {DEEPEST} deep, such as {inside}; name the folder of images"
+            )
+        if count > MOST_FOLDERS:
+            raise DataError(f"{folder} has more than {MOST_FOLDERS} folders; name the folder of images")
+        if not said and time.monotonic() - start > LONG:
+            log.info("%s: looking through it for images, %d folders so far", folder, count)
+            said = True
 
 
 def _counts(folder: Path) -> bool:
@@ -265,3 +294,14 @@ def open_timm(name: str, root: str | None, split: str) -> ImageSource:
         # An archive that stays open has one place to read at, which forked processes share, and cannot be pickled
         dataset.reader.cache_tarfiles = False
     return ReaderImages(dataset)
+
+
+def open_timm_test(name: str, root: str | None) -> ImageSource:
+    """The validation split of such a data set, or its test split where it has no other."""
+    try:
+        return open_timm(name, root, "validation")
+    except DataError as error:
+        try:
+            return open_timm(name, root, "test")
+        except DataError:
+            raise error from None

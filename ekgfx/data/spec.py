@@ -12,7 +12,7 @@ from ekgfx.data.arrays import Arrays, ArraySplit, in_grey, read_cifar_binary, re
 from ekgfx.data.augment import Augmentation
 from ekgfx.data.base import Data, Split, check_labels, holdout
 from ekgfx.data.images import Geometry, ImageSplit
-from ekgfx.data.sources import ImageSource, open_folder, open_timm
+from ekgfx.data.sources import ImageSource, open_folder, open_timm, open_timm_test
 from ekgfx.errors import DataError
 
 CROP = 0.875  # of image files, where nobody says
@@ -265,7 +265,7 @@ def _timm(request: Request) -> Data:
         raise DataError(f"'{request.spec}' names no data set: use timm:NAME[@ROOT], such as timm:torch/cifar10@DIR")
     sources = {
         "train": open_timm(name, root or None, "train"),
-        "test": open_timm(name, root or None, "validation"),
+        "test": open_timm_test(name, root or None),
     }
     classes = request.classes
     if classes is None:

@@ -37,17 +37,18 @@ def test_a_model_is_cut_and_taught_while_it_trains(tmp_path):
         patch_size=2,
         num_channels=1,
         num_labels=10,
+        initializer_range=0.15,
     )
     model, dataset = ViTForImageClassification(config), Digits()
     parameters = sum(p.numel() for p in model.parameters())
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
-        num_train_epochs=4,
-        per_device_train_batch_size=32,
+        num_train_epochs=5,
+        per_device_train_batch_size=16,
         learning_rate=3e-3,
         report_to=[],
         save_strategy="no",
-        logging_steps=8,
+        logging_steps=20,
         use_cpu=True,
         disable_tqdm=True,
         seed=0,
@@ -66,7 +67,4 @@ def test_a_model_is_cut_and_taught_while_it_trains(tmp_path):
         model.eval()
         right = (model(pixel_values=images).logits.argmax(1) == dataset.labels[:64]).float().mean()
     assert right > 0.5
-    model.train()
-    told = model(pixel_values=images, labels=dataset.labels[:64]).loss  # the hook is gone: the labels alone
-    torch.manual_seed(0)
-    assert told.requires_grad
+    assert not model._forward_hooks

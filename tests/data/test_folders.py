@@ -122,3 +122,53 @@ def test_a_model_of_one_channel_is_fed_in_grey(photos_of) -> None:
     assert next(iter(photos.loader("test", 2))).images.shape == (2, 1, 32, 32)
     with pytest.raises(DataError, match="the images of digits have 1 channels, but the model takes 3"):
         data.load("digits", channels=3)
+
+
+def test_a_disk_or_a_home_is_refused_at_once(tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(DataError, match="folder:/ is a whole disk; name the folder of images"):
+        data.load("folder:/")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(DataError, match="is a whole home"):
+        data.load(f"folder:{tmp_path}")
+    deep = tmp_path / "x" / "/".join("abcdefghijklmno")
+    deep.mkdir(parents=True)
+    with pytest.raises(DataError, match="has folders more than 12 deep, such as .*; name the folder"):
+        data.load(f"folder:{tmp_path / 'x'}")
+
+
+def test_parquet_is_read_through_timm(tmp_path: Path) -> None:
+    """Files as Hugging Face's hub has them: images as bytes, labels with names, the columns described in the schema."""
+    pytest.importorskip("datasets", reason="datasets, which timm reads Parquet with, is not installed")
+    import io
+    import json
+
+    import numpy as np
+    import pyarrow
+    import pyarrow.parquet
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    label = {"names": ["cat", "dog"], "_type": "ClassLabel"}
+    described = {"info": {"features": {"image": {"_type": "Image"}, "label": label}}}
+    (tmp_path / "set").mkdir()
+    written = {}
+    for split, count in (("train", 6), ("test", 4)):
+        pixels = [draw.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(count)]
+        labels, files = [number % 2 for number in range(count)], []
+        for each in pixels:
+            file = io.BytesIO()
+            Image.fromarray(each).save(file, "PNG")
+            files.append({"bytes": file.getvalue(), "path": None})
+        kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+        table = pyarrow.table({"image": pyarrow.array(files, kind), "label": pyarrow.array(labels, pyarrow.int64())})
+        table = table.replace_schema_metadata({"huggingface": json.dumps(described)})
+        pyarrow.parquet.write_table(table, tmp_path / "set" / f"{split}-00000-of-00001.parquet")
+        written[split] = pixels, labels
+    spec = f"timm:hfds/{tmp_path / 'set'}@{tmp_path / 'cache'}"
+    opened = data.load(spec, image_size=8, mean=[0.0], std=[1.0], channels=3)
+    for split, (pixels, labels) in written.items():
+        found = opened.labels(split)
+        assert opened.size(split) == len(labels) and found is not None and found.tolist() == labels
+        (batch,) = opened.loader(split, 8, subset=range(len(labels)))
+        expected = torch.stack([torch.from_numpy(image).movedim(2, 0) / 255 for image in pixels])
+        torch.testing.assert_close(batch.images, expected, atol=1e-5, rtol=0)

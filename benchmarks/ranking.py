@@ -69,7 +69,7 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude": IMPORTANCE["magnitude"],
     "L2": ranking_criteria.l2,
     "bn-scale": IMPORTANCE["bn-scale"],
-    "least squares": ranking_criteria.least_squares,
+    "least-squares": IMPORTANCE["least-squares"],
     "random": IMPORTANCE["random"],
 }
 

@@ -20,6 +20,7 @@ from ekgfx.search.details import AUTHORS, PAPER, Details, authors_cost
 from ekgfx.search.ignore import Ignored, as_patterns, ignored_groups
 from ekgfx.search.importance import Criterion, at_random, taylor, taylor_per_sample
 from ekgfx.search.latency import LayerTable, Price
+from ekgfx.search.least_squares import least_squares
 from ekgfx.search.problem import Budget, Computing, Problem, quicker_channels_last, width_rules
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.result import Candidate, Measure, SearchResult, Step, as_steps
@@ -60,9 +61,10 @@ IMPORTANCE: Mapping[str, Criterion] = {
     "bn-scale": importance_peers.bn_scale,
     "hessian": importance_peers.hessian,
     "lamp": importance_peers.lamp,
+    "least-squares": least_squares,
     "random": at_random,
 }
-NEEDS_DATA = ("taylor", "taylor-per-sample", "hessian")
+NEEDS_DATA = ("taylor", "taylor-per-sample", "hessian", "least-squares")
 
 
 def search(
@@ -110,8 +112,8 @@ def search(
             fraction of it that is kept. At least one; of several, all must hold.
         strategy: "ekg"; "uniform" (one width for all groups), "global" (one threshold for all channels).
         importance: which channels go first: "taylor" (the paper's), "taylor-per-sample" (what samples lose does not
-            cancel), or torch-pruning's "magnitude" (L1), "fpgm", "bn-scale", "hessian", "lamp"; or "random", the
-            baseline: any channels, as `seed` draws them.
+            cancel), "least-squares" (what the others cannot stand in for); or torch-pruning's "magnitude" (L1), "fpgm",
+            "bn-scale", "hessian", "lamp"; or "random", the baseline: any channels, as `seed` draws them.
         knowledge: what the reward compares with: the running "ensemble" of the sub-networks found so far, the "single"
             unpruned network, or "none".
         step: r, the width ratio that a group made by one layer loses at once.

@@ -6,7 +6,8 @@ import random
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import ekgfx
 from ekgfx.errors import PlanError
@@ -192,3 +193,55 @@ def test_perturbing_leaves_numbers() -> None:
     after = model.state_dict()
     assert all(tensor.isfinite().all() for tensor in after.values())
     assert all(not torch.equal(before[n], t) for n, t in after.items() if n != "1.num_batches_tracked")
+
+
+class Preactivation(nn.Module):
+    """A stream and a concatenation that norms alone read, and a convolution of two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.n1, self.a = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+        self.n2, self.b = nn.BatchNorm2d(16), nn.Conv2d(16, 12, 1)
+        self.grouped, self.n3 = nn.Conv2d(12, 12, 3, groups=2), nn.BatchNorm2d(12)
+        self.last = nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.stem(x), 2)
+        y = torch.cat([x, self.a(F.relu(self.n1(x)))], 1)
+        y = torch.tanh(self.b(torch.sigmoid(self.n2(y))))
+        return self.last(F.silu(self.n3(self.grouped(y)))).mean((2, 3))
+
+
+def test_channels_that_norms_alone_read_are_read_behind_them() -> None:
+    """The stem behind both norms; `a`, of the concatenation, behind the second. A group of the grouped convolution goes
+    through it by itself, to a norm; a channel within the groups is summed in it, and is read before."""
+    traced = ekgfx.trace(Preactivation().eval(), torch.randn(2, 3, 12, 12))
+    gates = {name: {gate.node for gate in group.gates} for name, group in traced.groups.items()}
+    assert gates == {
+        "stem": {"relu", "sigmoid"},
+        "a": {"sigmoid"},
+        "b#0": {"silu"},
+        "b#1": {"tanh"},
+        "grouped": {"silu"},
+    }
+
+
+def test_a_value_that_something_else_reads_too_is_read_where_it_is() -> None:
+    """Squeeze and excitation reads the channels as they are; a post-activation stream is read by a convolution."""
+
+    class Excited(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.se, self.norm, self.b = (
+                nn.Conv2d(3, 8, 1),
+                nn.Conv2d(8, 8, 1),
+                nn.BatchNorm2d(8),
+                nn.Conv2d(8, 2, 1),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(self.norm(x) * torch.sigmoid(self.se(x.mean((2, 3), True)))).mean((2, 3))
+
+    traced = ekgfx.trace(Excited().eval(), torch.randn(2, 3, 6, 6))
+    assert [gate.node for gate in traced.groups["a"].gates] == ["conv2d", "mul"]

@@ -2,6 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -122,4 +123,4 @@ class WandB(Logging):
             self._run().finish()
 
 
-LOGGERS = {"tensorboard": TensorBoard, "wandb": WandB}
+LOGGERS: dict[str, Callable[[Path], Logging]] = {"tensorboard": TensorBoard, "wandb": WandB}

@@ -9,6 +9,7 @@ from ekgfx.graph.plan import Plan
 from ekgfx.search import importance_peers
 from ekgfx.search.importance import Criterion, Scores, at_random, channel_index, taylor, taylor_per_sample
 from ekgfx.search.importance_peers import rows_of
+from ekgfx.search.least_squares import least_squares
 from ekgfx.search.problem import Problem
 from ekgfx.search.reward import Knowledge
 
@@ -20,9 +21,10 @@ IMPORTANCE: Mapping[str, Criterion] = {
     "bn-scale": importance_peers.bn_scale,
     "hessian": importance_peers.hessian,
     "lamp": importance_peers.lamp,
+    "least-squares": least_squares,
     "random": at_random,
 }
-NEEDS_DATA = ("taylor", "taylor-per-sample", "hessian")
+NEEDS_DATA = ("taylor", "taylor-per-sample", "hessian", "least-squares")
 
 
 def of_weights(score: Callable[[Tensor], Tensor]) -> Criterion:

@@ -62,9 +62,9 @@ class SearchSettings(recipe.SearchSettings):
         strategy: "ekg"; "uniform" (one width for all groups), "global" (one threshold for all channels); or a function
             of your own (`Strategy`).
         importance: which channels go first: "taylor" (the paper's), "taylor-per-sample" (what samples lose does
-            not cancel), or torch-pruning's "magnitude" (L1), "fpgm", "bn-scale", "hessian", "lamp"; or "random", the
-            baseline: any channels, as `seed` draws them; or a function of your own
-            (`ekgfx.search.importance.Criterion`, `ekgfx.search.of_weights`).
+            not cancel), "least-squares" (what the others cannot stand in for), or torch-pruning's "magnitude" (L1),
+            "fpgm", "bn-scale", "hessian", "lamp"; or "random", the baseline: any channels, as `seed` draws them; or a
+            function of your own (`ekgfx.search.importance.Criterion`, `ekgfx.search.of_weights`).
         knowledge: what the reward compares with: the running "ensemble" of the sub-networks found so far, the "single"
             unpruned network, or "none".
         step: r, the width ratio that a group made by one layer loses at once.

@@ -134,9 +134,9 @@ class Search(SearchSettings):
     target: str | None = None
     latency_table: str | None = None
     strategy: Literal["ekg", "global", "uniform"] = "ekg"
-    importance: Literal["taylor", "taylor-per-sample", "magnitude", "fpgm", "bn-scale", "hessian", "lamp", "random"] = (
-        "taylor"
-    )
+    importance: Literal[
+        "taylor", "taylor-per-sample", "least-squares", "magnitude", "fpgm", "bn-scale", "hessian", "lamp", "random"
+    ] = "taylor"
     accept: int | None = None
     align: int | Literal["auto"] | None = None
     ignore: tuple[str, ...] = ()

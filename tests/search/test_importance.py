@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import ekgfx
 from ekgfx.graph.plan import Plan
 from ekgfx.search import IMPORTANCE, find_budget, importance
-from ekgfx.search.importance import differentiable, products_along, taylor
+from ekgfx.search.importance import differentiable, products_along, taylor, taylor_per_sample
 from ekgfx.search.importance_peers import hessian
 from ekgfx.search.problem import Problem, width_rules
 from ekgfx.search.reward import Objective, validation_batches
@@ -68,6 +68,92 @@ def test_gates_of_a_residual_network() -> None:
     scores = taylor(problem_of(ekgfx.trace(model, example(Residual)), batches), Plan(), None)
     torch.testing.assert_close(scores["stem"], stem + late, rtol=1e-10, atol=1e-14)
     torch.testing.assert_close(scores["a"], inner, rtol=1e-10, atol=1e-14)
+
+
+class Depthwise(nn.Module):
+    """An inverted residual's first half, whose norms have next to no epsilon."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand, self.n1 = nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6, eps=1e-12)
+        self.depth, self.n2 = nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), nn.BatchNorm2d(6, eps=1e-12)
+        self.project, self.head = nn.Conv2d(6, 4, 1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor, gates: list[Tensor] | None = None) -> Tensor:
+        before, behind = (gate[:, None, None] for gate in gates) if gates else (1, 1)
+        x = F.relu6(self.n1(self.expand(x))) * before
+        x = F.relu6(self.n2(self.depth(x))) * behind
+        return self.head(self.project(x).mean((2, 3)))
+
+
+def test_a_norm_takes_the_scale_of_a_depthwise_channel_away() -> None:
+    """Before the depthwise convolution the score of every channel is zero, whatever it is worth: the norm behind it
+    divides by whatever the channel is multiplied with. So it is read behind that norm."""
+    torch.manual_seed(0)
+    model = Depthwise().double()
+    batches = [(torch.randn(n, 3, 6, 6, dtype=torch.float64), torch.arange(n) % 5) for n in (6, 3)]
+    traced = ekgfx.trace(model.eval(), batches[0][0])
+    scores = taylor(problem_of(traced, batches), Plan(), None)["expand"]
+    model.train()
+    before, behind = by_gates(batches, lambda x, labels, gates: F.cross_entropy(model(x, gates), labels), [6, 6])
+    assert before.max() < 1e-9 < 1e-3 < behind.min()
+    torch.testing.assert_close(scores, behind, rtol=1e-9, atol=1e-14)
+
+
+class Cancelling(nn.Module):
+    """Two channels; the loss is the sum of what they add, with the sign that the label says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.two, self.out = nn.Linear(1, 2, bias=False), nn.Linear(2, 1, bias=False)
+        with torch.no_grad():
+            self.two.weight.copy_(torch.tensor([[3.0], [1.0]]))
+            self.out.weight.copy_(torch.tensor([[1.0, 1.0]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.two(x))
+
+
+def test_samples_that_cancel_do_so_in_the_papers_sum_alone() -> None:
+    """Channel 0 passes 3x on, channel 1 passes x, and the loss of a sample is ±(3x + x). Of x = 1 with +, x = 1 with −
+    the sum of (∂ℛ/∂y)·y is 0 for both channels; the mean of its absolute values is 3 and 1."""
+    batch = (torch.ones(2, 1), torch.tensor([[1.0], [-1.0]]))
+    objective = Objective(loss=lambda output, sign: (output * sign).mean())
+    problem = replace(problem_of(ekgfx.trace(Cancelling(), torch.ones(2, 1)), [batch]), objective=objective)
+    assert taylor(problem, Plan(), None)["two"].tolist() == [0.0, 0.0]
+    assert taylor_per_sample(problem, Plan(), None)["two"].tolist() == [3.0, 1.0]
+
+
+def test_one_sample_a_batch_is_what_per_sample_means() -> None:
+    """Where samples do not meet in a norm, the criterion is the paper's on batches of one sample."""
+    traced = nets.vit()
+    samples = [pair for batch in nets.batches() for pair in zip(*(part.split(1) for part in batch), strict=True)]
+    expected = taylor(problem_of(traced, samples), Plan(), None)
+    found = taylor_per_sample(problem_of(traced, nets.batches()), Plan(), None)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-7)
+
+
+def test_samples_are_found_where_they_are() -> None:
+    """Samples first, folded with windows, or second, as in sequences."""
+
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 6), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:  # B × 4 × 3
+            x = self.a(x.reshape(-1, 2, 3)).reshape(-1, 4, 4).transpose(0, 1)
+            return self.c(F.relu(self.b(x))).mean(0)
+
+    torch.manual_seed(0)
+    images, labels = torch.randn(7, 4, 3), torch.arange(7) % 5
+    traced = ekgfx.trace(Folded(), torch.randn(2, 4, 3))
+    ones = problem_of(traced, [(x[None], y[None]) for x, y in zip(images, labels, strict=True)])
+    expected = taylor(ones, Plan(), None)
+    found = taylor_per_sample(problem_of(traced, [(images, labels)]), Plan(), None)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-7)
 
 
 def test_heads_of_attention() -> None:

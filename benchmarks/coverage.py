@@ -2,6 +2,7 @@
 
     python benchmarks/coverage.py --output benchmarks/results/coverage.jsonl  # the smallest of every timm signature
     python benchmarks/coverage.py --output out.jsonl test_resnet vit_tiny_patch16_224
+    python benchmarks/coverage.py --library transformers --output out.jsonl   # what is done: coverage_transformers.py
 
 For each model, in float64 with all parameters perturbed: trace, group, cut about half of every group at random
 ("half"), and cut every group evenly until 55% of the MACs are left ("flops55"); then compare
@@ -215,7 +216,11 @@ def sweep(measure: Callable[[str], dict[str, Any]], names: list[str], output: Pa
     """Measure every model that `output` does not hold yet, each in its own process, forked with the imports done."""
     import timm  # noqa: F401
 
-    import ekgfx.surgery  # noqa: F401
+    import ekgfx.search
+    import ekgfx.surgery.cut  # noqa: F401
+
+    if measure.__module__.endswith("coverage_transformers"):
+        import transformers  # noqa: F401
 
     fork = multiprocessing.get_context("fork")
     for i, name in enumerate(names):
@@ -255,10 +260,16 @@ def listed() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help="timm names (default: benchmarks/models.txt)")
+    parser.add_argument("models", nargs="*", help="names (default: benchmarks/models.txt, or all of the library's)")
+    parser.add_argument("--library", choices=("timm", "transformers"), default="timm")
     parser.add_argument("--output", type=Path, default=Path("coverage.jsonl"))
     args = parser.parse_args()
-    sweep(measure, args.models or listed(), args.output)
+    if args.library == "transformers":
+        import coverage_transformers as library
+
+        sweep(library.measure, args.models or library.listed(), args.output)
+    else:
+        sweep(measure, args.models or listed(), args.output)
 
 
 if __name__ == "__main__":

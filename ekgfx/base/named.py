@@ -7,13 +7,19 @@ import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from ekgfx.errors import DataError, ModelError
 
 DATA_KINDS = ("folder", "cifar10", "cifar100", "npz", "timm", "digits", "photos")
 _IN_FOLDERS = ("folder", "cifar10", "cifar100", "npz")
-_FORMS = "use timm:NAME, package.module:factory, path/file.py:factory or a run directory"
+_FORMS = "use timm:NAME, hf:NAME|DIR, torchvision:NAME, package.module:factory, path/file.py:factory or a run directory"
+LIBRARIES = {
+    "hf": ("transformers", "pip install transformers"),
+    "torchvision": ("torchvision", "pip install torchvision"),
+}
+"""What a MODEL may name before a colon besides timm → the package that it needs, and how to get it."""
 
 
 def check_model(model: str) -> None:
@@ -21,6 +27,11 @@ def check_model(model: str) -> None:
     no run; says what was probably meant."""
     if model.startswith("timm:"):
         return _check_timm(model.removeprefix("timm:"))
+    library, colon, name = model.partition(":")
+    if colon and library in LIBRARIES:
+        return _check_library(library, name)
+    if colon and library in plugins():
+        return None
     if Path(model).is_dir():
         if not (Path(model) / "run.json").is_file():
             raise ModelError(f"'{model}' is a folder but no run: it has no run.json")
@@ -40,6 +51,33 @@ def check_model(model: str) -> None:
     if names is not None and factory not in names:
         raise ModelError(no_function(factory, names, place))
     return None
+
+
+@cache
+def plugins() -> dict[str, EntryPoint]:
+    """What plug-ins bring: the name before the colon → their entry point in the group `ekgfx.models`."""
+    found = {entry.name: entry for entry in entry_points(group="ekgfx.models")}
+    return {name: entry for name, entry in found.items() if name != "timm" and name not in LIBRARIES}
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported."""
+    return package in sys.modules or importlib.util.find_spec(package) is not None
+
+
+def in_library(model: str) -> bool:
+    """Whether a MODEL names a library other than timm, or a plug-in."""
+    library, colon, _ = model.partition(":")
+    return bool(colon) and (library in LIBRARIES or library in plugins())
+
+
+def _check_library(library: str, name: str) -> None:
+    package, help = LIBRARIES[library]
+    if not installed(package):
+        raise ModelError(f"{library}:{name} needs {package}: {help}")
+    place = Path(name).expanduser()
+    if library == "hf" and place.is_dir() and not (place / "config.json").is_file():
+        raise ModelError(f"hf:{name} is a folder without config.json; `save_pretrained` of transformers writes one")
 
 
 def no_function(name: str, known: Iterable[str], place: str, kind: str = "factory") -> str:

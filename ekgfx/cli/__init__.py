@@ -13,6 +13,7 @@ from ekgfx.cli.export import export
 from ekgfx.cli.finetune import finetune
 from ekgfx.cli.groups import groups
 from ekgfx.cli.landscape import landscape
+from ekgfx.cli.models import models
 from ekgfx.cli.prune import prune
 from ekgfx.cli.recipes import recipes
 from ekgfx.cli.repair import repair
@@ -65,7 +66,8 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (groups, prune, repair, finetune, evaluate, export, landscape, report, recipes, list_runs, compare):
+LISTS = recipes, models, list_runs, compare
+for command in (groups, prune, repair, finetune, evaluate, export, landscape, report, *LISTS):
     cli.add_command(command)
 
 

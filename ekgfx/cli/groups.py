@@ -45,8 +45,8 @@ def groups(
 ) -> None:
     """Show the coupled channel groups of MODEL.
 
-    MODEL is timm:NAME, package.module:factory, path/file.py:factory or a run directory. Weights don't matter here and
-    are not fetched; with --weights it is tried whether they fit.
+    MODEL is timm:NAME, hf:NAME|DIR, torchvision:NAME, package.module:factory, path/file.py:factory or a run directory
+    (`ekgfx models`). Weights don't matter here and are not fetched; with --weights it is tried whether they fit.
     """
     named.check_model(model)
     named.check_weights(weights)

@@ -146,7 +146,8 @@ def prune(
 ) -> None:
     """Prune MODEL to a budget, fine-tune it, and measure what it became.
 
-    MODEL is timm:NAME, package.module:factory, path/file.py:factory or a run directory (to prune it further).
+    MODEL is timm:NAME, hf:NAME|DIR, torchvision:NAME, package.module:factory, path/file.py:factory or a run directory
+    (to prune it further); `ekgfx models` lists them.
     Without --data the search runs label-free on photographs: the network's own predictions stand for labels, and
     no accuracy can be measured.
     """

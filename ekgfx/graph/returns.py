@@ -1,6 +1,7 @@
 """What a model returns, as the export sees it: tensors in a row, whatever they were in, and which of them matter."""
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -9,22 +10,27 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ekgfx.base.containers import Frame
+from ekgfx.base.containers import Frame, Slot
 from ekgfx.errors import TraceError
 
 
 @dataclass(frozen=True)
 class Returns:
-    """frame: the output without its tensors. choice: which of them matter, as asked for; () means all."""
+    """frame: the output without its tensors. choice: which of them matter, as asked for; () means all but those in
+    `memory`: what the model gives out to be given back at the next call, as a decoder's cache."""
 
     frame: Frame
     choice: tuple[str, ...] = ()
+    memory: tuple[str, ...] = ()
 
     def mattering(self, values: Sequence[Any]) -> list[Any]:
         """Of the values that the graph gives those that matter: the last are the model's output, others are new values
         of buffers."""
         others = len(values) - len(self.frame.places)
-        chosen = [not self.choice or any(_is_in(place, c) for c in self.choice) for place in self.frame.places]
+        if self.choice:
+            chosen = [any(_is_in(place, c) for c in self.choice) for place in self.frame.places]
+        else:
+            chosen = [place.partition(".")[0] not in self.memory for place in self.frame.places]
         return [*values[:others], *compress(values[others:], chosen)]
 
 
@@ -110,7 +116,19 @@ def _chosen(frame: Frame, choice: Sequence[str], model: nn.Module, strict: bool)
                 f"outputs={place!r} is not in what {type(model).__name__} returns: "
                 f"{', '.join(frame.places) if any(frame.places) else 'one tensor'}"
             )
-    return Returns(frame, tuple(found))
+    return Returns(frame, tuple(found), _memory(frame, model))
+
+
+def _memory(frame: Frame, model: nn.Module) -> tuple[str, ...]:
+    """Entries of the output that are objects of a class of their own and bear the name of an argument."""
+    try:
+        taken = inspect.signature(model.forward).parameters
+    except (TypeError, ValueError):
+        return ()
+    given = frame.value.items() if isinstance(frame.value, Mapping) else getattr(frame.value, "__dict__", {}).items()
+    return tuple(
+        name for name, value in given if name in taken and type(value) not in (Slot, tuple, list, dict, type(None))
+    )
 
 
 def _is_in(place: str, choice: str) -> bool:

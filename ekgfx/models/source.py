@@ -1,4 +1,4 @@
-"""The MODEL argument: `timm:NAME`, `package.module:factory`, `path/file.py:factory` or a run directory → a model."""
+"""The MODEL argument: a model of a library, a factory, or a run directory → a model."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ekgfx.base import named
 from ekgfx.base.schema import read
 from ekgfx.errors import ModelError
+from ekgfx.models import libraries
 from ekgfx.models.factories import IN_CHANNELS, call_factory, torchvision_config
 from ekgfx.models.weights import create_pretrained, load_weights
 from ekgfx.settings.preprocessing import Preprocessing
@@ -73,7 +74,7 @@ class Source:
     """Of a file with several state dicts, take the moving average of the weights."""
     preprocessing: Preprocessing = AS_THE_MODEL_SAYS
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of the factory, or of `timm.create_model`."""
+    """Further arguments of the factory, of `timm.create_model`, or of a library's configuration."""
 
     def build(self) -> Built:
         """Builds the model, in evaluation mode. Random weights come from torch's global generator.
@@ -84,9 +85,13 @@ class Source:
             ModelError: it cannot be built, or the weights do not fit.
         """
         file = None if self.weights in ("auto", "none") else Path(self.weights).expanduser()
+        told: Mapping[str, Any] = {}
         if self.model.startswith("timm:"):
             model, origin = _build_timm(self, pretrained=self.weights == "auto")
             inputs = None
+        elif named.in_library(self.model):
+            made = libraries.make(self.model, self.weights == "auto", self._arguments())
+            model, origin, inputs, told = made.model, made.origin, made.inputs, made.config
         else:
             model, inputs = call_factory(self.model, self._arguments())
             origin = f"as {self.model} makes them"
@@ -94,7 +99,7 @@ class Source:
             taken = load_weights(model, file, ema=self.ema)
             origin = f"file {file.name}" + (f" ({taken})" if taken else "")
         # timm's protocol, also ours
-        config: Mapping[str, Any] = getattr(model, "pretrained_cfg", None) or torchvision_config(self.model)
+        config: Mapping[str, Any] = told or getattr(model, "pretrained_cfg", None) or torchvision_config(self.model)
         return Built(
             model.eval(),
             _example_inputs(self, inputs, config),
@@ -169,6 +174,9 @@ def parse(
     place, _, factory = model.rpartition(":")
     if model.startswith("timm:"):
         _check_tag(model.removeprefix("timm:"))
+    elif named.in_library(model):
+        folder = Path(model.partition(":")[2]).expanduser()
+        model = f"hf:{folder.absolute()}" if model.startswith("hf:") and folder.is_dir() else model
     elif Path(model).is_dir():
         model = str(Path(model).absolute())
     elif place.endswith(".py"):

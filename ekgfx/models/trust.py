@@ -18,7 +18,7 @@ from ekgfx.errors import ModelError
 
 OVERRIDE = "EKGFX_TRUST_RUNS"
 """Environment variable: "1" imports what any run names."""
-_OURS = ("timm:", "ekgfx.models:")
+_OURS = ("timm:", "hf:", "torchvision:", "ekgfx.models:")
 _named: set[str] = set()
 
 

@@ -157,7 +157,8 @@ def trace(
         leaf: modules that run as they are, by name, glob (`*` also matches dots) or class: their Python may depend on
             values. All positions of their inputs, outputs and parameters stay.
         outputs: which of the model's outputs matter: keys, fields or indices ("logits", 0, "aux.0"), or globs. The
-            others come out as well, but narrower where what they show is cut. By default all keep their positions.
+            others come out as well, but narrower where what they show is cut. By default all keep their positions, but
+            for an object that the model takes as an argument of the same name: the cache of a decoder.
         also: further calls that the pruned model must stand, each of them one of: a tensor or a tuple of positional
             arguments; a dict of keyword arguments, with the example inputs; `(args, kwargs)`; the name of a method of
             the model, alone (with the example inputs) or followed by its arguments: `("project", features)`.

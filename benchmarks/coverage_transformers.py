@@ -1,0 +1,258 @@
+"""The architectures of transformers: a tiny network of each, with random weights, and what becomes of it.
+
+    python benchmarks/coverage.py --library transformers --output benchmarks/results/coverage-transformers.jsonl
+    python benchmarks/coverage_transformers.py benchmarks/results/coverage-transformers.jsonl   # as docs/coverage.md
+
+For each: trace it as it comes, with the logits named as the output that matters where they are not the only one; cut
+half of every group ("half"), and to widths that its configuration can say ("uniform"). Columns:
+
+    as it comes: traced with its inputs alone; exact: the cut module equals the sliced graph in float64 at another
+    batch; class: it keeps its class; graphs: modules inside whose forward was replaced; size: it runs on inputs
+    of another size, where the original does; API: a decoder generates the same with and without its cache, others give
+    a loss; round trip: `save_pretrained`, then `from_pretrained`, gives equal outputs.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TOKENS = ("hidden_size", "d_model", "dim", "n_embd", "embedding_size", "emb_dim", "word_embed_proj_dim", "embed_dim")
+SMALL: Mapping[str, int] = {
+    **dict.fromkeys(TOKENS, 32),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("num_decoder_layers", "num_encoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"), 4),
+    **dict.fromkeys(("decoder_attention_heads",), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "hidden_dim", "n_inner", "encoder_ffn_dim"), 48),
+    **dict.fromkeys(
+        ("decoder_ffn_dim", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size"), 48
+    ),
+    **dict.fromkeys(("d_kv", "head_dim", "rotary_dim"), 8),
+    **dict.fromkeys(("vocab_size",), 99),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"), 64),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok",), 2),
+    **{"image_size": 32, "patch_size": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    **{"num_mel_bins": 16, "max_source_positions": 24, "max_target_positions": 32, "state_size": 4},
+}
+STAGES = {"depths": [1, 1], "hidden_sizes": [16, 32]}
+TEXT = "SequenceClassification"
+
+
+def _alike(names: str, **options: Any) -> dict[str, dict[str, Any]]:
+    return dict.fromkeys(names.split(), options)
+
+
+KINDS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    TEXT: {
+        **_alike("bert roberta distilbert electra albert deberta deberta-v2 mpnet xlm-roberta ernie convbert roformer"),
+        **_alike("fnet megatron-bert rembert layoutlm modernbert data2vec-text esm xlm flaubert ibert camembert"),
+        **_alike("squeezebert mobilebert"),
+        **_alike("nystromformer", num_landmarks=4, segment_means_seq_len=12),
+    },
+    "CausalLM": {
+        **_alike("gpt2 gpt_neox gptj opt llama mistral qwen2 qwen3 gemma gemma2 phi phi3 falcon bloom stablelm olmo"),
+        **_alike("olmo2 cohere starcoder2 mixtral qwen2_moe granite codegen gpt_bigcode biogpt xglm glm helium"),
+        **_alike("nemotron smollm3 mamba persimmon ctrl ministral arcee"),
+        **_alike("gpt_neo", attention_types=[[["global", "local"], 1]]),
+    },
+    "ImageClassification": {
+        **_alike("vit deit beit dinov2 dinov2_with_registers vit_msn ijepa siglip mobilenet_v1 mobilenet_v2"),
+        **_alike("efficientnet data2vec-vision"),
+        **_alike("convnext convnextv2 bit regnet", **STAGES, num_stages=2),
+        **_alike("resnet", **STAGES, embedding_size=16),
+        **_alike("swin swinv2", depths=[1, 1], num_heads=[2, 4], embed_dim=16, patch_size=4, window_size=4),
+        **_alike("poolformer segformer pvt_v2", hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1]),
+        **_alike("focalnet", embed_dim=16, depths=[1, 1], patch_size=4),
+        **_alike("mobilevit", hidden_sizes=[32, 32, 32]),
+    },
+    "Seq2SeqLM": _alike("t5 bart mbart pegasus marian blenderbot m2m_100 mt5"),
+    "AudioClassification": {
+        **_alike(
+            "wav2vec2 hubert wavlm unispeech data2vec-audio",
+            conv_dim=[16, 16],
+            conv_kernel=[10, 3],
+            conv_stride=[5, 2],
+            num_feat_extract_layers=2,
+            num_conv_pos_embeddings=8,
+            num_conv_pos_embedding_groups=2,
+            classifier_proj_size=16,
+        ),
+        **_alike("whisper"),
+        **_alike("audio-spectrogram-transformer", max_length=32, frequency_stride=8, time_stride=8),
+    },
+}
+
+
+def listed() -> list[str]:
+    """All of them, as KIND:ARCHITECTURE, kinds in turn, so that a sweep that is stopped has seen some of each."""
+    columns = [[f"{kind}:{name}" for name in names] for kind, names in KINDS.items()]
+    return [column[i] for i in range(max(map(len, columns))) for column in columns if i < len(column)]
+
+
+def build(name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The model, its inputs, and inputs of another batch and size."""
+    import torch
+    import transformers
+
+    kind, _, architecture = name.partition(":")
+    whole = transformers.AutoConfig.for_model(architecture)
+    known = whole.to_dict().keys() | {key for key in SMALL if hasattr(whole, key)}
+    asked = {**{key: value for key, value in SMALL.items() if key in known}, **KINDS[kind][architecture]}
+    config = transformers.AutoConfig.for_model(architecture, **asked)
+    model = getattr(transformers, f"AutoModelFor{kind}").from_config(config).eval().double()
+    draw = torch.Generator().manual_seed(0)
+
+    def inputs(batch: int, length: int) -> dict[str, Any]:
+        if kind == "ImageClassification":
+            side = config.image_size if length == 12 and isinstance(getattr(config, "image_size", 0), int) else 48
+            side = side or 32
+            return {"pixel_values": torch.randn(batch, 3, side, side, generator=draw, dtype=torch.float64)}
+        if kind == "AudioClassification":
+            shapes = {"whisper": (batch, 16, 48), "audio-spectrogram-transformer": (batch, 32, 16)}
+            shape = shapes.get(architecture, (batch, 40 * length))
+            key = {"whisper": "input_features"}.get(architecture, "input_values")
+            return {key: torch.randn(shape, generator=draw, dtype=torch.float64)}
+        tokens = torch.randint(3, 90, (batch, length), generator=draw)
+        return {"input_ids": tokens} | ({"decoder_input_ids": tokens[:, :5]} if kind == "Seq2SeqLM" else {})
+
+    return model, inputs(2, 12), {"batch": inputs(3, 12), "size": inputs(2, 10)}
+
+
+def measure(name: str) -> dict[str, Any]:
+    """The row of one architecture."""
+    import logging
+    import warnings
+
+    import torch
+
+    import ekgfx
+    from ekgfx.surgery.check import check_pruned, perturb
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    start = time.process_time()
+    model, inputs, others = build(name)
+    perturb(model)
+    row: dict[str, Any] = {"model": name, "params": sum(p.numel() for p in model.parameters())}
+    with torch.no_grad():
+        output = model(**inputs)
+    several = [key for key, value in output.items() if isinstance(value, torch.Tensor)] != ["logits"]
+    traced = ekgfx.trace(model, inputs, outputs="logits" if several else None)
+    row |= {"named": several, "groups": len(traced.groups), "share": round(traced.groups.prunable_share, 3)}
+    row["unknown"] = traced.unknown_ops
+    plan = ekgfx.Plan({n: tuple(range(0, g.size, 2)) for n, g in traced.groups.items()})
+    row["half"] = cut(model, traced, plan, inputs, others, name, check_pruned)
+    try:
+        found = ekgfx.search(traced, flops=0.8, strategy="uniform", importance="magnitude", uniform_layers=True)
+    except ekgfx.EkgfxError as error:
+        row["uniform"] = {"error": str(error)[:300]}
+    else:
+        row["uniform"] = cut(model, traced, found.plan, inputs, others, name, check_pruned)
+        row["uniform"]["kept"] = round(found.kept_fraction, 3)
+    row["seconds"] = round(time.process_time() - start, 1)
+    half = row["half"]
+    row["status"] = "failed" if "error" in half else "ok" if half["error_at_batch"] < 1e-6 else "inexact"
+    return row
+
+
+def cut(model: Any, traced: Any, plan: Any, inputs: Any, others: Any, name: str, check_pruned: Any) -> dict[str, Any]:
+    """What becomes of one plan."""
+    import torch
+
+    import ekgfx
+
+    found: dict[str, Any] = {}
+    try:
+        pruned = ekgfx.prune(model, plan, traced)
+        found["error_at_batch"] = float(check_pruned(traced, plan, pruned, (), others["batch"]))
+    except ekgfx.EkgfxError as error:
+        return {"error": str(error)[:300]}
+    found["class"] = type(pruned) is type(model)
+    found["graphs"] = sorted({each.kind for each in ekgfx.replaced(pruned)})
+    asked = works(lambda: model(**others["size"]))
+    found["size"] = asked or works(lambda: pruned(**others["size"]))
+    found["size_of_the_original"] = asked
+    found["api"] = works(lambda: used(pruned, inputs, name))
+
+    def round_trip() -> None:
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            pruned.save_pretrained(folder)
+            again = type(model).from_pretrained(folder, dtype=torch.float64).eval()
+            torch.testing.assert_close(again(**inputs).logits, pruned.eval()(**inputs).logits, rtol=1e-9, atol=1e-9)
+
+    found["round_trip"] = works(round_trip)
+    return found
+
+
+def works(call: Any) -> str:
+    """Why a call fails, "" where it does not."""
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001  every failure is a result
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    return ""
+
+
+def used(pruned: Any, inputs: Any, name: str) -> None:
+    """What people do with such a model."""
+    import torch
+
+    if name.startswith(("CausalLM", "Seq2Seq")):
+        ids = inputs["input_ids"][:1]
+        options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+        assert torch.equal(pruned.generate(ids, **options), pruned.generate(ids, **options, use_cache=False))
+    else:
+        batch = len(next(iter(inputs.values())))
+        assert torch.isfinite(pruned(**inputs, labels=torch.zeros(batch, dtype=torch.long)).loss)
+
+
+def table(path: Path) -> str:
+    """The rows as a Markdown table, with what they say together."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    cut = [row for row in rows if "half" in row and "error" not in row["half"]]
+    uniform = [row for row in cut if "round_trip" in row["uniform"]]
+
+    def how_many(some: list[dict[str, Any]], says: Any) -> str:
+        return f"{sum(bool(says(row)) for row in some)} of {len(some)}"
+
+    lines = [
+        f"- {how_many(rows, lambda r: r['status'] != 'error')} architectures are traced as they come, "
+        f'{how_many(rows, lambda r: r.get("named"))} with `outputs="logits"`; '
+        f"{how_many(rows, lambda r: r['status'] == 'ok')} are cut exactly (to 1e-6 at another batch).",
+        f"- With half of every group, {how_many(cut, lambda r: r['half']['class'])} keep their class, "
+        f"{how_many(cut, lambda r: not r['half']['graphs'])} without another forward inside; "
+        f"{how_many(cut, lambda r: not r['half']['api'])} work with the library's API.",
+        f"- With `uniform_layers`, {how_many(uniform, lambda r: not r['uniform']['round_trip'])} come back equal from "
+        f"`save_pretrained` and `from_pretrained`, {how_many(uniform, lambda r: not r['uniform']['graphs'])} without "
+        f"another forward; {len(cut) - len(uniform)} find no such plan of 80% of the MACs.",
+        "",
+        "| architecture | status | groups | prunable | graphs inside | API | other size | round trip | kept | s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda r: r["model"]):
+        cells = [row["model"].replace(":", ": ")]
+        if "half" not in row or "error" in row["half"]:
+            why = row.get("message") or row["half"]["error"]
+            cells += [f"{row['status']}: {why[:90].replace('|', '/')}", *[""] * 8]
+        else:
+            half, uniform_cut = row["half"], row["uniform"]
+            cells += [row["status"], row["groups"], f"{row['share']:.0%}", ", ".join(half["graphs"]) or "none"]
+            size = "fixed" if half["size_of_the_original"] else "no" if half["size"] else "yes"
+            cells += ["no" if half["api"] else "yes", size]
+            trip = uniform_cut.get("round_trip")
+            cells += ["no plan" if trip is None else "no" if trip else "equal"]
+            cells += [f"{uniform_cut['kept']:.0%}" if "kept" in uniform_cut else "", row["seconds"]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(Path(sys.argv[1])))

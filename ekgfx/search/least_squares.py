@@ -61,7 +61,7 @@ def least_squares(problem: Problem, plan: Plan, knowledge: Knowledge | None) -> 
     moments = network.watch(operators)
     kept = problem.traced.groups.kept(plan)
     scores, bare = {}, []
-    for name in problem.rules:
+    for name in problem.groups:
         group, own = problem.traced.groups[name], list(problem.kept(plan, name))
         readers = [
             Reader(damped(found, operator.offset is not None), matrix_of(network, operator), channel)

@@ -44,6 +44,7 @@ class TensorBoard(Terminal):
         measure = step.measure
         self._log(
             step.number,
+            "" if step.towards is None else f"-{step.towards}",
             loss=measure.loss,
             reward=measure.reward,
             accuracy=measure.accuracy,
@@ -65,8 +66,8 @@ class TensorBoard(Terminal):
             seconds=epoch.seconds,
         )
 
-    def _log(self, number: int, **values: Any) -> None:
+    def _log(self, number: int, beside: str = "", **values: Any) -> None:
         for name, value in values.items():
             if value is not None:
-                self._writer().add_scalar(f"{self._stage}/{name}", value, number)
+                self._writer().add_scalar(f"{self._stage}{beside}/{name}", value, number)
         self._writer().flush()

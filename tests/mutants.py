@@ -28,6 +28,30 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "no budget of several leaves the way to the tightest",
+        "if turn.taken != mine.taken:",
+        "if False:",
+        "tests/search/test_frontier.py -k alone",
+    ),
+    Mutant(
+        "a weighed budget of several ranks as the tightest does",
+        "(budget.weighed and any(budget.met(proposal.plan) for proposal in own))",
+        "False",
+        "tests/search/test_frontier.py -k savings",
+    ),
+    Mutant(
+        "an interrupted way to a budget is begun anew",
+        "own = [step for step in self._begun if step.towards == label]",
+        "own = list[Step]()",
+        "tests/search/test_frontier.py -k interrupted",
+    ),
+    Mutant(
+        "early stops know the least value of a reward of one's own",
+        "objective.loss is not cross_entropy or objective.reward is not None:",
+        "objective.loss is not cross_entropy:",
+        "tests/search/test_settings.py -k own_reward",
+    ),
+    Mutant(
         "a cut is not compared operator by operator",
         "found = differences(self.source, self.predicted.counts, again)",
         "found = []",

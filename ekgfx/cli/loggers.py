@@ -46,6 +46,7 @@ class Logging(Terminal, ABC):
         measure = step.measure
         self._log(
             step.number,
+            "" if step.towards is None else f"-{step.towards}",
             loss=measure.loss,
             reward=measure.reward,
             accuracy=measure.accuracy,
@@ -69,8 +70,9 @@ class Logging(Terminal, ABC):
             seconds=epoch.seconds,
         )
 
-    def _log(self, number: int, **values: float | None) -> None:
-        self.scalars(number, {f"{self._stage}/{name}": value for name, value in values.items() if value is not None})
+    def _log(self, number: int, beside: str = "", **values: float | None) -> None:
+        stage = f"{self._stage}{beside}"
+        self.scalars(number, {f"{stage}/{name}": value for name, value in values.items() if value is not None})
 
 
 class TensorBoard(Logging):

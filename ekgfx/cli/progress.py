@@ -66,7 +66,8 @@ class Terminal:
 
     def step(self, step: Step, keep: float) -> None:
         measure = step.measure
-        facts = [f"step {step.number:3}", f"{step.kept_fraction:6.1%} kept (budget {keep:.1%})"]
+        budget = f"budget {keep:.1%}" if step.towards is None else f"on to {step.towards}"
+        facts = [f"step {step.number:3}", f"{step.kept_fraction:6.1%} kept ({budget})"]
         facts.append(", ".join(f"{name} −{len(removed)}" for name, removed in list(step.removed.items())[:1]))
         if len(step.removed) > 1:
             facts[-1] = f"{len(step.removed)} groups"
@@ -74,7 +75,8 @@ class Terminal:
             facts.append(f"loss {measure.loss:.4f}")
         facts += [f"{step.seconds:.1f} s", f"ETA {duration(step.eta)}"]
         notes.print("  " + escape("  ".join(facts)), soft_wrap=True)
-        self._show(1 - step.kept_fraction, 1 - keep, step.eta)
+        if step.towards is None:
+            self._show(1 - step.kept_fraction, 1 - keep, step.eta)
 
     def bank(self, progress: BankProgress, samples: int) -> None:
         done, total = (progress.teacher - 1) * samples + progress.samples, progress.teachers * samples

@@ -4,7 +4,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,23 @@ class Frontier:
 
     @classmethod
     def of(cls, path: Path) -> "Frontier | None":
-        """What the run at `path` holds; None where it has one budget, or is not done."""
-        if FILE not in read_manifest(path)["files"]:
+        """What the run at `path` holds, with the networks as they are now: some may have been trained since they were
+        put side by side. None where the run has one budget, or is not done."""
+        manifest = read_manifest(path)
+        if FILE not in manifest["files"]:
             return None
         told: Frontier = read(cls, read_json(verify(path, FILE)), str(path / FILE), RunError)
-        return told
+        first, *networks = told.networks
+        points = manifest.get("points", ())
+        if len(points) != len(networks):
+            return told
+        now = [first]
+        for network, asked in zip(networks, points, strict=True):
+            score, trained = _last(at_budget(path, asked))
+            quality = score[told.measures]
+            interval = None if quality is None else wilson(quality, told.samples)
+            now.append(replace(network, quality=quality, interval=interval, finetuned=trained))
+        return replace(told, networks=tuple(now), knee=bend(now))
 
 
 @contextmanager
@@ -96,29 +108,18 @@ def compare(job: Job, result: SearchResult) -> None:
     if job.run.has(FILE):
         return
     runs = [at_budget(job.run.path, point.asked) for point in result.points]
-    scores = [_last(path) for path in runs]
     first = job.run.manifest["results"]["before"]
     measures = "accuracy" if first["accuracy"] is not None else "agreement"
     samples = 0 if job.data is None else job.data.size("test")
     target = job.recipe.search.target or job.run.manifest.get("latency", {}).get("target") or TARGET
-    times = _times(job, runs, target)
-    rows = [("unpruned", first, False), *((p.label, *score) for p, score in zip(result.points, scores, strict=True))]
-    networks = tuple(
-        Network(
-            label,
-            score["macs"],
-            score["params"],
-            score[measures],
-            None
-            if score[measures] is None or (label == "unpruned" and measures == "agreement")
-            else wilson(score[measures], samples),
-            milliseconds,
-            trained,
-        )
-        for (label, score, trained), milliseconds in zip(rows, times, strict=True)
-    )
-    found = Frontier(networks, measures, samples, target, bend(networks))
-    job.run.write_json(FILE, asdict(found))
+    rows = [("unpruned", first, False), *((p.label, *_last(path)) for p, path in zip(result.points, runs, strict=True))]
+    networks = []
+    for (label, score, trained), milliseconds in zip(rows, _times(job, runs, target), strict=True):
+        quality = score[measures]
+        counted = quality is not None and (measures == "accuracy" or label != "unpruned")  # it agrees with itself
+        interval = wilson(quality, samples) if counted else None
+        networks.append(Network(label, score["macs"], score["params"], quality, interval, milliseconds, trained))
+    job.run.write_json(FILE, asdict(Frontier(tuple(networks), measures, samples, target, bend(networks))))
 
 
 def _last(path: Path) -> tuple[Mapping[str, Any], bool]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,20 @@ class Silent:
     def epoch(self, epoch: Epoch, epochs: int) -> None: ...
 
 
+class Labelled:
+    """Tells another report of stages with a label in front."""
+
+    def __init__(self, report: Report, label: str) -> None:
+        self._report, self._label = report, label
+
+    def stage(self, title: str) -> None:
+        """Another stage begins."""
+        self._report.stage(f"{self._label}: {title}")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._report, name)
+
+
 @dataclass(frozen=True)
 class Score:
     """What a network is worth and costs. accuracy: fraction of right classes on the test split; agreement: where there
@@ -110,9 +124,10 @@ class Job:
             trust.check(recipe.model, run.manifest, run.path)
         return cls(run, recipe, report, pick_device(recipe.device))
 
-    def at(self, run: Run, recipe: Recipe) -> "Job":
-        """The job of another budget, on the same model and data."""
-        other = Job(run, recipe, self.report, self.device)
+    def at(self, run: Run, recipe: Recipe, label: str | None = None) -> "Job":
+        """The job of another budget, on the same model and data. label: what its stages are told under."""
+        report = self.report if label is None else cast(Report, Labelled(self.report, label))
+        other = Job(run, recipe, report, self.device)
         other.__dict__ |= {name: getattr(self, name) for name in ("built", "traced", "batch_size", "data")}
         return other
 

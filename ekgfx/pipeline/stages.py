@@ -57,9 +57,9 @@ def prune_job(run: Run, report: Report) -> None:
     for recipe, point in zip(looser, result.points, strict=False):
         with frontier.run_of(job, recipe, result.at(**point.asked), point) as part:
             if part.manifest["status"] != "done":
-                report.stage(f"budget {point.label}")
-                finish(job.at(part, recipe), result.at(**point.asked))
-    finish(job.at(run, own) if looser else job, result, "running" if looser else "done")
+                finish(job.at(part, recipe, point.label), result.at(**point.asked))
+    mine = job.at(run, own, result.points[-1].label) if looser else job
+    finish(mine, result, "running" if looser else "done")
     if looser:
         frontier.compare(job, result)
         run.update(status="done", error=None)

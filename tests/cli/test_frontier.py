@@ -124,6 +124,9 @@ def test_one_is_exported_and_trained_further(both, ekgfx, refused):
     before = library.load(both).state_dict()
     assert ekgfx("finetune", both, "--flops", 0.9, "--epochs", 2).code == 0
     assert len(read_lines(both / LOOSE / "finetune.jsonl")) == 2
+    found = Frontier.of(both)
+    assert found is not None
+    assert found.networks[1].quality == read_manifest(both / LOOSE)["results"]["finetuned"]["accuracy"]
     after = library.load(both).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert "no budget flops=0.5 was asked for" in refused("export", both, "--flops", 0.5)

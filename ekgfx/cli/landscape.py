@@ -63,7 +63,7 @@ def landscape(
     as_json: bool,
     **asked: Any,
 ) -> None:
-    """Condition number abs(λ_min / λ_max), leading eigenvalues of the Hessian, and the loss surface of MODEL (or a run).
+    """Condition number of the Hessian, its leading eigenvalues, and the loss surface of MODEL (or a run).
 
     The Hessian is that of the mean loss over the images in all weights, in evaluation mode; its extreme eigenvalues
     come from the Lanczos iteration, with error bounds. The surface lies along two random filter-normalized directions.
@@ -165,7 +165,7 @@ def _text(found: dict[str, Any]) -> str:
 
     condition = "infinite" if found["condition"] is None else listed([found["condition"]], [found["condition_error"]])
     lines = [
-        f"condition number abs(λ_min / λ_max)  {condition}",
+        f"condition number |λ_min / λ_max|  {condition}",
         f"largest eigenvalues   {listed(found['largest'], found['largest_errors'])}",
         f"smallest eigenvalues  {listed(found['smallest'], found['smallest_errors'])}",
         f"{found['samples']} images, {found['products_used']} Hessian-vector products"

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import ekgfx
 from ekgfx.data.batches import Inputs, unpacked
+from ekgfx.data.numbered import numbered
 from ekgfx.errors import DataError, RecipeError
 from ekgfx.training.evaluation import evaluate
 
@@ -155,3 +156,37 @@ def test_inputs_are_moved_and_named_as_the_model_takes_them() -> None:
     model = Net()
     assert Inputs.of({"gain": LABELS, "pixel_values": IMAGES}).onto(model).kwargs.keys() == {"gain", "pixel_values"}
     assert Inputs.of({"image": IMAGES}).onto(model).args[0] is IMAGES
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_plain_shuffled_loaders_find_their_rows_in_a_bank(workers: int) -> None:
+    """Batches of `(images, labels)`: image i holds i, and each row of the numbered batches says i."""
+    samples = torch.arange(20.0)[:, None, None, None].expand(20, 1, 8, 8)
+    dataset = torch.utils.data.TensorDataset(samples, torch.arange(20) % 4)
+    options = {"batch_size": 6, "shuffle": True, "num_workers": workers}
+    found = list(numbered(torch.utils.data.DataLoader(dataset, **options)))
+    order = torch.cat([torch.as_tensor(index) for _, _, index in found])
+    assert order.tolist() == torch.cat([images[:, 0, 0, 0] for images, _, _ in found]).long().tolist()
+    assert order.tolist() != sorted(order.tolist()) == list(range(20))
+    mappings = [{"x": image, "labels": label} for image, label in dataset]
+    (batch,) = numbered(torch.utils.data.DataLoader(mappings, batch_size=20))
+    assert batch["index"] == list(range(20)) and "index" not in mappings[0]
+    assert numbered(found) is found
+    ordered = numbered(torch.utils.data.DataLoader(dataset, drop_last=True, **options), in_order=True)
+    assert [index for *_, index in ordered] == [list(range(start, min(start + 6, 20))) for start in range(0, 20, 6)]
+
+
+def test_fine_tuning_with_a_bank_takes_a_plain_loader() -> None:
+    """The same as batches that say which samples they hold, in the order that the loader draws."""
+    from tests.test_finetune import Fixed, small
+
+    draw = torch.Generator().manual_seed(3)
+    dataset = torch.utils.data.TensorDataset(torch.randn(24, 1, 8, 8, generator=draw), torch.arange(24) % 4)
+    loader = torch.utils.data.DataLoader(dataset, 8, shuffle=True, generator=torch.Generator().manual_seed(1))
+    plain, told = small(), small()
+    found = ekgfx.finetune(plain, loader, bank=Fixed(), views=1, epochs=1, lr=0.01)
+    order = torch.utils.data.DataLoader(range(24), 8, shuffle=True, generator=torch.Generator().manual_seed(1))
+    batches = [(dataset.tensors[0][index], dataset.tensors[1][index], index) for index in order]
+    expected = ekgfx.finetune(told, batches, bank=Fixed(), views=1, epochs=1, lr=0.01)
+    assert found[0].loss == expected[0].loss
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), told.parameters(), strict=True))

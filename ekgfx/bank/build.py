@@ -24,6 +24,7 @@ from ekgfx.base.schema import read
 from ekgfx.data import Loader
 from ekgfx.data.batches import Inputs, each_batch, unpacked
 from ekgfx.data.mixing import even, mixed
+from ekgfx.data.numbered import numbered
 from ekgfx.distributed.team import ALONE, Team, team
 from ekgfx.errors import DataError, RunError
 from ekgfx.execution.subnetwork import BATCH_NORM
@@ -92,7 +93,7 @@ def build_bank(
     if isinstance(batches, Iterator):
         raise DataError("the bank reads the batches once per teacher; give a list or a DataLoader, not an iterator")
     picked = pick_teachers(result.losses[:-1] or result.losses, teachers) if knowledge == "ensemble" else [0]
-    batches = batches.in_order() if isinstance(batches, Loader) else batches
+    batches = batches.in_order() if isinstance(batches, Loader) else numbered(batches, in_order=True)
     networks = [_Teacher(traced, result, step, finder(logits)) for step in picked]
     row = _row_format(networks[0], batches, top_k)
     sample = cache(lambda: _sample(traced, batches))

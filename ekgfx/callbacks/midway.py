@@ -39,7 +39,7 @@ class Midway:
 
     Attributes:
         result: what the search found; None before the cut.
-        plan: its plan. A checkpoint of the cut network loads into `ekgfx.prune(network, plan, …)`.
+        teacher: the network as it was; None before the cut.
     """
 
     def __init__(
@@ -60,7 +60,8 @@ class Midway:
 
     @property
     def plan(self) -> Plan | None:
-        """The plan that the network was cut by; None before."""
+        """The plan that the network was cut by; None before. A checkpoint of the cut network loads into
+        `ekgfx.prune(network, plan, …)`."""
         return None if self.result is None else self.result.plan
 
     def cut(self, network: nn.Module, loader: Any, optimizers: Sequence[torch.optim.Optimizer]) -> None:

@@ -63,7 +63,7 @@ def landscape(
     as_json: bool,
     **asked: Any,
 ) -> None:
-    """Condition number |λ_min / λ_max|, leading eigenvalues of the Hessian, and the loss surface of MODEL (or a run).
+    """Condition number of the Hessian, its leading eigenvalues, and the loss surface of MODEL (or a run).
 
     The Hessian is that of the mean loss over the images in all weights, in evaluation mode; its extreme eigenvalues
     come from the Lanczos iteration, with error bounds. The surface lies along two random filter-normalized directions.

@@ -14,6 +14,7 @@ from ekgfx.data import Data
 from ekgfx.data.base import holdout
 from ekgfx.data.batches import each_batch, own_share, unpacked
 from ekgfx.data.mixing import watched
+from ekgfx.data.numbered import numbered
 from ekgfx.distributed.team import ALONE, team
 from ekgfx.errors import DataError, RecipeError
 from ekgfx.training.evaluation import Metrics, evaluate
@@ -56,7 +57,8 @@ def finetune(
         data: a data set (`ekgfx.data.load`), or batches to iterate once per epoch: `(images, labels, index)`, where
             images are B × …, or with `views=V` V × B × … or a tuple of V; a tuple of inputs, or a mapping of them by
             name (also with the labels and the index in it, as the data sets of transformers give it). Labels may be
-            None with a bank.
+            None with a bank. With a bank, a DataLoader of `(images, labels)` will do, shuffled or
+            not: which samples its batches hold is found out (as positions in its data set, as `build_bank` took them).
         bank: the memory bank; None trains on the labels alone.
         temperature: T of the guidance; 4 below 1000 classes and 10 from there on.
         loss: label loss of one view, `loss(output, labels)`; cross-entropy is that of the logits.
@@ -103,6 +105,8 @@ def finetune(
             return evaluate(trainer.judged, _asked(val, teaching), logits=logits)
         return evaluate(trainer.judged, val or (), loss=loss, logits=logits)
 
+    if bank is not None:
+        data, val = numbered(data), numbered(val) if val is not None and not _labelled(val) else val
     batches, most = _batches(data, trainer, subset)
     path, table = (None if file is None or not mates.first else Path(file) for file in (checkpoint, csv))
     resumed = checkpoint is not None and Path(checkpoint).is_file()

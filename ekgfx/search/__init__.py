@@ -1,6 +1,7 @@
 """The search for a plan within a budget: `search(traced, batches, flops=0.55)`."""
 
 import difflib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -35,6 +36,8 @@ from ekgfx.surgery.tied import ties_of
 from ekgfx.tracing.trace import TracedModel, check_traced
 from ekgfx.training.loss import cross_entropy
 from ekgfx.training.outputs import Logits, finder, logits_of
+
+log = logging.getLogger("ekgfx")
 
 __all__ = [
     "AUTHORS",
@@ -168,6 +171,10 @@ def search(
     channels_last = quicker_channels_last(traced) if channels_last is None else channels_last
     computing = Computing(bytes_of(cache), early_stop, amp, channels_last)
     ties = ties_of(traced, uniform_layers)
+    if uniform_layers and ties.held:
+        whole = "; ".join(f"{name} ({why})" for name, why in list(ties.held.items())[:3])
+        more = f"; and {len(ties.held) - 3} more" if len(ties.held) > 3 else ""
+        log.info("uniform layers: these groups stay whole: %s%s", whole, more)
     rules, members = tied_rules(traced, ties, ignored_groups(traced.groups, ignore), align, min_width)
     problem = Problem(
         traced=traced,

@@ -249,3 +249,10 @@ def test_aligned_ties() -> None:
     result = ekgfx.search(traced, flops=0.6, strategy="uniform", importance="magnitude", uniform_layers=True, align=4)
     widths = traced.groups.widths(result.plan)
     assert widths["embed"] in (12, 24) and widths["layers.0.up"] % 4 == 0  # heads of 6 channels: two at once
+
+
+def test_what_stays_whole_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    traced = traced_of(network())
+    with caplog.at_level("INFO", "ekgfx"):
+        ekgfx.search(traced, flops=0.8, strategy="uniform", importance="magnitude", uniform_layers=True)
+    assert "layers.0.q#1 (config.width does not say how it is made up)" in caplog.text

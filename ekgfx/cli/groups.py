@@ -67,6 +67,8 @@ def groups(
 
 
 def _facts(model: str, traced: "TracedModel") -> dict[str, Any]:
+    from ekgfx.surgery.tied import ties_of
+
     cost = traced.cost()
     return {
         "model": model,
@@ -87,6 +89,7 @@ def _facts(model: str, traced: "TracedModel") -> dict[str, Any]:
         "frozen": [
             {"parameter": f.parameter, "dim": f.dim, "size": f.size, "reason": f.reason} for f in traced.groups.frozen
         ],
+        "ties": [{"groups": list(tie.members), "why": list(tie.why)} for tie in ties_of(traced).ties],
         "unknown_ops": {
             op: {"uses": uses, "parameters": traced.unknown_costs[op]} for op, uses in traced.unknown_ops.items()
         },
@@ -98,6 +101,7 @@ def _facts(model: str, traced: "TracedModel") -> dict[str, Any]:
 
 def _show(model: str, traced: "TracedModel", why: bool) -> None:
     from ekgfx.cli.render import human, out, table
+    from ekgfx.surgery.tied import ties_of
 
     cost = traced.cost()
     rows = [
@@ -131,6 +135,8 @@ def _show(model: str, traced: "TracedModel", why: bool) -> None:
             f"{op} counts as 0 MACs ({uses} {'use' if uses == 1 else 'uses'}): its rule does not say what it "
             "multiplies (macs=…); CONTRIBUTING.md shows how"
         )
+    for tie in ties_of(traced).ties:
+        out.print(f"{' and '.join(tie.members)} keep the same share of their channels: {'; '.join(tie.why)}")
     for name in traced.leaves:
         out.print(f"{name} is a leaf: it runs as it is, and what touches it stays whole")
     for note in traced.notes:

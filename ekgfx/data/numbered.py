@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from ekgfx.data.batches import INDEX
 
@@ -53,7 +53,7 @@ def numbered(batches: Any, in_order: bool = False) -> Any:
         return batches
     sampler = batches.batch_sampler
     if in_order and batches.batch_size is not None:
-        sampler = BatchSampler(SequentialSampler(batches.dataset), batches.batch_size, drop_last=False)
+        sampler = BatchSampler(range(len(batches.dataset)), batches.batch_size, drop_last=False)  # type: ignore[arg-type]
     return DataLoader(
         _Numbered(batches.dataset),
         batch_sampler=sampler,

@@ -1,5 +1,6 @@
 """The search for a plan within a budget: `search(traced, batches, flops=0.55)`."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +29,8 @@ from ekgfx.surgery.tied import ties_of
 from ekgfx.tracing.trace import TracedModel, check_traced
 from ekgfx.training.loss import cross_entropy
 from ekgfx.training.outputs import Logits, finder, logits_of
+
+log = logging.getLogger("ekgfx")
 
 __all__ = [
     "AUTHORS",
@@ -155,6 +158,10 @@ def _problem(
     computing = Computing(bytes_of(asked.cache), bool(asked.early_stop), asked.amp, bool(asked.channels_last))
     ignored = ignored_groups(traced.groups, as_patterns(traced, asked.ignore))
     ties = ties_of(traced, asked.uniform_layers)
+    if asked.uniform_layers and ties.held:
+        whole = "; ".join(f"{name} ({why})" for name, why in list(ties.held.items())[:3])
+        more = f"; and {len(ties.held) - 3} more" if len(ties.held) > 3 else ""
+        log.info("uniform layers: these groups stay whole: %s%s", whole, more)
     rules, members = tied_rules(traced, ties, ignored, asked.align, asked.min_width)
     problem = Problem(
         traced=traced,

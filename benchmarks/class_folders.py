@@ -84,9 +84,11 @@ def main() -> None:
     parser.add_argument("--accept", type=int, default=4, help="candidates that a step of the search takes together")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, help="what is fine-tuned with")
+    parser.add_argument("--ways", nargs="*", default=WAYS, help=f"what is fine-tuned with, of {', '.join(WAYS)}")
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
+    if not set(asked.ways) <= set(WAYS):
+        parser.error(f"--ways takes {', '.join(WAYS)}")
     torch.set_num_threads(1)
     root, start = Path(os.environ["EKGFX_DATA"]), time.process_time()
     with tempfile.TemporaryDirectory() as folder:

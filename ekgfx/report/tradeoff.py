@@ -41,7 +41,9 @@ def tradeoff(facts: Facts) -> Element | None:
         time = "–" if network.milliseconds is None else f"{network.milliseconds:.3g} ms"
         macs, params = (human(network.macs), share(network.macs, full.macs)), (human(network.params),)
         rows.append([network.label, percent(network.quality), reach, *macs, *params, time, "yes" * network.finetuned])
-    said = f"One search, a network for each budget. Bars are 95% intervals, from {found.samples} test images."
+    said = "One search, a network for each budget."
+    if shown:
+        said += f" Bars are 95% intervals, from {found.samples} test images."
     if knee is not None:
         said += f" The curve bends at {found.networks[knee].label}: below it, every saving costs more."
     header = ["", found.measures, "95%", "MACs", "kept", "parameters", found.target, "fine-tuned"]

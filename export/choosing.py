@@ -185,7 +185,8 @@ class _Search:
 
     def scope(self, scopes: Sequence[str]) -> _Made:
         """The fastest of those that are hardly worse than the best one."""
-        found = [self.made(Recipe(scope=scope)) for scope in scopes]
+        different = {self.quantizer.covers(scope): scope for scope in reversed(scopes)}
+        found = [self.made(Recipe(scope=scope)) for scope in reversed(different.values())]
         good = [made for made in found if made.loss <= min(other.loss for other in found) + ENOUGH]
         if len(good) == 1:
             return good[0]

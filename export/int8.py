@@ -131,6 +131,11 @@ class Quantizer:
         onnx.save(model, path)
         return path
 
+    def covers(self, scope: str) -> frozenset[str]:
+        """The nodes that become INT8."""
+        nodes = {node.name for node in self.model.graph.node if node.op_type in SCOPES[scope]}
+        return frozenset(nodes - self.spared(scope))
+
     def spared(self, scope: str) -> frozenset[str]:
         """Products of activations with each other, which are INT8 only where everything is."""
         products = {node.name for node in self.model.graph.node if node.op_type in PRODUCTS}

@@ -119,7 +119,9 @@ def _in_order(network: nn.Module, images: Any) -> Any:
 
 def become(network: nn.Module, pruned: nn.Module) -> None:
     """Turns a module into another of its kind, in place. A forward that a trainer has set on it stays."""
-    own = {name: network.__dict__[name] for name in ("forward", "_original_forward") if name in network.__dict__}
+    own: dict[str, Any] = {
+        name: network.__dict__[name] for name in ("forward", "_original_forward") if name in network.__dict__
+    }
     network.__class__ = pruned.__class__
     network.__dict__.clear()
     network.__dict__.update({**pruned.__dict__, **own})

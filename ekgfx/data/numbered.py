@@ -53,7 +53,7 @@ def numbered(batches: Any, in_order: bool = False) -> Any:
         return batches
     sampler = batches.batch_sampler
     if in_order and batches.batch_size is not None:
-        sampler = BatchSampler(SequentialSampler(batches.dataset), batches.batch_size, drop_last=False)
+        sampler = BatchSampler(SequentialSampler(range(len(batches.dataset))), batches.batch_size, drop_last=False)
     return DataLoader(
         _Numbered(batches.dataset),
         batch_sampler=sampler,

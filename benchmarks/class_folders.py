@@ -133,7 +133,7 @@ def measure(asked: argparse.Namespace, root: Path, folder: Path) -> dict[str, An
         for seed in range(asked.seeds):
             pruned = ekgfx.prune(model, result.plan, traced, calibrate=data.loader("train", BATCH).mixed(1024))
             found["searched"] = evaluate(pruned, test).accuracy
-            ekgfx.finetune(pruned, data, bank=bank, epochs=asked.epochs, seed=seed, channels_last=True)
+            ekgfx.finetune(pruned, data, bank=bank, epochs=asked.epochs, seed=seed, channels_last=True, val_fraction=0)
             scores.append(evaluate(pruned, test).accuracy)
             print(name, seed, scores[-1], flush=True)
         found["finetuned"][name] = {"accuracy": scores, "mean": statistics.mean(scores)}

@@ -100,6 +100,7 @@ class Study:
             batch_size=asked.batch_size,
             schedule="cosine",
             seed=asked.seed,
+            val_fraction=0,
         )
         after = evaluate(pruned, self.data.loader("test", 500, subset=torch.arange(asked.test_images)))
         return {

@@ -192,6 +192,7 @@ def train(setting: Setting, model: nn.Module, seed: int, bank: Any) -> float:
         lr=0.01,
         channels_last=True,
         seed=seed,
+        val_fraction=0,
     )
     return setting.test(model)
 

@@ -67,7 +67,14 @@ def main() -> None:
             if asked.epochs:
                 subset = torch.randperm(data.size("train"), generator=torch.Generator().manual_seed(0))[: asked.images]
                 schedule = "cosine" if asked.epochs > 1 else "constant"
-                finetune(pruned, data, subset=subset, epochs=asked.epochs, lr=0.01, batch_size=128, schedule=schedule)
+                training = {
+                    "epochs": asked.epochs,
+                    "lr": 0.01,
+                    "batch_size": 128,
+                    "schedule": schedule,
+                    "val_fraction": 0,
+                }
+                finetune(pruned, data, subset=subset, **training)
                 line |= {"after": evaluate(pruned, test).accuracy, "epochs": asked.epochs, "images": asked.images}
             append_line(results, line)
             print(line, flush=True)

@@ -76,7 +76,7 @@ def test_checkpoint_of_a_training(tmp_path, monkeypatch):
     file = tmp_path / "finetune.safetensors"
     with monkeypatch.context() as newer:
         newer.setattr(training_state, "FORMAT", training_state.FORMAT + 1)
-        training_state.save_state(file, *parts, [])
+        training_state.save_state(file, *parts, [], {}, {})
     with pytest.raises(EkgfxError, match=r"checkpoint format .*upgrade ekgfx"):
         training_state.load_state(file, *parts)
 

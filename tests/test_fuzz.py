@@ -119,7 +119,9 @@ def write_state(file: Path) -> None:
     model, optimizer, scaler = trainer()
     model(INPUT).sum().backward()
     optimizer.step()
-    save_state(file, model, optimizer, scaler, {"seed": 1}, [{"number": 1, "loss": 0.1, "lr": 0.1, "seconds": 1.0}])
+    save_state(
+        file, model, optimizer, scaler, {"seed": 1}, [{"number": 1, "loss": 0.1, "lr": 0.1, "seconds": 1.0}], {}, {}
+    )
 
 
 TARGETS = [

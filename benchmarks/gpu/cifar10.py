@@ -213,6 +213,7 @@ def tuned(asked: argparse.Namespace, search: Searched, tune: Any) -> dict[str, A
         amp=asked.amp,
         channels_last=True,
         seed=search.seed,
+        val_fraction=0,
     )
     trained = sum(epoch.seconds for epoch in epochs) / 60
     final = evaluate(pruned, search.test).accuracy

@@ -53,7 +53,8 @@ def numbered(batches: Any, in_order: bool = False) -> Any:
         return batches
     sampler = batches.batch_sampler
     if in_order and batches.batch_size is not None:
-        sampler = BatchSampler(range(len(batches.dataset)), batches.batch_size, drop_last=False)  # type: ignore[arg-type]
+        everything = range(len(batches.dataset))  # type: ignore[arg-type]  # torch's Dataset does not declare it
+        sampler = BatchSampler(SequentialSampler(everything), batches.batch_size, drop_last=False)
     return DataLoader(
         _Numbered(batches.dataset),
         batch_sampler=sampler,

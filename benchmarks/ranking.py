@@ -196,6 +196,7 @@ def oracle(subject: Subject, count: int, channels: int = 16) -> Iterator[dict[st
                 "kind": ranking_criteria.kind(traced, group),
                 "channels": len(drawn),
                 "median_kl": float(torch.tensor(truth).median()),
+                "median_score": {k: float(v.median()) for k, v in found.items()},
                 "rank_correlation": {k: round(spearman(v, torch.tensor(truth)), 3) for k, v in found.items()},
             }
 

@@ -11,7 +11,7 @@ squared error of each reader.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from ekgfx.graph.plan import Plan
 from ekgfx.repair.forms import of_positions
 from ekgfx.repair.moments import PRECISION, Moments
 from ekgfx.repair.operators import LinearOperator, find_operators
+from ekgfx.repair.walk import CHUNK
 from ekgfx.search.importance import Scores
 from ekgfx.search.importance_peers import magnitude
 from ekgfx.search.problem import Problem
@@ -57,21 +58,21 @@ def least_squares(problem: Problem, plan: Plan, knowledge: Knowledge | None) -> 
     Groups that no linear operator reads are ordered by the L1 norm of their weights, and named in the log.
     """
     network = Watched(problem, plan)
-    operators = find_operators(network)[0]
-    moments = network.watch(operators)
     kept = problem.traced.groups.kept(plan)
+    reading: dict[str, list[tuple[LinearOperator, Tensor]]] = {name: [] for name in problem.groups}
+    for operator in find_operators(network)[0]:
+        for name, found in reading.items():
+            channel = read_channels(network, operator, problem.traced.groups[name].axis, kept)
+            if channel is not None:
+                found.append((operator, channel))
+    moments = network.watch({operator for found in reading.values() for operator, _ in found})
     scores, bare = {}, []
-    for name in problem.groups:
-        group, own = problem.traced.groups[name], list(problem.kept(plan, name))
-        readers = [
-            Reader(damped(found, operator.offset is not None), matrix_of(network, operator), channel)
-            for operator in operators
-            if (found := moments.get(operator.node)) is not None
-            and (channel := read_channels(network, operator, group.axis, kept)) is not None
-        ]
-        scores[name] = torch.zeros(group.size, dtype=PRECISION)
+    for name, found in reading.items():
+        size, own = problem.traced.groups[name].size, list(problem.kept(plan, name))
+        scores[name] = torch.zeros(size, dtype=PRECISION)
+        readers = [Reader(damped(moments[o.node], o.offset is not None), matrix_of(network, o), c) for o, c in found]
         if readers:
-            scores[name][own] = removal_errors(readers, group.size)[own]
+            scores[name][own] = removal_errors(readers, size)[own]
         else:
             bare.append(name)
     if bare:
@@ -97,22 +98,23 @@ class Watched(SubNetwork):
             self.looks[operation.node](given, value)
         return value
 
-    def watch(self, operators: Sequence[LinearOperator]) -> dict[fx.Node, Moments]:
+    def watch(self, operators: Iterable[LinearOperator]) -> dict[fx.Node, Moments]:
         """The moments of the operators' inputs over the validation batches."""
         found: dict[fx.Node, Moments] = {}
         most = -(-POSITIONS // max(len(self.problem.batches), 1))
 
         def looking(operator: LinearOperator) -> Callable[[Mapping[str, Any], Any], None]:
-            name = next(name for name, value in operator.operation.args.items() if value is operator.input)
+            nodes = (operator.input, operator.weight)
+            name, weight = (next(n for n, v in operator.operation.args.items() if v is node) for node in nodes)
 
             def look(args: Mapping[str, Any], value: Any) -> None:
                 grid = operator.form.grid(value)
                 picks = of_positions(grid, most, torch.Generator().manual_seed(self.problem.seed)).to(value.device)
-                x = operator.form.inputs(args[name], grid, picks).float()
-                nothing = x[..., :0]
-                if operator.node not in found:
-                    found[operator.node] = Moments.empty(x.mean(0), 0)
-                found[operator.node].add(x, nothing, nothing)
+                for piece in picks.split(max(CHUNK // operator.form.matrix(args[weight])[:, 0].numel(), 16)):
+                    x = operator.form.inputs(args[name], grid, piece).float()
+                    if operator.node not in found:
+                        found[operator.node] = Moments.empty(x.mean(0), 0)
+                    found[operator.node].add(x, x[..., :0], x[..., :0])
 
             return look
 

@@ -294,10 +294,10 @@ def _another(traced: TracedModel, found: Described, names: Sequence[str], steps:
     try:
         anew = built_anew(traced.model, config, {**traced.model.state_dict(), **weights})
         with torch.no_grad(), traced.way.entered(anew):
-            error = relative_error(anew(*traced.example[0], **traced.example[1]), _sliced(traced, kept, weights))
+            off = relative_error(anew(*traced.example[0], **traced.example[1]), _sliced(traced, kept, weights))
     except Exception as error:  # noqa: BLE001  whatever the library raises of what it is given
         return f"raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return "" if error <= 1e-3 else f"computes something else (by {error:.1e})"
+    return "" if off <= 1e-3 else f"computes something else (by {off:.1e})"
 
 
 def _sliced(traced: TracedModel, kept: Mapping[Axis, Tensor], weights: Mapping[str, Tensor]) -> Any:

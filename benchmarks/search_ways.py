@@ -98,7 +98,7 @@ def timed(
         "step": importance + candidate * len(chosen) + accepted,
         "stopped": sum(value is None for value in negatives.values()),
         "negatives": negatives,
-        "removed": {proposal.group: list(proposal.removed) for proposal in taken},
+        "removed": {group: list(cut) for proposal in taken for group, cut in proposal.removed.items()},
     }
 
 

@@ -37,7 +37,14 @@ SMALL: Mapping[str, int] = {
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"), 64),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok",), 2),
-    **{"image_size": 32, "patch_size": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    **{
+        "image_size": 32,
+        "patch_size": 8,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 0,
+    },
     **{"num_mel_bins": 16, "max_source_positions": 24, "max_target_positions": 32, "state_size": 4},
 }
 STAGES = {"depths": [1, 1], "hidden_sizes": [16, 32]}

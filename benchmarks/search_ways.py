@@ -59,7 +59,7 @@ def timed(
     importance = clock(problem.traced) - start
     if way == "masked":  # that of the uncut network takes as long; whom to remove is decided as in the others
         scores = taylor(problem, plan, knowledge)
-    found = [propose(problem, state, group, scores[group], pace, PAPER) for group in problem.rules]
+    found = [propose(problem, state, group, scores, pace, PAPER) for group in problem.rules]
     proposals = [proposal for proposal in found if proposal is not None]
     chosen, _ = worth_evaluating(proposals, {proposal.group: proposal.lost for proposal in proposals})
     sample = chosen[::every] if way in ("masked", "sliced") else chosen
@@ -98,7 +98,7 @@ def timed(
         "step": importance + candidate * len(chosen) + accepted,
         "stopped": sum(value is None for value in negatives.values()),
         "negatives": negatives,
-        "removed": {proposal.group: list(proposal.removed) for proposal in taken},
+        "removed": {group: list(cut) for proposal in taken for group, cut in proposal.removed.items()},
     }
 
 

@@ -179,7 +179,7 @@ def test_what_the_filter_looks_at(structure: Recorded, step: int) -> None:
     state = State(structure.plan(widths, orders), dict(zip(gate_names(), widths, strict=True)), None)
     for gate, (name, scores) in enumerate(zip(gate_names(), reference.scores(step), strict=True)):
         importance = torch.from_numpy(scores).double()
-        proposal = propose(structure.problem, state, name, importance, Pace(), PAPER)
+        proposal = propose(structure.problem, state, name, {name: importance}, Pace(), PAPER)
         assert proposal is not None
         assert AUTHORS.stake(importance, proposal, widths[gate]) == pytest.approx(
             line["mask_marking_scores"][gate], rel=1e-5

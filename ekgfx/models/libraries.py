@@ -85,7 +85,7 @@ def _plugged(library: str, name: str, pretrained: bool, arguments: Mapping[str, 
 
 
 def _torchvision(name: str, pretrained: bool, arguments: Mapping[str, Any]) -> Made:
-    from torchvision import models
+    from torchvision import models  # type: ignore[import-untyped]
 
     known = models.list_models()
     if name.lower() not in known:

@@ -5,6 +5,7 @@ untouched. It can be copied and pickled, since it is made again from the user's 
 """
 
 import copyreg
+import inspect
 import itertools
 import linecache
 import math
@@ -97,8 +98,10 @@ def _class(base: Any, forward: Forward) -> type:
     linecache.cache[file] = (len(forward.source), None, forward.source.splitlines(True), file)
     exec(compile(forward.source, file, "exec"), space)  # our own code, made from the exported graph
     function = space["forward"]
-    function.__defaults__ = base.forward.__defaults__
-    function.__kwdefaults__ = base.forward.__kwdefaults__
+    given = inspect.signature(base.forward).parameters.values()  # of the function that decorators may have wrapped
+    defaults = [p for p in given if p.default is not p.empty]
+    function.__defaults__ = tuple(p.default for p in defaults if p.kind is not p.KEYWORD_ONLY)
+    function.__kwdefaults__ = {p.name: p.default for p in defaults if p.kind is p.KEYWORD_ONLY}
     function.__module__, function.__qualname__ = base.__module__, f"{base.__qualname__}.forward"
     members: Mapping[str, Any] = {
         "forward": function,

@@ -22,9 +22,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ekgfx.axes import Axis, Expr, Prod, Sum, axes, count, resolve
+from ekgfx.execution.subnetwork import SubNetwork, slice_weights
 from ekgfx.graph.groups import Groups
 from ekgfx.graph.plan import Plan
 from ekgfx.graph.ties import Ties, Width, factors, tied
@@ -137,14 +138,15 @@ def _put(model: Any, config: Any) -> None:
                 vars(module)[name] = new[id(value)]
 
 
-def built_anew(model: nn.Module, config: Any) -> nn.Module:
-    """A model of the same class, built from a configuration, with the weights of this one."""
+def built_anew(model: nn.Module, config: Any, state: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """A model of the same class, built from a configuration, with the weights of this one, or others."""
     kind: Any = type(model) if forward_of(model) is None else type(model).__bases__[0]
     with torch.random.fork_rng(), _quiet():
         made: nn.Module = kind(copy.deepcopy(config))
     sample = next(model.parameters())
     made.to(device=sample.device, dtype=sample.dtype)
-    made.load_state_dict(model.state_dict())
+    saved = model.state_dict()
+    made.load_state_dict({name: tensor for name, tensor in (state or saved).items() if name in saved})
     return made.train(model.training)
 
 
@@ -269,6 +271,9 @@ def _checked(traced: TracedModel, found: Described, trial: "_Trial") -> Describe
         most = gcd(*(groups[name].size for name in names))
         most = next((n for n in range(most, 1, -1) if most % n == 0 and takes((names, n - 1, n))), 1)
         steps |= dict.fromkeys(names, most)
+        fault = "" if most == 1 else _another(traced, found, names, most)
+        if fault:
+            held |= dict.fromkeys(names, f"a {type(traced.model).__name__} that is built so {fault}")
     together.sort(key=lambda names: -groups[names[0]].size)
     for i, names in enumerate(together):
         for others in together[i + 1 :]:
@@ -276,6 +281,29 @@ def _checked(traced: TracedModel, found: Described, trial: "_Trial") -> Describe
             if not all(takes((names, n - 1, n), (others, k, m)) for k in range(max(1, m - 16), m)):
                 held |= dict.fromkeys(others, f"config takes no other number for it where {names[0]} shrinks")
     return Described(found.parts, held, {name: n for name, n in steps.items() if n < groups[name].size})
+
+
+def _another(traced: TracedModel, found: Described, names: Sequence[str], steps: int) -> str:
+    """How a model that is built with other numbers, in which these groups are a step smaller, differs from the network
+    that is left by such a cut: it may know a number that no shape shows, as a factor of its outputs."""
+    kept = {g.axis: torch.arange(g.size // steps, g.size) for g in (traced.groups[name] for name in names)}
+    config = copy.deepcopy(traced.model.config)
+    for number, value in found.numbers(config, {axis: len(index) for axis, index in kept.items()}).items():
+        put(config, number, value)
+    weights = slice_weights(traced, kept)
+    try:
+        anew = built_anew(traced.model, config, {**traced.model.state_dict(), **weights})
+        with torch.no_grad(), traced.way.entered(anew):
+            off = relative_error(anew(*traced.example[0], **traced.example[1]), _sliced(traced, kept, weights))
+    except Exception as error:  # noqa: BLE001  whatever the library raises of what it is given
+        return f"raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return "" if off <= 1e-3 else f"computes something else (by {off:.1e})"
+
+
+def _sliced(traced: TracedModel, kept: Mapping[Axis, Tensor], weights: Mapping[str, Tensor]) -> Any:
+    """The output of the sliced graph, on weights that stay as they are."""
+    own = {name: tensor.clone() for name, tensor in weights.items()}
+    return SubNetwork(traced, kept, weights=own)(*traced.example[0], **traced.example[1])
 
 
 class _Parts:

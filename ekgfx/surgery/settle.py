@@ -281,10 +281,11 @@ def _kind(pruned: nn.Module, choice: Choice) -> tuple:
 
 def _assignments(pruned: nn.Module, choices: list[Choice], apart: bool = False) -> Iterator[dict[Choice, int]]:
     """Every way to settle the choices, those closest to 'all likely ones changed' first; modules of one class share
-    theirs."""
+    theirs, where the same number may become as many others."""
     kinds: dict[tuple, list[Choice]] = {}
     for choice in choices:
-        kinds.setdefault((choice.module, choice.place) if apart else _kind(pruned, choice), []).append(choice)
+        alike = (*_kind(pruned, choice), choice.old, len(choice.values))
+        kinds.setdefault((choice.module, choice.place) if apart else alike, []).append(choice)
     ranks = [range(max(len(c.options) for c in members)) for members in kinds.values()]
     for ways in sorted(itertools.product(*ranks), key=sum) if len(ranks) < 8 else [(0,) * len(ranks)]:
         yield {

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from ekgfx.data.batches import INDEX
 

@@ -8,7 +8,8 @@ accuracy is measured on the second. The sample is small, one image per class, an
 the weights: it compares methods on the same images, it is no ImageNet score. Differences come with a 95% interval by
 bootstrap over the test images (10,000 resamples, paired).
 
-Methods, all at the same budget of MACs: EKG's search (importance taylor, several candidates a step, no step 0); uniform
+Methods, all at the same budget of MACs: EKG's search (importance taylor, or taylor-per-sample; several candidates a step,
+no step 0); uniform
 widths with L1 magnitude, FPGM and BN scale; one global threshold on BN scale (as network slimming). A method that is in
 the output is not measured again, and a search that was interrupted goes on after its last step.
 """
@@ -39,11 +40,14 @@ from ekgfx.tracing.trace import TracedModel
 RESAMPLES = 10_000
 METHODS = {
     "EKG": {"strategy": "ekg", "importance": "taylor"},
+    "EKG, per sample": {"strategy": "ekg", "importance": "taylor-per-sample"},
     "magnitude, uniform": {"strategy": "uniform", "importance": "magnitude"},
     "FPGM, uniform": {"strategy": "uniform", "importance": "fpgm"},
     "BN scale, uniform": {"strategy": "uniform", "importance": "bn-scale"},
     "BN scale, global": {"strategy": "global", "importance": "bn-scale"},
 }
+SUFFIX = {"EKG, per sample": "_per_sample"}
+"""What the name of a method's history has beside the output's."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def main() -> None:
     asked = arguments()
     torch.set_num_threads(asked.threads)
     output = Path(asked.output)
-    history = output.with_suffix(".history.jsonl")
+    history = output.with_suffix("")
     found: dict[str, Any] = read_json(output) if output.exists() else {"methods": {}}
     settings = {key: getattr(asked, key) for key in ("keep", "search_images", "accept", "batch", "test_images", "seed")}
     if found.setdefault("settings", settings) != settings:
@@ -126,7 +130,8 @@ def main() -> None:
             keep(before={"macs": setting.traced.cost().macs, **setting.score(setting.traced.model)})
         for method in asked.methods:
             if method not in found["methods"]:
-                keep(methods={**found["methods"], method: setting.measure(method, history)})
+                path = history.with_name(f"{history.name}{SUFFIX.get(method, '')}.history.jsonl")
+                keep(methods={**found["methods"], method: setting.measure(method, path)})
         keep(differences=differences(found["methods"]))
 
 

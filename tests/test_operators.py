@@ -292,3 +292,36 @@ def test_channels_for_the_positions_of_a_region() -> None:
     traced = exact(model, lambda batch: (torch.randn(batch, 3, 5, 5, dtype=torch.float64),))
     found = Counter((g.size, frozenset(f"{p.parameter}:{p.dim}" for p in g.places)) for g in traced.groups.values())
     assert found == expected(model, ((3, "a> >b"),))
+
+
+def test_copies_that_no_layer_computes_stay() -> None:
+    """`expand(-1, -1, 5)` has its 5 from the code: no layer computes less where the copies are fewer."""
+
+    class Copies(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.mix, self.head = nn.Linear(4, 6), nn.Linear(5, 3), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            copies = self.stem(x).relu().unsqueeze(-1).expand(-1, -1, 5)
+            return self.head(self.mix(copies).sum(-1))
+
+    traced = ekgfx.trace(Copies().double(), torch.randn(3, 4, dtype=torch.float64))
+    assert {name: group.size for name, group in traced.groups.items()} == {"stem": 6, "mix": 3}
+    assert {place.reason for place in traced.groups.frozen if place.parameter == "mix.weight"} == {
+        "copies of one position"
+    }
+
+
+def test_copies_that_meet_what_a_layer_computes_go_with_it() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.gate, self.head = nn.Linear(4, 6), nn.Linear(4, 1), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            stem = self.stem(x)
+            return self.head(stem * self.gate(x).expand_as(stem))
+
+    traced = ekgfx.trace(Gate(), torch.randn(3, 4))
+    assert {name: group.size for name, group in traced.groups.items()} == {"stem": 6}

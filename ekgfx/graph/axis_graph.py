@@ -18,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ekgfx.axes import Axis, Dims, axes, freeze, resolve, unify
 from ekgfx.errors import TraceError
+from ekgfx.graph.copies import hold_copies
 from ekgfx.graph.functional import functionalize
 from ekgfx.graph.in_place import overwritable, overwritable_with_gradients
 from ekgfx.graph.liveness import last_reads
@@ -153,6 +154,7 @@ class AxisGraph:
         for graph in self.others:
             for op, uses in graph.unknown_ops.items():
                 self.unknown_ops.setdefault(op, uses)
+        hold_copies(self.graphs)
         for graph in self.graphs:
             graph.batch = cast(Axis, resolve(graph.batch))  # one, where weights are as long as the batch
         self.only, self.unseen, self.could_be = settle(self)

@@ -13,8 +13,8 @@ EXPANDING = ("aten.expand.default", "aten.broadcast_to.default")
 
 
 def hold_copies(graphs: Sequence["AxisGraph"]) -> None:
-    """Freeze what `expand` makes of one position where no weight computes it either: a cut would have to change a number
-    in the forward (`x.expand(-1, 2)`), and nothing computes less for it."""
+    """Freeze what `expand` makes of one position where no weight computes it either: a cut would have to change a
+    number in the forward (`x.expand(-1, 2)`), and nothing computes less for it."""
     computed: set[Axis] = set()
     for graph in graphs:
         for operation in graph.operations:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ekgfx.errors import DataError, EkgfxError
 from ekgfx.export import Breakdown, ExportReport, Samples, break_down, export_report, parity_text
-from ekgfx.export.io import named_tensors
+from ekgfx.export.io import device_of, named_tensors
 from ekgfx.graph.untouched import untouched
 from ekgfx.latency.target import PRECISIONS, Target
 from ekgfx.models.source import Built
@@ -121,7 +121,7 @@ def samples_of(run: Run, built: Built, dense: nn.Module | None, report: Report) 
     test = data.loader("test", batch).mixed(JUDGED)
     example = next(iter(calibration)).images
     with untouched(built.model), torch.no_grad():
-        output = built.model(example)
+        output = built.model(example.to(device_of(built.model)))
     outputs, logits = named_tensors(output), job.logits(output)
     name = next((name for name, value in outputs.items() if value is logits), None)
     return Samples(calibration, test, name, dense is not None and has_weights(run), on_note=report.note)

@@ -63,6 +63,8 @@ def test_the_file_is_int8_checked_and_nearly_the_network(network, images, file, 
     assert [16] in [list(t.dims) for t in scales]  # one per output channel
     assert {p.key: p.value for p in written.metadata_props}["ekgfx.precision"] == "int8"
     assert made.images == made.held_out == 12
+    # Nothing but products: the scopes are one, and are tried once.
+    assert [trial.method for trial in made.tried] == ["min-max", "entropy", "percentile"]
     with torch.no_grad():
         expected = network(images)
     found = onnx_call(tmp_path / "small.onnx", 1)(images)[0]
@@ -103,10 +105,15 @@ def test_one_image_cannot_be_both_calibrated_on_and_judged_by(file, images, tmp_
     assert not (tmp_path / "small.onnx").exists()
 
 
-def test_scopes_say_what_stays_in_floating_point(tmp_path):
+@pytest.fixture(scope="module")
+def attention(tmp_path_factory) -> tuple[Path, torch.Tensor]:
     torch.manual_seed(0)
     inputs = torch.randn(4, 16, 8)
-    file = to_onnx(Windows().eval(), inputs, tmp_path / "net.onnx")
+    return to_onnx(Windows().eval(), inputs, tmp_path_factory.mktemp("attention") / "net.onnx"), inputs
+
+
+def test_scopes_say_what_stays_in_floating_point(attention, tmp_path):
+    file, inputs = attention
     quantizer = Quantizer(file, [(one[None],) for one in inputs], tmp_path, 1)
 
     def quantized(scope: str) -> list[str]:
@@ -164,8 +171,10 @@ def test_the_choice_is_by_answers_then_by_error(file, images, tmp_path):
     assert (made.method, made.error) == (best.method, best.error)
 
 
-def test_of_scopes_that_are_as_good_the_fastest_is_taken(file, images, tmp_path, monkeypatch):
+def test_of_scopes_that_are_as_good_the_fastest_is_taken(attention, tmp_path, monkeypatch):
+    file, images = attention
     monkeypatch.setattr(choosing._Search, "clocked", lambda self, made: [3.0, 1.0, 2.0])
+    monkeypatch.setattr(choosing, "ENOUGH", 1.0)
     made = to_int8(file, tmp_path / "small.onnx", images, methods=["min-max"])
     assert made.scope == "products and sums"
     assert [trial.ms for trial in made.tried[:3]] == [3.0, 1.0, 2.0]

@@ -292,9 +292,11 @@ def _another(traced: TracedModel, found: Described, names: Sequence[str], steps:
     config = copy.deepcopy(traced.model.config)
     for number, value in found.numbers(config, {axis: len(index) for axis, index in kept.items()}).items():
         put(config, number, value)
-    weights = slice_weights(traced, kept)
+    weights, model = slice_weights(traced, kept), traced.model
+    sliced = {id(traced.tensor(name)): cut for name, cut in weights.items()}  # which may have several names
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     try:
-        anew = built_anew(traced.model, config, {**traced.model.state_dict(), **weights})
+        anew = built_anew(model, config, {name: sliced.get(id(tensor), tensor) for name, tensor in named})
         with torch.no_grad(), traced.way.entered(anew):
             off = relative_error(anew(*traced.example[0], **traced.example[1]), _sliced(traced, kept, weights))
     except Exception as error:  # noqa: BLE001  whatever the library raises of what it is given

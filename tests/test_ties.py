@@ -263,6 +263,7 @@ def test_a_weight_with_two_names_shrinks_with_its_number() -> None:
     class Tied(Network):
         def __init__(self, config: Config) -> None:
             super().__init__(config)
+            del self.head, self.last
             self.out = nn.Linear(config.width, 13, bias=False)
             self.out.weight = self.embed.weight
 
@@ -270,7 +271,7 @@ def test_a_weight_with_two_names_shrinks_with_its_number() -> None:
             return self.out(self.layers[0](self.embed(tokens)))
 
     model = network(Tied, depth=1)
-    traced = ekgfx.trace(model.eval(), TOKENS, unused=["head", "last"])
+    traced = traced_of(model)
     assert "embed" not in ties_of(traced, True).held
     result = ekgfx.search(traced, flops=0.7, strategy="uniform", importance="magnitude", uniform_layers=True)
     pruned = ekgfx.prune(model, result, traced)

@@ -257,3 +257,22 @@ def test_what_stays_whole_is_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "ekgfx"):
         ekgfx.search(traced, flops=0.8, strategy="uniform", importance="magnitude", uniform_layers=True)
     assert "layers.0.q#1 (config.width does not say how it is made up)" in caplog.text
+
+
+def test_a_weight_with_two_names_shrinks_with_its_number() -> None:
+    class Tied(Network):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            del self.head, self.last
+            self.out = nn.Linear(config.width, 13, bias=False)
+            self.out.weight = self.embed.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.out(self.layers[0](self.embed(tokens)))
+
+    model = network(Tied, depth=1)
+    traced = traced_of(model)
+    assert "embed" not in ties_of(traced, True).held
+    result = ekgfx.search(traced, flops=0.7, strategy="uniform", importance="magnitude", uniform_layers=True)
+    pruned = ekgfx.prune(model, result, traced)
+    assert pruned.config.width == pruned.embed.weight.shape[1] < 24 and pruned.out.weight is pruned.embed.weight

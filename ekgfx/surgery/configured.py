@@ -258,6 +258,7 @@ def _checked(traced: TracedModel, found: Described, trial: "_Trial") -> Describe
     of the number of heads. Of two that cannot shrink independently, the one of fewer channels stays whole."""
     groups, held = traced.groups, dict(found.held)
     steps: dict[str, int] = {}
+    bound: list[list[str]] = []  # those of which some numbers are refused, which may depend on others
 
     def takes(*shrunk: tuple[Sequence[str], int, int]) -> bool:
         """Whether it takes numbers for groups with such a share (numerator and denominator) of their channels."""
@@ -268,15 +269,16 @@ def _checked(traced: TracedModel, found: Described, trial: "_Trial") -> Describe
     together = [list(tie.members) for tie in ties.ties]
     together += [[name] for name in groups if name not in ties.held and not any(name in names for names in together)]
     for names in together:
-        most = gcd(*(groups[name].size for name in names))
-        most = next((n for n in range(most, 1, -1) if most % n == 0 and takes((names, n - 1, n))), 1)
+        each = gcd(*(groups[name].size for name in names))
+        most = next((n for n in range(each, 1, -1) if each % n == 0 and takes((names, n - 1, n))), 1)
+        bound += [names] if most < each else []
         steps |= dict.fromkeys(names, most)
         fault = "" if most == 1 else _another(traced, found, names, most)
         if fault:
             held |= dict.fromkeys(names, f"a {type(traced.model).__name__} that is built so {fault}")
     together.sort(key=lambda names: -groups[names[0]].size)
     for i, names in enumerate(together):
-        for others in together[i + 1 :]:
+        for others in together[i + 1 :] if names in bound else ():
             n, m = steps[names[0]], steps[others[0]]
             if not all(takes((names, n - 1, n), (others, k, m)) for k in range(max(1, m - 16), m)):
                 held |= dict.fromkeys(others, f"config takes no other number for it where {names[0]} shrinks")
@@ -290,9 +292,11 @@ def _another(traced: TracedModel, found: Described, names: Sequence[str], steps:
     config = copy.deepcopy(traced.model.config)
     for number, value in found.numbers(config, {axis: len(index) for axis, index in kept.items()}).items():
         put(config, number, value)
-    weights = slice_weights(traced, kept)
+    weights, model = slice_weights(traced, kept), traced.model
+    sliced = {id(traced.tensor(name)): cut for name, cut in weights.items()}  # which may have several names
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     try:
-        anew = built_anew(traced.model, config, {**traced.model.state_dict(), **weights})
+        anew = built_anew(model, config, {name: sliced.get(id(tensor), tensor) for name, tensor in named})
         with torch.no_grad(), traced.way.entered(anew):
             off = relative_error(anew(*traced.example[0], **traced.example[1]), _sliced(traced, kept, weights))
     except Exception as error:  # noqa: BLE001  whatever the library raises of what it is given

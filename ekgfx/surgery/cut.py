@@ -84,6 +84,7 @@ def prune(
     twin = hollow(model) if inplace and verify else None
     before, state = attributes_of(model), source.changed(model)
     ways = repeatable(source) if verify else set()
+    config = configuration_of(source, plan) if plan.kept else None
     with torch.no_grad():
         if inplace:
             pruned, weights = model, _cut_in_place(source, kept, plan.rescale)
@@ -96,7 +97,6 @@ def prune(
     if not verify:
         guess(pruned, source, predicted.counts, before)
     declare(pruned, before, source, predicted.counts)
-    config = configuration_of(source, plan) if plan.kept else None
     said = configure(pruned, config)
     if verify:
         settle(pruned, predicted, may_replace=graphs != "forbid")

@@ -9,8 +9,9 @@ the weights: it compares methods on the same images, it is no ImageNet score. Di
 bootstrap over the test images (10,000 resamples, paired).
 
 Methods, all at the same budget of MACs: EKG's search (importance taylor or taylor-per-sample; several candidates a
-step, no step 0); uniform widths with L1 magnitude, FPGM and BN scale; one global threshold on BN scale (as network slimming). A method that is in
-the output is not measured again, and a search that was interrupted goes on after its last step.
+step, no step 0); uniform widths with L1 magnitude, FPGM and BN scale; one global threshold on BN scale (as network
+slimming). A method that is in the output is not measured again, and a search that was interrupted goes on after its
+last step.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 judge by."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ekgfx.errors import DataError
 from ekgfx.training.evaluation import to_device
 
 EVERY = 5
@@ -43,12 +44,20 @@ def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, device: t
         batch_size: 0 where the model has no batch dimension, and every batch is what it takes.
         images: B × …; or batches, each a tensor, a tuple `(images, …)` of which the rest is not looked at, or a tuple
             whose first element is itself a tuple of the model's arguments.
+
+    Raises:
+        DataError: inputs come by name.
     """
     single: list[tuple[Any, ...]] = []
     bad = flat = twice = 0
     seen: dict[str, None] = {}
     for batch in [images] if isinstance(images, Tensor) else images:
-        first = batch if isinstance(batch, Tensor) else batch[0]
+        first = batch if isinstance(batch, Tensor) else None if isinstance(batch, Mapping) else batch[0]
+        if first is None or isinstance(first, Mapping):
+            raise DataError(
+                "repair takes a model's inputs in order, a tensor or a tuple of them, not by name: "
+                "give batches as ((first, second), …)"
+            )
         args = tuple(first) if isinstance(first, tuple | list) else (first,)
         for one in _singles([args]) if batch_size else [args]:
             tensors = [t for t in pytree.tree_leaves(one) if isinstance(t, Tensor)]

@@ -142,6 +142,12 @@ def test_what_is_wrong_with_images_is_said(digits) -> None:
     assert "1 usable image: a repair needs one to fit on" in str(ekgfx.repair(pruned, traced, plan, images[:1]))
 
 
+@pytest.mark.parametrize("batch", [{"images": torch.zeros(2, 1, 8, 8)}, ({"images": torch.zeros(2, 1, 8, 8)}, None)])
+def test_inputs_by_name_are_refused_in_a_line(batch) -> None:
+    with pytest.raises(DataError, match="in order, a tensor or a tuple of them, not by name"):
+        gather([batch], 2, 4, torch.device("cpu"))
+
+
 def test_a_network_of_another_plan_is_refused(digits) -> None:
     model, images, _ = digits
     traced, plan, _ = cut(model, images)

@@ -42,10 +42,10 @@ def telling() -> Any:
     torch.manual_seed(mates.rank)
     model = nn.BatchNorm1d(3)
     model.weight.data.normal_()
-    mates.same(model)
-    sent = mates.sent(torch.full((2,), float(mates.rank)), 1)
-    told, heard = mates.told(mates.rank), mates.heard(mates.rank)
-    return mates.gathered(table).tolist(), sent.tolist(), told, heard, model.weight.tolist()
+    mates.broadcast_model(model)
+    sent = mates.broadcast(torch.full((2,), float(mates.rank)), 1)
+    told, heard = mates.broadcast_object(mates.rank), mates.all_gather_object(mates.rank)
+    return mates.all_reduce(table).tolist(), sent.tolist(), told, heard, model.weight.tolist()
 
 
 def test_what_processes_tell_each_other(tmp_path: Path) -> None:

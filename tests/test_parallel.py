@@ -139,7 +139,7 @@ def interrupted(traced: Any, result: SearchResult, batches: Any, path: Path) -> 
             build_bank(traced, result, batches, path, teachers=3, on_progress=stop)
         except Stop:
             assert list(path.glob("*.part"))
-    team().heard("stopped")
+    team().all_gather_object("stopped")
 
 
 def test_banks_are_the_same_bytes(tmp_path: Path) -> None:

@@ -106,24 +106,24 @@ def build_bank(
             on_progress(Progress(number + 1, len(picked), samples, time.monotonic() - start))
 
     with tempfile.TemporaryDirectory() as temporary:
-        folder = mates.told(Path(temporary if path is None else path).resolve())
+        folder = mates.broadcast_object(Path(temporary if path is None else path).resolve())
         record = _begin(folder, row, result, picked, _fingerprint(traced, result, picked)) if mates.first else None
-        record = mates.told(record)
+        record = mates.broadcast_object(record)
         for number, network in enumerate(networks):
             if "file" in record["teachers"][number]:
                 continue
-            known = mates.told(network.statistics(sample(), uncut()) if mates.first else None)
+            known = mates.broadcast_object(network.statistics(sample(), uncut()) if mates.first else None)
             teacher = replace(network, known=known)
             if mates.first:
                 record["teachers"][number] |= _write_rows(folder, number, row, teacher, batches, progress, mates)
                 write_json(folder / MANIFEST, record)
             else:
-                for _ in encoded(row, teacher, batches, mates.told(0), mates):
+                for _ in encoded(row, teacher, batches, mates.broadcast_object(0), mates):
                     pass  # the first one writes it
-        record = mates.told(record)
+        record = mates.broadcast_object(record)
         if path is None:
             rows = [np.fromfile(rows_file(folder, number), row.dtype) for number in range(len(picked))]
-            mates.heard("read")  # before the first one's folder goes
+            mates.all_gather_object("read")  # before the first one's folder goes
             return Bank(row, record["teachers"], rows)
     return Bank.open(folder, verify=False)
 
@@ -140,7 +140,7 @@ def encoded(
     if mates.size == 1:
         yield from mine
         return
-    while any(said := mates.heard(next(mine, None))):
+    while any(said := mates.all_gather_object(next(mine, None))):
         yield from (each for each in said if each is not None)
 
 
@@ -270,7 +270,7 @@ def _write_rows(
             file.truncate(done["samples"] * row.dtype.itemsize)
             file.seek(0, os.SEEK_END)
             saved = time.monotonic()
-            for rows, lost in encoded(row, teacher, batches, mates.told(done["samples"]), mates):
+            for rows, lost in encoded(row, teacher, batches, mates.broadcast_object(done["samples"]), mates):
                 file.write(rows.tobytes())
                 done["samples"] += len(rows)
                 done["infidelity"] += lost

@@ -168,12 +168,12 @@ def prune(
 
     with joined() as mates:
         if not mates.first:
-            with copied(Path(mates.told(None))) as copy, Run.reopen(copy) as ours:
-                mates.heard("copied")
+            with copied(Path(mates.broadcast_object(None))) as copy, Run.reopen(copy) as ours:
+                mates.all_gather_object("copied")
                 return follow_job(ours, Silent())
         with _run(asked, output, resume) as run:
-            mates.told(str(run.path))
-            mates.heard("copied")
+            mates.broadcast_object(str(run.path))
+            mates.all_gather_object("copied")
             work(run, lambda report: prune_job(run, report), logger=logger)
 
 

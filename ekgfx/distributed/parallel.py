@@ -21,11 +21,11 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
-        return team().gathered(value.clone())
+        return team().all_reduce(value.clone())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return team().gathered(gradients[0].clone(memory_format=torch.contiguous_format))
+        return team().all_reduce(gradients[0].clone(memory_format=torch.contiguous_format))
 
 
 def summed(value: Tensor) -> Tensor:
@@ -44,13 +44,13 @@ def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     known = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
     kinds: dict[torch.dtype, list[Tensor]] = {}
-    for parameter, somewhere in zip(trained, team().gathered(known).tolist(), strict=True):
+    for parameter, somewhere in zip(trained, team().all_reduce(known).tolist(), strict=True):
         if somewhere:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             kinds.setdefault(parameter.grad.dtype, []).append(parameter.grad)
     for gradients in kinds.values():
-        whole = team().gathered(torch.cat([gradient.flatten() for gradient in gradients]))
+        whole = team().all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
         for gradient, part in zip(gradients, whole.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 

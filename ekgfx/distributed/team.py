@@ -46,7 +46,7 @@ class Team:
             load[owners[piece]] += efforts[piece]
         return owners
 
-    def gathered(self, table: Tensor) -> Tensor:
+    def all_reduce(self, table: Tensor) -> Tensor:
         """A table of which every process has filled some rows and left the others 0, as a whole (exactly: one of the
         numbers that are added is not 0)."""
         if self.size > 1:
@@ -58,14 +58,14 @@ class Team:
         """This process's part of `count` things; parts follow each other by rank and differ by one thing at most."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
-    def sent(self, value: Tensor, owner: int) -> Tensor:
+    def broadcast(self, value: Tensor, owner: int) -> Tensor:
         """The owner's tensor; the others pass one of its shape, which is filled."""
         if self.size > 1:
             with _watching():
                 distributed.broadcast(value, owner)
         return value
 
-    def told(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """What the first process says; any value that can be pickled."""
         if self.size == 1:
             return value
@@ -74,7 +74,7 @@ class Team:
             distributed.broadcast_object_list(box)
         return box[0]
 
-    def heard(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """What each process says, by rank."""
         if self.size == 1:
             return [value]
@@ -83,11 +83,11 @@ class Team:
             distributed.all_gather_object(said, value)
         return said
 
-    def same(self, model: nn.Module) -> None:
+    def broadcast_model(self, model: nn.Module) -> None:
         """Gives all processes the first one's parameters and buffers."""
         with torch.no_grad():
             for _, value in sorted(model.state_dict().items()):
-                value.copy_(self.sent(value.detach().clone(memory_format=torch.contiguous_format), 0))
+                value.copy_(self.broadcast(value.detach().clone(memory_format=torch.contiguous_format), 0))
 
 
 ALONE = Team()

@@ -62,7 +62,7 @@ def find_plan(job: Job) -> SearchResult:
     if job.run.has(checkpoint.PLAN):
         return read_result(job.run)
     traced, history = job.traced, job.run.lines(HISTORY)
-    team().same(job.built.model)  # each process trained it; GPUs may differ in the last bit
+    team().broadcast_model(job.built.model)  # each process trained it; GPUs may differ in the last bit
     batches = validation_batches(job)
     job.report.stage("search")
     table = timing.layer_table(job)
@@ -157,6 +157,6 @@ def hardest_first(job: Job, batches: Loader, chosen: Tensor) -> Tensor:
     """The samples `chosen`, which are those of `batches`, in the order that the search takes them. It is kept: rounding
     differs between machines, and a search that goes on must see the same batches."""
     if not job.run.has(VALIDATION):
-        order = team().told(step_zero.hardness_order(job.built.model, batches, job.logits))
+        order = team().broadcast_object(step_zero.hardness_order(job.built.model, batches, job.logits))
         job.run.write_json(VALIDATION, {"samples": chosen[order].tolist()})
     return torch.tensor(job.run.read(VALIDATION)["samples"])

@@ -269,7 +269,7 @@ def train(job: Job, pruned: nn.Module, result: SearchResult) -> None:
     if "finetuned" in job.run.manifest.get("results", {}):
         return
     asked = job.recipe.finetune
-    team().same(pruned)  # what the first one cut and estimated, or read
+    team().broadcast_model(pruned)  # what the first one cut and estimated, or read
     teachers = None
     if asked.knowledge != "none" and asked.teachers:
         teachers = fill_bank(job, result)

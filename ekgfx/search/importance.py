@@ -81,7 +81,7 @@ def taylor(
                     change = (gradient * network.weights[name].detach()).abs()
                     sums = over_samples(by_sample(change, dim), dim).cpu()
                     scores[group.name] += share * by_channel(sums[None], index, group.size)[0]
-    whole = sum(team().gathered(torch.stack(found)))  # batch after batch, whoever computed them
+    whole = sum(team().all_reduce(torch.stack(found)))  # batch after batch, whoever computed them
     assert isinstance(whole, Tensor)
     return dict(zip((g.name for g in groups), whole.split([g.size for g in groups]), strict=True))
 

@@ -91,7 +91,7 @@ class Race:
         table = torch.zeros(len(wanted), 4, dtype=torch.float64)
         if found:
             table[[wanted.index(unit) for unit in found]] = torch.stack(list(found.values())).cpu()
-        self.terms |= dict(zip(wanted, map(tuple, mates.gathered(table).tolist()), strict=True))
+        self.terms |= dict(zip(wanted, map(tuple, mates.all_reduce(table).tolist()), strict=True))
         self.owners |= owners
 
     def effort(self, unit: Unit) -> float:
@@ -107,7 +107,7 @@ class Race:
         """The logits of a candidate per batch, from the processes that have them."""
         assert self.knowledge is not None
         return tuple(
-            team().sent(self.logits.get((number, batch), torch.empty_like(logits)), self.owners[number, batch])
+            team().broadcast(self.logits.get((number, batch), torch.empty_like(logits)), self.owners[number, batch])
             for batch, logits in enumerate(self.knowledge)
         )
 

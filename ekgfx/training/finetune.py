@@ -114,7 +114,7 @@ def finetune(
     if judging:
         best = Best(Metrics(0.0, None, 0) if resumed else judged(), trainer.judged)
     history = trainer.restore(None if checkpoint is None else Path(checkpoint), best)
-    stopped = mates.told(_enough(history, best, training.patience))
+    stopped = mates.broadcast_object(_enough(history, best, training.patience))
     while len(history) < training.epochs and not stopped:
         number, start = len(history) + 1, time.monotonic()
         mean = trainer.epoch(number, batches(number), most, on_batch or (lambda progress: None))
@@ -132,17 +132,20 @@ def finetune(
             write_log(table, history, None if best is None else best.before)
         if on_epoch is not None:
             on_epoch(history[-1])
-        stopped = training.patience is not None and mates.told(_enough(history, best, training.patience))
+        stopped = training.patience is not None and mates.broadcast_object(_enough(history, best, training.patience))
     kept = len(history) if best is None else best.number
     if best is not None:
         model.load_state_dict(best.weights)
     elif trainer.judged is not model:
         model.load_state_dict(trainer.judged.state_dict())
     if mates.size > 1 and val is not None:
-        mates.same(model)
+        mates.broadcast_model(model)
     model.eval()
     made = History.of(
-        history, mates.told(kept), None if best is None else best.before, stopped and len(history) < training.epochs
+        history,
+        mates.broadcast_object(kept),
+        None if best is None else best.before,
+        stopped and len(history) < training.epochs,
     )
     if best is not None and history:
         log.log(logging.INFO if made.kept else logging.WARNING, "%s", made)

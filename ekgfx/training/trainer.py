@@ -137,7 +137,7 @@ class Trainer:
         if self.mates.size == 1:
             return 1.0
         samples = len(self.logits(output))
-        everyone = self.mates.gathered(torch.tensor(float(samples), device=self.device))
+        everyone = self.mates.all_reduce(torch.tensor(float(samples), device=self.device))
         return samples / float(everyone)
 
     def _precision(self) -> AbstractContextManager[Any]:
@@ -148,7 +148,7 @@ class Trainer:
 
     def _check(self, total: Tensor, epoch: int, batch: int) -> float:
         """The sum of the losses of all processes, which must be finite."""
-        found = float(self.mates.gathered(total.clone()))
+        found = float(self.mates.all_reduce(total.clone()))
         if not math.isfinite(found):
             raise TrainingError(
                 f"the training loss is not finite in epoch {epoch}, by batch {batch} (lr {self.training.lr:g}); lower "

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from ekgfx.errors import ModelError
 
 OVERRIDE = "EKGFX_TRUST_RUNS"
@@ -50,8 +52,10 @@ def _signature(key: bytes, model: str) -> str:
 @cache
 def _key() -> bytes | None:
     """The user's key, made at first use; None where it can neither be read nor kept."""
-    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "ekgfx"
+    folder = platformdirs.user_state_path("ekgfx", appauthor=False)
     file = folder / "key"
+    if not folder.is_absolute():  # there is no home
+        return None
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not file.exists():
@@ -65,6 +69,6 @@ def _key() -> bytes | None:
             finally:
                 partial.unlink()
         key = file.read_bytes()
-    except (OSError, RuntimeError):  # the latter: there is no home
+    except OSError:
         return None
     return key if len(key) == 32 else None

@@ -3,12 +3,12 @@
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import platformdirs
 from torch import nn
 
 from ekgfx.base.files import write_json
@@ -135,13 +135,7 @@ def cache_file(traced: TracedModel, target: Target, rules: Mapping[str, WidthRul
 
 def cache_folder() -> Path:
     """Where measurements are kept from one run to the next: EKGFX_CACHE, or the system's place for such things."""
-    if place := os.environ.get("EKGFX_CACHE"):
-        return Path(place)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "ekgfx"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "ekgfx"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ekgfx"
+    return Path(os.environ.get("EKGFX_CACHE") or platformdirs.user_cache_path("ekgfx", appauthor=False))
 
 
 def keep_promise(job: Job, plan: Plan, pruned: nn.Module) -> None:

@@ -34,6 +34,12 @@ MUTANTS = [
         "tests/search/test_frontier.py -x -k alone",
     ),
     Mutant(
+        "a weighed budget of several ranks as the tightest does",
+        "(budget.weighed and any(budget.met(proposal.plan) for proposal in own))",
+        "False",
+        "tests/search/test_frontier.py -k savings",
+    ),
+    Mutant(
         "an interrupted way to a budget is begun anew",
         "own = [step for step in self._begun if step.towards == label]",
         "own = list[Step]()",

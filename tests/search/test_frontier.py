@@ -53,9 +53,10 @@ def test_where_savings_count() -> None:
         return Budget.of(lambda plan: traced.cost(plan).macs, flops, "MACs", weighed=True)
 
     with patch("ekgfx.search.find_budget", limit):
-        found = search(traced, data, flops=[0.6, 0.8])
-        for keep in (0.8, 0.6):
-            assert found.at(flops=keep).plan == search(traced, data, flops=keep).plan
+        for keeps, step in (((0.8, 0.6), 0.2), ((0.847, 0.836, 0.759), 0.01)):  # and by single channels
+            found = search(traced, data, flops=keeps, step=step)
+            for keep in keeps:
+                assert found.at(flops=keep).plan == search(traced, data, flops=keep, step=step).plan
 
 
 def test_another_budget_holds_at_every_point() -> None:

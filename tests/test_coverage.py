@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import coverage_transformers
 from benchmarks.coverage import listed, measure
 from benchmarks.coverage_table import read, summary
 
@@ -39,3 +40,12 @@ def test_the_page_shows_what_was_measured() -> None:
     assert len({row["model"] for row in rows}) == len(rows)
     assert {row["model"] for row in rows} <= set(listed())
     assert summary(read(raw)).strip() in (ROOT / "docs" / "coverage.md").read_text()
+
+
+def test_the_page_shows_what_was_measured_of_transformers() -> None:
+    raw = ROOT / "benchmarks" / "results" / "coverage-transformers.jsonl"
+    rows = [json.loads(line) for line in raw.read_text().splitlines()]
+    assert {row["model"] for row in rows} <= set(coverage_transformers.listed())
+    page = (ROOT / "docs" / "coverage.md").read_text()
+    assert coverage_transformers.table(raw).strip() in page
+    assert f"The sweep knows {len(coverage_transformers.listed())} architectures" in page

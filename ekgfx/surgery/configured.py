@@ -10,34 +10,37 @@ heads go with the width, since a head's width is in the scale of its products. A
 model than whole ones (such a scale) stays, for the model that is built anew would compute something else.
 """
 
-import contextlib
 import copy
-import io
-import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import gcd, prod
+from math import gcd
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ekgfx.axes import Axis, Expr, Prod, Sum, axes, count, resolve
+from ekgfx.axes import Axis, Expr, Prod, axes, count
 from ekgfx.execution.subnetwork import SubNetwork, slice_weights
 from ekgfx.graph.groups import Groups
 from ekgfx.graph.plan import Plan
 from ekgfx.graph.ties import Ties, Width, factors, tied
 from ekgfx.graph.ways import undisturbed
-from ekgfx.rewriting.patched import forward_of
 from ekgfx.surgery.check import relative_error
+from ekgfx.surgery.rebuilt import (
+    Field,
+    Trial,
+    built_anew,
+    get,
+    name_of,
+    numbers_in,
+    pairs,
+    put,
+    runs,
+    segments,
+    shell,
+)
 from ekgfx.tracing.trace import TracedModel
-
-Field = tuple[str | int, ...]
-"""The way from a configuration to one of its numbers: attributes, and positions in lists."""
-Dimension = tuple[str, int]
-"""A parameter, and which of its dimensions."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def configuration_of(traced: TracedModel, plan: Plan) -> Any | str | None:
     counts = {axis: len(kept) for axis, kept in traced.groups.kept(plan).items()}
     for number, value in described.numbers(config, counts).items():
         put(config, number, value)
-    built = _built(traced.model, config)
+    built = shell(traced.model, config)
     if built is None:
         return f"{type(traced.model).__name__} cannot be built with the configuration of the cut"
     for name, exprs in traced.weight_dims().items():
@@ -131,84 +134,32 @@ def _off(pruned: nn.Module, anew: nn.Module, source: TracedModel) -> str:
 
 def _put(model: Any, config: Any) -> None:
     """Let a model, and all modules that hold its configuration or a part of it, hold another one."""
-    new = dict(_pairs(model.config, config))
+    new = dict(pairs(model.config, config))
     for module in model.modules():
         for name, value in vars(module).items():
             if id(value) in new:
                 vars(module)[name] = new[id(value)]
 
 
-def built_anew(model: nn.Module, config: Any, state: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """A model of the same class, built from a configuration, with the weights of this one, or others."""
-    kind: Any = type(model) if forward_of(model) is None else type(model).__bases__[0]
-    with torch.random.fork_rng(), _quiet():
-        made: nn.Module = kind(copy.deepcopy(config))
-    sample = next(model.parameters())
-    made.to(device=sample.device, dtype=sample.dtype)
-    saved = model.state_dict()
-    made.load_state_dict({name: tensor for name, tensor in (state or saved).items() if name in saved})
-    return made.train(model.training)
-
-
-def name_of(number: Field) -> str:
-    """A number of a configuration as people write it."""
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in number).lstrip(".")
-
-
-def get(config: Any, number: Field) -> int:
-    """The number."""
-    for step in number:
-        config = config[step] if isinstance(step, int) else getattr(config, step)
-    return int(config)
-
-
-def put(config: Any, place: Field, number: int) -> None:
-    """Set the number in place; a list or tuple that holds it is replaced."""
-    *way, last = place
-    if isinstance(last, int):
-        held = list(_at(config, way))
-        held[last] = number
-        return setattr(_at(config, way[:-1]), str(way[-1]), type(_at(config, way))(held))
-    return setattr(_at(config, way), last, number)
-
-
-def _at(config: Any, way: Sequence[str | int]) -> Any:
-    for step in way:
-        config = getattr(config, str(step))
-    return config
-
-
-# -- what stands for what ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Built:
-    """A model without memory: shapes of what it saves, and the numbers that its modules hold."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    whole: Mapping[tuple[str, str], int]
-    real: Mapping[tuple[str, str], float]
-
-
 def _describe(traced: TracedModel) -> Described | None:
     model = traced.model
     if not hasattr(getattr(model, "config", None), "to_dict"):
         return None
-    built, dims = _built(model, model.config), traced.weight_dims()
+    built, dims = shell(model, model.config), traced.weight_dims()
     sizes_of = {name: tuple(dim.size for dim in exprs) for name, exprs in dims.items()}
     if built is None or any(built.shapes[name] != sizes_of[name] for name in dims.keys() & built.shapes.keys()):
         return None
-    trial = _Trial(model, built)
+    trial = Trial(model, built)
     places = {(p.parameter, p.dim): dims[p.parameter][p.dim] for g in traced.groups.values() for p in g.places}
-    sizes = {part.size for expr in places.values() for part in _runs(expr)}
-    numbers = {number: old for number, old in _numbers(model.config) if old in sizes}
+    sizes = {part.size for expr in places.values() for part in runs(expr)}
+    numbers = {number: old for number, old in numbers_in(model.config) if old in sizes}
     grows = {number: trial.grown({number: 2 * old}) for number, old in numbers.items()}
     found = _Parts()
     several: list[tuple[Field, list[Expr]]] = []
     for place, expr in places.items():
         fields = {number: old for number, old in numbers.items() if grows[number].get(place) is True}
         parted = any(grows[number].get(place) is False for number in numbers)
-        split = None if parted else _segments(expr, fields)
+        split = None if parted else segments(expr, fields)
         if split is None:
             told = "several numbers say parts of" if fields or parted else "no number says the width of"
             found.hold(axes(expr), f"config: {told} {place[0]}")
@@ -253,7 +204,7 @@ def _describe(traced: TracedModel) -> Described | None:
     return _checked(traced, Described(found.all(), held), trial)
 
 
-def _checked(traced: TracedModel, found: Described, trial: "_Trial") -> Described:
+def _checked(traced: TracedModel, found: Described, trial: "Trial") -> Described:
     """In how many steps what the configuration ties can shrink: it may refuse numbers, as a width that is no multiple
     of the number of heads. Of two that cannot shrink independently, the one of fewer channels stays whole."""
     groups, held = traced.groups, dict(found.held)
@@ -334,104 +285,6 @@ class _Parts:
         return {number: [*self.parts.get(number, []), *made.get(number, [])] for number in {**self.parts, **made}}
 
 
-class _Trial:
-    """Builds a model with other numbers in its configuration."""
-
-    def __init__(self, model: nn.Module, built: _Built) -> None:
-        self.model, self.built = model, built
-        self.known: dict[tuple[tuple[Field, int], ...], _Built | None] = {}
-
-    def of(self, numbers: Mapping[Field, int]) -> _Built | None:
-        key = tuple(sorted(numbers.items(), key=str))
-        if key not in self.known:
-            config = copy.deepcopy(self.model.config)
-            try:
-                for number, value in numbers.items():
-                    put(config, number, value)
-            except Exception:  # noqa: BLE001  whatever the configuration's own checks raise
-                self.known[key] = None
-            else:
-                self.known[key] = _built(self.model, config)
-        return self.known[key]
-
-    def grown(self, numbers: Mapping[Field, int]) -> dict[Dimension, bool]:
-        """The dimensions that change, and whether they double."""
-        made = self.of(numbers)
-        if made is None or made.shapes.keys() != self.built.shapes.keys():
-            return {}
-        pairs = ((name, zip(self.built.shapes[name], made.shapes[name], strict=False)) for name in made.shapes)
-        return {(name, d): new == 2 * old for name, both in pairs for d, (old, new) in enumerate(both) if old != new}
-
-    def splits(self, numbers: Mapping[Field, int]) -> bool:
-        """Whether modules are told another whole number, though no shape changes."""
-        made = self.of(numbers)
-        return made is not None and made.whole != self.built.whole
-
-    def others(self, numbers: Mapping[Field, int]) -> str:
-        """A number of a module that changes and is not a whole one; "" where none does."""
-        made = self.of(numbers)
-        real = {} if made is None else made.real
-        return next(
-            (".".join(place).strip(".") for place, old in self.built.real.items() if real.get(place) != old), ""
-        )
-
-
-def _numbers(config: Any, seen: frozenset[int] = frozenset()) -> Iterator[tuple[Field, int]]:
-    """Every whole number in a configuration, in its lists, and in configurations that it holds."""
-    for name, value in sorted(vars(config).items()):
-        if name.startswith("_"):
-            continue
-        if type(value) is int and value > 1:
-            yield (name,), value
-        elif type(value) in (list, tuple):
-            yield from (((name, i), v) for i, v in enumerate(value) if type(v) is int and v > 1)
-        elif hasattr(value, "to_dict") and hasattr(value, "__dict__") and id(value) not in seen:
-            yield from (((name, *rest), v) for rest, v in _numbers(value, seen | {id(config), id(value)}))
-
-
-def _pairs(old: Any, new: Any) -> Iterator[tuple[int, Any]]:
-    """A configuration and those that it holds, by identity, with what takes their places."""
-    yield id(old), new
-    for name, value in vars(old).items():
-        if hasattr(value, "to_dict") and hasattr(value, "__dict__"):
-            yield from _pairs(value, vars(new)[name])
-
-
-def _runs(expr: Expr) -> Iterator[Expr]:
-    """A dimension, and the neighbouring factors of it and of its terms that a number may stand for."""
-    for term in (expr, *_terms(expr)):
-        made = factors(term)
-        yield term
-        yield from (Prod(tuple(made[i:j])) for i in range(len(made)) for j in range(i + 1, len(made) + 1))
-
-
-def _segments(expr: Expr, fields: Mapping[Field, int]) -> list[tuple[Field, Expr]] | None:
-    """Which part of a dimension each of the numbers that it grows with stands for; None where that is not clear."""
-    if len(fields) < 2:
-        return [(number, term) for number in fields for term in _terms(expr)] or None
-    found: list[tuple[Field, Expr]] = []
-    for term in _terms(expr):
-        made, left = factors(term), dict(fields)
-        if len(made) == 1:  # a number times another one: the width is the larger
-            found.append((max(fields, key=lambda number: fields[number]), term))
-            continue
-        while made:
-            products = {n: prod(part.size for part in made[:n]) for n in range(1, len(made) + 1)}
-            fitting = [(n, number) for n, size in products.items() for number, old in left.items() if size == old]
-            if len(fitting) != 1:
-                return None
-            ((length, number),) = fitting
-            found.append((number, Prod(tuple(made[:length])) if length > 1 else made[0]))
-            made = made[length:]
-            del left[number]
-    return found
-
-
-def _terms(expr: Expr) -> Sequence[Expr]:
-    expr = resolve(expr)
-    return expr.terms if isinstance(expr, Sum) else (expr,)
-
-
 def _broken(traced: TracedModel, ties: Ties, plan: Plan) -> str | None:
     """What of a plan the ties do not allow, in words."""
     widths = traced.groups.widths(plan)
@@ -447,33 +300,3 @@ def _broken(traced: TracedModel, ties: Ties, plan: Plan) -> str | None:
                 f"both ({tie.why[0]})"
             )
     return None
-
-
-def _built(model: nn.Module, config: Any) -> _Built | None:
-    """A model like this one built from a configuration; None where that cannot be."""
-    kind: Any = type(model) if forward_of(model) is None else type(model).__bases__[0]
-    try:
-        with torch.device("meta"), _quiet():
-            getattr(config, "validate", int)()  # as transformers' are looked at when they are saved
-            made = kind(copy.deepcopy(config))
-    except Exception:  # noqa: BLE001  whatever the library raises of a configuration that it does not take
-        return None
-    held = {(name, key): value for name, module in made.named_modules() for key, value in vars(module).items()}
-    return _Built(
-        {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()},
-        {place: value for place, value in held.items() if type(value) is int},
-        {place: value for place, value in held.items() if type(value) is float},
-    )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what a library says of odd configurations from users."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -1,0 +1,200 @@
+"""A model of a library, built again from other values of its configuration: without memory, or with weights."""
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ekgfx.axes import Expr, Prod, Sum, resolve
+from ekgfx.graph.ties import factors
+from ekgfx.rewriting.patched import forward_of
+
+Field = tuple[str | int, ...]
+"""The way from a configuration to one of its numbers: attributes, and positions in lists."""
+Dimension = tuple[str, int]
+"""A parameter, and which of its dimensions."""
+
+
+def built_anew(model: nn.Module, config: Any, state: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """A model of the same class, built from a configuration, with the weights of this one, or others."""
+    kind: Any = type(model) if forward_of(model) is None else type(model).__bases__[0]
+    with torch.random.fork_rng(), quiet():
+        made: nn.Module = kind(copy.deepcopy(config))
+    sample = next(model.parameters())
+    made.to(device=sample.device, dtype=sample.dtype)
+    saved = model.state_dict()
+    made.load_state_dict({name: tensor for name, tensor in (state or saved).items() if name in saved})
+    return made.train(model.training)
+
+
+def name_of(number: Field) -> str:
+    """A number of a configuration as people write it."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in number).lstrip(".")
+
+
+def get(config: Any, number: Field) -> int:
+    """The number."""
+    for step in number:
+        config = config[step] if isinstance(step, int) else getattr(config, step)
+    return int(config)
+
+
+def put(config: Any, place: Field, number: int) -> None:
+    """Set the number in place; a list or tuple that holds it is replaced."""
+    *way, last = place
+    if isinstance(last, int):
+        held = list(_at(config, way))
+        held[last] = number
+        return setattr(_at(config, way[:-1]), str(way[-1]), type(_at(config, way))(held))
+    return setattr(_at(config, way), last, number)
+
+
+def _at(config: Any, way: Sequence[str | int]) -> Any:
+    for step in way:
+        config = getattr(config, str(step))
+    return config
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model without memory: shapes of what it saves, and the numbers that its modules hold."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    whole: Mapping[tuple[str, str], int]
+    real: Mapping[tuple[str, str], float]
+
+
+class Trial:
+    """Builds a model with other numbers in its configuration."""
+
+    def __init__(self, model: nn.Module, built: Built) -> None:
+        self.model, self.built = model, built
+        self.known: dict[tuple[tuple[Field, int], ...], Built | None] = {}
+
+    def of(self, numbers: Mapping[Field, int]) -> Built | None:
+        key = tuple(sorted(numbers.items(), key=str))
+        if key not in self.known:
+            config = copy.deepcopy(self.model.config)
+            try:
+                for number, value in numbers.items():
+                    put(config, number, value)
+            except Exception:  # noqa: BLE001  whatever the configuration's own checks raise
+                self.known[key] = None
+            else:
+                self.known[key] = shell(self.model, config)
+        return self.known[key]
+
+    def grown(self, numbers: Mapping[Field, int]) -> dict[Dimension, bool]:
+        """The dimensions that change, and whether they double."""
+        made = self.of(numbers)
+        if made is None or made.shapes.keys() != self.built.shapes.keys():
+            return {}
+        pairs = ((name, zip(self.built.shapes[name], made.shapes[name], strict=False)) for name in made.shapes)
+        return {(name, d): new == 2 * old for name, both in pairs for d, (old, new) in enumerate(both) if old != new}
+
+    def splits(self, numbers: Mapping[Field, int]) -> bool:
+        """Whether modules are told another whole number, though no shape changes."""
+        made = self.of(numbers)
+        return made is not None and made.whole != self.built.whole
+
+    def others(self, numbers: Mapping[Field, int]) -> str:
+        """A number of a module that changes and is not a whole one; "" where none does."""
+        made = self.of(numbers)
+        real = {} if made is None else made.real
+        return next(
+            (".".join(place).strip(".") for place, old in self.built.real.items() if real.get(place) != old), ""
+        )
+
+
+def numbers_in(config: Any, seen: frozenset[int] = frozenset()) -> Iterator[tuple[Field, int]]:
+    """Every whole number in a configuration, in its lists, and in configurations that it holds."""
+    for name, value in sorted(vars(config).items()):
+        if name.startswith("_"):
+            continue
+        if type(value) is int and value > 1:
+            yield (name,), value
+        elif type(value) in (list, tuple):
+            yield from (((name, i), v) for i, v in enumerate(value) if type(v) is int and v > 1)
+        elif hasattr(value, "to_dict") and hasattr(value, "__dict__") and id(value) not in seen:
+            yield from (((name, *rest), v) for rest, v in numbers_in(value, seen | {id(config), id(value)}))
+
+
+def pairs(old: Any, new: Any) -> Iterator[tuple[int, Any]]:
+    """A configuration and those that it holds, by identity, with what takes their places."""
+    yield id(old), new
+    for name, value in vars(old).items():
+        if hasattr(value, "to_dict") and hasattr(value, "__dict__"):
+            yield from pairs(value, vars(new)[name])
+
+
+def runs(expr: Expr) -> Iterator[Expr]:
+    """A dimension, and the neighbouring factors of it and of its terms that a number may stand for."""
+    for term in (expr, *terms(expr)):
+        made = factors(term)
+        yield term
+        yield from (Prod(tuple(made[i:j])) for i in range(len(made)) for j in range(i + 1, len(made) + 1))
+
+
+def segments(expr: Expr, fields: Mapping[Field, int]) -> list[tuple[Field, Expr]] | None:
+    """Which part of a dimension each of the numbers that it grows with stands for; None where that is not clear."""
+    if len(fields) < 2:
+        return [(number, term) for number in fields for term in terms(expr)] or None
+    found: list[tuple[Field, Expr]] = []
+    for term in terms(expr):
+        made, left = factors(term), dict(fields)
+        if len(made) == 1:  # a number times another one: the width is the larger
+            found.append((max(fields, key=lambda number: fields[number]), term))
+            continue
+        while made:
+            products = {n: prod(part.size for part in made[:n]) for n in range(1, len(made) + 1)}
+            fitting = [(n, number) for n, size in products.items() for number, old in left.items() if size == old]
+            if len(fitting) != 1:
+                return None
+            ((length, number),) = fitting
+            found.append((number, Prod(tuple(made[:length])) if length > 1 else made[0]))
+            made = made[length:]
+            del left[number]
+    return found
+
+
+def terms(expr: Expr) -> Sequence[Expr]:
+    expr = resolve(expr)
+    return expr.terms if isinstance(expr, Sum) else (expr,)
+
+
+def shell(model: nn.Module, config: Any) -> Built | None:
+    """A model like this one built from a configuration; None where that cannot be."""
+    kind: Any = type(model) if forward_of(model) is None else type(model).__bases__[0]
+    try:
+        with torch.device("meta"), quiet():
+            getattr(config, "validate", int)()  # as transformers' are looked at when they are saved
+            made = kind(copy.deepcopy(config))
+    except Exception:  # noqa: BLE001  whatever the library raises of a configuration that it does not take
+        return None
+    held = {(name, key): value for name, module in made.named_modules() for key, value in vars(module).items()}
+    return Built(
+        {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()},
+        {place: value for place, value in held.items() if type(value) is int},
+        {place: value for place, value in held.items() if type(value) is float},
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what a library says of odd configurations from users."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

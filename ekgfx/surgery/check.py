@@ -122,12 +122,23 @@ def stays(expr: Expr, kept: Mapping[Axis, Tensor], counts: Mapping[Axis, int]) -
 
 
 def relative_error(a: Any, b: Any) -> float:
-    """Largest |a − b| over all output tensors, relative to the largest finite |b|; shapes must agree.
+    """Largest |a − b| over all output tensors, relative to the largest finite |b|.
 
     Where both are the same infinity, or both no number, they agree; where one of them is, the error is infinite.
+
+    Raises:
+        PruneError: they hold other tensors, or tensors of other shapes.
     """
     worst = 0.0
-    for x, y in zip(tensors_by_place(a).values(), tensors_by_place(b).values(), strict=True):
+    found, wanted = tensors_by_place(a), tensors_by_place(b)
+    if len(found) != len(wanted):
+        lacks = ", ".join(sorted(wanted.keys() - found.keys())[:3]) or "nothing"
+        more = ", ".join(sorted(found.keys() - wanted.keys())[:3]) or "nothing"
+        raise PruneError(
+            f"outputs hold other tensors: {lacks} lacking, {more} besides; a forward that fills a cache on its way "
+            "cannot be replaced: leave the cache out (use_cache=False), or cut widths that its class can express"
+        )
+    for x, y in zip(found.values(), wanted.values(), strict=True):
         if x.shape != y.shape:
             raise PruneError(f"outputs have different shapes: {tuple(x.shape)} and {tuple(y.shape)}")
         if x.numel():

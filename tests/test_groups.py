@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ekgfx
-from ekgfx.errors import PlanError
+from ekgfx.errors import PlanError, PruneError
 from ekgfx.surgery.check import check_masked, check_pruned, differences, perturb, relative_error
 
 from .models import HAND_DERIVED, Concat, GroupNormed, Residual, Tied, TwoInputs, example

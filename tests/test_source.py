@@ -103,7 +103,7 @@ def test_a_run_is_left_to_the_checkpoint(tmp_path: Path) -> None:
     ("model", "message"),
     [
         ("resnet50", "did you mean 'timm:resnet50'?"),
-        ("resnet57", "use timm:NAME, package.module:factory, path/file.py:factory or a run directory"),
+        ("resnet57", "use timm:NAME, hf:NAME|DIR, torchvision:NAME, package.module:factory, path/file.py"),
         ("timm:resnt50", "timm has no model 'resnt50': did you mean timm:resnet50 or"),
         ("timm:qqqqqq", "see timm.list_models()"),
         ("timm:resnet50.a9_in1k", "timm has no weights 'a9_in1k' for resnet50: use one of a1_in1k, "),

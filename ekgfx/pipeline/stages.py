@@ -292,7 +292,10 @@ def train(job: Job, pruned: nn.Module, result: SearchResult) -> None:
 def compare(job: Job) -> None:
     """Says so where the fine-tuned network does worse on the test images than the one that fine-tuning began with."""
     scores = job.run.manifest["results"]
-    before, after = (scores[name] for name in (next(n for n in ("repaired", "searched") if n in scores), "finetuned"))
+    name = next((name for name in ("repaired", "searched") if name in scores), None)
+    if name is None:  # what was measured before was measured on other data
+        return
+    before, after = scores[name], scores["finetuned"]
     quality = "accuracy" if before["accuracy"] is not None else "agreement"
     if before[quality] is not None and after[quality] < before[quality]:
         job.report.note(

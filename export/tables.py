@@ -10,11 +10,11 @@ from .parity import Parity
 from .precisions import Precisions
 
 
-def latency_table(measured: LatencyTable) -> Table:
-    """One row for each network in each setting: median, 95th percentile, and the speed-up where it exceeds noise."""
-    table = Table(
-        title=_title(measured),
-        caption=measured.note or None,
+def _plain(title: str, caption: str) -> Table:
+    """A table without a frame, its title and caption at its left."""
+    return Table(
+        title=title,
+        caption=caption or None,
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
@@ -23,6 +23,11 @@ def latency_table(measured: LatencyTable) -> Table:
         padding=(0, 1, 0, 0),
         header_style="bold",
     )
+
+
+def latency_table(measured: LatencyTable) -> Table:
+    """One row for each network in each setting: median, 95th percentile, and the speed-up where it exceeds noise."""
+    table = _plain(_title(measured), measured.note)
     for column in ("provider", "batch", "network"):
         table.add_column(column, no_wrap=True)
     for column in ("median ms", "p95 ms", "speed-up (95% range)"):
@@ -46,17 +51,8 @@ def latency_table(measured: LatencyTable) -> Table:
 
 def precisions_table(found: Precisions, measured: LatencyTable | None) -> Table:
     """One row for each network in each precision (and batch size): its score, the size of its file, and its latency."""
-    shown = Table(
-        title="Precisions" if measured is None else _title(measured),
-        caption="; ".join(filter(None, (*found.notes, measured.note if measured else ""))) or None,
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        header_style="bold",
-    )
+    caption = "; ".join(filter(None, (*found.notes, measured.note if measured else "")))
+    shown = _plain("Precisions" if measured is None else _title(measured), caption)
     for column in ("network", "precision"):
         shown.add_column(column, no_wrap=True)
     for column in (found.quality or "score", "file"):

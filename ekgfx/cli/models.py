@@ -17,7 +17,7 @@ FORMS = (
 @click.command()
 @click.argument("pattern", required=False)
 def models(pattern: str | None) -> None:
-    """List what a MODEL may be, or the models whose names match PATTERN, such as 'timm:resnet*' or 'hf:*'."""
+    """List what a MODEL may be, or the models whose names match PATTERN, such as `timm:resnet*` or `hf:*`."""
     if pattern is None:
         rows = [(f"{library}:NAME", _told(library)) for library in ("timm", *named.LIBRARIES, *named.plugins())]
         width = max(len(form) for form, _ in (*rows, *FORMS))

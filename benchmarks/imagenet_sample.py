@@ -46,8 +46,6 @@ METHODS = {
     "BN scale, uniform": {"strategy": "uniform", "importance": "bn-scale"},
     "BN scale, global": {"strategy": "global", "importance": "bn-scale"},
 }
-SUFFIX = {"EKG, per sample": "_per_sample"}
-"""What the name of a method's history has beside the output's."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,6 @@ def main() -> None:
     asked = arguments()
     torch.set_num_threads(asked.threads)
     output = Path(asked.output)
-    history = output.with_suffix("")
     found: dict[str, Any] = read_json(output) if output.exists() else {"methods": {}}
     settings = {key: getattr(asked, key) for key in ("keep", "search_images", "accept", "batch", "test_images", "seed")}
     if found.setdefault("settings", settings) != settings:
@@ -130,8 +127,10 @@ def main() -> None:
             keep(before={"macs": setting.traced.cost().macs, **setting.score(setting.traced.model)})
         for method in asked.methods:
             if method not in found["methods"]:
-                path = history.with_name(f"{history.name}{SUFFIX.get(method, '')}.history.jsonl")
-                keep(methods={**found["methods"], method: setting.measure(method, path)})
+                importance = METHODS[method]["importance"]
+                beside = "" if importance == "taylor" else f".{importance}"
+                history = output.with_suffix(f"{beside}.history.jsonl")
+                keep(methods={**found["methods"], method: setting.measure(method, history)})
         keep(differences=differences(found["methods"]))
 
 

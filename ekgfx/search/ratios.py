@@ -7,21 +7,16 @@ from fnmatch import fnmatchcase
 from ekgfx.base.units import fraction_of
 from ekgfx.errors import PlanError, RecipeError
 from ekgfx.graph.plan import Plan
-from ekgfx.search import find_budget, importance_peers
+from ekgfx.search import find_budget
 from ekgfx.search.candidates import important_first
+from ekgfx.search.criteria import IMPORTANCE, NEEDS_DATA
 from ekgfx.search.ignore import Ignored, as_patterns, ignored_groups
-from ekgfx.search.importance import Criterion, at_random
+from ekgfx.search.importance import Criterion
 from ekgfx.search.problem import Problem, width_rules
 from ekgfx.search.reward import Objective
 from ekgfx.tracing.trace import TracedModel, check_traced
 
-OF_WEIGHTS: Mapping[str, Criterion] = {
-    "magnitude": importance_peers.magnitude,
-    "fpgm": importance_peers.fpgm,
-    "bn-scale": importance_peers.bn_scale,
-    "lamp": importance_peers.lamp,
-    "random": at_random,
-}
+OF_WEIGHTS = {name: criterion for name, criterion in IMPORTANCE.items() if name not in NEEDS_DATA}
 
 
 def plan(

@@ -3,8 +3,9 @@ may have, and could not do it again)."""
 
 import multiprocessing
 import pickle
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,26 @@ def together(size: int, folder: Path, work: Callable[..., Any], *arguments: Any)
     for process in processes:
         process.join()
     return [pickle.loads((folder / f"{size}-{rank}").read_bytes()) for rank in range(size)]
+
+
+def killed_and_resumed(
+    job: Callable[..., Any], run: Path, first: Iterable[object], moments: Iterable[Callable[[Path], bool]]
+) -> Iterator[None]:
+    """A job that is started with the arguments `first`, killed (kill -9) at each of the moments, gone on with by
+    `--resume` every time, and then left to end. Yields after each kill."""
+    arguments = tuple(first)
+    for reached in moments:
+        process = start(job, *map(str, arguments))
+        while not reached(run):
+            assert process.exitcode is None
+            time.sleep(0.005)
+        process.kill()
+        process.join()
+        yield
+        arguments = ("--resume", run)
+    process = start(job, *map(str, arguments))
+    process.join()
+    assert process.exitcode == 0
 
 
 def _member(rank: int, size: int, folder: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -184,7 +184,8 @@ def test_the_tour(folder, capsys):
 @pytest.mark.parametrize("page", having("yaml"))
 def test_recipes(page):
     for text in blocks(ROOT / page, "yaml"):
-        recipe.parse(yaml.safe_load(text), page)
+        found = recipe.parse(yaml.safe_load(text), page)
+        assert recipe.parse(found.to_json(), page) == found
 
 
 @pytest.mark.parametrize("page", [name(page) for page in PAGES])

@@ -42,18 +42,22 @@ def digits():
     return torch.utils.data.TensorDataset(batch.images, batch.labels), data.loader("test", 256)
 
 
-def fitted(callback, loader, epochs):
-    torch.manual_seed(0)
-    module = Classifier()
-    trainer = lightning.Trainer(
-        max_epochs=epochs,
+def quiet_trainer(*callbacks, **limits):
+    return lightning.Trainer(
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=False,
-        callbacks=[callback],
+        callbacks=list(callbacks),
+        **limits,
     )
+
+
+def fitted(callback, loader, epochs):
+    torch.manual_seed(0)
+    module = Classifier()
+    trainer = quiet_trainer(callback, max_epochs=epochs)
     trainer.fit(module, loader)
     return module, trainer
 
@@ -89,15 +93,7 @@ def test_the_loss_that_is_trained_on_holds_the_guidance(digits):
 
     torch.manual_seed(0)
     module = Classifier()
-    trainer = lightning.Trainer(
-        max_steps=3,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        callbacks=[callback, Told()],
-    )
+    trainer = quiet_trainer(callback, Told(), max_steps=3)
     trainer.fit(module, loader)
     assert len(returned) == 3 and all(with_guidance > alone for with_guidance, alone in returned)
     images = dataset[:16][0]
@@ -117,14 +113,6 @@ def test_what_is_not_clear_is_asked_for(digits):
             super().__init__()
             self.other = nn.Linear(1, 1)
 
-    trainer = lightning.Trainer(
-        max_steps=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        callbacks=[PruneAndTeach(0.5)],
-    )
+    trainer = quiet_trainer(PruneAndTeach(0.5), max_steps=1)
     with pytest.raises(RecipeError, match=r"not clear \(net, other\); pass network='NAME'"):
         trainer.fit(Two(), loader)

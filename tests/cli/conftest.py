@@ -5,9 +5,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+
+from tests.commands import Done, typed_in
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,14 +34,6 @@ def tiny(tmp_path) -> Path:
     return recipe
 
 
-class Done(NamedTuple):
-    """How a command ended, and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def ekgfx_process(tmp_path) -> Callable[..., Done]:
     """`ekgfx_process("groups", "timm:resnet18")` in a process of its own, started in the test's folder."""
@@ -57,21 +50,7 @@ def ekgfx_process(tmp_path) -> Callable[..., Done]:
 @pytest.fixture
 def ekgfx(tmp_path, monkeypatch, capsys) -> Callable[..., Done]:
     """The same without a process's start-up, which takes longer than most commands."""
-    from ekgfx.cli import main
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("COLUMNS", "120")
-
-    def run(*arguments: object) -> Done:
-        code = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Done(code, *capsys.readouterr())
-
-    return run
+    return typed_in(tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """One run of several budgets: the network of each is that of a run of its own, whatever interrupts it."""
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,18 +93,8 @@ MOMENTS: list[Callable[[Path], bool]] = [
 def test_killed_anywhere_it_ends_the_same(both, tmp_path):
     (tmp_path / "both.yaml").write_text(BOTH)
     run = tmp_path / "run"
-    arguments: tuple[object, ...] = ("--recipe", tmp_path / "both.yaml", "-o", run)
-    for reached in MOMENTS:
-        process = processes.start(pruning, *map(str, arguments))
-        while not reached(run):
-            assert process.exitcode is None
-            time.sleep(0.005)
-        process.kill()
-        process.join()
-        arguments = ("--resume", run)
-    process = processes.start(pruning, *map(str, arguments))
-    process.join()
-    assert process.exitcode == 0
+    for _ in processes.killed_and_resumed(pruning, run, ("--recipe", tmp_path / "both.yaml", "-o", run), MOMENTS):
+        pass
     same(run, both)
     same(run / LOOSE, both / LOOSE)
     for one in ("plan.json", f"{LOOSE}/plan.json"):

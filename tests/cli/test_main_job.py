@@ -84,19 +84,8 @@ def test_a_run_killed_at_every_stage_ends_as_if_it_had_not_been(finished, tiny, 
     """kill -9 again and again; each --resume goes on, and plan, history and weights are the undisturbed run's. The
     processes come with the package imported: to import it takes longer than the job."""
     run = tmp_path / "run"
-    arguments: tuple[object, ...] = ("--recipe", tiny, "-o", run)
-    for reached in MOMENTS.values():
-        process = processes.start(pruning, *map(str, arguments))
-        while not reached(run):
-            assert process.exitcode is None
-            time.sleep(0.005)
-        process.kill()
-        process.join()
+    for _ in processes.killed_and_resumed(pruning, run, ("--recipe", tiny, "-o", run), MOMENTS.values()):
         assert read_manifest(run)["status"] == "running"
-        arguments = ("--resume", run)
-    process = processes.start(pruning, *map(str, arguments))
-    process.join()
-    assert process.exitcode == 0
     assert read_manifest(run)["status"] == "done"
     assert steps(run) == steps(finished)
     assert (run / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()

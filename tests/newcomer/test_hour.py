@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +17,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import ekgfx as library
-from ekgfx.cli import main
 from ekgfx.errors import EkgfxError
 from ekgfx.models.weights import load_weights
 from ekgfx.runs.directory import read_manifest
+from tests.commands import Done, typed_in
 from tests.test_weight_files import KINDS, STATE, equal
 from tests.test_weight_files import Net as Odd
 
@@ -49,13 +49,6 @@ class Classifier(nn.Module):
 def make():
     return Classifier()
 '''
-
-
-class Done(NamedTuple):
-    """How a command ended, and all that it printed."""
-
-    code: int
-    said: str
 
 
 class Stranger:
@@ -107,19 +100,12 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Stranger:
 @pytest.fixture
 def typed(stranger: Stranger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Done]:
     """A command typed in the stranger's folder."""
-    monkeypatch.chdir(stranger.folder)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("COLUMNS", "120")
+    command = typed_in(stranger.folder, monkeypatch, capsys)
 
     def run(*arguments: object) -> Done:
-        code = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return Done(code, out + err)
+        done = command(*arguments)
+        assert "Traceback" not in done.err
+        return done
 
     return run
 

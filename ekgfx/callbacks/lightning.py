@@ -40,6 +40,7 @@ class PruneAndTeach(lightning.Callback):  # type: ignore[misc, unused-ignore]  #
     ) -> None:
         self.midway = Midway(flops=flops, **options)
         self.epoch, self.network = epoch, network
+        self._hook: Any = None
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Cuts the network when it is time."""
@@ -54,6 +55,8 @@ class PruneAndTeach(lightning.Callback):  # type: ignore[misc, unused-ignore]  #
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """The module is as it came, but for its network."""
         pl_module.__dict__.pop("training_step", None)
+        if self._hook is not None:  # it would gather what is computed with gradients, and nobody would look at it
+            self._hook.remove()
 
     def _teach(self, pl_module: Any, network: nn.Module) -> None:
         """Adds the guidance to what training_step returns."""
@@ -63,7 +66,7 @@ class PruneAndTeach(lightning.Callback):  # type: ignore[misc, unused-ignore]  #
             if torch.is_grad_enabled():
                 seen.append((Inputs(args, kwargs), output))
 
-        network.register_forward_hook(note, with_kwargs=True)
+        self._hook = network.register_forward_hook(note, with_kwargs=True)
 
         def taught(*args: Any, **kwargs: Any) -> Any:
             seen.clear()

@@ -276,3 +276,11 @@ def test_a_weight_with_two_names_shrinks_with_its_number() -> None:
     result = ekgfx.search(traced, flops=0.7, strategy="uniform", importance="magnitude", uniform_layers=True)
     pruned = ekgfx.prune(model, result, traced)
     assert pruned.config.width == pruned.embed.weight.shape[1] < 24 and pruned.out.weight is pruned.embed.weight
+
+
+def test_it_is_told_where_no_configuration_says_the_widths(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    traced = ekgfx.trace(model, torch.randn(2, 4))
+    with caplog.at_level("INFO", logger="ekgfx"):
+        ekgfx.search(traced, flops=0.6, strategy="uniform", importance="magnitude", uniform_layers=True)
+    assert "no configuration builds Sequential; repeated layers share their widths" in caplog.text

@@ -25,6 +25,7 @@ from ekgfx.search.result import Candidate, Measure, Point, SearchResult, Step, a
 from ekgfx.search.reward import Objective, Reward, evaluate, label_free, validation_batches
 from ekgfx.search.settings import STRATEGIES, SearchOptions, SearchSettings, check_known, name_of
 from ekgfx.settings.budgets import label_of
+from ekgfx.surgery.configured import description
 from ekgfx.surgery.tied import ties_of
 from ekgfx.tracing.trace import TracedModel, check_traced
 from ekgfx.training.loss import cross_entropy
@@ -158,6 +159,11 @@ def _problem(
     computing = Computing(bytes_of(asked.cache), bool(asked.early_stop), asked.amp, bool(asked.channels_last))
     ignored = ignored_groups(traced.groups, as_patterns(traced, asked.ignore))
     ties = ties_of(traced, asked.uniform_layers)
+    if asked.uniform_layers and description(traced) is None:
+        log.info(
+            "uniform layers: no configuration builds %s; repeated layers share their widths",
+            type(traced.model).__name__,
+        )
     if asked.uniform_layers and ties.held:
         whole = "; ".join(f"{name} ({why})" for name, why in list(ties.held.items())[:3])
         more = f"; and {len(ties.held) - 3} more" if len(ties.held) > 3 else ""

@@ -16,7 +16,7 @@ from ekgfx.cli.subject import look, parameters
 def evaluate(model: str, batch_size: int, as_json: bool, **asked: Any) -> None:
     """Accuracy and loss of MODEL (or a run) on the test split, its MACs and parameters."""
     subject = look(model, **asked)
-    from ekgfx.cli.render import human, out, percent, table
+    from ekgfx.cli.render import human, percent, show_table, table
     from ekgfx.tracing.trace import silently_traced
     from ekgfx.training.evaluation import evaluate as measure
 
@@ -28,4 +28,4 @@ def evaluate(model: str, batch_size: int, as_json: bool, **asked: Any) -> None:
         click.echo(json.dumps({"model": model, "data": subject.spec, **asdict(metrics), **asdict(cost)}))
         return
     row = (percent(metrics.accuracy), f"{metrics.loss:.4f}", str(metrics.samples), human(cost.macs), human(cost.params))
-    out.print(table(None, ("accuracy", "loss", "images", "MACs", "parameters"), [row], numbers=range(5)))
+    show_table(table(None, ("accuracy", "loss", "images", "MACs", "parameters"), [row], numbers=range(5)))

@@ -80,7 +80,7 @@ def export(
     read_manifest(run)
     run = directory.at_budget(run, budget)
     from ekgfx.cli.progress import Terminal
-    from ekgfx.cli.render import out
+    from ekgfx.cli.render import out, show_table
     from ekgfx.export import latency_table, parity_text, precisions_table
     from ekgfx.pipeline.delivery import export_run
     from ekgfx.runs.checkpoint import load_run
@@ -95,7 +95,7 @@ def export(
                 shutil.copyfile(written, partial)
             written = Path(file)
     if made.precisions is not None:
-        out.print(precisions_table(made.precisions, made.latency))
+        show_table(precisions_table(made.precisions, made.latency))
     elif made.latency is not None:
-        out.print(latency_table(made.latency))
+        show_table(latency_table(made.latency))
     out.print(f"wrote {written}; {parity_text(made.parity['pruned'])}", soft_wrap=True)

@@ -100,7 +100,7 @@ def _facts(model: str, traced: "TracedModel") -> dict[str, Any]:
 
 
 def _show(model: str, traced: "TracedModel", why: bool) -> None:
-    from ekgfx.cli.render import human, out, table
+    from ekgfx.cli.render import human, out, show_table, table
     from ekgfx.surgery.tied import ties_of
 
     cost = traced.cost()
@@ -116,7 +116,7 @@ def _show(model: str, traced: "TracedModel", why: bool) -> None:
         for group in traced.groups.values()
     ]
     columns = ("group", "channels", "producers", "parameters cut", "MACs governed", "of all")
-    out.print(table(None, columns, rows, numbers=range(1, 6)))
+    show_table(table(None, columns, rows, numbers=range(1, 6)))
     out.print(
         f"\n{model}: {len(rows)} groups, {human(cost.macs)} MACs, {human(cost.params)} parameters; "
         f"{100 * traced.groups.prunable_share:.1f}% of the parameters lie in tensors that some group cuts"

@@ -230,7 +230,7 @@ def _preview(asked: Recipe) -> None:
     from ekgfx.pipeline import timing
 
     timing.check_settings(asked.search)
-    from ekgfx.cli.render import change, human, out, table
+    from ekgfx.cli.render import change, human, out, show_table, table
     from ekgfx.models import source
     from ekgfx.pipeline import job
     from ekgfx.pipeline.planning import budget_of, smallest
@@ -262,7 +262,7 @@ def _preview(asked: Recipe) -> None:
         )
         for group in traced.groups.values()
     ]
-    out.print(table(None, ("group", "channels", "at least", "MACs governed"), rows, numbers=(1, 2, 3)))
+    show_table(table(None, ("group", "channels", "at least", "MACs governed"), rows, numbers=(1, 2, 3)))
     full, floor = traced.cost(), traced.cost(least)
     out.print(f"\nsmallest sub-network: MACs {change(full.macs, floor.macs)}")
     out.print(f"                      parameters {change(full.params, floor.params)}")

@@ -4,15 +4,18 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console, JustifyMethod
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from ekgfx.base.units import change, duration, human, percent
 
-__all__ = ["change", "duration", "human", "notes", "out", "percent", "table"]
+__all__ = ["change", "duration", "human", "notes", "out", "percent", "show_table", "table"]
 
 # Progress and notes go to stderr, so that stdout holds the result alone and can be piped.
 notes = Console(stderr=True, highlight=False)
 out = Console(highlight=False, soft_wrap=True)
+
+_NO_EDGE = 10_000
 
 
 def table(
@@ -26,3 +29,14 @@ def table(
     for row in rows:
         made.add_row(*map(escape, row))
     return made
+
+
+def show_table(shown: Table) -> None:
+    """Prints a table with every cell whole.
+
+    A file or a pipe has no edge. A window narrower than the table wraps its lines, where rich would shorten names and
+    numbers to an ellipsis.
+    """
+    needed = Measurement.get(out, out.options.update(max_width=_NO_EDGE), shown)
+    width = max(out.width, needed.minimum) if out.is_terminal else needed.maximum
+    Console(highlight=False, soft_wrap=True, file=out.file, width=width).print(shown)

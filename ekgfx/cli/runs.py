@@ -26,11 +26,11 @@ def list_runs(folder: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([{"run": str(path), **_facts(path)} for path in found], indent=1))
         return
-    from ekgfx.cli.render import out, table
+    from ekgfx.cli.render import out, show_table, table
 
     columns = ("run", "made", "model", "budget", "status", "quality", "MACs", "parameters")
     told = {str(path): _facts(path) for path in found}
-    out.print(table(None, columns, [(path, *_row(facts)) for path, facts in told.items() if "error" not in facts]))
+    show_table(table(None, columns, [(path, *_row(facts)) for path, facts in told.items() if "error" not in facts]))
     for path, facts in told.items():
         if "error" in facts:
             out.print(f"{path} cannot be read: {facts['error']}", markup=False)
@@ -56,7 +56,7 @@ def compare(runs: tuple[Path, ...], output: Path | None) -> None:
     for name, told in facts.items():
         if not told["results"]:
             raise RunError(f"{name} has no results yet; finish it with `ekgfx prune --resume {name}`")
-    from ekgfx.cli.render import out, table
+    from ekgfx.cli.render import out, show_table, table
 
     timed = any(told["latency"] for told in facts.values())
     columns = ["run", "budget", *STAGES.values(), "MACs", "parameters", *(["latency"] if timed else [])]
@@ -64,7 +64,7 @@ def compare(runs: tuple[Path, ...], output: Path | None) -> None:
     for name, told in facts.items():
         qualities = [percent(_quality(told["results"].get(stage))) for stage in STAGES]
         rows.append((name, told["budget"], *qualities, *_costs(told), *([told["latency"] or "–"] if timed else [])))
-    out.print(table(None, columns, rows, numbers=range(2, len(columns))))
+    show_table(table(None, columns, rows, numbers=range(2, len(columns))))
     _draw(facts, picture)
     out.print(f"wrote {picture}", soft_wrap=True)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ekgfx.base.files import read_json
-from ekgfx.cli.render import change, human, out, percent, table
+from ekgfx.cli.render import change, human, out, percent, show_table, table
 from ekgfx.runs.directory import STAGES, read_manifest
 
 
@@ -28,7 +28,7 @@ def show_frontier(path: Path) -> None:
         rows.append(tuple(said))
     columns = ["budget", f"{found.measures} (95%)", "MACs", "parameters", *([found.target] if timed else [])]
     out.print()
-    out.print(table(None, columns, rows, numbers=range(1, len(columns))))
+    show_table(table(None, columns, rows, numbers=range(1, len(columns))))
     key, _, value = found.networks[1].label.split(",")[-1].partition("=")
     out.print(f"take one with: ekgfx export {path} --{key} {value}", soft_wrap=True)
 
@@ -55,7 +55,7 @@ def show(path: Path) -> None:
         columns.insert(4, promise["target"] + (" (predicted)" if promise["measured"] is None else ""))
     show_frontier(path)
     out.print()
-    out.print(table(None, columns, rows, numbers=range(1, len(columns))))
+    show_table(table(None, columns, rows, numbers=range(1, len(columns))))
     first, last = results["before"], next(results[name] for name in reversed(STAGES) if name in results)
     out.print(f"\nMACs {change(first['macs'], last['macs'])}")
     out.print(f"parameters {change(first['params'], last['params'])}")

@@ -35,6 +35,13 @@ def test_groups_as_a_table(ekgfx):
     assert "output of the model" in done.out
 
 
+def test_a_table_through_a_pipe_is_whole_however_narrow_the_window(ekgfx, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    done = ekgfx("groups", "timm:test_resnet")
+    head = done.out.splitlines()[0]
+    assert "MACs governed" in head and "parameters cut" in head and "…" not in done.out
+
+
 def test_groups_as_json(ekgfx):
     done = ekgfx("groups", "timm:test_resnet", "--json")
     facts = json.loads(done.out)

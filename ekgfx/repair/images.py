@@ -21,7 +21,7 @@ EVERY = 5
 @dataclass(frozen=True)
 class Images:
     """Arguments of the model, batch by batch: to fit on and to judge by. notes: which images were left
-    out, and why; digest: of the images that are used; batch_size: most of them at a time (0: batches are as given)."""
+    out, and why; digest: of the images that are used."""
 
     fit: list[tuple[Any, ...]]
     held: list[tuple[Any, ...]]
@@ -29,12 +29,6 @@ class Images:
     held_out: int
     notes: tuple[str, ...]
     digest: str
-    batch_size: int
-
-    def whole(self) -> list[tuple[Any, ...]]:
-        """All images, batch by batch."""
-        batches = [*self.fit, *self.held]
-        return _batched(_singles(batches), self.batch_size) if self.batch_size else batches
 
 
 def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, device: torch.device) -> Images:
@@ -84,7 +78,7 @@ def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, device: t
     ]
     to_fit, to_judge = ([to_device(args, device) for args in _batched(part, batch_size)] for part in (fit, held))
     whole = hashlib.sha256("".join(seen).encode()).hexdigest()[:16]
-    return Images(to_fit, to_judge, len(single), len(held), tuple(notes), whole, batch_size)
+    return Images(to_fit, to_judge, len(single), len(held), tuple(notes), whole)
 
 
 def _one(args: tuple[Any, ...], i: int) -> tuple[Any, ...]:

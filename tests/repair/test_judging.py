@@ -306,7 +306,6 @@ def test_statistics_that_are_not_finite_are_replaced() -> None:
 def test_batches_are_as_equal_as_can_be() -> None:
     images = gather(torch.randn(26, 3, 6, 6), 8, 256, CPU)
     assert [len(args[0]) for args in images.fit] == [7, 7, 7] and [len(args[0]) for args in images.held] == [5]
-    assert [len(args[0]) for args in images.whole()] == [6, 7, 6, 7]
 
 
 def test_statistics_that_cannot_be_estimated_are_kept_and_it_is_said() -> None:

@@ -230,8 +230,7 @@ def _gates(graph: AxisGraph, axis: Axis, producers: list[Operation]) -> tuple[Ga
     nodes = dict.fromkeys(end for operation in producers for end in _ends_of_chain(graph, axis, operation.node))
     gates = []
     for node in nodes:
-        dims = graph.dims[node.name]
-        for d, dim in enumerate(dims if isinstance(dims, tuple) else ()):
+        for d, dim in enumerate(graph.dims.get(node.name, ())):
             if axis in set(axes(dim)):
                 gates.append(Gate(node.name, d, membership(dim, axis)))
                 break
@@ -246,7 +245,7 @@ def _ends_of_chain(graph: AxisGraph, axis: Axis, node: fx.Node) -> Iterator[fx.N
 
     Of a producer with several outputs (a recurrent layer) it is the first that counts.
     """
-    if isinstance(graph.dims[node.name], list):
+    if node.name not in graph.dims:
         node = next((user for user in node.users if user.target is getitem and user.args[1] == 0), node)
     while len(node.users) == 1:
         (user,) = node.users
@@ -266,7 +265,7 @@ def _leaves_apart(graph: AxisGraph, axis: Axis, value: fx.Node, node: fx.Node) -
     """Whether each channel of a value goes on by itself in an operator that reads it. A convolution may have kernels of
     their own for the channels (a depthwise one, or one of as many groups)."""
     operation = graph.operation(node)
-    if operation is None or isinstance(graph.dims[node.name], list):
+    if operation is None or node.name not in graph.dims:
         return False
     weight = operation.args.get("weight")
     if str(operation.target).startswith(CONVOLUTIONS) and isinstance(weight, fx.Node):

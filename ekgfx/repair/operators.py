@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from ekgfx.axes import axes
 from ekgfx.execution.subnetwork import BATCH_NORM, SubNetwork, resize
 from ekgfx.graph import opaque as leaf
-from ekgfx.graph.axis_graph import AxisGraph, Operation, listed
+from ekgfx.graph.axis_graph import AxisGraph, Operation
 from ekgfx.repair.forms import FORMS, Form
 from ekgfx.repair.rearranged import Rearranged, rearranged, weight_nodes
 
@@ -117,7 +117,7 @@ def _operator(
 
 def _summed(graph: AxisGraph, operation: Operation, name: str, which: int | None, dim: int) -> Iterable[Any]:
     node = operation.args[name] if which is None else operation.args[name][which]
-    return axes(listed(graph.dims[node.name])[0][dim]) if isinstance(node, fx.Node) else ()
+    return axes(graph.tensors[node.name][0][dim]) if isinstance(node, fx.Node) else ()
 
 
 def _offset(

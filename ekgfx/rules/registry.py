@@ -44,6 +44,11 @@ class Effect:
     macs: Products | None = None
     summed: Dims = ()
 
+    @property
+    def outputs(self) -> list[Dims]:
+        """`out`, as a list also of a single tensor."""
+        return self.out if isinstance(self.out, list) else [self.out]
+
 
 @dataclass(frozen=True)
 class Memory:

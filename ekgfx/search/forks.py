@@ -78,7 +78,7 @@ class Forks:
     @cached_property
     def _axes(self) -> dict[str, set[Axis]]:
         """Operator → axes of its output, of what it reads, and of its integer arguments."""
-        dims = {node.name: _all_axes(self.graph.dims.get(node.name, ())) for node in self.graph.graph.nodes}
+        dims = {node.name: _all_axes(self.graph.tensors.get(node.name, ())) for node in self.graph.graph.nodes}
         found = {}
         for name, node in self.operators.items():
             operation = self.graph.operation(node)
@@ -109,8 +109,7 @@ class Forks:
         table, counts = self._mac_table, {**counts, self.graph.batch: 1}
         effort = {}
         for operation in self.graph.operations:
-            out = operation.effect.out
-            written = evaluate(out if isinstance(out, list) else [out], counts)
+            written = evaluate(operation.effect.outputs, counts)
             effort[operation.name] = evaluate(table.get(operation.name, []), counts) + written
         return effort
 

@@ -118,8 +118,7 @@ Rows = tuple[int, int, int]
 
 def samples_along(graph: AxisGraph, node: str, samples: int) -> Rows | None:
     """Where an activation's samples are; None for one that has none, which is the same for all of them."""
-    dims = graph.dims[node]
-    for d, dim in enumerate(dims if isinstance(dims, tuple) else ()):
+    for d, dim in enumerate(graph.dims.get(node, ())):
         if graph.batch in axes(dim):
             index = membership(dim, graph.batch)
             return d, samples, int((index == index[0]).cummin(0).values.sum())

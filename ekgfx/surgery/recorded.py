@@ -65,7 +65,8 @@ class TracedWidths:
             if isinstance(step, Call):
                 self._follow(step, source)
             elif step in self.operations:
-                self.dims[step] = source.dims.get(self.operations[step].name)
+                name = self.operations[step].name
+                self.dims[step] = source.dims.get(name, source.tensors.get(name))
             elif whole(step):
                 self.dims[step] = self.dims.get(cast(fx.Node, step.args[0]))
             elif step.target is operator.getitem and isinstance(self.dims.get(cast(fx.Node, step.args[0])), list):

@@ -124,13 +124,14 @@ def repair(
     with torch.no_grad(), evaluation_mode(pruned):
         if not given.fit or not given.held:
             return _nothing(given, start)
-        weights = _weights(pruned, traced, kept)
+        weights, left = _weights(pruned, traced, kept, plan), traced.left_by(plan)
         judge = Judge(SubNetwork(traced, {}), given.held)
         before = judge(pruned)
         original = {name: tensor.clone() for name, tensor in state(pruned).items()}
         network = SubNetwork(traced, kept, weights=_with_sliced_statistics(weights, traced, kept, plan))
-        operators, skipped = find_operators(network)
-        walk = Walk(traced, kept, dict(network.weights), given.fit, given.held, positions, seed)
+        operators, skipped = find_operators(network, {operation.name for operation in left.operations})
+        bypassed = traced.bypassed(plan)
+        walk = Walk(traced, kept, dict(network.weights), given.fit, given.held, positions, seed, bypassed)
         identity = {
             "plan": plan.digest,
             "weights": sum(float(weight.double().abs().sum()) for weight in weights.values()),
@@ -141,7 +142,7 @@ def repair(
         }
         progress = Progress(None if checkpoint is None else Path(checkpoint), identity, list(weights))
         layers = repair_operators(walk, operators, progress, on_layer or (lambda *_: None))
-        write(pruned, walk.pruned.weights)
+        write(pruned, {name: tensor for name, tensor in walk.pruned.weights.items() if name in original})
         walk.batches.clear()
         ways: dict[str, Estimate] = {
             "corrected": lambda batches: estimated(pruned, batches, traced, kept),
@@ -180,9 +181,14 @@ def _nothing(given: Images, start: float) -> Repair:
     return Repair(unknown, unknown, False, False, 0.0, None, (), (), given.used, given.held_out, seconds, notes)
 
 
-def _weights(pruned: nn.Module, traced: TracedModel, kept: Mapping[Axis, Tensor]) -> dict[str, Tensor]:
-    """The pruned network's weights by the names that they have in the graph."""
-    own = state(pruned)
+def _weights(pruned: nn.Module, traced: TracedModel, kept: Mapping[Axis, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """The pruned network's weights by the names that they have in the graph; of what went with a block those that it
+    would have had."""
+    own, graph = state(pruned), traced.left_by(plan).graph
+    if plan.dropped:
+        read = {traced.weights.get(node.name) for node in graph.nodes if node.users}
+        gone = traced.weight_dims().keys() - own.keys() - read
+        own |= slice_weights(traced, kept, rescale=plan.rescale, names=gone)
     for name, cut in slice_weights(traced, kept).items():
         found = tuple(own[name].shape) if name in own else None
         if found != tuple(cut.shape):

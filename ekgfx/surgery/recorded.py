@@ -55,7 +55,7 @@ class TracedWidths:
         pairs = ((recorded.evaluation, source), (recorded.training, next(training, source)))
         for calls, graph in pairs:
             if calls is not None:
-                self.operations |= _aligned(graph, calls)
+                self.operations |= aligned(graph, calls)
                 self._follow(calls.root, graph)
 
     def _follow(self, call: Call, source: AxisGraph) -> None:
@@ -95,7 +95,7 @@ class TracedWidths:
         return count(dims[dim], self.counts) if isinstance(dims, tuple) and dims[dim].size == old else old
 
 
-def _aligned(source: AxisGraph, calls: Calls) -> dict[fx.Node, Operation]:
+def aligned(source: AxisGraph, calls: Calls) -> dict[fx.Node, Operation]:
     """Recorded operator → the operation of the trace that it is."""
 
     def sign(module: str, target: Any) -> tuple[str, str]:

@@ -26,9 +26,9 @@ from ekgfx.rewriting.forward import Recorded, rewrite
 from ekgfx.rewriting.patched import forward_of, put_forward
 from ekgfx.surgery.behaviour import as_good, behaviour
 from ekgfx.surgery.check import Difference, compare_outputs, differences
+from ekgfx.surgery.dropped import recorded
 from ekgfx.surgery.faults import Problem, blamed, failing, training_error
 from ekgfx.surgery.integers import STANDARD, Attributes, Choice, choices_of, own_configurations
-from ekgfx.surgery.recorded import TracedWidths, record
 from ekgfx.tracing.trace import TracedModel, retrace
 
 MOST_TRIALS = 16
@@ -241,8 +241,7 @@ class _Settling:
 
     def _put(self, path: str, reason: str) -> None:
         if self.recorded is None:
-            self.recorded = record(self.source, self.predicted.twin)
-            self.widths = TracedWidths(self.source, self.predicted.counts, self.recorded)
+            self.recorded, self.widths = recorded(self.source, self.predicted.counts, self.predicted.twin)
         forward = rewrite(path, self.recorded, self.widths, self.inline, reason)
         put_forward(self.pruned.get_submodule(path), forward)
         self.put.add(path)

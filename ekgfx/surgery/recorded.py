@@ -101,12 +101,9 @@ class TracedWidths:
 
     def batches(self, node: fx.Node, name: str, position: int | None, old: int) -> int:
         expr = self._expression(node, name, position, old)
-        factors = expr.factors if isinstance(expr, Prod) else (expr,)
-        if not any(isinstance(factor, Axis) and factor.batch for factor in factors):
-            return 0
-        return math.prod(
-            count(f, self.counts) for f in factors if f is not None and not (isinstance(f, Axis) and f.batch)
-        )
+        factors = expr.factors if isinstance(expr, Prod) else () if expr is None else (expr,)
+        others = [factor for factor in factors if not (isinstance(factor, Axis) and factor.batch)]
+        return math.prod(count(factor, self.counts) for factor in others) if len(others) < len(factors) else 0
 
     def batch_dim(self, node: fx.Node) -> int | None:
         dims = self.dims.get(node)

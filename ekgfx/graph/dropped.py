@@ -97,7 +97,9 @@ def _without(graph: AxisGraph, blocks: Sequence[Block]) -> AxisGraph:
             other.graph.erase_node(done[old])
     left = set(other.graph.nodes)
     other.operations = [
-        Operation(done[op.node], bind(done[op.node]), op.effect) for op in graph.operations if done[op.node] in left
+        Operation(done[op.node], bind(done[op.node]), op.call, op.effect)
+        for op in graph.operations
+        if done[op.node] in left
     ]
     return other
 

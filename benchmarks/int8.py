@@ -3,7 +3,7 @@
     python benchmarks/int8.py --images folder:imagenet-sample --weights resnet50-imagenet-keras-fp16.safetensors \
         --history benchmarks/results/imagenet_sample.history.jsonl --output benchmarks/results/int8.json
 
-The halves of the sample are those of `benchmarks/imagenet_sample.py`. The first half repairs the pruned network,
+The halves of the sample are those of `benchmarks/imagenet.py sample`. The first half repairs the pruned network,
 calibrates both INT8 files and chooses among their variants, without labels; accuracy is measured on the second.
 
 The plan is that of a recorded EKG search to 55% of the MACs, whose widths were free: they are rounded to whole tiles of
@@ -17,16 +17,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import imagenet_sample
 import torch
+from common import Sheet, chosen
 from ekgfx.export import Samples, check_parity, measure_latency, to_fp16, to_int8, to_onnx
 from ekgfx.export.precisions import judge, slower
+from parts import imagenet_sample
 from repair import from_history
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ekgfx
-from ekgfx.base.files import read_json, write_json
 from ekgfx.graph.plan import Plan
 from ekgfx.tracing.trace import TracedModel
 
@@ -105,23 +105,16 @@ def rows(found: dict[str, Any]) -> list[str]:
 def main() -> None:
     asked = arguments()
     torch.set_num_threads(1)
-    output, work = Path(asked.output), Path(asked.work)
+    work = Path(asked.work)
     work.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = read_json(output) if output.exists() else {"int8": {}, "latency": {}}
-    settings = {key: getattr(asked, key) for key in ("keep", "calibration", "test_images", "runs", "seconds", "seed")}
-    if found.setdefault("settings", settings) != settings:
-        raise SystemExit(f"{output} was made with other settings; choose another --output")
-
-    def keep(**parts: Any) -> None:
-        found.update(parts, date=time.strftime("%Y-%m-%d"))
-        write_json(output, found)
-
+    settings = chosen(asked, "keep", "calibration", "test_images", "runs", "seconds", "seed")
+    found = Sheet(asked.output, settings, int8={}, latency={})
     setting = imagenet_sample.prepare(asked)
     network, plan, seconds = repaired(setting, asked)
-    keep(macs_kept=setting.traced.cost(plan).macs / setting.traced.cost().macs)
-    keep(widths=setting.traced.groups.widths(plan))
+    found.keep(macs_kept=setting.traced.cost(plan).macs / setting.traced.cost().macs)
+    found.keep(widths=setting.traced.groups.widths(plan))
     if seconds is not None:
-        keep(repair_cpu_seconds=seconds)
+        found.keep(repair_cpu_seconds=seconds)
     images = next(setting.batches(setting.unseen))[0][:4]
     files: dict[str, Path] = {}
     for name, model in {"dense": setting.traced.model, "pruned": network}.items():
@@ -132,21 +125,21 @@ def main() -> None:
             seen = setting.batches(setting.seen[: asked.calibration])
             made = to_int8(files[name], files[f"{name} int8"], seen, most=asked.calibration, on_trial=print)
             print(made, flush=True)
-            keep(int8={**found["int8"], name: made.to_json()})
+            found.keep(int8={**found["int8"], name: made.to_json()})
     precisions = {name: "int8" if name.endswith("int8") else "fp32" for name in files}
-    keep(bytes={name: file.stat().st_size for name, file in files.items()})
+    found.keep(bytes={name: file.stat().st_size for name, file in files.items()})
     if "scores" not in found:
         variants = {name: (name, precisions[name], file.name) for name, file in files.items()}
         scores, _, count = judge(variants, work, Samples([], setting.batches(setting.unseen)))
-        keep(scores=scores, images=count)
+        found.keep(scores=scores, images=count)
     for batch in asked.batches:
         if str(batch) not in found["latency"]:
             options = {"runs": asked.runs, "seconds": asked.seconds, "warmup": 3, "threads": 1}
             table = measure_latency(files, images, [batch], ["cpu"], precisions, **options)
-            keep(latency={**found["latency"], str(batch): table.to_json()})
+            found.keep(latency={**found["latency"], str(batch): table.to_json()})
     if "fp16_times_as_slow" not in found:
         half = to_fp16(files["dense"], work / "dense-fp16.onnx", images)
-        keep(fp16_times_as_slow=slower(half, files["dense"], (images[:1],), 1))
+        found.keep(fp16_times_as_slow=slower(half, files["dense"], (images[:1],), 1))
     print(*rows(found), sep="\n")
 
 

@@ -13,7 +13,6 @@ all networks in onnxruntime on the CPU, in turn. A line that is there is not mea
 
 import argparse
 import copy
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,12 +22,12 @@ from typing import Any
 
 import torch
 import torch_pruning
+from common import Lines
 from ekgfx.export import measure_latency, to_onnx
 from torch import nn
 
 import ekgfx
 from ekgfx import data as datasets
-from ekgfx.base.files import append_line, read_lines
 from ekgfx.data import Data
 from ekgfx.models import resnet56_cifar, resnet56_cifar_projection
 from ekgfx.models.weights import read_weights
@@ -126,18 +125,16 @@ TAUGHT = "ekgfx, EKG, taught by its bank"
 def main() -> None:
     asked = arguments()
     if asked.table:
-        table(read_lines(Path(asked.table)))
+        table(list(Lines(asked.table)))
         return
     torch.set_num_threads(1)
-    output = Path(asked.output)
-    work = output.with_suffix("")
+    lines, work = Lines(asked.output), Path(asked.output).with_suffix("")
     work.mkdir(exist_ok=True)
     setting = prepare(asked)
     for seed in asked.seeds:
         for method, cut in METHODS.items():
-            known = {(line["method"], line.get("seed")) for line in read_lines(output)}
             names = [method, TAUGHT] if method == "ekgfx, EKG" else [method]
-            if all((name, seed) in known for name in names):
+            if all({"method": name, "seed": seed} in lines for name in names):
                 continue
             start = time.process_time()
             pruned, bank_of = cut(setting)
@@ -146,15 +143,14 @@ def main() -> None:
             torch.save(pruned, work / f"{method}.pt")
             found = {"macs": setting.macs(pruned), "params": count(pruned), "cut": setting.test(pruned)}
             for name in names:
-                if (name, seed) not in known:
+                if {"method": name, "seed": seed} not in lines:
                     bank = taught(setting, bank_of, work) if name == TAUGHT and bank_of else None
                     trained = train(setting, copy.deepcopy(pruned), seed, bank)
                     line = {"method": name, "seed": seed, **found, "trained": trained, "cut_seconds": round(spent, 1)}
-                    append_line(output, line)
-                    print(json.dumps(line), flush=True)
-    if not any("faster" in line for line in read_lines(output)):
-        append_line(output, latency(setting, work))
-    table(read_lines(output))
+                    lines.add(line)
+    if not any("faster" in line for line in lines):
+        lines.add(latency(setting, work))
+    table(list(lines))
 
 
 def prepare(asked: argparse.Namespace) -> Setting:

@@ -17,8 +17,6 @@ channel does to the outputs on 200 test images (KL divergence), for N groups.
 
 import argparse
 import functools
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,13 +26,13 @@ from typing import Any
 
 import ranking_criteria
 import torch
+from common import Lines, environment
 from timm.models._efficientnet_blocks import InvertedResidual
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ekgfx
 from ekgfx import data as datasets
-from ekgfx.base.files import append_line, read_lines
 from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph.plan import Plan
 from ekgfx.models import resnet20_cifar
@@ -254,24 +252,17 @@ def main() -> None:
     torch.set_num_threads(1)
     if asked.train:
         return train(asked)
-    here = {
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, 1 thread",
-        "versions": {"ekgfx": ekgfx.__version__, "torch": torch.__version__},
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    output = Path(asked.output)
+    here, lines = environment(), Lines(asked.output)
     if asked.oracle:
         for seed in asked.seeds:
             for row in oracle(Subject(asked, seed), asked.oracle):
-                append_line(output, row := {"network": asked.network, "oracle": True, "seed": seed, **row, **here})
-                print(row, flush=True)
+                lines.add({"network": asked.network, "oracle": True, "seed": seed, **row, **here})
         return None
     for key, found in rows_of(asked):
-        if not any(key.items() <= {k: v for k, v in line.items() if k in key}.items() for line in read_lines(output)):
+        if key not in lines:
             started = time.process_time()
             row = key | found()
-            append_line(output, row | {"cpu_seconds": round(time.process_time() - started, 1), **here})
-            print(row, flush=True)
+            lines.add(row | {"cpu_seconds": round(time.process_time() - started, 1), **here})
 
 
 def arguments() -> argparse.Namespace:

@@ -7,7 +7,7 @@ CIFAR-10. One thread, no labels, no training.
     python benchmarks/repair.py resnet56 --images cifar10:DIR --weights weights_pretrained.npz \
         --history benchmarks/results/repair_resnet56.history.jsonl --keep 0.45 --output benchmarks/results/repair.jsonl
 
-ResNet-50: the halves of the sample are those of `benchmarks/imagenet_sample.py`; the repair sees the first, accuracy is
+ResNet-50: the halves of the sample are those of `benchmarks/imagenet.py sample`; the repair sees the first, accuracy is
 measured on the second. ResNet-56: the repair sees 500 training images, accuracy is that of the test split.
 
 Plans: EKG, from the history of a search (its steps as JSON lines); L1 magnitude at uniform widths; random channels, at
@@ -15,23 +15,21 @@ EKG's widths and at uniform ones. A line of the output is one network; one that 
 """
 
 import argparse
-import os
-import platform
 import random
 import resource
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import imagenet_sample
 import torch
+from common import Lines, chosen, environment
+from parts import imagenet_sample
 from torch import Tensor, nn
 
 import ekgfx
 from ekgfx import data as datasets
-from ekgfx.base.files import append_line, read_lines
+from ekgfx.base.files import read_lines
 from ekgfx.graph.plan import Plan
 from ekgfx.models import resnet56_cifar_projection
 from ekgfx.models.weights import load_weights
@@ -142,26 +140,14 @@ def main() -> None:
     asked = arguments()
     torch.set_num_threads(1)
     subject = {"resnet50": resnet50, "resnet56": resnet56}[asked.network](asked)
-    kept = ("network", "keep", "count", "seed")
+    lines = Lines(asked.output)
     for name in asked.plans:
-        row = {"plan": name, **{key: getattr(asked, key) for key in kept}}
-        row |= {"mirrored": True} if asked.mirrored else {}
-        if any(
-            {key: line.get(key) for key in {"mirrored", *row}} == {"mirrored": None, **row} for line in lines(asked)
-        ):
+        row = {"plan": name, **chosen(asked, "network", "keep", "count", "seed"), "mirrored": asked.mirrored or None}
+        if row in lines:
             continue
-        if not any("before" in line and line["network"] == asked.network for line in lines(asked)):
+        if not any("before" in line and line["network"] == asked.network for line in lines):
             row["before"] = subject.score(subject.traced.model)
-        row |= measure(subject, name)
-        row["hardware"] = f"{platform.machine()}, {os.cpu_count()} cores, 1 thread"
-        row["versions"] = {"ekgfx": ekgfx.__version__, "torch": torch.__version__}
-        row["date"] = time.strftime("%Y-%m-%d")
-        append_line(Path(asked.output), row)
-        print(row, flush=True)
-
-
-def lines(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    yield from read_lines(Path(asked.output))
+        lines.add({**row, **measure(subject, name), **environment()})
 
 
 def arguments() -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,10 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.reference import Reference
+
+
+# Benchmarks run as scripts and import what lies beside them; last, so that no other package is hidden.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 
 def development_data() -> Path:

@@ -1,13 +1,13 @@
 """The sweep over timm: every listed model is cut exactly, keeps its class, and can be used as before."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks import coverage_transformers
-from benchmarks.coverage import listed, measure
-from benchmarks.coverage_table import read, summary
+from benchmarks.common import Lines, listed
+from benchmarks.parts import coverage_transformers
+from benchmarks.parts.coverage_tables import summary
+from benchmarks.parts.coverage_timm import measure
 
 # `num_features` is the old value of several widths there (SigLIP's pooling brings its own back), and another is taken.
 WIDTHS_NOT_FOUND = {
@@ -36,16 +36,16 @@ def test_a_model_of_every_signature_is_cut_exactly(name: str) -> None:
 
 def test_the_page_shows_what_was_measured() -> None:
     raw = ROOT / "benchmarks" / "results" / "coverage.jsonl"
-    rows = [json.loads(line) for line in raw.read_text().splitlines()]
+    rows = list(Lines(raw))
     assert len({row["model"] for row in rows}) == len(rows)
     assert {row["model"] for row in rows} <= set(listed())
-    assert summary(read(raw)).strip() in (ROOT / "docs" / "coverage.md").read_text()
+    assert summary(rows).strip() in (ROOT / "docs" / "coverage.md").read_text()
 
 
 def test_the_page_shows_what_was_measured_of_transformers() -> None:
     raw = ROOT / "benchmarks" / "results" / "coverage-transformers.jsonl"
-    rows = [json.loads(line) for line in raw.read_text().splitlines()]
+    rows = list(Lines(raw))
     assert {row["model"] for row in rows} <= set(coverage_transformers.listed())
     page = (ROOT / "docs" / "coverage.md").read_text()
-    assert coverage_transformers.table(raw).strip() in page
+    assert coverage_transformers.table(rows).strip() in page
     assert f"The sweep knows {len(coverage_transformers.listed())} architectures" in page

@@ -145,7 +145,7 @@ def map_rows(path: Path, dtype: np.dtype[Any]) -> Rows:
     """The rows in a file, memory-mapped for reading in random order.
 
     Without that advice the system reads 128 KB around every row of 2 KB, which in a file larger than its cache takes
-    twenty times as long (see benchmarks/bank_scale.py).
+    twenty times as long (see benchmarks/bank.py scale).
     """
     with path.open("rb") as file:
         rows: Rows = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)

@@ -26,6 +26,7 @@ from ekgfx.base.containers import Frame
 from ekgfx.errors import PruneError
 from ekgfx.graph.axis_graph import Example
 from ekgfx.graph.functional import inlined
+from ekgfx.graph.hints import masks_taken_as_they_are
 from ekgfx.graph.nodes import bind
 from ekgfx.graph.opaque import Leaves, as_operators, wrapped_forwards
 from ekgfx.graph.returns import tensors_returned
@@ -146,7 +147,8 @@ def calls_of(model: nn.Module, example: Example, leaves: Leaves) -> Calls:
     problem: Exception | None = None
     for free, shapes in _dynamic(model, args, kwargs):
         recorded: list[tuple[str, bool, list[Any], pytree.TreeSpec]] = []
-        with torch.no_grad(), as_operators(model, leaves), tensors_returned(model, ()), _marked(model, recorded):
+        operators, returned = as_operators(model, leaves), tensors_returned(model, ())
+        with torch.no_grad(), operators, returned, masks_taken_as_they_are(), _marked(model, recorded):
             try:
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
                 return _read(model, program, recorded, free)

@@ -19,7 +19,7 @@ from ekgfx.graph.axis_graph import AxisGraph, Operation
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.rewriting.calls import Call, Calls, Values, calls_of, hollow, whole
 from ekgfx.rewriting.forward import Recorded
-from ekgfx.surgery.check import operator_name
+from ekgfx.surgery.check import operator_name, takes_all
 from ekgfx.tracing.trace import TracedModel
 
 
@@ -100,10 +100,16 @@ def _aligned(source: AxisGraph, calls: Calls) -> dict[fx.Node, Operation]:
     def sign(module: str, target: Any) -> tuple[str, str]:
         return module, operator_name(target)
 
-    nodes = [(path, node) for path, node in calls.root.operators() if isinstance(node.target, torch._ops.OpOverload)]
-    mine = [sign(operation.module, operation.target) for operation in source.operations]
+    # A slice that takes all stands in the one or the other alone: `x[:, :8]` records one for every `:`.
+    nodes = [
+        (path, node)
+        for path, node in calls.root.operators()
+        if isinstance(node.target, torch._ops.OpOverload) and not whole(node)
+    ]
+    operations = [operation for operation in source.operations if not takes_all(operation)]
+    mine = [sign(operation.module, operation.target) for operation in operations]
     theirs = [sign(path, node.target) for path, node in nodes]
     blocks: list[Any] = [(0, 0, len(mine))]
     if mine != theirs:
         blocks = difflib.SequenceMatcher(None, mine, theirs, autojunk=False).get_matching_blocks()
-    return {nodes[j + k][1]: source.operations[i + k] for i, j, size in blocks for k in range(size)}
+    return {nodes[j + k][1]: operations[i + k] for i, j, size in blocks for k in range(size)}

@@ -30,6 +30,7 @@ from ekgfx.graph import sizes, unseen
 from ekgfx.graph.axis_graph import AxisGraph, Example
 from ekgfx.graph.cost import Cost, Products, cost_of, evaluate, mac_table
 from ekgfx.graph.groups import Groups, find_groups
+from ekgfx.graph.hints import masks_taken_as_they_are
 from ekgfx.graph.opaque import Leaves, as_operators, find_leaves, record
 from ekgfx.graph.plan import Plan
 from ekgfx.graph.returns import Returns, as_choice, tensors_returned
@@ -324,7 +325,7 @@ def _exported(
         try:
             leaves = record(model, names, *example)
             returned = tensors_returned(model, outputs, strict)
-            with torch.no_grad(), as_operators(model, leaves), returned as returns, _quiet():
+            with torch.no_grad(), as_operators(model, leaves), returned as returns, masks_taken_as_they_are(), _quiet():
                 program = torch.export.export(model, *example, strict=False)
         except EkgfxError:
             raise

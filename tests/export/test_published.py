@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from benchmarks.onnx_export import page, read
+from benchmarks.common import Lines
+from benchmarks.parts.onnx_files import page
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_page_is_made_from_the_raw_results() -> None:
-    made = page(read(ROOT / "benchmarks" / "results" / "onnx.jsonl"))
+    made = page(list(Lines(ROOT / "benchmarks" / "results" / "onnx.jsonl")))
     assert made == (ROOT / "docs" / "onnx.md").read_text(encoding="utf-8")

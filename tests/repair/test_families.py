@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import ekgfx
-from benchmarks.coverage import listed
+from benchmarks.common import listed
 from ekgfx.repair import Repair
 from ekgfx.repair.judge import Judge
 from ekgfx.surgery.check import perturb

@@ -1,14 +1,14 @@
 """How long a step of a search takes: masked as in the authors' program, sliced, with shared prefixes, with everything.
 
-    python benchmarks/search_speed.py --data cifar10:DIR --weights resnet56-cifar10.safetensors --output FOLDER
-    python benchmarks/search_speed.py --network resnet50 --output FOLDER        # or vit_tiny
+    python benchmarks/search.py speed --data cifar10:DIR --weights resnet56-cifar10.safetensors --output FOLDER
+    python benchmarks/search.py speed --network resnet50 --output FOLDER        # or vit_tiny
 
 Everything is timed in one run on one thread, the ways of evaluating taken in turn at each of several states: the
 network evenly cut to 100, 75 and 50% of its MACs (`--states 1`: the first alone). In CPU seconds of the process (what a
 busy machine disturbs least; on a GPU, wall seconds). ResNet-56 is judged on the paper's batches of 256 and 64 images,
 or as `--val-batch-size 64 --hardest-first` say, in all ways. Each measurement is a process of its own; its memory is
 what that grew by over the network and its images. What is in FOLDER already is not measured again, so every kind of
-batches needs a folder of its own. Whole searches: `search_whole.py`.
+batches needs a folder of its own. Whole searches: `search.py whole`.
 
 - masked: the network at full size, its cut weights zero, whole for every candidate.
 - sliced: really smaller tensors, whole for every candidate.
@@ -22,52 +22,44 @@ Of ResNet-50 and ViT-Tiny masked and sliced evaluate each third candidate, scale
 
 import argparse
 import json
-import platform
 import statistics
-import time
 from typing import Any
 
 import torch
-from search_cases import UNTRAINED, Case, problem_of
-from search_ways import WAYS, apart, timed, with_memory
+from common import Lines, apart, environment, in_turn, with_memory
+from parts.search_cases import UNTRAINED, Case, problem_of
+from parts.search_ways import WAYS, timed
 
-from ekgfx.base.files import append_line, read_lines, write_json
+from ekgfx.base.files import write_json
 
 EVERY = 3
 """Of the networks of 224×224 pixels, masked and sliced evaluate each third candidate."""
 
 
-def main() -> None:
-    asked = arguments()
+def main(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     case = Case.of(asked)
-    if asked.one:
-        print(json.dumps(one(case, *asked.one)))
-        return
     case.make(asked.data, asked.weights, asked.images)
     states = case.states(asked.states)
-    record = case.folder / f"{asked.network}-{asked.device}.jsonl"
-    done = {(line["state"], line["way"], line["turn"]) for line in read_lines(record)}
-    for turn in range(asked.turns):
-        for state in states:
-            for way in asked.ways:
-                if (state, way, turn) not in done:
-                    here = ("--network", asked.network, "--device", asked.device, "--output", asked.output)
-                    found = apart(*here, "--one", state, way)
-                    line = {"network": asked.network, "state": state, "way": way, "turn": turn, **found}
-                    append_line(record, line)
-                    print(line, flush=True)
-    summary = summarized(case, read_lines(record))
-    write_json(record.with_suffix(".json"), summary)
+    record = Lines(case.folder / f"{asked.network}-{asked.device}.jsonl")
+    for state in states:
+        for turn, way in in_turn(asked.ways, asked.turns):
+            key = {"network": asked.network, "state": state, "way": way, "turn": turn}
+            if key not in record:
+                record.add(key | apart(one, case, state, way))
+    summary = summarized(case, list(record))
+    write_json(record.path.with_suffix(".json"), summary)
     print(json.dumps(summary, indent=1))
 
 
 def one(case: Case, name: str, way: str) -> dict[str, Any]:
     """One measurement, in this process."""
+    torch.set_num_threads(1)
     traced, batches = case.opened()
     problem, state = problem_of(traced, batches), case.state(name)
     every = EVERY if case.name in UNTRAINED else 1
-    return with_memory(case.device, lambda: timed(problem, state, way, every=every))
+    found, memory = with_memory(lambda: timed(problem, state, way, every=every), case.device)
+    return {**found, "memory": memory}
 
 
 # -- the table -----------------------------------------------------------------------------------------------------
@@ -84,9 +76,7 @@ def summarized(case: Case, lines: list[dict[str, Any]]) -> dict[str, Any]:
 
     return {
         "network": case.name,
-        "hardware": f"{platform.processor() or platform.machine()}, {case.device.type}, one thread",
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
+        **environment(case.device),
         "states": {
             state: {
                 way: {
@@ -116,8 +106,7 @@ def differs(lines: list[dict[str, Any]], state: str, way: str) -> dict[str, Any]
     return {"largest": largest, "best": min(ours, key=ours.__getitem__) == min(exact, key=exact.__getitem__)}
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", choices=("resnet56", "resnet50", "vit_tiny"), default="resnet56")
     parser.add_argument("--data", default="cifar10:data/cifar10")
     parser.add_argument("--weights", default="data/weights/resnet56-cifar10.safetensors")
@@ -128,10 +117,4 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--states", type=int, default=3)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--turns", type=int, default=2)
-    parser.add_argument("--one", nargs=2, metavar=("STATE", "WAY"), help="measure this one, and print it")
     parser.add_argument("--device", default="cpu")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,7 @@
 """One step of the search in each of the ways that are compared, with time and memory."""
 
-import ctypes
-import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,30 +122,3 @@ def clock(traced: TracedModel) -> float:
         return time.process_time()
     torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def with_memory(device: torch.device, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `work` returns, and the MiB by which the process grew at most (GPU: peak memory in all)."""
-    if device.type != "cpu":
-        torch.cuda.reset_peak_memory_stats(device)
-        return {**work(), "memory": torch.cuda.max_memory_allocated(device) >> 20}
-    ctypes.CDLL(None).malloc_trim(0)  # or it would grow into what was freed before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = resident("VmRSS")
-    return {**work(), "memory": (resident("VmHWM") - before) >> 10}
-
-
-def resident(kind: str) -> int:
-    """KiB of this process in memory: now (VmRSS), or at most so far (VmHWM)."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
-    return int(line.split()[1])
-
-
-def apart(*arguments: str) -> dict[str, Any]:
-    """What this program prints last, as JSON, when it is run by itself with other arguments: nothing that a process did
-    before counts."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, sys.argv[0], *arguments]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found

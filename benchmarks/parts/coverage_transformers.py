@@ -1,7 +1,7 @@
 """The architectures of transformers: a tiny network of each, with random weights, and what becomes of it.
 
-    python benchmarks/coverage.py --library transformers --output benchmarks/results/coverage-transformers.jsonl
-    python benchmarks/coverage_transformers.py benchmarks/results/coverage-transformers.jsonl   # as docs/coverage.md
+    python benchmarks/coverage.py transformers --output benchmarks/results/coverage-transformers.jsonl
+    python benchmarks/coverage.py transformers --output benchmarks/results/coverage-transformers.jsonl --table
 
 For each: trace it as it comes, with the logits named as the output that matters where they are not the only one; cut
 half of every group ("half"), and to widths that its configuration can say ("uniform"). Columns:
@@ -12,13 +12,14 @@ half of every group ("half"), and to widths that its configuration can say ("uni
     a loss; round trip: `save_pretrained`, then `from_pretrained`, gives equal outputs.
 """
 
-import json
-import sys
+import argparse
 import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from common import Lines, Row
+from parts.coverage_tables import sweep
 
 TOKENS = ("hidden_size", "d_model", "dim", "n_embd", "embedding_size", "emb_dim", "word_embed_proj_dim", "embed_dim")
 SMALL: Mapping[str, int] = {
@@ -221,9 +222,8 @@ def used(pruned: Any, inputs: Any, name: str) -> None:
         assert torch.isfinite(pruned(**inputs, labels=torch.zeros(batch, dtype=torch.long)).loss)
 
 
-def table(path: Path) -> str:
+def table(rows: list[Row]) -> str:
     """The rows as a Markdown table, with what they say together."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
     cut = [row for row in rows if "half" in row and "error" not in row["half"]]
     uniform = [row for row in cut if "round_trip" in row["uniform"]]
 
@@ -261,5 +261,17 @@ def table(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
-    print(table(Path(sys.argv[1])))
+def main(asked: argparse.Namespace) -> None:
+    found = Lines(asked.output)
+    if asked.table:
+        print(table(list(found)))
+    else:
+        import transformers  # noqa: F401  the processes that are forked have it
+
+        sweep(measure, asked.models or listed(), found)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("models", nargs="*", help="KIND:ARCHITECTURE (default: all of them)")
+    parser.add_argument("--output", required=True, help="JSON lines")
+    parser.add_argument("--table", action="store_true", help="what the output says; measures nothing")

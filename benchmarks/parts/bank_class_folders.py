@@ -1,6 +1,6 @@
 """What the memory bank knows of images that lie in class folders, and what that does to fine-tuning.
 
-    EKGFX_DATA=DIR python benchmarks/class_folders.py --output benchmarks/results/class_folders.json
+    EKGFX_DATA=DIR python benchmarks/bank.py class-folders --output benchmarks/results/class_folders.json
 
 DIR holds `cifar10/` (the data set, as `cifar10:DIR/cifar10` reads it) and `weights/resnet20-cifar10.safetensors`. Some
 of CIFAR-10's training images are written as PNG files into a folder for each class; ResNet-20 is searched on them, and
@@ -17,7 +17,6 @@ thread, CPU seconds.
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import environment
 from PIL import Image
 from torch import Tensor
 
@@ -76,19 +76,7 @@ def right(bank: Bank, labels: Tensor) -> list[float]:
     return (said == labels[:, None]).double().mean(0).tolist()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=2000)
-    parser.add_argument("--tests", type=int, default=1000)
-    parser.add_argument("--flops", type=float, default=0.5)
-    parser.add_argument("--accept", type=int, default=4, help="candidates that a step of the search takes together")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--ways", nargs="*", default=WAYS, help=f"what is fine-tuned with, of {', '.join(WAYS)}")
-    parser.add_argument("--output", type=Path)
-    asked = parser.parse_args()
-    if not set(asked.ways) <= set(WAYS):
-        parser.error(f"--ways takes {', '.join(WAYS)}")
+def main(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     root, start = Path(os.environ["EKGFX_DATA"]), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -96,11 +84,22 @@ def main() -> None:
     found |= {
         "settings": {key: value for key, value in vars(asked).items() if key != "output"},
         "cpu_seconds": round(time.process_time() - start),
-        "machine": f"one thread, {platform.machine()}, torch {torch.__version__}",
+        **environment(),
     }
     print(json.dumps(found, indent=1))
     if asked.output is not None:
         write_json(asked.output, found)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--tests", type=int, default=1000)
+    parser.add_argument("--flops", type=float, default=0.5)
+    parser.add_argument("--accept", type=int, default=4, help="candidates that a step of the search takes together")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS, help="what is fine-tuned with")
+    parser.add_argument("--output", type=Path)
 
 
 def measure(asked: argparse.Namespace, root: Path, folder: Path) -> dict[str, Any]:
@@ -138,7 +137,3 @@ def measure(asked: argparse.Namespace, root: Path, folder: Path) -> dict[str, An
             print(name, seed, scores[-1], flush=True)
         found["finetuned"][name] = {"accuracy": scores, "mean": statistics.mean(scores)}
     return found
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """At the same latency, does a search that is paid by the millisecond keep more than one that is paid by the MAC?
 
-    python benchmarks/latency_reward.py --images folder:imagenet-sample \
+    python benchmarks/imagenet.py latency --images folder:imagenet-sample \
         --weights resnet50-imagenet-keras-fp16.safetensors --target cpu:fp32:batch=1:threads=1 \
         --search-images 96 --output benchmarks/results/latency_reward.json
 
@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import Sheet, chosen
 from ekgfx.export import to_onnx
 from ekgfx.export.layers import fp16, network_of
 from ekgfx.export.profile import whole_runs
 from gpu.latency import layer_table
-from imagenet_sample import Setting, appending, differences, prepare, replacing
+from parts.imagenet_sample import SETTINGS, Setting, appending, differences, prepare
 
 import ekgfx
-from ekgfx.base.files import read_json, read_lines
+from ekgfx.base.files import read_lines
 from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph.plan import Plan
 from ekgfx.latency import target
@@ -107,32 +108,25 @@ def clocked(setting: Setting, plans: dict[str, Plan], place: target.Target) -> d
         return whole_runs(files, inputs, place, seconds=60)
 
 
-def main() -> None:
-    asked = arguments()
+def main(asked: argparse.Namespace) -> None:
     torch.set_num_threads(asked.threads)
     output, place = Path(asked.output), target.parse(asked.target)
-    found: dict[str, Any] = read_json(output) if output.exists() else {"methods": {}}
-    told = ("target", "keep", "search_images", "accept", "batch", "test_images", "seed")
-    settings = {key: getattr(asked, key) for key in told}
-    if found.setdefault("settings", settings) != settings:
-        raise SystemExit(f"{output} was made with other settings; choose another --output")
-    with replacing(output, found) as keep:
-        setting = prepare(asked)
-        table, judged = layer_table(setting.traced, place, output.with_suffix(".table.json"))
-        keep(price={key: judged[key] for key in ("median", "worst")}, machine=dict(table.environment))
-        if "before" not in found:
-            keep(before=setting.score(setting.traced.model))
-        for way in WAYS:
-            if way not in found["methods"]:
-                keep(methods={**found["methods"], way: search(way, setting, table, output)})
-        plans = {way: Plan.from_json(beside(output, way, "plan.json").read_text()) for way in WAYS}
-        times = clocked(setting, plans, place)
-        keep(shortest_ms=times, kept={way: times[way] / times["dense"] for way in WAYS})
-        keep(differences=differences(found["methods"], "latency"))
+    found, setting = Sheet(output, chosen(asked, "target", *SETTINGS), methods={}), prepare(asked)
+    table, judged = layer_table(setting.traced, place, output.with_suffix(".table.json"))
+    found.keep(price={key: judged[key] for key in ("median", "worst")}, machine=dict(table.environment))
+    if "before" not in found:
+        found.keep(before=setting.score(setting.traced.model))
+    for way in WAYS:
+        if way not in found["methods"]:
+            found.keep(methods={**found["methods"], way: search(way, setting, table, output)})
+    plans = {way: Plan.from_json(beside(output, way, "plan.json").read_text()) for way in WAYS}
+    times = clocked(setting, plans, place)
+    found.keep(shortest_ms=times, kept={way: times[way] / times["dense"] for way in WAYS})
+    found.keep(differences=differences(found["methods"], "latency"))
+    print(found["kept"], found["differences"], sep="\n")
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", required=True, help="data SPEC")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--output", required=True, help="JSON")
@@ -144,8 +138,3 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Does INT8 work on every kind of network? One model of each timm module, with random weights, on small random images.
 
-    python benchmarks/int8_sweep.py --output benchmarks/results/int8_sweep.jsonl --minutes 60
-    python benchmarks/int8_sweep.py --output benchmarks/results/int8_sweep.jsonl --table
+    python benchmarks/onnx_export.py int8 --output benchmarks/results/int8_sweep.jsonl --minutes 60
+    python benchmarks/onnx_export.py int8 --output benchmarks/results/int8_sweep.jsonl --table
 
 Each model is exported, quantized (min-max ranges, products with weights) from 16 images and run on 16 others, in a
 process of its own; a row says the agreement with fp32 and the squared difference of the outputs in their own squares,
@@ -10,18 +10,15 @@ model that is in the output is not measured again; they come in the order of the
 """
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ekgfx.base.files import append_line, read_lines
+from common import Ended, Lines, apart, listed
 
-LIST = Path(__file__).parent / "models.txt"
+TIMEOUT = 900.0
 SIDE = 96
 """Of the images, where a model takes any size."""
 
@@ -85,35 +82,19 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def main(asked: argparse.Namespace) -> None:
+    found, end = Lines(asked.output), time.monotonic() + 60 * asked.minutes
+    for name in () if asked.table else asked.models or one_per_module(listed()):
+        if time.monotonic() < end and {"model": name} not in found:
+            try:
+                found.add(apart(measure, name, timeout=TIMEOUT))
+            except Ended as ended:
+                found.add({"model": name, "status": "failed", "message": str(ended)[:400]})
+    print(*table(list(found)), sep="\n")
+
+
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="JSON lines")
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--models", type=lambda text: text.split(","))
-    parser.add_argument("--table", action="store_true", help="show what is in the output")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.one:
-        print(json.dumps(measure(asked.one)))
-        return
-    output, end = Path(asked.output), time.monotonic() + 60 * asked.minutes
-    if not asked.table:
-        done = {row["model"] for row in read_lines(output)}
-        for name in asked.models or one_per_module(LIST.read_text(encoding="utf-8").split()):
-            if name in done or time.monotonic() > end:
-                continue
-            command = [sys.executable, __file__, "--output", asked.output, "--one", name]
-            try:
-                ran = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-                lines = ran.stdout.splitlines()
-                row = json.loads(lines[-1]) if ran.returncode == 0 else None
-                message = (ran.stderr.strip().splitlines() or ["killed"])[-1][:400]
-            except subprocess.TimeoutExpired:
-                row, message = None, "took more than 15 minutes"
-            append_line(output, row or {"model": name, "status": "failed", "message": message})
-            print(name, row or message, flush=True)
-    print(*table(list(read_lines(output))), sep="\n")
-
-
-if __name__ == "__main__":
-    main()
+    parser.add_argument("--table", action="store_true", help="show what is in the output; measures nothing")

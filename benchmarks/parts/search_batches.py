@@ -1,7 +1,7 @@
 """What validation batches and half precision do to a search's result and time: the paper's batches, smaller ones, the
 hardest images first; and the paper's in bf16.
 
-    python benchmarks/search_batches.py --data cifar10:DIR --weights resnet56-cifar10.safetensors --output FOLDER
+    python benchmarks/search.py batches --data cifar10:DIR --weights resnet56-cifar10.safetensors --output FOLDER
 
 CIFAR's ResNet-56 after step 0 (of seed 0) is searched to `--keep` of its MACs in each of the `--kinds`, on the images
 that each of `--seeds` draws. Then: test accuracy with BatchNorm estimated anew, and after `--epochs` of `--images`
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import Lines
 from torch import Tensor, nn
 
 import ekgfx
@@ -40,17 +41,16 @@ PLAIN = "256"
 """What the others are compared with."""
 
 
-def main() -> None:
-    asked = arguments()
+def main(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     folder = Path(asked.output)
     folder.mkdir(parents=True, exist_ok=True)
     normal = resnet56_cifar().pretrained_cfg
     data = datasets.load(asked.data, mean=normal["mean"], std=normal["std"])
-    results = folder / "results.jsonl"
+    results = Lines(folder / "results.jsonl")
     for seed in asked.seeds:
         for kind in asked.kinds:
-            if any((line["seed"], line["kind"]) == (seed, kind) for line in read_lines(results)):
+            if {"seed": seed, "kind": kind} in results:
                 continue
             model = after_step_0(data, asked.weights, folder)
             history = history_of(folder, kind, seed)
@@ -76,8 +76,7 @@ def main() -> None:
                 }
                 finetune(pruned, data, subset=subset, **training)
                 line |= {"after": evaluate(pruned, test).accuracy, "epochs": asked.epochs, "images": asked.images}
-            append_line(results, line)
-            print(line, flush=True)
+            results.add(line)
 
 
 def after_step_0(data: datasets.Data, weights: str, folder: Path) -> nn.Module:
@@ -127,8 +126,7 @@ def searched(model: nn.Module, batches: Any, keep: float, history: Path, amp: An
     return traced, ekgfx.search(traced, batches, flops=keep, amp=amp, on_step=note, resume_from=read_lines(history))
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="cifar10:data/cifar10")
     parser.add_argument("--weights", default="data/weights/resnet56-cifar10.safetensors")
     parser.add_argument("--output", required=True)
@@ -137,8 +135,3 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--images", type=int, default=12_800)
     parser.add_argument("--epochs", type=int, default=1)
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """How far does rounding move the importance of channels? As far as the network's derivative jumps.
 
-    python benchmarks/importance_rounding.py --data folder:imagenet-sample \\
+    python benchmarks/search.py rounding --data folder:imagenet-sample \\
         --weights resnet50-imagenet-keras-fp16.safetensors
 
 The ResNet-50 of `examples/resnet50_keras.py` on `--images` photographs, in double precision: importance (eq. 9) as it
@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from search_cases import NETWORKS, problem_of, unpruned
+from parts.search_cases import NETWORKS, problem_of, unpruned
 from torch import Tensor, nn
 
 import ekgfx
@@ -28,8 +28,7 @@ from ekgfx.search.importance import Scores, taylor
 MOVED = 1e-6
 
 
-def main() -> None:
-    asked = arguments()
+def main(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     built = source.parse(NETWORKS["resnet50_keras"], "none").build()
     load_weights(built.model, Path(asked.weights))
@@ -68,13 +67,7 @@ def smooth(model: nn.Module) -> None:
         smooth(child)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="data SPEC")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--images", type=int, default=8)
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,15 @@
 """How long a whole search takes: masked as in the authors' program, sliced, and with everything; do they find the same?
 
-    python benchmarks/search_whole.py --data cifar10:DIR --weights resnet56-cifar10.safetensors --output FOLDER
-    python benchmarks/search_whole.py --network resnet50_keras --data folder:imagenet-sample --keep 0.55 --accept 8 \\
+    python benchmarks/search.py whole --data cifar10:DIR --weights resnet56-cifar10.safetensors --output FOLDER
+    python benchmarks/search.py whole --network resnet50_keras --data folder:imagenet-sample --keep 0.55 --accept 8 \\
         --weights resnet50-imagenet-keras-fp16.safetensors --output FOLDER
 
 First `ekgfx.search` with its defaults, to `--keep` of the MACs with `--accept` groups a step. Then every one of its
 steps again in each of the `--ways`, in turn within one process, on one thread, in CPU seconds (on a GPU, wall seconds):
 what else runs on the machine disturbs all of them alike. Each way decides for itself what to remove; the summary tells
 at how many steps it took the search's groups, and how many channels are others. So as long as all agree, the
-sums are those of whole searches, with nothing estimated. The ways: see `search_speed.py`. FOLDER/NETWORK-DEVICE.jsonl
-tells the sums, then the steps.
+sums are those of whole searches, with nothing estimated. The ways: see `search.py speed --help`.
+FOLDER/NETWORK-DEVICE.jsonl tells the sums, then the steps.
 
 ResNet-56 is judged on 320 images after step 0, in the paper's batches of 256 and 64, or as `--val-batch-size 64
 --hardest-first` say; the ResNet-50 of `examples/resnet50_keras.py` on `--images` of a folder's, in batches of 16,
@@ -18,14 +18,13 @@ without a step 0. What is in FOLDER already is not done again: the same command 
 
 import argparse
 import json
-import platform
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from search_cases import Case, problem_of, unpruned
-from search_ways import WAYS, clock, in_the_way, timed
+from common import environment
+from parts.search_cases import Case, problem_of, unpruned
+from parts.search_ways import WAYS, clock, in_the_way, timed
 
 import ekgfx
 from ekgfx.base.files import append_line, read_lines, replacing
@@ -35,8 +34,7 @@ from ekgfx.search.result import as_steps
 Line = dict[str, Any]
 
 
-def main() -> None:
-    asked = arguments()
+def main(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     case = Case.of(asked)
     case.make(asked.data, asked.weights, asked.images)
@@ -99,9 +97,7 @@ def summarized(asked: argparse.Namespace, run: list[Line], ways: dict[str, list[
         "network": asked.network,
         "keep": asked.keep,
         "accept": asked.accept,
-        "hardware": f"{platform.processor() or platform.machine()}, {asked.device}, one thread",
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
+        **environment(torch.device(asked.device)),
         "search": {
             "seconds": round(sum(step["seconds"] for step in run), 1),
             "steps": len(run),
@@ -163,8 +159,7 @@ def apart(one: Line, other: Line) -> float:
     return max((abs(ours[group] - theirs[group]) / abs(ours[group]) for group in both), default=0.0)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", choices=("resnet56", "resnet50_keras"), default="resnet56")
     parser.add_argument("--data", default="cifar10:data/cifar10")
     parser.add_argument("--weights", default="data/weights/resnet56-cifar10.safetensors")
@@ -176,8 +171,3 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--hardest-first", action="store_true", help="resnet56's hardest images in the first batches")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["masked", "sliced", "all"])
     parser.add_argument("--device", default="cpu")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Does a memory bank of ImageNet's size need memory, and does reading it slow training's loader down? Measured.
 
-    python benchmarks/bank_scale.py --images folder:imagenet-sample --weights resnet50-imagenet-keras-fp16.safetensors \
+    python benchmarks/bank.py scale --images folder:imagenet-sample --weights resnet50-imagenet-keras-fp16.safetensors \
         --output benchmarks/results/bank_scale.json
 
 Four parts, 1000 classes and 5 teachers throughout; parts that are in the output are not measured again.
@@ -17,13 +17,9 @@ The extrapolation to 1,281,167 samples is a straight line through the builds' pe
 """
 
 import argparse
-import json
 import os
-import platform
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -33,13 +29,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import Sheet, apart, resident
 from torch import Tensor
 
 import ekgfx
 from ekgfx.bank import Bank, build_bank
 from ekgfx.bank.rows import RowFormat, infidelity
 from ekgfx.bank.store import map_rows, rows_file
-from ekgfx.base.files import read_json, write_json
 from ekgfx.data.base import Batch, Loader, Split, Views
 from ekgfx.models import digits_cnn, source
 from ekgfx.pipeline import job
@@ -71,6 +67,7 @@ class RandomImages(Split):
 
 def build(folder: Path, samples: int) -> dict[str, Any]:
     """A whole bank in `folder`, in this process, which does nothing else."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     traced = ekgfx.trace(digits_cnn(num_classes=CLASSES).eval(), torch.randn(2, 1, 8, 8))
     result = ekgfx.search(traced, [torch.randn(64, 1, 8, 8)], flops=0.8, step=0.1)
@@ -119,8 +116,7 @@ def read(bank: Bank, batches: int) -> dict[str, Any]:
 
 def own_memory() -> float:
     """Memory that belongs to this process alone, in MiB. (Pages of mapped files are the system's to take back.)"""
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["RssAnon"].split()[0]) / 1024
+    return resident("RssAnon") / 1024
 
 
 def drop_from_cache(folder: Path) -> None:
@@ -159,7 +155,7 @@ def fidelity(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """Loss of fidelity of top-k on the predictions of ResNet-50."""
     from ekgfx.models.weights import load_weights
 
-    example = Path(__file__).resolve().parent.parent / "examples" / "resnet50_keras.py"
+    example = Path(__file__).resolve().parents[2] / "examples" / "resnet50_keras.py"
     built = source.parse(f"{example}:resnet50", "none").build()
     load_weights(built.model, Path(asked.weights))
     data = job.open_data(asked.images, built, 0)
@@ -190,49 +186,33 @@ def extrapolate(builds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    asked = arguments()
+def main(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    if asked.build_one:
-        print(json.dumps(build(Path(asked.output), asked.build_one)))
-        return
-    output = Path(asked.output)
-    found: dict[str, Any] = read_json(output) if output.exists() else {}
-    found.setdefault("hardware", f"{platform.machine()}, {os.cpu_count()} cores, one thread")
-    found.setdefault("versions", {"torch": torch.__version__, "numpy": np.__version__})
-    found.setdefault("builds", [])
-
-    def keep(**parts: Any) -> None:
-        found.update(parts, date=time.strftime("%Y-%m-%d"))
-        write_json(output, found)
-        print(json.dumps(parts), flush=True)
-
+    found = Sheet(asked.output, builds=[])
     for samples in asked.samples:
         if samples in [b["samples"] for b in found["builds"]] and (samples != max(asked.samples) or "read" in found):
             continue
         with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-            command = [sys.executable, __file__, "--build-one", str(samples), "--output", folder]
-            line = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            keep(builds=[b for b in found["builds"] if b["samples"] != samples] + [line])
+            line = apart(build, Path(folder), samples)
+            found.keep(builds=[b for b in found["builds"] if b["samples"] != samples] + [line])
             if samples == max(asked.samples):
                 bank = Bank.open(folder)
                 warm = read(bank, asked.batches)
                 del bank
                 drop_from_cache(Path(folder))
-                keep(read={"warm": warm, "cache dropped": read(Bank.open(folder, verify=False), asked.batches)})
+                found.keep(read={"warm": warm, "cache dropped": read(Bank.open(folder, verify=False), asked.batches)})
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         full = sparse(Path(folder), IMAGENET)
         if "full size" not in found["read"]:
-            keep(read={**found["read"], "full size": read(full, asked.batches)})
+            found.keep(read={**found["read"], "full size": read(full, asked.batches)})
         if asked.images and "loader" not in found:
-            keep(loader=loader(asked, full))
+            found.keep(loader=loader(asked, full))
     if asked.images and asked.weights and "fidelity" not in found:
-        keep(fidelity=fidelity(asked))
-    keep(extrapolation=extrapolate(found["builds"]))
+        found.keep(fidelity=fidelity(asked))
+    found.keep(extrapolation=extrapolate(found["builds"]))
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="JSON")
     parser.add_argument("--images", help="data SPEC of image files; without it the loader is not measured")
     parser.add_argument("--weights", help="of examples/resnet50_keras.py; without it fidelity is not measured")
@@ -244,9 +224,3 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--predicted", type=int, default=200, help="images whose predictions fidelity is measured on")
     parser.add_argument("--folder", help="where to put the banks for the time being  [default: the system's]")
-    parser.add_argument("--build-one", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """The models of the coverage sweep pruned by Torch-Pruning: does the result run, and is it right? Resumable.
 
-    python benchmarks/coverage_peer.py --output benchmarks/results/coverage-peer.jsonl
-    python benchmarks/coverage_peer.py --table benchmarks/results/coverage-peer.jsonl benchmarks/results/coverage.jsonl
+    python benchmarks/coverage.py torch-pruning --output benchmarks/results/coverage-peer.jsonl
+    python benchmarks/coverage.py torch-pruning --output benchmarks/results/coverage-peer.jsonl --table
 
 As its timm example does: magnitude importance, half of the channels of every layer, the classifier ignored, and the
 number of heads told for every attention layer that has `num_heads` and a packed `qkv`. "Runs": the pruned model has
@@ -14,13 +14,13 @@ groups, one after the other in one process.
 
 import argparse
 import copy
-import json
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
-from coverage import export, listed, sweep
+from common import RESULTS, Lines, listed
+from parts.coverage_tables import sweep
+from parts.coverage_timm import export
 
 TIMEOUT = 60
 
@@ -91,10 +91,9 @@ def measure(name: str) -> dict[str, Any]:
     return row | {"status": right if after < before else "nothing cut"}
 
 
-def table(path: Path, ours: Path) -> str:
+def table(found: Lines, ours: Lines) -> str:
     """How many of the models that both have measured end how."""
-    theirs = {row["model"]: row for row in map(json.loads, path.read_text().splitlines())}
-    mine = {row["model"]: row for row in map(json.loads, ours.read_text().splitlines())}
+    theirs, mine = ({row["model"]: row for row in rows} for rows in (found, ours))
     both = sorted(theirs.keys() & mine.keys())
     statuses = [theirs[name]["status"] for name in both]
     rows = {
@@ -120,17 +119,18 @@ def table(path: Path, ours: Path) -> str:
     return f"{len(both)} models:\n\n" + "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", help="timm names (default: benchmarks/models.txt)")
-    parser.add_argument("--output", type=Path, default=Path("coverage-peer.jsonl"))
-    parser.add_argument("--table", type=Path, nargs=2, metavar=("PEER", "OURS"), help="compare two finished files")
-    args = parser.parse_args()
-    if args.table:
-        print(table(*args.table))
+def main(asked: argparse.Namespace) -> None:
+    found = Lines(asked.output)
+    if asked.table:
+        print(table(found, Lines(asked.ours)))
     else:
-        sweep(measure, args.models or listed(), args.output, TIMEOUT)
+        sweep(measure, asked.models or listed(), found, TIMEOUT)
 
 
-if __name__ == "__main__":
-    main()
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("models", nargs="*", help="timm names (default: benchmarks/models.txt)")
+    parser.add_argument("--output", required=True, help="JSON lines")
+    parser.add_argument("--table", action="store_true", help="the output beside ekgfx's; measures nothing")
+    parser.add_argument(
+        "--ours", default=RESULTS / "coverage.jsonl", help="what `coverage.py timm` wrote  [%(default)s]"
+    )

@@ -1,7 +1,7 @@
 """How many hours the ImageNet recipes would take on this machine: projected from measured throughput, not measured.
 
-    python benchmarks/imagenet_hours.py --recipe imagenet-resnet50 --output benchmarks/results/imagenet_hours.json
-    python benchmarks/imagenet_hours.py --recipe imagenet-resnet50 --images folder:DIR …     # and what decoding allows
+    python benchmarks/imagenet.py hours --recipe imagenet-resnet50 --output benchmarks/results/imagenet_hours.json
+    python benchmarks/imagenet.py hours --recipe imagenet-resnet50 --images folder:DIR …     # and what decoding allows
 
 Measures, with random weights and images and the recipe's own settings (batch and warm-up as given here):
 
@@ -17,8 +17,6 @@ their own.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import environment
 
 import ekgfx
 from ekgfx.base.files import read_json, write_json
@@ -125,8 +124,7 @@ def project(settings: Recipe, rates: dict[str, float], search_images: float) -> 
     return {name: round(seconds / 3600, 2) for name, seconds in hours.items()}
 
 
-def main() -> None:
-    asked = arguments()
+def main(asked: argparse.Namespace) -> None:
     device = job.pick_device(asked.device)
     if asked.threads:
         torch.set_num_threads(asked.threads)
@@ -136,27 +134,21 @@ def main() -> None:
         settings = recipe.load(name)
         rates, search_images = throughput(asked, settings, device)
         hours = project(settings, rates, search_images)
-        cuda = device.type == "cuda"
         line = {
             "recipe": name,
-            "hardware": torch.cuda.get_device_name(device) if cuda else f"CPU, {platform.machine()}",
-            "threads": None if cuda else torch.get_num_threads(),
-            "cores": os.cpu_count(),
+            **environment(device),
             "images_per_second": {kind: round(rate, 2) for kind, rate in rates.items()},
             "projected_hours": hours,
             "projected_total": round(sum(h for part, h in hours.items() if "decoding" not in part), 1),
             "batch": asked.batch,
             "amp": settings.finetune.amp if asked.amp else None,
-            "versions": {"torch": torch.__version__},
-            "date": time.strftime("%Y-%m-%d"),
         }
         lines = [old for old in lines if (old["recipe"], old["hardware"]) != (name, line["hardware"])] + [line]
         write_json(output, lines)
         print(json.dumps(line), flush=True)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", nargs="+", default=[n for n in recipe.names() if n.startswith("imagenet-")])
     parser.add_argument("--output", required=True, help="JSON")
     parser.add_argument("--images", help="data SPEC of image files to decode; without it decoding is not measured")
@@ -168,8 +160,3 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="auto")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    main()

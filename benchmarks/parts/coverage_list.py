@@ -1,11 +1,12 @@
 """The models of the coverage sweep: for every timm module, the smallest model of each architecture signature.
 
-    python benchmarks/list_models.py > benchmarks/models.txt
+    python benchmarks/coverage.py list > benchmarks/models.txt
 
 The signature of a model is the set of module classes it is built of. Models are built on the meta device, so that
 nothing is allocated.
 """
 
+import argparse
 import sys
 import warnings
 
@@ -13,7 +14,7 @@ import timm
 import torch
 
 
-def main() -> None:
+def main(_: argparse.Namespace) -> None:
     warnings.filterwarnings("ignore")
     smallest: dict[tuple[str, frozenset[str]], tuple[int, str]] = {}
     for module in timm.list_modules():
@@ -30,5 +31,5 @@ def main() -> None:
     print("\n".join(name for _, name in sorted(smallest.values())))
 
 
-if __name__ == "__main__":
-    main()
+def options(_: argparse.ArgumentParser) -> None:
+    """None."""

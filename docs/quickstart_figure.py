@@ -1,6 +1,6 @@
 """Draws the picture in the README from a run of the quick start.
 
-ekgfx prune --recipe quickstart -o run && python benchmarks/quickstart_figure.py run docs/quickstart.svg
+ekgfx prune --recipe quickstart -o run && python docs/quickstart_figure.py run docs/quickstart.svg
 """
 
 import json

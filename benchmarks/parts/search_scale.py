@@ -1,6 +1,6 @@
 """What a step of the search costs, in time and memory, against depth, width, number of groups and of images.
 
-    python benchmarks/search_scale.py --output benchmarks/results/search_scale.json [--large]
+    python benchmarks/search.py scale --output benchmarks/results/search_scale.json [--large]
 
 One step (importance, candidates, accepted network; nothing cut yet) of residual networks of plain blocks on random
 images of 32×32 pixels in batches of 64, one thread, CPU seconds, each case in a process of its own, whose growth is its
@@ -10,14 +10,14 @@ measured again. The times are those of candidates that all are evaluated to thei
 """
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from search_cases import problem_of
-from search_ways import apart, timed, with_memory
+from common import apart, with_memory
+from parts.search_cases import problem_of
+from parts.search_ways import timed
 from torch import Tensor, nn
 
 import ekgfx
@@ -29,7 +29,6 @@ from ekgfx.search.reward import evaluate
 BASE = {"blocks": 8, "width": 32, "groups": 9, "images": 128}
 VARIED = {"blocks": (4, 8, 16, 32), "width": (16, 32, 64), "groups": (2, 4, 9), "images": (64, 128, 256)}
 LARGE = ("vit_base_patch16_224", "convnext_base")
-CPU = torch.device("cpu")
 
 
 class Block(nn.Module):
@@ -80,38 +79,33 @@ def measured(posed: Problem) -> dict[str, Any]:
     """The step's parts and its memory."""
     _, knowledge = evaluate(posed.network(posed.full()), posed.batches, posed.objective, None)
     state = State(posed.full(), dict.fromkeys(posed.rules, 1.0), knowledge)
-    found = with_memory(CPU, lambda: timed(posed, state, "all", early_stop=False))
+    found, memory = with_memory(lambda: timed(posed, state, "all", early_stop=False))
     figures = {key: round(found[key], 3) for key in ("importance", "candidate", "step")}
     case = {"candidates": found["candidates"], "macs": posed.traced.cost().macs, "groups": len(posed.rules)}
-    return {**figures, **case, "MiB": found["memory"]}
+    return {**figures, **case, "MiB": memory}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--one", metavar="CASE", help="measure this one, and print it")
-    parser.add_argument("--large", action="store_true")
-    asked = parser.parse_args()
+def one(name: str, options: dict[str, int] | None) -> dict[str, Any]:
+    """One case, in this process. options: of a residual network; None: a network of timm."""
     torch.set_num_threads(1)
-    cases: dict[str, Any] = {}
+    return measured(large(name) if options is None else problem(**options))
+
+
+def main(asked: argparse.Namespace) -> None:
+    cases: dict[str, dict[str, int] | None] = {}
     for varied, values in VARIED.items():
         for value in values:
-            options = {**BASE, varied: value}
-            options |= {"groups": options["blocks"] + 1} if varied == "blocks" else {}
-            cases[f"{varied}={value}"] = lambda options=options: problem(**options)
-    cases |= {name: lambda name=name: large(name) for name in LARGE if asked.large or asked.one}
-    if asked.one:
-        print(json.dumps(measured(cases[asked.one]())))
-        return
-    if asked.output is None:
-        parser.error("give a file with --output")
+            more = {"groups": value + 1} if varied == "blocks" else {}
+            cases[f"{varied}={value}"] = {**BASE, varied: value, **more}
+    cases |= dict.fromkeys(LARGE) if asked.large else {}
     known = read_json(asked.output) if asked.output.exists() else {}
-    for name in cases:
+    for name, options in cases.items():
         if name not in known:
-            known[name] = apart("--one", name)
-            print(name, json.dumps(known[name]), flush=True)
+            known[name] = apart(one, name, options)
+            print(name, known[name], flush=True)
             write_json(asked.output, known)
 
 
-if __name__ == "__main__":
-    main()
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, help="JSON")
+    parser.add_argument("--large", action="store_true")

@@ -1,22 +1,37 @@
-"""What the coverage sweep found.
+"""Every model of a sweep in a process of its own, and what the sweep over timm found."""
 
-python benchmarks/coverage_table.py benchmarks/results/coverage.jsonl         # together, as docs/coverage.md shows it
-python benchmarks/coverage_table.py benchmarks/results/coverage.jsonl --rows  # one row a model
-"""
+from collections.abc import Callable, Sequence
 
-import argparse
-import json
-from pathlib import Path
-from typing import Any
+from common import Ended, Lines, Row, apart
+
+TIMEOUT = 3600.0
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def sweep(measure: Callable[[str], Row], names: Sequence[str], found: Lines, timeout: float = TIMEOUT) -> None:
+    """Measures every model that `found` does not hold yet, each in its own process, forked with the imports done."""
+    import timm  # noqa: F401
+
+    import ekgfx.search
+    import ekgfx.surgery.cut  # noqa: F401
+
+    for i, name in enumerate(names):
+        if {"model": name} in found:
+            continue
+        print(f"[{i + 1}/{len(names)}] ", end="")
+        try:
+            row = apart(measure, name, timeout=timeout, start="fork")
+        except Ended as ended:
+            row = {"model": name, "status": "error", "message": str(ended)[:600]}
+        found.add(row)
+
+
+def rows(found: list[Row]) -> str:
     """The rows as a Markdown table."""
     lines = [
         "| model | status | groups | prunable | class kept | export s | group ms | worst error |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(rows, key=lambda r: r["model"]):
+    for row in sorted(found, key=lambda r: r["model"]):
         if "groups" not in row:
             lines.append(f"| {row['model']} | {row['status']}: {row.get('message', '')[:80]} | | | | | | |")
             continue
@@ -36,7 +51,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def summary(rows: list[dict[str, Any]]) -> str:
+def summary(rows: list[Row]) -> str:
     """What the rows say together."""
     measured = [row for row in rows if "checks" in row]
     analysed = [row for row in rows if "groups" in row]
@@ -59,15 +74,3 @@ def summary(rows: list[dict[str, Any]]) -> str:
         "- Below 95%: " + "; ".join(f"{r['model']} {r['share']:.1%} ({', '.join(r['uncut'])})" for r in low) + ".",
     ]
     return "\n".join(lines) + "\n"
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("raw", type=Path)
-    parser.add_argument("--rows", action="store_true", help="one row a model")
-    args = parser.parse_args()
-    print((table if args.rows else summary)(read(args.raw)))

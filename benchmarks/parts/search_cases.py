@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from search_ways import in_the_way
+from parts.search_ways import in_the_way
 from torch import Tensor
 
 import ekgfx
@@ -28,7 +28,7 @@ NETWORKS = {
     "resnet56": "ekgfx.models:resnet56_cifar",
     "resnet50": "timm:resnet50",
     "vit_tiny": "timm:vit_tiny_patch16_224",
-    "resnet50_keras": f"{Path(__file__).resolve().parent.parent / 'examples' / 'resnet50_keras.py'}:resnet50",
+    "resnet50_keras": f"{Path(__file__).resolve().parents[2] / 'examples' / 'resnet50_keras.py'}:resnet50",
 }
 """The networks by the names that they go by here."""
 UNTRAINED = ("resnet50", "vit_tiny")

@@ -1,7 +1,7 @@
 """How much of a search step's time does the device compute, and what? One step under PyTorch's profiler.
 
-    python benchmarks/search_kernels.py --network resnet50 --device cuda --output FOLDER
-    python benchmarks/search_kernels.py --network resnet56 --data cifar10:DIR --weights resnet56-cifar10.safetensors \\
+    python benchmarks/search.py kernels --network resnet50 --device cuda --output FOLDER
+    python benchmarks/search.py kernels --network resnet56 --data cifar10:DIR --weights resnet56-cifar10.safetensors \\
         --output FOLDER
 
 The step is the first of a search, evaluated as a search does by default, after one that warms up. On a GPU the share is
@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from search_cases import NETWORKS, Case, problem_of
-from search_ways import timed
+from common import environment
+from parts.search_cases import NETWORKS, Case, problem_of
+from parts.search_ways import timed
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -35,8 +36,7 @@ LARGEST = 15
 """Kernels that are listed."""
 
 
-def main() -> None:
-    asked = arguments()
+def main(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     folder, device = Path(asked.output), torch.device(asked.device)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,9 +65,7 @@ def main() -> None:
     events = [event for event in seen.events() if event.device_type == kind and not event.is_user_annotation]
     found = {
         "network": case.name,
-        "device": device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
+        **environment(device),
         "step_seconds": round(alone, 3),
         "profiled_seconds": round(seconds, 3),
         "share": round(covered((e.time_range.start, e.time_range.end) for e in events) / 1e6 / seconds, 4),
@@ -98,16 +96,10 @@ def largest(events: Iterable[Any]) -> list[dict[str, Any]]:
     return [{"name": name, "seconds": round(seconds[name], 3), "calls": calls[name]} for name in names]
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", choices=tuple(NETWORKS), default="resnet50")
     parser.add_argument("--data", default="cifar10:data/cifar10", help="of trained ones")
     parser.add_argument("--weights", default="data/weights/resnet56-cifar10.safetensors", help="of trained ones")
     parser.add_argument("--images", type=int, default=64, help="of the others, in batches of 16")
     parser.add_argument("--output", required=True, help="folder")
     parser.add_argument("--device", default="cpu")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """ResNet-50 cut to a part of its MACs, without any fine-tuning: which method keeps most? On a few ImageNet images.
 
-    python benchmarks/imagenet_sample.py --images folder:imagenet-sample \
+    python benchmarks/imagenet.py sample --images folder:imagenet-sample \
         --weights resnet50-imagenet-keras-fp16.safetensors --output benchmarks/results/imagenet_sample.json
 
 The images are split at random into two halves. Searches and BatchNorm's running statistics see the first half only,
@@ -15,20 +15,17 @@ last step.
 """
 
 import argparse
-import os
-import platform
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from common import Sheet, chosen
 
 import ekgfx
-from ekgfx.base.files import append_line, read_json, read_lines, write_json
+from ekgfx.base.files import append_line, read_lines
 from ekgfx.data import Data
 from ekgfx.models import source
 from ekgfx.models.weights import load_weights
@@ -112,47 +109,29 @@ def appending(path: Path) -> Callable[[Step], None]:
     return on_step
 
 
-def main() -> None:
-    asked = arguments()
+SETTINGS = ("keep", "search_images", "accept", "batch", "test_images", "seed")
+
+
+def main(asked: argparse.Namespace) -> None:
     torch.set_num_threads(asked.threads)
     output = Path(asked.output)
-    found: dict[str, Any] = read_json(output) if output.exists() else {"methods": {}}
-    settings = {key: getattr(asked, key) for key in ("keep", "search_images", "accept", "batch", "test_images", "seed")}
-    if found.setdefault("settings", settings) != settings:
-        raise SystemExit(f"{output} was made with other settings; choose another --output")
-    with replacing(output, found) as keep:
-        setting = prepare(asked)
-        found["halves"] = {"seen": len(setting.seen), "unseen": len(setting.unseen)}
-        if "before" not in found:
-            keep(before={"macs": setting.traced.cost().macs, **setting.score(setting.traced.model)})
-        for method in asked.methods:
-            if method not in found["methods"]:
-                importance = METHODS[method]["importance"]
-                beside = "" if importance == "taylor" else f".{importance}"
-                history = output.with_suffix(f"{beside}.history.jsonl")
-                keep(methods={**found["methods"], method: setting.measure(method, history)})
-        keep(differences=differences(found["methods"]))
-
-
-@contextmanager
-def replacing(output: Path, found: dict[str, Any]) -> Iterator[Callable[..., None]]:
-    """Yields what adds parts to `found` and writes it, wholly or not at all."""
-
-    def keep(**parts: Any) -> None:
-        found.update(parts)
-        found["hardware"] = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread"
-        found["versions"] = {"ekgfx": ekgfx.__version__, "torch": torch.__version__}
-        found["date"] = time.strftime("%Y-%m-%d")
-        write_json(output, found)
-        for name, entry in found["methods"].items():
-            print(name, {key: value for key, value in entry.items() if key not in ("right", "widths")}, flush=True)
-
-    yield keep
+    found, setting = Sheet(output, chosen(asked, *SETTINGS), methods={}), prepare(asked)
+    found.keep(halves={"seen": len(setting.seen), "unseen": len(setting.unseen)})
+    if "before" not in found:
+        found.keep(before={"macs": setting.traced.cost().macs, **setting.score(setting.traced.model)})
+    for method in asked.methods:
+        if method not in found["methods"]:
+            importance = METHODS[method]["importance"]
+            beside = "" if importance == "taylor" else f".{importance}"
+            entry = setting.measure(method, output.with_suffix(f"{beside}.history.jsonl"))
+            found.keep(methods={**found["methods"], method: entry})
+            print(method, {key: value for key, value in entry.items() if key != "right"}, flush=True)
+    found.keep(differences=differences(found["methods"]))
 
 
 def prepare(asked: argparse.Namespace) -> Setting:
     """Network and images."""
-    example = Path(__file__).resolve().parent.parent / "examples" / "resnet50_keras.py"
+    example = Path(__file__).resolve().parents[2] / "examples" / "resnet50_keras.py"
     built = source.parse(f"{example}:resnet50", "none").build()
     load_weights(built.model, Path(asked.weights))
     folder = job.open_data(asked.images, built, asked.seed)
@@ -192,8 +171,7 @@ def hits(text: str) -> np.ndarray:
     return np.array([int(character) for character in text], dtype=float)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", required=True, help="data SPEC")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--output", required=True, help="JSON")
@@ -205,8 +183,3 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", type=lambda text: text.split(";"), default=list(METHODS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    main()

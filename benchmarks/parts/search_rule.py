@@ -1,9 +1,9 @@
 """Under a budget that steps save unequal parts of: should a step take the candidate of the highest reward, or the one
 that loses the least reward per unit saved?
 
-    python benchmarks/step_rule.py --data cifar10:cifar10 --weights resnet20-cifar10.safetensors \
+    python benchmarks/search.py rule --data cifar10:cifar10 --weights resnet20-cifar10.safetensors \
         --output benchmarks/results/step_rule.jsonl
-    python benchmarks/step_rule.py --data cifar10:cifar10 --weights resnet56-cifar10.safetensors \
+    python benchmarks/search.py rule --data cifar10:cifar10 --weights resnet56-cifar10.safetensors \
         --network resnet56 --keep 0.45 --accept 1 --output benchmarks/results/step_rule_resnet56.jsonl
 
 The second is what a search within a latency budget does (`ekgfx.search.ranking`), the first what one within a budget of
@@ -20,9 +20,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from common import Lines
 
 import ekgfx
-from ekgfx.base.files import append_line, read_lines
 from ekgfx.data import load
 from ekgfx.models import source
 from ekgfx.models.weights import load_weights
@@ -63,8 +63,17 @@ def measure(rule: str, seed: int, accept: int, data: Any, asked: argparse.Namesp
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(asked: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    data, done = load(asked.data), Lines(asked.output)
+    for accept in asked.accept:
+        for seed in asked.seeds:
+            for rule in RULES:
+                if {"rule": rule, "seed": seed, "accept": accept} not in done:
+                    done.add(measure(rule, seed, accept, data, asked))
+
+
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="data SPEC of CIFAR-10")
     parser.add_argument("--weights", required=True, type=Path)
     parser.add_argument("--output", required=True, type=Path, help="JSON lines")
@@ -72,18 +81,3 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.6)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--accept", type=int, nargs="+", default=[1, 4])
-    asked = parser.parse_args()
-    torch.set_num_threads(1)
-    data = load(asked.data)
-    done = {(row["rule"], row["seed"], row["accept"]) for row in read_lines(asked.output)}
-    for accept in asked.accept:
-        for seed in asked.seeds:
-            for rule in RULES:
-                if (rule, seed, accept) not in done:
-                    row = measure(rule, seed, accept, data, asked)
-                    append_line(asked.output, row)
-                    print(row, flush=True)
-
-
-if __name__ == "__main__":
-    main()

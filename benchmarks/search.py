@@ -1,0 +1,25 @@
+"""What the search finds, and what its steps cost. `python benchmarks/search.py PART --help` says what a part does."""
+
+from common import program
+from parts import (
+    search_batches,
+    search_kernels,
+    search_rounding,
+    search_rule,
+    search_scale,
+    search_speed,
+    search_whole,
+)
+
+PARTS = {
+    "speed": search_speed,
+    "whole": search_whole,
+    "kernels": search_kernels,
+    "scale": search_scale,
+    "batches": search_batches,
+    "rule": search_rule,
+    "rounding": search_rounding,
+}
+
+if __name__ == "__main__":
+    program(__doc__, PARTS)

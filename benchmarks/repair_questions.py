@@ -20,8 +20,6 @@ network; one that is there is not measured again.
 
 import argparse
 import functools
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,11 +27,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import Lines, chosen, environment
 from torch import nn
 
 import ekgfx
 from ekgfx import data as datasets
-from ekgfx.base.files import append_line, read_lines
 from ekgfx.graph.plan import Plan
 from ekgfx.models import digits_cnn, resnet20_cifar
 from ekgfx.models.weights import load_weights
@@ -266,9 +264,10 @@ def moved(subject: Subject, plan: Plan, name: str, way: int, share: float = 0.1)
     return plan.with_kept(name, sorted(kept))
 
 
-def spearman(lines: list[dict[str, Any]], before: Callable[[dict[str, Any]], float], after: str) -> tuple[float, ...]:
-    """Rank correlation with the loss after training, and its 95% interval by bootstrap (2,000 resamples)."""
-    values = np.array([[before(line), line[after]["potential"]] for line in lines])
+def spearman(lines: list[dict[str, Any]], before: str, what: str, after: str) -> tuple[float, ...]:
+    """Rank correlation of a figure before training with the loss after it, and its 95% interval by bootstrap (2,000
+    resamples)."""
+    values = np.array([[line[before][what], line[after]["potential"]] for line in lines])
 
     def rank(part: Any) -> float:
         ranks = np.array([[(column < v).mean() + (column <= v).mean() for v in column] for column in part.T])
@@ -282,26 +281,20 @@ def spearman(lines: list[dict[str, Any]], before: Callable[[dict[str, Any]], flo
 def main() -> None:
     asked = arguments()
     torch.set_num_threads(1)
-    output = Path(asked.output)
+    lines = Lines(asked.output)
     kept = ("question", "network", "keep", "count", "train_images", "test_images")
     for key, measure in {"finetune": finetune, "potential": potential, "polish": polish}[asked.question](asked):
-        key = {name: getattr(asked, name) for name in kept} | key
-        if any(key.items() <= {k: v for k, v in line.items() if k in key}.items() for line in read_lines(output)):
-            continue
-        started = time.process_time()
-        row = key | measure()
-        row["cpu_seconds"] = round(time.process_time() - started, 1)
-        row["hardware"] = f"{platform.machine()}, {os.cpu_count()} cores, 1 thread"
-        row["versions"] = {"ekgfx": ekgfx.__version__, "torch": torch.__version__}
-        append_line(output, row | {"date": time.strftime("%Y-%m-%d")})
-        print(row, flush=True)
-    lines = [
-        line for line in read_lines(output) if line["question"] == "potential" and line["network"] == asked.network
-    ]
-    for after in ("reestimated", "repaired") if asked.question == "potential" else ():
-        for name in ("reestimated", "repaired"):
-            for what in ("loss", "kl"):
-                print(f"{name} {what} → {after}:", spearman(lines, lambda line, n=name, w=what: line[n][w], after))
+        key = {**chosen(asked, *kept), **key}
+        if key not in lines:
+            started = time.process_time()
+            row = {**key, **measure()}
+            lines.add({**row, "cpu_seconds": round(time.process_time() - started, 1), **environment()})
+    if asked.question == "potential":
+        found = [line for line in lines if line.items() >= chosen(asked, *kept).items()]
+        for after in ("reestimated", "repaired"):
+            for before in ("reestimated", "repaired"):
+                for what in ("loss", "kl"):
+                    print(f"{before} {what} → {after}:", spearman(found, before, what, after))
 
 
 def arguments() -> argparse.Namespace:

@@ -120,7 +120,8 @@ def measure(subject: Subject, name: str) -> dict[str, Any]:
     calibrate(plain, subject.images)
     pruned = ekgfx.prune(traced.model, plan, traced).eval()
     started, clock = time.process_time(), time.monotonic()
-    found = ekgfx.repair(pruned, traced, plan, subject.images, most=asked.count, seed=asked.seed, on_layer=told)
+    how = {"most": asked.count, "mirrored": asked.mirrored, "seed": asked.seed}
+    found = ekgfx.repair(pruned, traced, plan, subject.images, **how, on_layer=told)
     seconds, wall = time.process_time() - started, time.monotonic() - clock
     return {
         "macs_kept": cost.macs / full.macs,
@@ -148,7 +149,7 @@ def main() -> None:
     subject = {"resnet50": resnet50, "resnet56": resnet56}[asked.network](asked)
     lines = Lines(asked.output)
     for name in asked.plans:
-        row = {"plan": name, **chosen(asked, "network", "keep", "count", "seed")}
+        row = {"plan": name, **chosen(asked, "network", "keep", "count", "seed"), "mirrored": asked.mirrored or None}
         if row in lines:
             continue
         if not any("before" in line and line["network"] == asked.network for line in lines):
@@ -165,6 +166,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="JSON lines")
     parser.add_argument("--keep", type=float, default=0.55)
     parser.add_argument("--count", type=int, help="images to repair on")
+    parser.add_argument("--mirrored", action="store_true", help="fit the images left for right as well")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--test-images", type=int, default=250)
     parser.add_argument("--plans", type=lambda text: text.split(";"), default=list(PLANS))

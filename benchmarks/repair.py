@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import ekgfx
 from ekgfx import data as datasets
 from ekgfx.base.files import read_lines
+from ekgfx.data import Data
 from ekgfx.graph.plan import Plan
 from ekgfx.models import resnet56_cifar_projection
 from ekgfx.models.weights import load_weights
@@ -45,9 +46,15 @@ class Subject:
     """A network, the images to repair it on, and what it is judged by."""
 
     traced: TracedModel
-    images: list[Tensor]
+    data: Data
+    seen: list[tuple[Tensor, Tensor]]
     asked: argparse.Namespace
     test: Any
+
+    @property
+    def images(self) -> list[Tensor]:
+        """Those to repair on, without their labels."""
+        return [images for images, _ in self.seen]
 
     def score(self, network: nn.Module) -> dict[str, float | None]:
         """Accuracy and loss on unseen images."""
@@ -89,8 +96,8 @@ def at_random(traced: TracedModel, plan: Plan, seed: int) -> Plan:
 
 def resnet50(asked: argparse.Namespace) -> Subject:
     setting = imagenet_sample.prepare(asked)
-    images = [batch[0] for batch in setting.batches(setting.seen[: asked.count])]
-    return Subject(setting.traced, images, asked, lambda: setting.batches(setting.unseen))
+    seen = [(batch.images, batch.labels) for batch in setting.batches(setting.seen[: asked.count])]
+    return Subject(setting.traced, setting.data, seen, asked, lambda: setting.batches(setting.unseen))
 
 
 def resnet56(asked: argparse.Namespace) -> Subject:
@@ -100,8 +107,8 @@ def resnet56(asked: argparse.Namespace) -> Subject:
     data = datasets.load(asked.images, mean=normal["mean"], std=normal["std"], seed=asked.seed)
     traced = ekgfx.trace(model, torch.randn(2, 3, 32, 32))
     order = torch.randperm(data.size("train"), generator=torch.Generator().manual_seed(asked.seed))[: asked.count]
-    images = [batch.images for batch in data.loader("train", asked.batch, subset=order)]
-    return Subject(traced, images, asked, lambda: data.loader("test", 500))
+    seen = [(batch.images, batch.labels) for batch in data.loader("train", asked.batch, subset=order)]
+    return Subject(traced, data, seen, asked, lambda: data.loader("test", 500))
 
 
 def measure(subject: Subject, name: str) -> dict[str, Any]:
@@ -113,7 +120,8 @@ def measure(subject: Subject, name: str) -> dict[str, Any]:
     calibrate(plain, subject.images)
     pruned = ekgfx.prune(traced.model, plan, traced).eval()
     started, clock = time.process_time(), time.monotonic()
-    found = ekgfx.repair(pruned, traced, plan, subject.images, most=asked.count, seed=asked.seed, on_layer=told)
+    how = {"most": asked.count, "mirrored": asked.mirrored, "seed": asked.seed}
+    found = ekgfx.repair(pruned, traced, plan, subject.images, **how, on_layer=told)
     seconds, wall = time.process_time() - started, time.monotonic() - clock
     return {
         "macs_kept": cost.macs / full.macs,
@@ -141,7 +149,7 @@ def main() -> None:
     subject = {"resnet50": resnet50, "resnet56": resnet56}[asked.network](asked)
     lines = Lines(asked.output)
     for name in asked.plans:
-        row = {"plan": name, **chosen(asked, "network", "keep", "count", "seed")}
+        row = {"plan": name, **chosen(asked, "network", "keep", "count", "seed"), "mirrored": asked.mirrored or None}
         if row in lines:
             continue
         if not any("before" in line and line["network"] == asked.network for line in lines):
@@ -158,6 +166,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="JSON lines")
     parser.add_argument("--keep", type=float, default=0.55)
     parser.add_argument("--count", type=int, help="images to repair on")
+    parser.add_argument("--mirrored", action="store_true", help="fit the images left for right as well")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--test-images", type=int, default=250)
     parser.add_argument("--plans", type=lambda text: text.split(";"), default=list(PLANS))

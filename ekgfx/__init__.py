@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ekgfx.runs.checkpoint import load, save
     from ekgfx.search import search
     from ekgfx.search.ratios import plan
+    from ekgfx.search.sensitivity import sensitivity
     from ekgfx.surgery.calibrate import calibrate
     from ekgfx.surgery.cut import prune
     from ekgfx.surgery.transfer import transfer
@@ -31,6 +32,7 @@ __all__ = [
     "TracedModel",
     "search",
     "plan",
+    "sensitivity",
     "prune",
     "calibrate",
     "transfer",
@@ -56,6 +58,7 @@ _HOMES = {
     "TracedModel": "tracing.trace",
     "search": "search",
     "plan": "search.ratios",
+    "sensitivity": "search.sensitivity",
     "prune": "surgery.cut",
     "calibrate": "surgery.calibrate",
     "transfer": "surgery.transfer",

@@ -56,19 +56,6 @@ def test_the_error_names_the_line_and_what_to_do(
     assert capfd.readouterr().err == "", "PyTorch's own report must not be printed beside the error"
 
 
-def test_a_mask_whose_values_are_compared_is_named_as_what_to_say() -> None:
-    class Translator(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.core = nn.Transformer(8, 2, 1, 1, 8, batch_first=True)
-
-        def forward(self, source: Tensor, target: Tensor) -> Tensor:
-            return self.core(source, target, tgt_mask=self.core.generate_square_subsequent_mask(target.shape[1]))
-
-    with pytest.raises(TraceError, match=r"in 'core.decoder'.*: pass whether the mask is causal, .*\(tgt_is_causal="):
-        ekgfx.trace(Translator().eval(), (torch.randn(2, 5, 8), torch.randn(2, 4, 8)))
-
-
 def test_a_model_that_does_not_run_at_all_is_told_apart() -> None:
     with pytest.raises(TraceError, match=r"Branching does not run on the example inputs: .*branching.py:\d+ `.*stem"):
         ekgfx.trace(Branching(), torch.randn(2, 3, 8, 8))

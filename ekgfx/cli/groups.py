@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ekgfx.base import named
+from ekgfx.cli import sensitivity
 from ekgfx.cli.options import images, preprocessing_of
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("--why", is_flag=True, help="Also say which dimensions cannot be pruned, and why.")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON, one object, on stdout.")
 @click.option(
-    "--weights", metavar="auto|none|FILE", default="none", help="Weights of MODEL; groups don't depend on them."
+    "--weights", metavar="auto|none|FILE", help="Weights of MODEL, on which groups don't depend  [default: none]"
 )
 @click.option("--ema", is_flag=True, help="Of a file with several state dicts, take the moving average.")
 @click.option(
@@ -30,11 +31,12 @@ if TYPE_CHECKING:
 @click.option("--leaf", metavar="GLOB", multiple=True, help="Modules that run as they are, whole; repeatable.")
 @click.option("--unused", metavar="GLOB", multiple=True, help="Parameters or modules that nothing uses; repeatable.")
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Also draw the graph, coloured by group.")
+@sensitivity.parameters
 def groups(
     model: str,
     why: bool,
     as_json: bool,
-    weights: str,
+    weights: str | None,
     ema: bool,
     input: str | None,
     classes: int | None,
@@ -47,8 +49,19 @@ def groups(
 
     MODEL is timm:NAME, hf:NAME|DIR, torchvision:NAME, package.module:factory, path/file.py:factory or a run directory
     (`ekgfx models`). Weights don't matter here and are not fetched; with --weights it is tried whether they fit.
+
+    With --sensitivity the network is judged with one group cut after the other, on --data (default: the run's, or
+    photographs without labels), and --weights are auto. Channels are chosen on training images and judged on test
+    images. --svg draws what was found.
     """
     named.check_model(model)
+    if sensitivity.wanted(flags):
+        if why:
+            raise click.UsageError("--why and --sensitivity are two questions: ask one", click.get_current_context())
+        typed: dict[str, Any] = {"weights": weights or "auto", "ema": ema, "input": input, "classes": classes}
+        sensitivity.show(model, as_json=as_json, leaf=leaf, unused=unused, svg=svg, **typed, **flags)
+        return
+    weights = weights or "none"
     named.check_weights(weights)
     from ekgfx.models import source
     from ekgfx.runs import checkpoint

@@ -85,8 +85,12 @@ class Terminal:
             notes.print(f"  teacher {progress.teacher} of {progress.teachers}: {samples} samples")
 
     def layer(self, layer: LayerRepair, number: int, layers: int) -> None:
-        left = (time.monotonic() - self._since) / number * (layers - number)
-        self._show(number, layers, left)
+        self.part(number, layers)
+
+    def part(self, number: int, parts: int) -> None:
+        """One of so many equal parts of the stage is done."""
+        left = (time.monotonic() - self._since) / number * (parts - number)
+        self._show(number, parts, left)
 
     def batch(self, progress: Training) -> None:
         total = progress.batches or progress.batch

@@ -60,10 +60,11 @@ def look(
     classes: int | None,
     logits: str | None,
     device: str,
+    otherwise: str | None = None,
     **flags: Any,
 ) -> Subject:
-    """Builds the model, or loads the run, and opens the data. DataError when neither names any; what the run and the
-    sources of models and data refuse."""
+    """Builds the model, or loads the run, and opens the data; `otherwise` is taken where neither names any. DataError
+    where that is None; what the run and the sources of models and data refuse."""
     named.check_model(model)
     named.check_weights(weights)
     named.check_data(data)
@@ -81,7 +82,7 @@ def look(
     built = checkpoint.build(asked)
     run = Path(model) if asked.is_run else None
     settings = {} if run is None else read_manifest(run).get("settings", {})
-    spec = data or settings.get("data")
+    spec = data or settings.get("data") or otherwise
     if spec is None:
         raise DataError(f"nothing to judge {model} on: give --data with labels, such as --data folder:DIR")
     place_of_logits = logits or settings.get("logits")

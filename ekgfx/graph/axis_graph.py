@@ -88,9 +88,12 @@ class AxisGraph:
         dead: further weights that no graph reads and no code of the model names; nothing stays for their sake.
         could_be: what `prunable_parameters` would be if they did not.
         only: way → weights that the graph of this way reads and this graph does not.
+        gone: weights that went with residual blocks (`ekgfx.graph.dropped`); whole: the same graph with these.
     """
 
     others: tuple["AxisGraph", ...] = ()
+    gone: frozenset[str] = frozenset()
+    whole: "AxisGraph | None" = None
 
     def __init__(
         self,

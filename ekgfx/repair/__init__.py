@@ -80,6 +80,7 @@ def repair(
     *,
     most: int = 256,
     positions: int = 40_000,
+    mirrored: bool = False,
     batch_size: int = 64,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -100,6 +101,8 @@ def repair(
             (labels) is not looked at. Every fifth is held out.
         most: images that are used; the others are not read.
         positions: most output positions of an operator that its refit looks at.
+        mirrored: whether the images are fitted left for right as well. Where that makes no other class of them, it
+            serves as more images, at nearly twice the time and memory.
         batch_size: most images that are computed at a time, in batches as equal as they can be. The widest activations
             of all images are in memory at once.
         seed: of the sampled positions.
@@ -113,6 +116,7 @@ def repair(
     Raises:
         PlanError: the plan does not fit the traced model.
         PruneError: the pruned network is not what the plan leaves.
+        DataError: inputs come by name, or are no images that could be mirrored.
 
     Example:
         pruned = ekgfx.prune(model, plan, traced)
@@ -120,28 +124,31 @@ def repair(
     """
     start = time.monotonic()
     kept = traced.groups.kept(plan)
-    given = gather(images, batch_size if traced.example_batch else 0, most, device_of(pruned))
+    given = gather(images, batch_size if traced.example_batch else 0, most, device_of(pruned), mirrored)
     with torch.no_grad(), evaluation_mode(pruned):
         if not given.fit or not given.held:
             return _nothing(given, start)
-        weights = _weights(pruned, traced, kept)
+        weights, left = _weights(pruned, traced, kept, plan), traced.left_by(plan)
         judge = Judge(SubNetwork(traced, {}), given.held)
         before = judge(pruned)
         original = {name: tensor.clone() for name, tensor in state(pruned).items()}
         network = SubNetwork(traced, kept, weights=_with_sliced_statistics(weights, traced, kept, plan))
-        operators, skipped = find_operators(network)
-        walk = Walk(traced, kept, dict(network.weights), given.fit, given.held, positions, seed)
+        operators, skipped = find_operators(network, {operation.name for operation in left.operations})
+        bypassed = traced.bypassed(plan)
+        fit = [*given.fit, *given.mirrored]
+        walk = Walk(traced, kept, dict(network.weights), fit, given.held, positions, seed, bypassed)
         identity = {
             "plan": plan.digest,
             "weights": sum(float(weight.double().abs().sum()) for weight in weights.values()),
             "images": given.digest,
             "batch_size": batch_size,
             "positions": positions,
+            "mirrored": mirrored,
             "seed": seed,
         }
         progress = Progress(None if checkpoint is None else Path(checkpoint), identity, list(weights))
         layers = repair_operators(walk, operators, progress, on_layer or (lambda *_: None))
-        write(pruned, walk.pruned.weights)
+        write(pruned, {name: tensor for name, tensor in walk.pruned.weights.items() if name in original})
         walk.batches.clear()
         ways: dict[str, Estimate] = {
             "corrected": lambda batches: estimated(pruned, batches, traced, kept),
@@ -180,9 +187,14 @@ def _nothing(given: Images, start: float) -> Repair:
     return Repair(unknown, unknown, False, False, 0.0, None, (), (), given.used, given.held_out, seconds, notes)
 
 
-def _weights(pruned: nn.Module, traced: TracedModel, kept: Mapping[Axis, Tensor]) -> dict[str, Tensor]:
-    """The pruned network's weights by the names that they have in the graph."""
-    own = state(pruned)
+def _weights(pruned: nn.Module, traced: TracedModel, kept: Mapping[Axis, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """The pruned network's weights by the names that they have in the graph; of what went with a block those that it
+    would have had."""
+    own, graph = state(pruned), traced.left_by(plan).graph
+    if plan.dropped:
+        read = {traced.weights.get(node.name) for node in graph.nodes if node.users}
+        gone = traced.weight_dims().keys() - own.keys() - read
+        own |= slice_weights(traced, kept, rescale=plan.rescale, names=gone)
     for name, cut in slice_weights(traced, kept).items():
         found = tuple(own[name].shape) if name in own else None
         if found != tuple(cut.shape):

@@ -2,6 +2,7 @@
 
 The way and the share of the new statistics are chosen with those of the fitted images, since images that judge must not
 be in what they judge. Once they are chosen, the statistics of all images take their place: they are better estimates.
+They are the mean of both parts', so that no image is looked at twice.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,8 +16,8 @@ from ekgfx.errors import DataError
 from ekgfx.repair.images import Images
 from ekgfx.repair.judge import Judgement
 
-SHARES = (0.25, 0.5, 0.75, 1.0)
-"""Of new statistics, that are tried."""
+SHARES = (1.0, 0.75, 0.5, 0.25)
+"""Of new statistics, that are tried, until the error rises after it fell."""
 
 Estimate = Callable[[list[Any]], Any]
 """Gives the network new statistics by some batches."""
@@ -54,6 +55,7 @@ def settle(
     own = {name: tensor.clone() for name, tensor in state(network).items()}
     best, share, way = judge(network), 0.0, ""
     chosen: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
     failed: list[str] = []
     for name, estimate in ways.items():
         try:
@@ -66,14 +68,21 @@ def settle(
             write(network, mixed)
             found = judge(network)
             if found.better(best):
-                best, share, way, chosen = found, blend, name, mixed
+                best, share, way, chosen, statistics = found, blend, name, mixed, fitted
+            elif way == name:
+                break
         write(network, own)
     write(network, chosen)
     if not share:
         note = f"BatchNorm keeps its statistics: {failed[-1]}" if len(failed) == len(ways) else None
         return Settled(0.0, best, note=note)
-    everything = _estimated(network, {**own, **chosen}, ways[way], images.whole())
-    write(network, _mixed(own, everything, share))
+    write(network, own)
+    try:
+        held = {**statistics, **_estimated(network, own, ways[way], images.held)}
+    except DataError:  # too few of them
+        held = statistics
+    part = images.held_out / images.used
+    write(network, _mixed(own, {name: torch.lerp(t, held[name], part) for name, t in statistics.items()}, share))
     if best.better(judge(network)):
         write(network, chosen)
     return Settled(share, best, way)

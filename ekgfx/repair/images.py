@@ -20,24 +20,21 @@ EVERY = 5
 
 @dataclass(frozen=True)
 class Images:
-    """Arguments of the model, batch by batch: to fit on and to judge by. notes: which images were left
-    out, and why; digest: of the images that are used; batch_size: most of them at a time (0: batches are as given)."""
+    """Arguments of the model, batch by batch: to fit on and to judge by. mirrored: the first left for right, where that
+    is asked for; notes: which images were left out, and why; digest: of the images that are used."""
 
     fit: list[tuple[Any, ...]]
+    mirrored: list[tuple[Any, ...]]
     held: list[tuple[Any, ...]]
     used: int
     held_out: int
     notes: tuple[str, ...]
     digest: str
-    batch_size: int
-
-    def whole(self) -> list[tuple[Any, ...]]:
-        """All images, batch by batch."""
-        batches = [*self.fit, *self.held]
-        return _batched(_singles(batches), self.batch_size) if self.batch_size else batches
 
 
-def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, device: torch.device) -> Images:
+def gather(
+    images: Tensor | Iterable[Any], batch_size: int, most: int, device: torch.device, mirrored: bool = False
+) -> Images:
     """The first `most` images.
 
     Args:
@@ -45,8 +42,10 @@ def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, device: t
         images: B × …; or batches, each a tensor, a tuple `(images, …)` of which the rest is not looked at, or a tuple
             whose first element is itself a tuple of the model's arguments.
 
+        mirrored: whether the images to fit on are wanted left for right as well.
+
     Raises:
-        DataError: inputs come by name.
+        DataError: inputs come by name, or are no images that could be mirrored.
     """
     single: list[tuple[Any, ...]] = []
     bad = flat = twice = 0
@@ -84,7 +83,20 @@ def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, device: t
     ]
     to_fit, to_judge = ([to_device(args, device) for args in _batched(part, batch_size)] for part in (fit, held))
     whole = hashlib.sha256("".join(seen).encode()).hexdigest()[:16]
-    return Images(to_fit, to_judge, len(single), len(held), tuple(notes), whole, batch_size)
+    other = [_mirror(args) for args in to_fit] if mirrored else []
+    return Images(to_fit, other, to_judge, len(single), len(held), tuple(notes), whole)
+
+
+def _mirror(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Every image (B × C × H × W) left for right."""
+    if not any(_is_image(t) for t in pytree.tree_leaves(args)):
+        raise DataError("mirrored takes images, B × channels × height × width, and there are none; leave it out")
+    flipped: tuple[Any, ...] = pytree.tree_map(lambda t: t.flip(3) if _is_image(t) else t, args)
+    return flipped
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()
 
 
 def _one(args: tuple[Any, ...], i: int) -> tuple[Any, ...]:

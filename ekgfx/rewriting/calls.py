@@ -26,6 +26,7 @@ from ekgfx.base.containers import Frame
 from ekgfx.errors import PruneError
 from ekgfx.graph.axis_graph import Example
 from ekgfx.graph.functional import inlined
+from ekgfx.graph.hints import masks_taken_as_they_are
 from ekgfx.graph.nodes import bind
 from ekgfx.graph.opaque import Leaves, as_operators, wrapped_forwards
 from ekgfx.graph.returns import tensors_returned
@@ -110,12 +111,14 @@ class Call:
 @dataclass(frozen=True)
 class Calls:
     """root: the call of the model itself. weights: placeholder → qualified name; constants: placeholder → tensor.
-    free: how much of the inputs' sizes is symbolic: "sizes", "batch" or nothing."""
+    free: how much of the inputs' sizes is symbolic: "sizes", "batch" or nothing. numbers: sizes of the batch and of
+    space that the user's Python has made numbers of, as `len(x)` does."""
 
     root: Call
     weights: dict[str, str]
     constants: dict[str, Tensor]
     free: str
+    numbers: frozenset[int]
 
     def of(self, path: str) -> list[Call]:
         """The calls of one module."""
@@ -146,7 +149,8 @@ def calls_of(model: nn.Module, example: Example, leaves: Leaves) -> Calls:
     problem: Exception | None = None
     for free, shapes in _dynamic(model, args, kwargs):
         recorded: list[tuple[str, bool, list[Any], pytree.TreeSpec]] = []
-        with torch.no_grad(), as_operators(model, leaves), tensors_returned(model, ()), _marked(model, recorded):
+        operators, returned = as_operators(model, leaves), tensors_returned(model, ())
+        with torch.no_grad(), operators, returned, masks_taken_as_they_are(), _marked(model, recorded):
             try:
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
                 return _read(model, program, recorded, free)
@@ -236,8 +240,13 @@ def _is_size(value: Any) -> bool:
 
 def _read(model: nn.Module, program: torch.export.ExportedProgram, recorded: list[Any], free: str) -> Calls:
     graph, weights, constants = inlined(program.graph_module), {}, {}
-    placeholders = (node.name for node in graph.nodes if node.op == "placeholder")
-    for spec, name in zip(program.graph_signature.input_specs, placeholders, strict=True):
+    placeholders = graph.find_nodes(op="placeholder")
+    numbers: set[int] = set()
+    for spec, node in zip(program.graph_signature.input_specs, placeholders, strict=True):
+        name = node.name
+        if spec.kind is InputKind.USER_INPUT and isinstance(node.meta["val"], Tensor):
+            sizes = node.meta["val"].shape
+            numbers.update(size for size in (*sizes[:1], *sizes[2:]) if isinstance(size, int) and size > 1)
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             weights[name] = spec.target
         elif spec.kind is InputKind.CONSTANT_TENSOR:
@@ -270,7 +279,7 @@ def _read(model: nn.Module, program: torch.export.ExportedProgram, recorded: lis
         else:
             call = running.pop()
             call.returned, call.results = before, after
-    return Calls(top[0], weights, constants, free)
+    return Calls(top[0], weights, constants, free, frozenset(numbers))
 
 
 def _filled(kinds: list[Any], tensors: Sequence[Any], sizes: Any) -> Iterator[Any]:

@@ -36,6 +36,12 @@ class Widths(Protocol):
     def argument(self, node: fx.Node, name: str, position: int | None, old: int) -> int:
         """The new size that a recorded operator is given in place of the old one."""
 
+    def batches(self, node: fx.Node, name: str, position: int | None, old: int) -> int:
+        """How often the size that a recorded operator is given holds the batch, 0 where it does not."""
+
+    def batch_dim(self, node: fx.Node) -> int | None:
+        """The dimension of a recorded value that is the batch, None where none is."""
+
     def knows(self, call: Call) -> bool:
         """Whether the trace has something of what runs in a call: it leaves out what has no effect on the outputs."""
 
@@ -52,6 +58,10 @@ class Recorded:
     training: Calls | None
     floats: torch.dtype
     dtype: torch.dtype
+
+
+_SIZES = {"size", "shape", "sizes", "output_size", "start", "end", "length", "split_size", "split_sizes", "repeats"}
+"""Arguments that are sizes."""
 
 
 class _Inexpressible(PruneError):
@@ -171,6 +181,7 @@ class _Writer:
         }
         self.reference = ""
         self.floating = ""
+        self.batch = ""
         lines: list[str] = []
         for leaf, path in zip(call.given.leaves, call.given.paths, strict=True):
             self._name_all(leaf, self.head.accessor(path) if isinstance(leaf, fx.Node | Held) else "")
@@ -229,6 +240,8 @@ class _Writer:
                     expr = scaled(size.node.expr, old, self.widths.length(node, d, old))
                     if expr is not None:
                         self.known.setdefault(expr, f"{text}.shape[{d}]")
+            if not self.batch and (batch := self.widths.batch_dim(node)) is not None:
+                self.batch = f"{text}.shape[{batch}]"
             if not self.reference:
                 self.reference = text
             if value.is_floating_point() and not self.floating:
@@ -300,7 +313,7 @@ class _Writer:
             expr = scaled(held.node.expr, old, new)
             return f"{self._size(value, held.node.expr)} * {new} // {old}" if expr is None else self._size(value, expr)
         if type(value) is int and value != -1:
-            return str(self.widths.argument(node, name, position, value))
+            return self._integer(node, name, position, value)
         if isinstance(value, torch.dtype):
             follows = value != other or (self.calls is self.recorded.training and value == self.recorded.dtype)
             return f"{self.floating}.dtype" if follows and self.floating else repr(value)
@@ -314,6 +327,16 @@ class _Writer:
                 return "self.training"
             return f"({literal(other)} if self.training else {literal(value)})"
         return literal(value)
+
+    def _integer(self, node: fx.Node, name: str, position: int | None, value: int) -> str:
+        """A number that the user's Python knows, or has made of a size (`len(x)`): the batch is read where it is at
+        hand."""
+        times = self.widths.batches(node, name, position, value)
+        if times and self.batch:
+            return self.batch if times == 1 else f"{self.batch} * {times}"
+        new = self.widths.argument(node, name, position, value)
+        self.fixed |= bool(times) or (new == value and name in _SIZES and value in self.calls.numbers)
+        return str(new)
 
     def _value(self, value: Any) -> Any:
         """A value as text: a tensor by its name, a size by what it is read from."""

@@ -224,7 +224,7 @@ def operator_name(target: Any) -> str:
     return "aten.view.default" if name in VIEWS else name
 
 
-def _takes_all(operation: Operation) -> bool:
+def takes_all(operation: Operation) -> bool:
     """Whether an operator takes all of a tensor by a slice, which the export leaves out where Python slices."""
     if str(operation.target) != "aten.slice.Tensor" or operation.args["step"] != 1:
         return False
@@ -237,7 +237,7 @@ class _Reader:
 
     def __init__(self, graph: AxisGraph) -> None:
         self.graph = graph
-        self.operations = [op for op in graph.operations if str(op.target) not in LAYOUT_ONLY and not _takes_all(op)]
+        self.operations = [op for op in graph.operations if str(op.target) not in LAYOUT_ONLY and not takes_all(op)]
         self.numbers = {op.node: i for i, op in enumerate(self.operations)}
 
     def __call__(self, node: fx.Node) -> Any:

@@ -83,6 +83,8 @@ def configuration_of(traced: TracedModel, plan: Plan) -> Any | str | None:
     if described is None:
         return None
     fault = _broken(traced, described.ties(traced.groups), plan)
+    if plan.dropped:
+        fault = f"{plan.dropped[0]} would have to stay"
     if fault is not None:
         return fault
     config = copy.deepcopy(traced.model.config)

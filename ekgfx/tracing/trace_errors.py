@@ -18,10 +18,6 @@ from ekgfx.errors import TraceError
 from ekgfx.graph.nodes import owner
 
 _OWN = (*(f"{path}{os.sep}" for path in torch.__path__), f"{Path(__file__).parent}{os.sep}")
-_CAUSAL = (
-    "pass whether the mask is causal, so that nn.Transformer need not compare its values (tgt_is_causal=True or False, "
-    "src_is_causal=; is_causal= of a TransformerEncoder)"
-)
 _STANDARD = sysconfig.get_paths()["stdlib"] + os.sep
 
 
@@ -39,10 +35,7 @@ def explained(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs:
         return TraceError(
             f"{type(model).__name__} does not run on the example inputs: {where[0]}{_first_lines(failure)}"
         )
-    advice = where[1]
-    if any(frame.f_code.co_name == "_detect_is_causal_mask" for *_, frame in frames):
-        advice = f"{_CAUSAL}, or {advice}"
-    return TraceError(f"{type(model).__name__} could not be traced: {where[0]}{what}: {advice}", module)
+    return TraceError(f"{type(model).__name__} could not be traced: {where[0]}{what}: {where[1]}", module)
 
 
 def unknown_sizes(model: nn.Module, program: torch.export.ExportedProgram) -> TraceError | None:

@@ -23,7 +23,7 @@ from .profile import profile, whole_runs
 from .providers import provider
 
 NETWORKS = 12
-"""Networks that are measured: a segment that occurs once has so many points for four coefficients."""
+"""Networks that are measured: so many points for the coefficients of a segment that occurs once."""
 
 
 def measure_layers(

@@ -4,11 +4,13 @@
     python tests/mutants.py einsum norms   # those with one of these words in their name
     python tests/mutants.py --list         # only see that each still applies
 
-Each is applied in a copy of the tree, where the tests that should fail are run.
+Each is applied in a copy of the tree, where the tests that should fail are run, in a process that has the libraries.
 """
 
+import multiprocessing
+import os
+import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -142,6 +144,60 @@ MUTANTS = [
         "tests/search/test_race.py",
     ),
     Mutant(
+        "INT8 ranges are chosen by the error, whatever the answers",
+        """return self.loss, float("inf") if self.judged.error is None else self.judged.error""",
+        """return (float("inf") if self.judged.error is None else self.judged.error), self.loss""",
+        "tests/export/test_int8.py -k by_answers_then_by_error",
+    ),
+    Mutant(
+        "an INT8 scope that loses answers is taken for its speed",
+        "good = [made for made in found if made.loss <= min(other.loss for other in found) + ENOUGH]",
+        "good = found",
+        "tests/export/test_int8.py -k for_its_speed",
+    ),
+    Mutant(
+        "INT8 is judged by the images that it is calibrated on",
+        "return single[::2], single[1::2], found.notes",
+        "return single[::2], single[::2], found.notes",
+        "tests/export/test_int8.py -k share_no_image",
+    ),
+    Mutant(
+        "groups that are tied to an ignored one shrink",
+        "held |= {*tie.members} if held & {*tie.members} else set()",
+        "pass",
+        "tests/test_ties.py -k ignored",
+    ),
+    Mutant(
+        "tied groups keep the same number of channels, whatever their sizes",
+        "steps = {name: self.groups[name].size // step for name in names}",
+        "steps = dict.fromkeys(names, 1)",
+        "tests/test_ties.py -k configuration_ties",
+    ),
+    Mutant(
+        "repeated layers without a configuration have widths of their own",
+        "return tied(traced.groups, [*widths, *role_widths(traced)], {})",
+        "return tied(traced.groups, widths, {})",
+        "tests/test_ties.py -k without_a_configuration",
+    ),
+    Mutant(
+        "averages are those of the images, not corrected",
+        'return corrected(old, full, cut, getattr(self.norms[name], "eps", 0.0))',
+        "return cut",
+        "tests/test_calibrate.py -k by_hand",
+    ),
+    Mutant(
+        "a norm that is called twice is corrected by its first call",
+        "full = calls.pop(0) if calls else cut",
+        "full = calls[0] if calls else cut",
+        "tests/test_calibrate.py -k call_by_call",
+    ),
+    Mutant(
+        "a short batch counts as much as a full one in corrected averages",
+        "share = samples / self.seen[name]",
+        "share = 0.5 if name in self._sums else 1.0",
+        "tests/test_calibrate.py -k in_the_correction",
+    ),
+    Mutant(
         "values are dropped before their last reader",
         "last = {used.name: node.name for node in nodes for used in (node, *node.all_input_nodes)}",
         "last = {node.name: node.name for node in nodes}",
@@ -167,11 +223,25 @@ def place(mutant: Mutant) -> Path:
 
 def passes(tests: str, tree: Path) -> bool:
     """Whether these tests pass. Raises SystemExit where they could not be run."""
-    command = f"{sys.executable} -m pytest -q -x -p no:cacheprovider {tests}"
-    done = subprocess.run(command, shell=True, cwd=tree, capture_output=True, text=True)
-    if done.returncode not in (0, 1):
-        raise SystemExit(f"{tests}: did not run\n{done.stdout}{done.stderr}")
-    return done.returncode == 0
+    with tempfile.NamedTemporaryFile("r") as said:
+        process = multiprocessing.get_context("fork").Process(target=run, args=(tests, tree, said.name))
+        process.start()
+        process.join()
+        if process.exitcode not in (0, 1):
+            raise SystemExit(f"{tests}: did not run\n{said.read()}")
+    return process.exitcode == 0
+
+
+def run(tests: str, tree: Path, said: str) -> None:
+    """Ends the process as pytest ends."""
+    import pytest
+
+    os.chdir(tree)
+    sys.dont_write_bytecode = True  # a mutant of the same length, written in the same second, would not be seen
+    file = os.open(said, os.O_WRONLY)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.exit(int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *shlex.split(tests)])))
 
 
 def survives(mutant: Mutant, tree: Path) -> bool:
@@ -192,6 +262,9 @@ def main(words: list[str]) -> int:
     if words == ["--list"]:
         print("\n".join(f"{place(mutant)}: {mutant.name}" for mutant in MUTANTS))
         return 0
+    import onnxruntime  # noqa: F401  once for all: they take longer than most of the tests
+    import timm  # noqa: F401
+
     left = 0
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import ekgfx
-from ekgfx.graph.cost import evaluate, mac_table
+from ekgfx.graph.cost import mac_table, value_of
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.surgery.check import check_masked, check_pruned, perturb
 
@@ -56,7 +56,7 @@ def test_norms_without_parameters_know_their_width() -> None:
 def said_macs(traced: ekgfx.TracedModel, plan: ekgfx.Plan, batch: int) -> int:
     """What the rules say of a whole batch."""
     counts = {axis: len(kept) for axis, kept in traced.groups.kept(plan).items()} | {traced.batch: batch}
-    return sum(evaluate(products, counts) for products in mac_table(traced).values())
+    return sum(value_of(products, counts) for products in mac_table(traced).values())
 
 
 def counted_macs(model: nn.Module, inputs: tuple) -> int:

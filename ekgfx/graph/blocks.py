@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ekgfx.graph.axis_graph import AxisGraph, Operation
-from ekgfx.graph.cost import evaluate, mac_products
+from ekgfx.graph.cost import mac_products, value_of
 
 ADD = "aten.add.Tensor"
 IDEMPOTENT = frozenset({"aten.relu.default", "aten.hardtanh.default", "aten.relu6.default", "aten.clamp.default"})
@@ -57,7 +57,7 @@ def find_blocks(graph: AxisGraph) -> tuple[Block, ...]:
             gone = _without(graph, output, operation.args[trunk])
             weights = _read_by(graph, gone)
             macs = sum(
-                evaluate(mac_products(graph, op), {graph.batch: 1}) for op in graph.operations if op.node in gone
+                value_of(mac_products(graph, op), {graph.batch: 1}) for op in graph.operations if op.node in gone
             )
             if weights or macs:
                 found.append((operation, trunk, output, gone, weights, macs))
@@ -196,5 +196,5 @@ def _largest_part(graph: AxisGraph, module: str, nodes: Sequence[fx.Node]) -> st
         assert operation is not None
         if operation.module.startswith(inside) and operation.module != module:
             part = inside + operation.module.removeprefix(inside).partition(".")[0]
-            work[part] += 1 + evaluate(mac_products(graph, operation), {graph.batch: 1})
+            work[part] += 1 + value_of(mac_products(graph, operation), {graph.batch: 1})
     return max(work, key=work.__getitem__) if work else module or nodes[-1].name

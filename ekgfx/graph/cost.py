@@ -33,7 +33,7 @@ def mac_products(graph: AxisGraph, operation: Operation) -> Products:
     return list(operation.effect.macs or ())
 
 
-def evaluate(products: Products, counts: Mapping[Axis, int]) -> int:
+def value_of(products: Products, counts: Mapping[Axis, int]) -> int:
     """The value of a sum of products when the axes keep `counts` positions."""
     return sum(reduce(mul, (count(e, counts) for e in product), 1) for product in products)
 
@@ -41,12 +41,12 @@ def evaluate(products: Products, counts: Mapping[Axis, int]) -> int:
 def cost_of(graph: AxisGraph, table: Mapping[str, Products], counts: Mapping[Axis, int]) -> Cost:
     """The cost per sample when every axis keeps `counts[axis]` positions; `table` is the graph's `mac_table`."""
     counts = {**counts, graph.batch: 1}
-    macs = sum(evaluate(products, counts) for products in table.values())
+    macs = sum(value_of(products, counts) for products in table.values())
     dims = graph.weight_dims()
     params, seen = 0, set()
     for name, parameter in graph.model.named_parameters():
         if id(parameter) in seen or name in graph.gone:
             continue
         seen.add(id(parameter))
-        params += evaluate([dims[name]], counts) if name in dims else parameter.numel()
+        params += value_of([dims[name]], counts) if name in dims else parameter.numel()
     return Cost(macs, params)

@@ -16,7 +16,7 @@ from ekgfx.base.markup import html_table
 from ekgfx.base.units import human
 from ekgfx.errors import PlanError
 from ekgfx.graph.axis_graph import AxisGraph, Operation
-from ekgfx.graph.cost import Products, evaluate
+from ekgfx.graph.cost import Products, value_of
 from ekgfx.graph.plan import Plan
 
 CONVOLUTIONS = "aten.conv"
@@ -220,7 +220,7 @@ def _governed_macs(graph: AxisGraph, macs_of: Mapping[str, Products]) -> dict[Ax
     total: dict[Axis, int] = {}
     for products in macs_of.values():
         for product in products:
-            value = evaluate([product], {graph.batch: 1})
+            value = value_of([product], {graph.batch: 1})
             for axis in {a for e in product for a in axes(e)}:
                 total[axis] = total.get(axis, 0) + value
     return total

@@ -15,7 +15,7 @@ from torch import fx
 
 from ekgfx.axes import Axis, axes
 from ekgfx.graph.axis_graph import AxisGraph, Operation
-from ekgfx.graph.cost import Products, evaluate, mac_products
+from ekgfx.graph.cost import Products, mac_products, value_of
 
 START = ""
 """The segment of what is computed before the first layer with weights."""
@@ -50,7 +50,7 @@ class Segment:
 
     def sizes(self, counts: Mapping[Axis, int]) -> tuple[int, int, int]:
         """MACs, elements read and elements written when the axes keep `counts` positions."""
-        return evaluate(self.macs, counts), evaluate(self.read, counts), evaluate(self.written, counts)
+        return value_of(self.macs, counts), value_of(self.read, counts), value_of(self.written, counts)
 
 
 def find_segments(graph: AxisGraph) -> dict[str, Segment]:

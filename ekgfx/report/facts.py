@@ -33,7 +33,7 @@ SAMPLES = 20_000
 
 
 @dataclass(frozen=True)
-class Knowledge:
+class BankFacts:
     """The memory bank. teachers: step, loss and infidelity of each, the best first; agreement: K × K shares of the
     training samples for which two teachers name the same class; samples: how many were counted."""
 
@@ -64,7 +64,7 @@ class Facts:
     search: SearchResult | None
     layers: Sequence[Layer]
     epochs: Sequence[Epoch]
-    knowledge: Knowledge | None
+    knowledge: BankFacts | None
     latency: LatencyTable | None
     breakdown: Breakdown | None = None
     precisions: Precisions | None = None
@@ -138,7 +138,7 @@ def _repair(path: Path, manifest: Mapping[str, Any]) -> Repair | None:
     return told
 
 
-def _knowledge(path: Path) -> Knowledge | None:
+def _knowledge(path: Path) -> BankFacts | None:
     """The run's bank; None where there is none, or one that is being built."""
     folder = path / pipeline.BANK
     if not (folder / "bank.json").is_file():
@@ -146,7 +146,7 @@ def _knowledge(path: Path) -> Knowledge | None:
     if any(teacher.file is None for teacher in read_bank_manifest(folder).teachers):
         return None
     bank = Bank.open(folder, verify=False)
-    return Knowledge(bank.teachers, *_agreement(bank))
+    return BankFacts(bank.teachers, *_agreement(bank))
 
 
 def _agreement(bank: Bank) -> tuple[list[list[float]], int]:

@@ -77,7 +77,7 @@ class Values:
 
 
 @dataclass
-class Call:
+class ModuleCall:
     """One call of the module at `path`.
 
     passed: its (args, kwargs), as nodes of the caller; given: the same, as the nodes that it reads. returned: its
@@ -90,19 +90,19 @@ class Call:
     given: Values
     returned: Values | None = None
     results: Values | None = None
-    steps: list["fx.Node | Call"] = field(default_factory=list)
+    steps: list["fx.Node | ModuleCall"] = field(default_factory=list)
 
-    def all(self) -> Iterator["Call"]:
+    def all(self) -> Iterator["ModuleCall"]:
         """This call and all that are made in it."""
         yield self
         for step in self.steps:
-            if isinstance(step, Call):
+            if isinstance(step, ModuleCall):
                 yield from step.all()
 
     def operators(self) -> Iterator[tuple[str, fx.Node]]:
         """Every operator in it with the module that runs it, in order."""
         for step in self.steps:
-            if isinstance(step, Call):
+            if isinstance(step, ModuleCall):
                 yield from step.operators()
             else:
                 yield self.path, step
@@ -114,13 +114,13 @@ class Calls:
     free: how much of the inputs' sizes is symbolic: "sizes", "batch" or nothing. numbers: sizes of the batch and of
     space that the user's Python has made numbers of, as `len(x)` does."""
 
-    root: Call
+    root: ModuleCall
     weights: dict[str, str]
     constants: dict[str, Tensor]
     free: str
     numbers: frozenset[int]
 
-    def of(self, path: str) -> list[Call]:
+    def of(self, path: str) -> list[ModuleCall]:
         """The calls of one module."""
         return [call for call in self.root.all() if call.path == path]
 
@@ -256,7 +256,7 @@ def _read(model: nn.Module, program: torch.export.ExportedProgram, recorded: lis
             else:
                 constants[name] = constant
     top: list[Any] = []
-    running: list[Call] = []
+    running: list[ModuleCall] = []
     marks, taken = iter(recorded), set[fx.Node]()
     for node in graph.nodes:
         if node in taken or node.op != "call_function":
@@ -273,7 +273,7 @@ def _read(model: nn.Module, program: torch.export.ExportedProgram, recorded: lis
             for tensors in (node.args[0], [inside.get(i) for i in range(len(node.args[0]))])
         )
         if begins:
-            call = Call(path, before, after)
+            call = ModuleCall(path, before, after)
             (running[-1].steps if running else top).append(call)
             running.append(call)
         else:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from ekgfx.rewriting.calls import Call, Held, Values, whole
+from ekgfx.rewriting.calls import Held, ModuleCall, Values, whole
 from ekgfx.rewriting.head import Head
 from ekgfx.rewriting.patched import Forward
 from ekgfx.rewriting.spelling import access, attribute, plain, released, variable, written
@@ -64,8 +64,8 @@ class _Writer:
         recorded: Recorded,
         widths: Widths,
         inline: set[str],
-        call: Call,
-        trained: Call | None,
+        call: ModuleCall,
+        trained: ModuleCall | None,
     ) -> None:
         self.module, self.path, self.recorded, self.widths, self.inline = module, path, recorded, widths, inline
         self.call, self.trained = call, trained
@@ -100,7 +100,7 @@ class _Writer:
 
     # -- the body ---------------------------------------------------------------------------------------------------
 
-    def _steps(self, call: Call) -> list[Step]:
+    def _steps(self, call: ModuleCall) -> list[Step]:
         steps: list[Step] = []
         for step in call.steps:
             if isinstance(step, fx.Node):
@@ -118,13 +118,13 @@ class _Writer:
             steps += [("is", new, old) for new, old in zip(step.results.flat, step.returned.flat, strict=True)]
         return steps
 
-    def _matters(self, call: Call) -> bool:
+    def _matters(self, call: ModuleCall) -> bool:
         """Whether somebody reads what a call returns, or the trace knows it."""
         assert call.results is not None
         read = any(isinstance(leaf, fx.Node) and leaf.users for leaf in call.results.flat)
         return read or not any(True for _ in call.operators()) or self.widths.knows(call)
 
-    def _body(self, call: Call, steps: list[Step], others: list[Step] | None) -> list[str]:
+    def _body(self, call: ModuleCall, steps: list[Step], others: list[Step] | None) -> list[str]:
         taken = [parameter.name for parameter in self.head.parameters]
         terms = Terms(self.path, self.recorded, self.widths, self.calls, self.own, self.objects, taken)
         self.terms = terms
@@ -155,7 +155,7 @@ class _Writer:
         self.terms.name(node, name)
         return f"{name} = {text}"
 
-    def _called(self, name: str, call: Call) -> list[str]:
+    def _called(self, name: str, call: ModuleCall) -> list[str]:
         """A call of a submodule, and what it returns taken apart."""
         assert call.results is not None
         args, kwargs = pytree.tree_unflatten([self.terms.value(v) for v in call.passed.leaves], call.passed.spec)

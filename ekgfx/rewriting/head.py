@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ekgfx.rewriting.calls import Call, Held
+from ekgfx.rewriting.calls import Held, ModuleCall
 from ekgfx.rewriting.spelling import access
 
 
@@ -17,7 +17,7 @@ class Head:
 
     module: nn.Module
     path: str
-    call: Call
+    call: ModuleCall
 
     @property
     def _signature(self) -> inspect.Signature:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx
 
 from ekgfx.errors import PruneError
-from ekgfx.rewriting.calls import Call, Calls, Held, Values
+from ekgfx.rewriting.calls import Calls, Held, ModuleCall, Values
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,18 @@ class _Thinning:
         self.stands: dict[Any, Any] = {}
         self.dead: set[Any] = set()
 
-    def call(self, call: Call) -> Call:
+    def call(self, call: ModuleCall) -> ModuleCall:
         """The call, thinned; its arguments and results are those of before, as far as they are there."""
         steps = self.steps(call)
         returned = self.values(call.returned)
         if returned is not None and any(self.is_dead(leaf) for leaf in returned.flat):
             raise PruneError(f"{call.path or 'the model'} returns what went with a block")
-        return Call(call.path, self.values(call.passed), call.given, returned, call.results, steps)  # type: ignore[arg-type]
+        return ModuleCall(call.path, self.values(call.passed), call.given, returned, call.results, steps)  # type: ignore[arg-type]
 
-    def steps(self, call: Call) -> list[fx.Node | Call]:
-        left: list[fx.Node | Call] = []
+    def steps(self, call: ModuleCall) -> list[fx.Node | ModuleCall]:
+        left: list[fx.Node | ModuleCall] = []
         for step in call.steps:
-            if isinstance(step, Call):
+            if isinstance(step, ModuleCall):
                 left += self.called(step)
             elif step in self.missing.stands:
                 self.put(step, self.missing.stands[step])
@@ -67,7 +67,7 @@ class _Thinning:
                 left.append(step)
         return left
 
-    def called(self, call: Call) -> list[fx.Node | Call]:
+    def called(self, call: ModuleCall) -> list[fx.Node | ModuleCall]:
         """What is left of a call, for its caller."""
         inside = [node for _, node in call.operators()]
         passed = self.values(call.passed)
@@ -81,7 +81,7 @@ class _Thinning:
             return []
         return [self.call(call)]
 
-    def inlined(self, call: Call) -> list[fx.Node | Call]:
+    def inlined(self, call: ModuleCall) -> list[fx.Node | ModuleCall]:
         self.alias(call.given, call.passed)
         steps = self.steps(call)
         self.alias(call.results, call.returned)
@@ -97,11 +97,11 @@ class _Thinning:
                 else:
                     self.put(to, source)
 
-    def bury(self, call: Call) -> None:
+    def bury(self, call: ModuleCall) -> None:
         for values in (call.given, call.returned, call.results):
             self.dead.update(leaf for leaf in (values.flat if values else ()) if isinstance(leaf, fx.Node))
         for step in call.steps:
-            if isinstance(step, Call):
+            if isinstance(step, ModuleCall):
                 self.bury(step)
             else:
                 self.dead.add(step)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ekgfx.errors import PruneError
-from ekgfx.rewriting.calls import Call, Calls, Held
+from ekgfx.rewriting.calls import Calls, Held, ModuleCall
 from ekgfx.rewriting.spelling import attribute, literal, scaled, spelled
 
 _SIZES = {"size", "shape", "sizes", "output_size", "start", "end", "length", "split_size", "split_sizes", "repeats"}
@@ -36,7 +36,7 @@ class Widths(Protocol):
     def batch_dim(self, node: fx.Node) -> int | None:
         """The dimension of a recorded value that is the batch, None where none is."""
 
-    def knows(self, call: Call) -> bool:
+    def knows(self, call: ModuleCall) -> bool:
         """Whether the trace has something of what runs in a call: it leaves out what has no effect on the outputs."""
 
     def length(self, node: fx.Node, dim: int, old: int) -> int:

@@ -9,9 +9,10 @@ They exist so that the program's recorded numbers can be compared with ours. Use
   so that its losses depend on how the data are cut into batches.
 - rounded_last_width: its search for the last width rounds ratios to two decimals, which can add a channel and then stop
   one below the width it looked for, or two below.
+- strict_best: it takes the highest reward, however little above another, and the first of equals.
 
 Two more of its habits are no options. It counts 2·H·W·C for every BatchNorm on top of the MACs: pass
-`cost=authors_cost(traced)`. And it records the unpruned network's loss with the last candidate's widths in its history.
+`cost=authors_cost(traced)`. Its history begins with the unpruned network's loss beside the last candidate's widths.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ekgfx.graph.cost import evaluate
+from ekgfx.graph.cost import value_of
 from ekgfx.graph.plan import Plan
 from ekgfx.search.candidates import Proposal
 from ekgfx.search.widths import WidthRule, last_width
@@ -62,7 +63,7 @@ def authors_cost(traced: TracedModel) -> Callable[[Plan], float]:
 
     def cost(plan: Plan) -> float:
         counts = {axis: len(kept) for axis, kept in traced.groups.kept(plan).items()}
-        values = evaluate([traced.dims[norm.name] for norm in norms], {**counts, traced.batch: 1})  # type: ignore[misc]
+        values = value_of([traced.dims[norm.name] for norm in norms], {**counts, traced.batch: 1})  # type: ignore[misc]
         return traced.cost(plan).macs + 2 * values
 
     return cost

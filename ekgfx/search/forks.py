@@ -17,7 +17,7 @@ from ekgfx.axes import Axis, Expr, axes
 from ekgfx.data.batches import Inputs
 from ekgfx.execution.subnetwork import SubNetwork, slice_weights
 from ekgfx.graph.axis_graph import AxisGraph
-from ekgfx.graph.cost import evaluate, mac_table
+from ekgfx.graph.cost import mac_table, value_of
 from ekgfx.graph.liveness import last_reads
 
 
@@ -109,8 +109,8 @@ class Forks:
         table, counts = self._mac_table, {**counts, self.graph.batch: 1}
         effort = {}
         for operation in self.graph.operations:
-            written = evaluate(operation.effect.outputs, counts)
-            effort[operation.name] = evaluate(table.get(operation.name, []), counts) + written
+            written = value_of(operation.effect.outputs, counts)
+            effort[operation.name] = value_of(table.get(operation.name, []), counts) + written
         return effort
 
     @cached_property

@@ -126,7 +126,7 @@ def at_random(problem: Problem, plan: Plan, knowledge: Knowledge | None) -> Scor
     return {name: drawn[name] for name in problem.groups}
 
 
-Place = tuple[str, int]
+Activation = tuple[str, int]
 """An activation and one of its dimensions."""
 
 Rows = tuple[int, int, int]
@@ -144,10 +144,10 @@ def samples_along(graph: AxisGraph, node: str, samples: int) -> Rows | None:
 
 def changes_at(
     negative: Tensor,
-    places: Mapping[Place, Tensor],
+    places: Mapping[Activation, Tensor],
     others: Sequence[Tensor],
-    rows: Mapping[Place, Rows | None] | None = None,
-) -> tuple[dict[Place, Tensor], Sequence[Tensor | None]]:
+    rows: Mapping[Activation, Rows | None] | None = None,
+) -> tuple[dict[Activation, Tensor], Sequence[Tensor | None]]:
     """Σ (∂ℛ/∂y)·y for every position along a dimension of an activation y, for all places that ℛ depends on: 1 ×
     positions, or rows × positions where `rows` says which sums are taken by themselves; float64, on the CPU. And the
     gradients of `others`.
@@ -155,7 +155,7 @@ def changes_at(
     The gradient of an activation is looked at when it comes by, while it is in the cache, and is not kept: all of them
     together would take as much memory as the activations do.
     """
-    sums: dict[Place, Tensor] = {}
+    sums: dict[Activation, Tensor] = {}
     values = {id(value): value for value in places.values() if value.requires_grad}  # two nodes may have one value
 
     def look(value: Tensor, gradient: Tensor) -> None:

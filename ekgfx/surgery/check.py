@@ -157,7 +157,7 @@ def check_masked(traced: TracedModel, plan: Plan, inputs: tuple) -> float:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Mismatch:
     """An operator of the pruned model that is not what was predicted, in words, and the module that runs it.
 
     another: another operator stands in its place. That need not be wrong: Python may leave out what does nothing, as
@@ -181,7 +181,7 @@ def predicted_shapes(graph: AxisGraph, counts: Mapping[Axis, int]) -> dict[str, 
     return shapes
 
 
-def differences(traced: TracedModel, counts: Mapping[Axis, int], again: TracedModel) -> list[Difference]:
+def differences(traced: TracedModel, counts: Mapping[Axis, int], again: TracedModel) -> list[Mismatch]:
     """Where the pruned model, traced again in every way in which it was traced, is not the traced one with `counts`
     positions left of its axes.
 
@@ -193,7 +193,7 @@ def differences(traced: TracedModel, counts: Mapping[Axis, int], again: TracedMo
     return [replace(found, way=old.way) for old, new in pairs for found in _differences(old, counts, new)]
 
 
-def _differences(traced: AxisGraph, counts: Mapping[Axis, int], again: AxisGraph) -> list[Difference]:
+def _differences(traced: AxisGraph, counts: Mapping[Axis, int], again: AxisGraph) -> list[Mismatch]:
     shapes, actual = predicted_shapes(traced, counts), predicted_shapes(again, {})
     before, after = _Reader(traced), _Reader(again)
     found = []
@@ -203,9 +203,9 @@ def _differences(traced: AxisGraph, counts: Mapping[Axis, int], again: AxisGraph
         place = f"{old.name} in {old.module or 'the model'}"
         if shapes[old.name] != actual[new.name]:
             text = f"{place}: predicted shape {shapes[old.name]}, found {actual[new.name]}"
-            found.append(Difference(old.module, text))
+            found.append(Mismatch(old.module, text))
         else:
-            found += [Difference(old.module, f"{place}: {what}") for what in _otherwise(old, new, before, after)]
+            found += [Mismatch(old.module, f"{place}: {what}") for what in _otherwise(old, new, before, after)]
     else:
         if len(before.operations) == len(after.operations):
             return found
@@ -215,7 +215,7 @@ def _differences(traced: AxisGraph, counts: Mapping[Axis, int], again: AxisGraph
         next((i for i, (a, b) in pairs if operator_name(a.target) != operator_name(b.target)), common)
     ]
     text = f"the pruned model runs other operators than the original, from {first.name} in {first.module or 'it'} on"
-    return [*found, Difference(first.module, text, another=True)]
+    return [*found, Mismatch(first.module, text, another=True)]
 
 
 def operator_name(target: Any) -> str:

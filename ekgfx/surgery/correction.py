@@ -15,7 +15,7 @@ from ekgfx.execution.subnetwork import slice_tensor
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.tracing.trace import TracedModel
 
-Call = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
+Hook = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 
 class Correction:
@@ -127,7 +127,7 @@ def _of_batch(norm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Stati
 
 
 @contextmanager
-def _before_calls(norms: Mapping[str, nn.Module], call: Call) -> Iterator[None]:
+def _before_calls(norms: Mapping[str, nn.Module], call: Hook) -> Iterator[None]:
     handles = [
         norm.register_forward_pre_hook(
             lambda norm, args, kwargs, name=name: call(name, norm, args, kwargs), with_kwargs=True

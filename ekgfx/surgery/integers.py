@@ -86,7 +86,7 @@ STANDARD = tuple(layer for layer, _ in LAYERS)
 Attributes = Mapping[str, Mapping[str, Any]]
 
 
-Place = tuple[tuple[str, Any], ...]
+AttributePath = tuple[tuple[str, Any], ...]
 """The way from a module to an integer: ("attribute", name), ("key", key) or ("position", index) of what is there."""
 
 
@@ -100,7 +100,7 @@ class Choice:
 
     module: str
     governor: str
-    place: Place
+    place: AttributePath
     values: tuple[int, ...]
     likely: bool
 
@@ -208,7 +208,7 @@ def _configures(value: Any) -> bool:
     return plain and any(type(v) is int for v in vars(value).values())
 
 
-def _integers(attributes: Mapping[str, Any]) -> Iterator[tuple[Place, int]]:
+def _integers(attributes: Mapping[str, Any]) -> Iterator[tuple[AttributePath, int]]:
     """Every integer among a module's attributes, in their tuples and lists, and in the configurations among them."""
     for name, value in attributes.items():
         if name.startswith("_") and isinstance(value, dict):
@@ -221,14 +221,14 @@ def _integers(attributes: Mapping[str, Any]) -> Iterator[tuple[Place, int]]:
                 yield from _within(held, (("attribute", name), (kind, member)))
 
 
-def _within(value: Any, place: Place) -> Iterator[tuple[Place, int]]:
+def _within(value: Any, place: AttributePath) -> Iterator[tuple[AttributePath, int]]:
     if type(value) is int:
         yield place, value
     elif type(value) in (tuple, list) and value and all(type(v) is int for v in value):
         yield from (((*place, ("position", i)), v) for i, v in enumerate(value))
 
 
-def _reaches(module: nn.Module, place: Place) -> bool:
+def _reaches(module: nn.Module, place: AttributePath) -> bool:
     value: Any = module
     try:
         for step in place:
@@ -243,7 +243,7 @@ def _get(value: Any, step: tuple[str, Any]) -> Any:
     return getattr(value, key) if kind == "attribute" else value[key]
 
 
-def _put(holder: Any, place: Place, value: int) -> None:
+def _put(holder: Any, place: AttributePath, value: int) -> None:
     (kind, key), *rest = place
     if rest and rest[0][0] == "position":  # a tuple cannot be changed: another one takes its place
         old = _get(holder, (kind, key))

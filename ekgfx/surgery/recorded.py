@@ -18,7 +18,7 @@ from ekgfx.axes import Axis, Expr, Prod, count, resolve
 from ekgfx.errors import EkgfxError
 from ekgfx.graph.axis_graph import AxisGraph, Operation
 from ekgfx.graph.opaque import evaluation_mode
-from ekgfx.rewriting.calls import Call, Calls, Values, calls_of, hollow, whole
+from ekgfx.rewriting.calls import Calls, ModuleCall, Values, calls_of, hollow, whole
 from ekgfx.rewriting.terms import Recorded
 from ekgfx.surgery.check import operator_name, takes_all
 from ekgfx.tracing.trace import TracedModel
@@ -64,11 +64,11 @@ class TracedWidths:
                     self.dims |= {node: graph.dims[name] for node, name in zip(given, graph.inputs, strict=True)}
                 self._follow(calls.root, graph)
 
-    def _follow(self, call: Call, source: AxisGraph) -> None:
+    def _follow(self, call: ModuleCall, source: AxisGraph) -> None:
         """Every value in a call, and what it is passed on as, with its dimensions."""
         self._pass(call.passed, call.given)
         for step in call.steps:
-            if isinstance(step, Call):
+            if isinstance(step, ModuleCall):
                 self._follow(step, source)
             elif step in self.operations:
                 name = self.operations[step].name
@@ -85,7 +85,7 @@ class TracedWidths:
                 if isinstance(new, fx.Node) and isinstance(old, fx.Node) and old in self.dims:
                     self.dims[new] = self.dims[old]
 
-    def knows(self, call: Call) -> bool:
+    def knows(self, call: ModuleCall) -> bool:
         return any(node in self.operations for _, node in call.operators())
 
     def argument(self, node: fx.Node, name: str, position: int | None, old: int) -> int:

@@ -27,7 +27,7 @@ from ekgfx.rewriting.forward import rewrite
 from ekgfx.rewriting.patched import forward_of, put_forward
 from ekgfx.rewriting.terms import Recorded
 from ekgfx.surgery.behaviour import as_good, behaviour
-from ekgfx.surgery.check import Difference, compare_outputs, differences
+from ekgfx.surgery.check import Mismatch, compare_outputs, differences
 from ekgfx.surgery.dropped import recorded
 from ekgfx.surgery.faults import Problem, blamed, failing, training_error
 from ekgfx.surgery.integers import STANDARD, Attributes, Choice, choices_of, own_configurations
@@ -289,8 +289,8 @@ def repeatable(source: TracedModel) -> set[Way]:
     return {way for way, error in off.items() if error <= TOLERANCE.get(dtype, 0.05)}
 
 
-def _first_of_each(found: list[Difference]) -> list[Difference]:
-    first: dict[str, Difference] = {}
+def _first_of_each(found: list[Mismatch]) -> list[Mismatch]:
+    first: dict[str, Mismatch] = {}
     for difference in found:
         first.setdefault(difference.module, difference)
     return list(first.values())

@@ -28,7 +28,7 @@ from ekgfx.errors import EkgfxError, EkgfxWarning, PlanError, TraceError
 from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph import sizes, unseen
 from ekgfx.graph.axis_graph import AxisGraph, Example
-from ekgfx.graph.cost import Cost, Products, cost_of, evaluate, mac_table
+from ekgfx.graph.cost import Cost, Products, cost_of, mac_table, value_of
 from ekgfx.graph.dropped import Blocks, blocks_of, without
 from ekgfx.graph.groups import Groups, find_groups
 from ekgfx.graph.hints import masks_taken_as_they_are
@@ -134,7 +134,7 @@ class TracedModel(AxisGraph):
         total: dict[str, int] = {}
         for operation in self.operations:
             if operation.name in self._mac_table:
-                macs = evaluate(left._mac_table.get(operation.name, []), counts)
+                macs = value_of(left._mac_table.get(operation.name, []), counts)
                 total[operation.module] = total.get(operation.module, 0) + macs
         return total
 

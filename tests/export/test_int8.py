@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -27,6 +28,7 @@ from ekgfx.export.precisions import faster_fp16
 from torch import nn
 
 from ekgfx.errors import ExportError
+from ekgfx.repair.judge import Judgement
 
 from .nets import Classifier, Windows
 
@@ -169,6 +171,45 @@ def test_the_choice_is_by_answers_then_by_error(file, images, tmp_path):
     assert [trial.method for trial in made.tried[:3]] == ["min-max", "entropy", "percentile"]
     best = min(made.tried, key=lambda trial: (trial.loss, trial.error))
     assert (made.method, made.error) == (best.method, best.error)
+
+
+class Told(choosing._Search):
+    """Files that are judged as they are told: by scope, or by method where that is known."""
+
+    def __init__(self, answers: dict[str, tuple[float | None, float | None]], ms: dict[str, float] | None = None):
+        super().__init__(SimpleNamespace(covers=lambda scope: scope), None, None)
+        self.answers, self.ms = answers, ms or {}
+
+    def made(self, recipe):
+        agreement, error = self.answers.get(recipe.method, self.answers.get(recipe.scope))
+        made = choosing._Made(recipe, Path(), Judgement(error, agreement))
+        self.trials.append(choosing.Trial(recipe.method, recipe.scope, (), made.loss, error))
+        return made
+
+    def clocked(self, made):
+        return [self.ms[one.recipe.scope] for one in made]
+
+
+@pytest.mark.parametrize(
+    ("answers", "best"),
+    [
+        ({"all": (0.90, 0.1), "entropy": (0.95, 0.5)}, "entropy"),  # more of the answers, though further off
+        ({"all": (0.95, 0.1), "entropy": (0.95, 0.05)}, "entropy"),  # as many, and nearer
+        ({"all": (0.95, 0.1), "entropy": (0.90, 0.05)}, "min-max"),
+        ({"all": (None, 0.3), "entropy": (None, 0.2)}, "entropy"),  # no classes: the error alone
+        ({"all": (0.5, 0.3), "entropy": (1.0, None)}, "min-max"),  # no numbers
+    ],
+)
+def test_ranges_are_chosen_by_answers_then_by_error(answers, best):
+    search = Told(answers)
+    assert search.method(search.made(Recipe(scope="all")), ["entropy"]).recipe.method == best
+
+
+def test_a_scope_that_loses_answers_is_not_taken_for_its_speed():
+    answers = {"all": (0.95, 0.1), "products": (0.97, 0.1), "sums": (0.965, 0.2)}
+    search = Told(answers, {"all": 1.0, "products": 3.0, "sums": 2.0})
+    assert search.scope(list(answers)).recipe.scope == "sums"  # within 1% of the best, and faster than it
+    assert [trial.ms for trial in search.trials] == [None, 3.0, 2.0]  # the other is not even timed
 
 
 def test_of_scopes_that_are_as_good_the_fastest_is_taken(attention, tmp_path, monkeypatch):

@@ -1,0 +1,44 @@
+"""Positions that the example does not reach, and a longer one does: those of a table behind what a slice takes of it.
+
+`self.position[:, : x.shape[1]]` reads as many rows as the example has tokens. The rest looks like nobody's, and the
+next sentence may read it.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ekgfx.axes import Axis, Dims, axes, freeze
+from ekgfx.graph.nodes import op_name
+
+if TYPE_CHECKING:
+    from ekgfx.graph.axis_graph import AxisGraph
+
+SLICES = ("aten.slice.Tensor", "aten.narrow.default", "aten.slice_scatter.default")
+
+
+def hold_unreached(graphs: Sequence["AxisGraph"]) -> None:
+    """Freeze what is left of a dimension of which a slice takes as much as the example is long, and what no operator
+    makes anything of, though it reads other positions of the same weight."""
+    for graph in graphs:
+        for operation in graph.operations:
+            if op_name(operation.target) in SLICES:
+                taken = operation.args["src" if "src" in operation.args else "self"]
+                source = graph.dims[operation.args["self"].name]
+                at = operation.args["dim"] % len(source)
+                made = graph.dims[taken.name if "src" in operation.args else operation.name][at]
+                if made.size < source[at].size and any(axis.example or axis.batch for axis in axes(made)):
+                    freeze(source[at], "a slice of it is as long as the example")
+    made_of = {axis for graph in graphs for operation in graph.operations for axis in _results(operation.effect.out)}
+    places = Counter(axis for dims in graphs[0].weight_dims().values() for dim in dims for axis in axes(dim))
+    for name, dims in graphs[0].weight_dims().items():
+        for dim in dims:
+            within = list(axes(dim))
+            for axis in within if len(within) > 1 else ():
+                if places[axis] == 1 and axis not in made_of:
+                    freeze(axis, f"the example does not reach these positions of {name}")
+
+
+def _results(out: Dims | list[Dims]) -> list[Axis]:
+    several = out if isinstance(out, list) else [out]
+    return [axis for dims in several for dim in dims for axis in axes(dim)]

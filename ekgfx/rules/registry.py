@@ -62,6 +62,10 @@ class Memory:
     derivative: tuple[str, ...] = ("input", "result")
 
 
+FRESH = Memory(derivative=("input",))
+"""Of an operator whose derivative does not read its result."""
+
+
 @dataclass(frozen=True)
 class Call:
     """One use of an operator: arguments by schema name (tensors as Dims), traced output shapes, where it stands, and

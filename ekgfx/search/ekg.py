@@ -11,7 +11,7 @@ from ekgfx.graph.plan import Plan
 from ekgfx.search.candidates import Proposal, important_first, worth_evaluating
 from ekgfx.search.details import PAPER, Details
 from ekgfx.search.forks import Forks, Keeper
-from ekgfx.search.importance import Criterion, Scores, taylor, taylor_per_sample
+from ekgfx.search.importance import Criterion, Scores, scored
 from ekgfx.search.problem import DROP, Budget, Problem
 from ekgfx.search.race import Known, Outcome, evaluate_candidates, room_for_logits
 from ekgfx.search.ranking import ranking_of
@@ -124,10 +124,7 @@ def turns(
     problem = problem.at(state.plan)
     method = replace(method, forks=method.forks.on(problem.traced))
     keeper = keeper_of(problem, method.forks, state)
-    if method.criterion in (taylor, taylor_per_sample):
-        scores = method.criterion(problem, state.plan, state.knowledge, keeper)  # type: ignore[call-arg]
-    else:
-        scores = method.criterion(problem, state.plan, state.knowledge)
+    scores = scored(method.criterion, problem, state.plan, state.knowledge, keeper)
     known: Known = {}
     proposals = propose_all(problem, state, scores, method)
     mine = take_turn(problem, state, proposals, scores, method, keeper, known)

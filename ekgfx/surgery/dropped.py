@@ -16,9 +16,10 @@ from ekgfx.graph.blocks import Block
 from ekgfx.graph.nodes import bind
 from ekgfx.graph.plan import Plan
 from ekgfx.rewriting.calls import Calls, hollow
-from ekgfx.rewriting.forward import Recorded, rewrite
+from ekgfx.rewriting.forward import rewrite
 from ekgfx.rewriting.missing import Missing, without
 from ekgfx.rewriting.patched import put_forward
+from ekgfx.rewriting.terms import Recorded
 from ekgfx.surgery.recorded import TracedWidths, aligned, record
 from ekgfx.tracing.trace import TracedModel
 

@@ -19,7 +19,7 @@ from ekgfx.errors import EkgfxError
 from ekgfx.graph.axis_graph import AxisGraph, Operation
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.rewriting.calls import Call, Calls, Values, calls_of, hollow, whole
-from ekgfx.rewriting.forward import Recorded
+from ekgfx.rewriting.terms import Recorded
 from ekgfx.surgery.check import operator_name, takes_all
 from ekgfx.tracing.trace import TracedModel
 

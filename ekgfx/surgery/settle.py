@@ -23,8 +23,9 @@ from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.plan import Plan
 from ekgfx.graph.untouched import State, deep_copy
 from ekgfx.graph.ways import Way
-from ekgfx.rewriting.forward import Recorded, rewrite
+from ekgfx.rewriting.forward import rewrite
 from ekgfx.rewriting.patched import forward_of, put_forward
+from ekgfx.rewriting.terms import Recorded
 from ekgfx.surgery.behaviour import as_good, behaviour
 from ekgfx.surgery.check import Difference, compare_outputs, differences
 from ekgfx.surgery.dropped import recorded

@@ -14,7 +14,8 @@ from ekgfx.graph.nodes import op_name
 if TYPE_CHECKING:
     from ekgfx.graph.axis_graph import AxisGraph
 
-SLICES = ("aten.slice.Tensor", "aten.narrow.default", "aten.slice_scatter.default")
+SLICES = ("aten.slice.Tensor", "aten.narrow.default", "aten.split_with_sizes.default", "aten.split.sizes")
+OVERWRITES = "aten.slice_scatter.default"
 
 
 def hold_unreached(graphs: Sequence["AxisGraph"]) -> None:
@@ -22,12 +23,16 @@ def hold_unreached(graphs: Sequence["AxisGraph"]) -> None:
     makes anything of, though it reads other positions of the same weight."""
     for graph in graphs:
         for operation in graph.operations:
-            if op_name(operation.target) in SLICES:
-                taken = operation.args["src" if "src" in operation.args else "self"]
-                source = graph.dims[operation.args["self"].name]
-                at = operation.args["dim"] % len(source)
-                made = graph.dims[taken.name if "src" in operation.args else operation.name][at]
-                if made.size < source[at].size and any(axis.example or axis.batch for axis in axes(made)):
+            name = op_name(operation.target)
+            if name not in SLICES and name != OVERWRITES:
+                continue
+            source = graph.dims[operation.args["self"].name]
+            at = operation.args["dim"] % len(source)
+            out = operation.effect.out
+            parts = [graph.dims[operation.args["src"].name]] if name == OVERWRITES else out
+            for part in parts if isinstance(parts, list) else [parts]:
+                partial = part[at].size < source[at].size
+                if partial and any(axis.example or axis.batch for axis in axes(part[at])):
                     freeze(source[at], "a slice of it is as long as the example")
     made_of = {axis for graph in graphs for operation in graph.operations for axis in _results(operation.effect.out)}
     places = Counter(axis for dims in graphs[0].weight_dims().values() for dim in dims for axis in axes(dim))

@@ -66,11 +66,11 @@ def test_every_round_begins_with_another_one() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_published_commands_exist(page: Path) -> None:
     text = re.sub(r"\\?\n\s*", " ", page.read_text(encoding="utf-8"))
-    for place, name, part in re.findall(r"benchmarks/((?:gpu/)?(\w+)\.py)(?: ([\w-]+))?", text):
+    for place, name, part in re.findall(r"benchmarks/((?:gpu/)?(\w+)\.py)(?: (--help|\w[\w-]*))?", text):
         file = ROOT / "benchmarks" / place
         assert file.is_file(), place
         if file.parent.name == "benchmarks" and "PARTS = {" in file.read_text(encoding="utf-8"):
-            assert part in importlib.import_module(f"benchmarks.{name}").PARTS, f"{place} {part}"
+            assert part in {"--help", *importlib.import_module(f"benchmarks.{name}").PARTS}, f"{place} {part}"
 
 
 @pytest.mark.parametrize("name", ["bank", "coverage", "imagenet", "onnx_export", "search"])

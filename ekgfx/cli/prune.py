@@ -80,6 +80,11 @@ log = logging.getLogger("ekgfx")
     "a configuration, repeated layers share their widths.",
 )
 @setting(
+    "search.depth",
+    "--depth/--no-depth",
+    help="Whole residual blocks may be dropped as well, where that loses less for what it saves.",
+)
+@setting(
     "search.accept",
     "--accept",
     metavar="N",

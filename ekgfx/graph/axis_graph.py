@@ -26,6 +26,7 @@ from ekgfx.graph.nodes import bind, first_names, op_name, owner, rename_modules
 from ekgfx.graph.opaque import Leaves
 from ekgfx.graph.returns import Returns
 from ekgfx.graph.tables import is_table
+from ekgfx.graph.unreached import hold_unreached
 from ekgfx.graph.unseen import released, settle, unread
 from ekgfx.graph.untouched import State
 from ekgfx.graph.ways import Way
@@ -161,6 +162,7 @@ class AxisGraph:
             for op, uses in graph.unknown_ops.items():
                 self.unknown_ops.setdefault(op, uses)
         hold_copies(self.graphs)
+        hold_unreached(self.graphs)
         for graph in self.graphs:
             graph.batch = cast(Axis, resolve(graph.batch))  # one, where weights are as long as the batch
         self.only, self.unseen, self.could_be = settle(self)

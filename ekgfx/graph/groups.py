@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from operator import getitem
@@ -82,9 +82,15 @@ class Groups(Mapping[str, ChannelGroup]):
     """All channel groups of a model by name, in the order in which the network produces them."""
 
     def __init__(
-        self, groups: tuple[ChannelGroup, ...], frozen: tuple[FrozenPlace, ...], prunable_share: float
+        self,
+        groups: tuple[ChannelGroup, ...],
+        frozen: tuple[FrozenPlace, ...],
+        prunable_share: float,
+        gone: Collection[str] = (),
     ) -> None:
+        """gone: names of groups that went with residual blocks, of which plans may still speak."""
         self._groups = {group.name: group for group in groups}
+        self.gone = frozenset(gone)
         self.frozen = frozen
         self.prunable_share = prunable_share
 
@@ -143,6 +149,8 @@ class Groups(Mapping[str, ChannelGroup]):
             )
         kept = {}
         for name, indices in plan.kept.items():
+            if name in self.gone:
+                continue
             group = self[name]
             if not indices:
                 raise PlanError(f"the plan keeps no channel of {name!r}; keep at least one")
@@ -151,6 +159,26 @@ class Groups(Mapping[str, ChannelGroup]):
             if len(indices) < group.size:
                 kept[group.axis] = torch.tensor(indices)
         return kept
+
+
+def left_of(groups: Groups, graph: AxisGraph) -> Groups:
+    """The groups of a model as far as a graph without some of its blocks has them, under their names and digest."""
+    nodes = {operation.name for operation in graph.operations}
+    found = []
+    for group in groups.values():
+        places = tuple(place for place in group.places if place.parameter not in graph.gone)
+        producers = tuple(name for name in group.producers if name not in graph.gone)
+        gates = tuple(gate for gate in group.gates if gate.node in nodes)
+        if places:
+            found.append(replace(group, places=places, producers=producers, gates=gates))
+    left = Groups(
+        tuple(found),
+        tuple(place for place in groups.frozen if place.parameter not in graph.gone),
+        groups.prunable_share,
+        groups.keys() - {group.name for group in found},
+    )
+    vars(left)["digest"] = groups.digest
+    return left
 
 
 def find_groups(graph: AxisGraph, macs_of: Mapping[str, Products]) -> Groups:

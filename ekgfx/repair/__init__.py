@@ -27,7 +27,6 @@ from ekgfx.repair.refitting import repair_operators
 from ekgfx.repair.walk import LayerRepair, Walk
 from ekgfx.surgery.calibrate import estimated
 from ekgfx.tracing.trace import TracedModel
-from ekgfx.training.evaluation import device_of
 
 __all__ = ["repair", "Repair", "LayerRepair", "Skipped", "Judgement"]
 
@@ -97,8 +96,8 @@ def repair(
         pruned: what `ekgfx.prune` made of the traced model by the plan.
         traced: the unpruned model, traced.
         plan: what the model was pruned by.
-        images: B × …, on the scale that the model expects; or batches: tensors, or tuples `(images, …)` whose rest
-            (labels) is not looked at. Every fifth is held out.
+        images: B × …, on the scale that the model expects; or batches: tensors, mappings of inputs by name, or tuples
+            `(inputs, …)` whose rest (labels) is not looked at. Every fifth sample is held out.
         most: images that are used; the others are not read.
         positions: most output positions of an operator that its refit looks at.
         mirrored: whether the images are fitted left for right as well. Where that makes no other class of them, it
@@ -116,7 +115,7 @@ def repair(
     Raises:
         PlanError: the plan does not fit the traced model.
         PruneError: the pruned network is not what the plan leaves.
-        DataError: inputs come by name, or are no images that could be mirrored.
+        DataError: the model does not take such inputs, or there are no images that could be mirrored.
 
     Example:
         pruned = ekgfx.prune(model, plan, traced)
@@ -124,7 +123,7 @@ def repair(
     """
     start = time.monotonic()
     kept = traced.groups.kept(plan)
-    given = gather(images, batch_size if traced.example_batch else 0, most, device_of(pruned), mirrored)
+    given = gather(images, batch_size if traced.example_batch else 0, most, pruned, mirrored)
     with torch.no_grad(), evaluation_mode(pruned):
         if not given.fit or not given.held:
             return _nothing(given, start)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ekgfx.axes import Axis
+from ekgfx.data.batches import Inputs
 from ekgfx.execution.subnetwork import SubNetwork, slice_tensor
 from ekgfx.graph.axis_graph import AxisGraph, Operation
 from ekgfx.graph.liveness import last_reads
@@ -107,8 +108,8 @@ class Walk:
         graph: AxisGraph,
         kept: Mapping[Axis, Tensor],
         weights: dict[str, Tensor],
-        fit: Sequence[tuple[Any, ...]],
-        held: Sequence[tuple[Any, ...]],
+        fit: Sequence[Inputs],
+        held: Sequence[Inputs],
         positions: int,
         seed: int,
         bypassed: Mapping[str, str] = MappingProxyType({}),
@@ -123,13 +124,13 @@ class Walk:
         self.dying = last_reads(self.nodes, stay={source.name for source in output.all_input_nodes})
         self.constants = {net: net.follow(self.constant, {}, {}, {}) for net in (self.dense, self.pruned)}
         self.batches = [
-            Batch(Frontier(self.dense, self._inputs(args)), Frontier(self.pruned, self._inputs(args)), held)
+            Batch(Frontier(self.dense, self._values(inputs)), Frontier(self.pruned, self._values(inputs)), held)
             for part, held in ((fit, False), (held, True))
-            for args in part
+            for inputs in part
         ]
 
-    def _inputs(self, args: tuple[Any, ...]) -> dict[str, Any]:
-        return self.dense.inputs(args, {})
+    def _values(self, inputs: Inputs) -> dict[str, Any]:
+        return self.dense.inputs(*inputs)
 
     def advance(self, frontier: Frontier, end: int) -> None:
         """Computes a network on a batch up to the node of that number, which is left out."""

@@ -120,6 +120,11 @@ class Facts:
         return [(name, size, len(kept.get(name, range(size)))) for name, size in self.search.sizes.items()]
 
     @property
+    def dropped(self) -> tuple[str, ...]:
+        """The residual blocks that became identities."""
+        return () if self.search is None else self.search.plan.dropped
+
+    @property
     def random(self) -> bool:
         """Whether the model was never trained."""
         return str(self.manifest.get("weights", "")).startswith("random") and not self.settings.pretrain.epochs

@@ -25,6 +25,8 @@ def widths(facts: Facts) -> Element | None:
         details.set("open", "open")
     uncut = sum(before == after for _, before, after in shown)
     said = f"One column for each group of coupled channels, from input to output; {uncut} of {len(shown)} kept all."
+    if facts.dropped:
+        said += f" Residual blocks that became identities: {', '.join(facts.dropped)}."
     chart = charts.columns("share of channels kept in each group, along the network", shown, "channels")
     return section("Widths", element("p", said), element("div", chart, class_="card wide"), details)
 

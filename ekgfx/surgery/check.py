@@ -152,7 +152,7 @@ def check_masked(traced: TracedModel, plan: Plan, inputs: tuple) -> float:
     """Relative error between the sliced graph and the masked original, on the given inputs."""
     with torch.no_grad():
         return relative_error(
-            traced.subnetwork(plan)(*inputs), MaskedNetwork(traced, traced.groups.kept(plan))(*inputs)
+            traced.subnetwork(plan)(*inputs), MaskedNetwork(traced.left_by(plan), traced.groups.kept(plan))(*inputs)
         )
 
 

@@ -14,7 +14,8 @@ from ekgfx.errors import PruneError
 from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.blocks import Block
 from ekgfx.graph.nodes import bind
-from ekgfx.rewriting.calls import Calls
+from ekgfx.graph.plan import Plan
+from ekgfx.rewriting.calls import Calls, hollow
 from ekgfx.rewriting.forward import rewrite
 from ekgfx.rewriting.missing import Missing, without
 from ekgfx.rewriting.patched import put_forward
@@ -89,6 +90,11 @@ def drop(pruned: nn.Module, source: TracedModel, counts: Mapping[Axis, int], twi
         except PruneError as error:
             raise PruneError(f"{', '.join(names)} cannot be dropped: {error}") from error
     _strip(pruned, source, stay=modules)
+
+
+def check_droppable(traced: TracedModel, names: Collection[str]) -> None:
+    """PruneError where the forward of a module cannot be written without these blocks."""
+    drop(hollow(traced.model), traced.left_by(Plan(dropped=tuple(names))), {}, None)
 
 
 def _strip(pruned: nn.Module, source: TracedModel, stay: Collection[str]) -> None:

@@ -4,6 +4,7 @@ Taking an outline costs a run. Comparing two of them says much sooner than traci
 the right one; that it is right, only the trace says.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +17,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ekgfx.graph.axis_graph import Example
 from ekgfx.graph.ways import Way, undisturbed
 
+PRODUCTS = frozenset(f"aten::{name}" for name in ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "linear"))
+"""What a linear layer or a product becomes, with its bias or before it, as its inputs lie in memory."""
+
 
 @dataclass(frozen=True)
 class Step:
-    """One kernel: its operator, the shapes of what it makes, the floats that it is given, the module that runs it."""
+    """One kernel: its operator, the shapes of what it makes, the floats that it is given, the module that runs it.
+
+    All `PRODUCTS` are one operator, of which only the size is known; what is added right after is part of them.
+    """
 
     operator: str
     shapes: tuple[tuple[int, ...], ...]
@@ -75,7 +82,12 @@ class _Recorder(TorchDispatchMode):
             shapes = tuple(tuple(value.shape) for value in pytree.tree_leaves(result) if isinstance(value, Tensor))
             numbers = tuple(value for value in args if type(value) is float)
             name = func._schema.name.removesuffix("_")  # in place or not
-            self.steps.append(Step(name, shapes, numbers, self.running[-1]))
+            if name in PRODUCTS:
+                name, shapes = "product", tuple((math.prod(shape),) for shape in shapes)
+            last = self.steps[-1] if self.steps else None
+            sizes = tuple((math.prod(shape),) for shape in shapes)
+            if not (name == "aten::add" and last is not None and (last.operator, last.shapes) == ("product", sizes)):
+                self.steps.append(Step(name, shapes, numbers, self.running[-1]))
         return result
 
 

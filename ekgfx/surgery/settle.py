@@ -216,8 +216,11 @@ class _Settling:
         if graph.model is self.pruned:  # cut itself: there is no original to run
             return None
 
+        buffers = {name for name, _ in graph.model.named_buffers(remove_duplicate=False)}  # which alone change in a run
+
         def outline(kept: Mapping[Axis, Tensor], weights: Mapping[str, Tensor]) -> list[Step] | None:
-            network = SubNetwork(graph, kept, weights={name: tensor.clone() for name, tensor in weights.items()})
+            held = {name: tensor.clone() if name in buffers else tensor for name, tensor in weights.items()}
+            network = SubNetwork(graph, kept, weights=held)
             return outlined(lambda: network(*args, **kwargs))
 
         whole = {name: graph.tensor(name) for name in self.predicted.weights}

@@ -30,7 +30,7 @@ from ekgfx.graph import sizes, unseen
 from ekgfx.graph.axis_graph import AxisGraph, Example
 from ekgfx.graph.cost import Cost, Products, cost_of, mac_table, value_of
 from ekgfx.graph.dropped import Blocks, blocks_of, without
-from ekgfx.graph.groups import Groups, find_groups
+from ekgfx.graph.groups import Groups, find_groups, left_of
 from ekgfx.graph.hints import masks_taken_as_they_are
 from ekgfx.graph.opaque import Leaves, as_operators, find_leaves, record
 from ekgfx.graph.plan import Plan
@@ -40,6 +40,9 @@ from ekgfx.graph.ways import Way, seeded
 from ekgfx.rules.registry import passing
 from ekgfx.tracing.observe import observe
 from ekgfx.tracing.trace_errors import explained, unknown_sizes
+
+MOST_WITHOUT = 64
+"""Sets of blocks without which a model is remembered: a step of a search asks for one after the other."""
 
 
 class TracedModel(AxisGraph):
@@ -108,8 +111,9 @@ class TracedModel(AxisGraph):
         if names not in self._without:
             left = without(self, self.blocks, names)
             left.dropped = names
-            vars(left)["groups"] = self.groups
-            self._without.clear()
+            vars(left)["groups"] = left_of(self.groups, left)
+            if len(self._without) >= MOST_WITHOUT:
+                self._without.pop(next(iter(self._without)))
             self._without[names] = left
         return self._without[names]
 
@@ -123,7 +127,7 @@ class TracedModel(AxisGraph):
 
     @cached_property
     def _without(self) -> dict[frozenset[str], "TracedModel"]:
-        """What was left by the last plan that was asked for."""
+        """What was left by the plans that were asked for last."""
         return {}
 
     def layer_macs(self, plan: Plan | None = None) -> dict[str, int]:

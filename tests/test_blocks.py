@@ -1,13 +1,16 @@
 """Residual blocks that can go: found by hand, and exact without their branch."""
 
 import copy
+import random
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ekgfx
+from benchmarks.coverage import export, listed
 from ekgfx.errors import PlanError
 from ekgfx.graph.plan import Plan
 from ekgfx.surgery.check import perturb, relative_error
@@ -275,3 +278,34 @@ def test_rounds_add_up(shallow):
     assert Plan.of(twice).dropped == ("three", "two")
     with torch.no_grad():
         assert relative_error(twice(x), again.subnetwork(Plan(dropped=("three",)))(x)) < 1e-12
+
+
+def one_of_each_module() -> list[str]:
+    """A model of every module of timm."""
+    found: dict[str, str] = {}
+    for name in listed():
+        found.setdefault(timm.models.model_entrypoint(name).__module__, name)
+    return list(found.values())
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", one_of_each_module())
+def test_blocks_of_a_model_of_every_module_of_timm_go_exactly(name):
+    """A third of the blocks, with half of every group."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).double().eval()
+    perturb(model)
+    x, _, _ = export(model)
+    traced = ekgfx.trace(model, x)
+    if not traced.blocks:
+        pytest.skip("it has no residual block")
+    rng = random.Random(0)
+    kept = {n: sorted(rng.sample(range(g.size), max(1, g.size // 2))) for n, g in traced.groups.items()}
+    plan = Plan(kept, dropped=tuple(rng.sample([*traced.blocks], -(-len(traced.blocks) // 3))))
+    pruned = ekgfx.prune(model, plan, traced, graphs="allow")
+    assert type(pruned).__name__ == type(model).__name__
+    assert sum(parameter.numel() for parameter in pruned.parameters()) == traced.cost(plan).params
+    batch = torch.cat([x, torch.randn_like(x[:1])])
+    with torch.no_grad():
+        assert relative_error(pruned(batch), traced.subnetwork(plan)(batch)) < 1e-10

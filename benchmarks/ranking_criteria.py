@@ -52,14 +52,14 @@ def early_gates(traced: TracedModel, group: ChannelGroup) -> tuple[Gate, ...]:
             reader = traced.operation(user)
             if reader is None or not reader.effect.carries:
                 break
-            if not any(group.axis in axes(dim) for dim in traced.dims[user.name]):
+            if not any(group.axis in axes(dim) for dim in traced.dims.get(user.name, ())):
                 break
             node = user
         ends[node] = None
     return tuple(
         Gate(node.name, d, membership(dim, group.axis))
         for node in ends
-        for d, dim in enumerate(traced.dims[node.name])
+        for d, dim in enumerate(traced.dims.get(node.name, ()))
         if group.axis in axes(dim)
     )
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import ekgfx
 from ekgfx import data as datasets
 from ekgfx.base.files import read_lines
+from ekgfx.data import Data
 from ekgfx.graph.plan import Plan
 from ekgfx.models import resnet56_cifar_projection
 from ekgfx.models.weights import load_weights
@@ -45,9 +46,15 @@ class Subject:
     """A network, the images to repair it on, and what it is judged by."""
 
     traced: TracedModel
-    images: list[Tensor]
+    data: Data
+    seen: list[tuple[Tensor, Tensor]]
     asked: argparse.Namespace
     test: Any
+
+    @property
+    def images(self) -> list[Tensor]:
+        """Those to repair on, without their labels."""
+        return [images for images, _ in self.seen]
 
     def score(self, network: nn.Module) -> dict[str, float | None]:
         """Accuracy and loss on unseen images."""
@@ -89,8 +96,8 @@ def at_random(traced: TracedModel, plan: Plan, seed: int) -> Plan:
 
 def resnet50(asked: argparse.Namespace) -> Subject:
     setting = imagenet_sample.prepare(asked)
-    images = [batch[0] for batch in setting.batches(setting.seen[: asked.count])]
-    return Subject(setting.traced, images, asked, lambda: setting.batches(setting.unseen))
+    seen = [(batch.images, batch.labels) for batch in setting.batches(setting.seen[: asked.count])]
+    return Subject(setting.traced, setting.data, seen, asked, lambda: setting.batches(setting.unseen))
 
 
 def resnet56(asked: argparse.Namespace) -> Subject:
@@ -100,8 +107,8 @@ def resnet56(asked: argparse.Namespace) -> Subject:
     data = datasets.load(asked.images, mean=normal["mean"], std=normal["std"], seed=asked.seed)
     traced = ekgfx.trace(model, torch.randn(2, 3, 32, 32))
     order = torch.randperm(data.size("train"), generator=torch.Generator().manual_seed(asked.seed))[: asked.count]
-    images = [batch.images for batch in data.loader("train", asked.batch, subset=order)]
-    return Subject(traced, images, asked, lambda: data.loader("test", 500))
+    seen = [(batch.images, batch.labels) for batch in data.loader("train", asked.batch, subset=order)]
+    return Subject(traced, data, seen, asked, lambda: data.loader("test", 500))
 
 
 def measure(subject: Subject, name: str) -> dict[str, Any]:

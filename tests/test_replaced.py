@@ -373,3 +373,28 @@ def test_slices_between_numbers_are_written_with_the_widths_that_are_left() -> N
     assert [r.sizes for r in ekgfx.replaced(pruned)] == ["any"]
     for shape in ((3, 3, 4, 4), (2, 3, 7, 5)):
         assert distance(pruned, zeroed(traced, plan), (torch.randn(shape, dtype=torch.float64),)) < 1e-12
+
+
+class Numbered(nn.Module):
+    """Makes numbers of the batch: `len(x)`, alone and times how many windows an image has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 12, 1), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = self.stem(x).permute(0, 2, 3, 1).reshape(len(x) * 4, -1, 12)
+        return self.head(windows.relu().reshape(int(x.shape[0]), -1, 12).mean(1))
+
+
+def test_a_batch_that_is_a_number_in_the_users_python_is_read_from_what_is_at_hand() -> None:
+    torch.manual_seed(0)
+    model = Numbered().double().eval()
+    traced = ekgfx.trace(model, torch.randn(2, 3, 4, 4, dtype=torch.float64))
+    plan = ekgfx.Plan({"stem": (0, 3, 4, 9, 11)})
+    pruned = ekgfx.prune(model, plan, traced, graphs="allow")
+    assert len(ekgfx.replaced(pruned)) == 1
+    for shape in ((2, 3, 4, 4), (1, 3, 4, 4), (5, 3, 4, 4), (3, 3, 6, 6)):
+        for training in (False, True):
+            x = torch.randn(shape, dtype=torch.float64)
+            assert distance(pruned, zeroed(traced, plan), (x,), training=training) < 1e-12

@@ -156,7 +156,12 @@ class _Teacher:
 
     @property
     def kept(self) -> dict[Axis, Tensor]:
-        return self.traced.groups.kept(self.result.plans[self.step])
+        return self.left.groups.kept(self.result.plans[self.step])
+
+    @property
+    def left(self) -> TracedModel:
+        """The model without the blocks that were dropped by then."""
+        return self.traced.left_by(self.result.plans[self.step])
 
     @property
     def rescale(self) -> bool:
@@ -164,12 +169,12 @@ class _Teacher:
 
     def statistics(self, batches: Iterable[Any], uncut: Sequence[Noted]) -> Statistics:
         """Of its BatchNorms, on mixed batches. uncut: what those of the unpruned network normalize of them."""
-        return statistics(self.traced, self.kept, _onto(self.traced, batches), uncut, rescale=self.rescale)
+        return statistics(self.left, self.kept, _onto(self.traced, batches), uncut, rescale=self.rescale)
 
     def answers(self, batches: Iterable[Any], skip: int = 0, mates: Team = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
         """Sample indices and logits of every batch, in order; the first `skip` samples are not asked about again. Of
         several processes each answers for every so many-th of the batches."""
-        network = Settled(self.traced, self.kept, self.known, rescale=self.rescale)
+        network = Settled(self.left, self.kept, self.known, rescale=self.rescale)
         seen, last, turn = 0, -1, 0
         shared = mates.size > 1
         if isinstance(batches, Loader):  # others are read and dropped

@@ -68,9 +68,10 @@ class Terminal:
         measure = step.measure
         budget = f"budget {keep:.1%}" if step.towards is None else f"on to {step.towards}"
         facts = [f"step {step.number:3}", f"{step.kept_fraction:6.1%} kept ({budget})"]
-        facts.append(", ".join(f"{name} −{len(removed)}" for name, removed in list(step.removed.items())[:1]))
+        facts += [f"{name} −{len(removed)}" for name, removed in list(step.removed.items())[:1]]
         if len(step.removed) > 1:
             facts[-1] = f"{len(step.removed)} groups"
+        facts += [f"without {name}" for name in step.dropped]
         if measure.loss is not None:
             facts.append(f"loss {measure.loss:.4f}")
         facts += [f"{step.seconds:.1f} s", f"ETA {duration(step.eta)}"]

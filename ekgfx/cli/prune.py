@@ -80,6 +80,11 @@ log = logging.getLogger("ekgfx")
     "a configuration, repeated layers share their widths.",
 )
 @setting(
+    "search.depth",
+    "--depth/--no-depth",
+    help="Whole residual blocks may be dropped as well, where that loses less for what it saves.",
+)
+@setting(
     "search.accept",
     "--accept",
     metavar="N",
@@ -169,13 +174,13 @@ def prune(
     from ekgfx.cli.work import work
     from ekgfx.distributed.team import copied, joined
     from ekgfx.pipeline.job import Silent
-    from ekgfx.pipeline.stages import follow_job, prune_job
+    from ekgfx.pipeline.stages import prune_job
 
     with joined() as mates:
         if not mates.first:
             with copied(Path(mates.broadcast_object(None))) as copy, Run.reopen(copy) as ours:
                 mates.all_gather_object("copied")
-                return follow_job(ours, Silent())
+                return prune_job(ours, Silent())
         with _run(asked, output, resume) as run:
             mates.broadcast_object(str(run.path))
             mates.all_gather_object("copied")

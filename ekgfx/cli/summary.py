@@ -59,6 +59,9 @@ def show(path: Path) -> None:
     first, last = results["before"], next(results[name] for name in reversed(STAGES) if name in results)
     out.print(f"\nMACs {change(first['macs'], last['macs'])}")
     out.print(f"parameters {change(first['params'], last['params'])}")
+    dropped = read_json(path / "plan.json").get("dropped", [])
+    if dropped:
+        out.print(f"residual blocks that became identities: {', '.join(dropped)}", soft_wrap=True)
     if kept:
         dense, pruned = kept["dense"], kept["pruned"]
         share = pruned / dense

@@ -122,7 +122,8 @@ class GraphRunner:
         Raises:
             PlanError: they are not those that were traced, or the graph does not hold for their shapes.
         """
-        check_shapes(self.graph, args, kwargs, lambda: SubNetwork(self.graph, {}))
+        whole = self.graph.whole or self.graph  # which is what the model computes
+        check_shapes(whole, args, kwargs, lambda: SubNetwork(whole, {}))
         return dict(zip(self.graph.inputs, arranged(self.graph, args, kwargs), strict=True))
 
     def output(self, node: fx.Node, values: Mapping[str, Any]) -> Any:

@@ -26,6 +26,7 @@ from ekgfx.graph.nodes import bind, first_names, op_name, owner, rename_modules
 from ekgfx.graph.opaque import Leaves
 from ekgfx.graph.returns import Returns
 from ekgfx.graph.tables import is_table
+from ekgfx.graph.unreached import hold_unreached
 from ekgfx.graph.unseen import released, settle, unread
 from ekgfx.graph.untouched import State
 from ekgfx.graph.ways import Way
@@ -38,10 +39,12 @@ Example = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword argum
 
 @dataclass(frozen=True)
 class Operation:
-    """One operator of the graph: its node, its arguments by schema name (tensors as fx Nodes), and its effect."""
+    """One operator of the graph: its node, its arguments by schema name (tensors as fx Nodes), the call as its rule saw
+    it (tensors as dimensions), and its effect."""
 
     node: fx.Node
     args: Mapping[str, Any]
+    call: Call
     effect: Effect
 
     @property
@@ -65,7 +68,8 @@ class AxisGraph:
         model: the traced module, unchanged; its current weights are read whenever a sub-network is made.
         graph: the functional fx graph.
         operations: the operators in order.
-        dims: the dimensions of every node's output (a list of them where an operator returns several tensors).
+        tensors: the dimensions of each tensor that a node returns, always a list.
+        dims: the dimensions of every node that is one tensor.
         weights: placeholder name → qualified name of the parameter, buffer or table.
         tables: names of the weights that are plain tensors.
         constants: placeholder name → tensor constant.
@@ -85,9 +89,12 @@ class AxisGraph:
         dead: further weights that no graph reads and no code of the model names; nothing stays for their sake.
         could_be: what `prunable_parameters` would be if they did not.
         only: way → weights that the graph of this way reads and this graph does not.
+        gone: weights that went with residual blocks (`ekgfx.graph.dropped`); whole: the same graph with these.
     """
 
     others: tuple["AxisGraph", ...] = ()
+    gone: frozenset[str] = frozenset()
+    whole: "AxisGraph | None" = None
 
     def __init__(
         self,
@@ -155,6 +162,7 @@ class AxisGraph:
             for op, uses in graph.unknown_ops.items():
                 self.unknown_ops.setdefault(op, uses)
         hold_copies(self.graphs)
+        hold_unreached(self.graphs)
         for graph in self.graphs:
             graph.batch = cast(Axis, resolve(graph.batch))  # one, where weights are as long as the batch
         self.only, self.unseen, self.could_be = settle(self)
@@ -185,12 +193,13 @@ class AxisGraph:
         self.batch_assumed = False
         self.checked_shapes: set[str] = set()  # of inputs, see sliced.check_shapes
         self.batch = Axis(0, "batch", frozen="batch dimension", batch=True)
-        self.dims: dict[str, Any] = {}  # Dims, or a list of them
+        self.tensors: dict[str, list[Dims]] = {}
+        self.dims: dict[str, Dims] = {}
         self.summed: dict[str, Dims] = {}
         self.operations: list[Operation] = []
         for node in self.graph.nodes:
             if node.op == "placeholder":
-                self.dims[node.name] = self._placeholder(node, shared)
+                self._returns(node, [self._placeholder(node, shared)])
             elif node.op == "call_function":
                 self._operation(node)
             elif node.op == "output":
@@ -202,8 +211,14 @@ class AxisGraph:
                     for old, new in zip(self.dims[buffer.name], self.dims[value.name], strict=True):
                         unify(old, new, f"update of {self.weights.get(buffer.name, buffer.name)}")
 
+    def _returns(self, node: fx.Node, outputs: list[Dims], several: bool = False) -> None:
+        """What the tensors are that a node returns. several: as a list, of which others read the elements."""
+        self.tensors[node.name] = outputs
+        if not several:
+            self.dims[node.name] = outputs[0]
+
     def _output(self, node: fx.Node) -> None:
-        for dims in listed(self.dims.get(node.name, ())):
+        for dims in self.tensors.get(node.name, ()):
             for dim in dims:
                 freeze(dim, "output of the model" if self.way == Way() else f"output of the model in {self.way}")
 
@@ -232,8 +247,8 @@ class AxisGraph:
     def _operation(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
             source, i = cast(tuple[fx.Node, int], node.args)
-            if isinstance(self.dims.get(source.name), list):
-                self.dims[node.name] = self.dims[source.name][i]
+            if source.name in self.tensors:
+                self._returns(node, [self.tensors[source.name][i]])
             return
         shapes = [tuple(v.shape) for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
         args = bind(node)
@@ -241,7 +256,7 @@ class AxisGraph:
             return
         call = Call(
             op=op_name(node.target),
-            args={name: self.symbolic(value) for name, value in args.items()},
+            args={name: self._symbolic(value) for name, value in args.items()},
             shapes=shapes,
             where=owner(node),
             read=_read(node),
@@ -250,11 +265,9 @@ class AxisGraph:
         effect = self._effect(call, rule)
         if effect.macs is None and rule is not None and self._multiplies(node, rule, effect):
             self.uncounted_ops[call.op] = self.uncounted_ops.get(call.op, 0) + 1
-        self.operations.append(Operation(node, args, effect))
+        self.operations.append(Operation(node, args, call, effect))
         self.summed[node.name] = effect.summed
-        out = effect.out
-        several = isinstance(node.meta["val"], list | tuple)
-        self.dims[node.name] = out if several else out[0] if isinstance(out, list) else out
+        self._returns(node, effect.outputs, isinstance(node.meta["val"], list | tuple))
 
     def _effect(self, call: Call, rule: Rule | None) -> Effect:
         """What the operator's rule says; where there is none, or it does not hold, nothing is known.
@@ -279,20 +292,19 @@ class AxisGraph:
         weights = (n for n in node.all_input_nodes if n.name in self.weights and len(self.dims[n.name]) > 1)
         return not ours(rule) and not effect.carries and next(weights, None) is not None
 
-    def symbolic(self, value: Any) -> Any:
+    def _symbolic(self, value: Any) -> Any:
         """An argument with every fx Node in it replaced by the dimensions of its tensor."""
         if isinstance(value, fx.Node):
-            dims = self.dims.get(value.name)
-            if dims is None:
+            if value.name not in self.tensors:
                 return None
-            if isinstance(dims, list):
-                return [TensorDims(d) for d in dims]
-            said = TensorDims(dims)
+            if value.name not in self.dims:
+                return [TensorDims(dims) for dims in self.tensors[value.name]]
+            said = TensorDims(self.dims[value.name])
             said.summed = self.summed.get(value.name, ())
             said.mask = getattr(value.meta.get("val"), "dtype", None) is torch.bool
             return said
         if isinstance(value, list | tuple):
-            return [self.symbolic(v) for v in value]
+            return [self._symbolic(v) for v in value]
         return value
 
     # -- what can be asked of it -----------------------------------------------------------------------------------
@@ -370,7 +382,3 @@ def _read(node: fx.Node) -> frozenset[int]:
         return frozenset({0})
     apart = all(user.target is operator.getitem for user in node.users) and all(isinstance(v, Tensor) for v in values)
     return frozenset(cast(int, user.args[1]) for user in node.users) if apart else frozenset(range(len(values)))
-
-
-def listed(dims: Dims | list[Dims]) -> list[Dims]:
-    return dims if isinstance(dims, list) else [dims]

@@ -1,9 +1,9 @@
 """Positions that are copies of one, which no layer computes: how many there are is known to the user's code alone."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from ekgfx.axes import Axis, Dims, axes, freeze, resolve
+from ekgfx.axes import Axis, axes, freeze, resolve
 from ekgfx.graph.nodes import op_name
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def hold_copies(graphs: Sequence["AxisGraph"]) -> None:
     for graph in graphs:
         for operation in graph.operations:
             if op_name(operation.target) in EXPANDING:
-                for dim in cast(Dims, operation.effect.out):
+                for dim in operation.effect.outputs[0]:
                     axis = resolve(dim)
                     if isinstance(axis, Axis) and axis.size > 1 and not axis.frozen and axis not in computed:
                         freeze(axis, "copies of one position")

@@ -45,7 +45,7 @@ def cost_of(graph: AxisGraph, table: Mapping[str, Products], counts: Mapping[Axi
     dims = graph.weight_dims()
     params, seen = 0, set()
     for name, parameter in graph.model.named_parameters():
-        if id(parameter) in seen:
+        if id(parameter) in seen or name in graph.gone:
             continue
         seen.add(id(parameter))
         params += evaluate([dims[name]], counts) if name in dims else parameter.numel()

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from operator import getitem
@@ -82,9 +82,15 @@ class Groups(Mapping[str, ChannelGroup]):
     """All channel groups of a model by name, in the order in which the network produces them."""
 
     def __init__(
-        self, groups: tuple[ChannelGroup, ...], frozen: tuple[FrozenPlace, ...], prunable_share: float
+        self,
+        groups: tuple[ChannelGroup, ...],
+        frozen: tuple[FrozenPlace, ...],
+        prunable_share: float,
+        gone: Collection[str] = (),
     ) -> None:
+        """gone: names of groups that went with residual blocks, of which plans may still speak."""
         self._groups = {group.name: group for group in groups}
+        self.gone = frozenset(gone)
         self.frozen = frozen
         self.prunable_share = prunable_share
 
@@ -143,6 +149,8 @@ class Groups(Mapping[str, ChannelGroup]):
             )
         kept = {}
         for name, indices in plan.kept.items():
+            if name in self.gone:
+                continue
             group = self[name]
             if not indices:
                 raise PlanError(f"the plan keeps no channel of {name!r}; keep at least one")
@@ -151,6 +159,26 @@ class Groups(Mapping[str, ChannelGroup]):
             if len(indices) < group.size:
                 kept[group.axis] = torch.tensor(indices)
         return kept
+
+
+def left_of(groups: Groups, graph: AxisGraph) -> Groups:
+    """The groups of a model as far as a graph without some of its blocks has them, under their names and digest."""
+    nodes = {operation.name for operation in graph.operations}
+    found = []
+    for group in groups.values():
+        places = tuple(place for place in group.places if place.parameter not in graph.gone)
+        producers = tuple(name for name in group.producers if name not in graph.gone)
+        gates = tuple(gate for gate in group.gates if gate.node in nodes)
+        if places:
+            found.append(replace(group, places=places, producers=producers, gates=gates))
+    left = Groups(
+        tuple(found),
+        tuple(place for place in groups.frozen if place.parameter not in graph.gone),
+        groups.prunable_share,
+        groups.keys() - {group.name for group in found},
+    )
+    vars(left)["digest"] = groups.digest
+    return left
 
 
 def find_groups(graph: AxisGraph, macs_of: Mapping[str, Products]) -> Groups:
@@ -230,8 +258,7 @@ def _gates(graph: AxisGraph, axis: Axis, producers: list[Operation]) -> tuple[Ga
     nodes = dict.fromkeys(end for operation in producers for end in _ends_of_chain(graph, axis, operation.node))
     gates = []
     for node in nodes:
-        dims = graph.dims[node.name]
-        for d, dim in enumerate(dims if isinstance(dims, tuple) else ()):
+        for d, dim in enumerate(graph.dims.get(node.name, ())):
             if axis in set(axes(dim)):
                 gates.append(Gate(node.name, d, membership(dim, axis)))
                 break
@@ -246,7 +273,7 @@ def _ends_of_chain(graph: AxisGraph, axis: Axis, node: fx.Node) -> Iterator[fx.N
 
     Of a producer with several outputs (a recurrent layer) it is the first that counts.
     """
-    if isinstance(graph.dims[node.name], list):
+    if node.name not in graph.dims:
         node = next((user for user in node.users if user.target is getitem and user.args[1] == 0), node)
     while len(node.users) == 1:
         (user,) = node.users
@@ -266,7 +293,7 @@ def _leaves_apart(graph: AxisGraph, axis: Axis, value: fx.Node, node: fx.Node) -
     """Whether each channel of a value goes on by itself in an operator that reads it. A convolution may have kernels of
     their own for the channels (a depthwise one, or one of as many groups)."""
     operation = graph.operation(node)
-    if operation is None or isinstance(graph.dims[node.name], list):
+    if operation is None or node.name not in graph.dims:
         return False
     weight = operation.args.get("weight")
     if str(operation.target).startswith(CONVOLUTIONS) and isinstance(weight, fx.Node):

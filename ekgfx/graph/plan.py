@@ -28,6 +28,7 @@ class Plan:
         unused: names of the weights that were said to be unused then.
         also: number of further calls that the model was traced with then.
         outputs: places of the outputs that mattered when the plan was made (`trace(outputs=…)`); none where all did.
+        dropped: residual blocks (`TracedModel.blocks`) that become identities: their branch goes, with its weights.
 
     Raises:
         PlanError: indices that are no whole numbers.
@@ -40,8 +41,12 @@ class Plan:
     unused: tuple[str, ...] = ()
     also: int = 0
     outputs: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.dropped, str):
+            raise PlanError(f"dropped={self.dropped!r}: give the names of residual blocks in a tuple or a list")
+        object.__setattr__(self, "dropped", tuple(sorted(set(self.dropped))))
         if not isinstance(self.kept, Mapping):
             raise PlanError(f"a plan is made of {{group: kept channels}}, not of a {type(self.kept).__name__}")
         kept = {name: _indices(name, indices) for name, indices in self.kept.items()}
@@ -51,7 +56,9 @@ class Plan:
         """The widths, not the indices: a plan has thousands of those."""
         widths = [f"{name}: {len(kept)}" for name, kept in self.kept.items()]
         more = f", … {len(widths) - SHOWN} more groups" if len(widths) > SHOWN else ""
-        return f"Plan({', '.join(widths[:SHOWN])}{more} channels kept)" if widths else "Plan(all channels kept)"
+        gone = f"; without {', '.join(self.dropped)}" if self.dropped else ""
+        kept = ", ".join(widths[:SHOWN]) + more if widths else "all"
+        return f"Plan({kept} channels kept{gone})"
 
     def with_kept(self, name: str, indices: Iterable[int]) -> "Plan":
         """The same plan with other indices for one group."""
@@ -84,7 +91,7 @@ class Plan:
                     raise PlanError(f"the later plan keeps channel {wrong[0]} of {name!r}; {len(before)} are left")
                 indices = tuple(before[i] for i in indices)
             kept[name] = indices
-        return replace(self, kept=kept)
+        return replace(self, kept=kept, dropped=(*self.dropped, *later.dropped))
 
     @classmethod
     def of(cls, pruned: object) -> "Plan":
@@ -101,8 +108,8 @@ class Plan:
         return reduce(cls.then, made)
 
     def alike(self, other: "Plan") -> bool:
-        """Whether both leave the same channels and scale kernels alike, whatever else is said with them."""
-        return self.kept == other.kept and self.rescale == other.rescale
+        """Whether both leave the same channels and blocks and scale kernels alike, whatever else is said with them."""
+        return (self.kept, self.rescale, self.dropped) == (other.kept, other.rescale, other.dropped)
 
     @property
     def digest(self) -> str:
@@ -112,7 +119,7 @@ class Plan:
     def to_json(self) -> str:
         kept = {name: list(indices) for name, indices in sorted(self.kept.items())}
         data = {"version": VERSION, "structure": self.structure, "rescale": self.rescale, "kept": kept}
-        for name in ("leaf", "unused", "outputs"):
+        for name in ("leaf", "unused", "outputs", "dropped"):
             if getattr(self, name):
                 data[name] = list(getattr(self, name))
         if self.also:
@@ -142,7 +149,7 @@ class Plan:
         for name, indices in kept.items():
             if not isinstance(indices, list) or not all(type(i) is int for i in indices):
                 raise PlanError(f"malformed plan: the kept indices of {name!r} are not a list of integers")
-        names = {key: data.get(key, []) for key in ("leaf", "unused", "outputs")}
+        names = {key: data.get(key, []) for key in ("leaf", "unused", "outputs", "dropped")}
         for key, value in names.items():
             if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
                 raise PlanError(f"malformed plan: {key}={value!r} is not a list of names")

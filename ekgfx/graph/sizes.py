@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ekgfx.axes import Axis, Dims, axes, unify
 from ekgfx.errors import PlanError
 from ekgfx.graph import opaque as leaf
-from ekgfx.graph.axis_graph import AxisGraph, listed
+from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.nodes import op_name
 from ekgfx.graph.untouched import untouched
 
@@ -59,7 +59,7 @@ def unmet(graph: AxisGraph) -> set[Axis]:
         axis
         for operation in graph.operations
         if op_name(operation.target).split(".")[1:2][0] in GIVEN_SIZES
-        for dims in listed(operation.effect.out)
+        for dims in operation.effect.outputs
         for dim in dims
         for axis in axes(dim)
         if axis.frozen and axis.size == graph.batch.size and axis not in known
@@ -84,8 +84,8 @@ def batch_ends_at(graph: AxisGraph) -> str | None:
         return any(axis.batch for dim in dims for axis in axes(dim))
 
     for operation in graph.operations:
-        read = [d for n in operation.node.all_input_nodes for d in listed(graph.dims.get(n.name, ()))]
-        if any(map(has, read)) and not any(map(has, listed(operation.effect.out))):
+        read = [d for n in operation.node.all_input_nodes for d in graph.tensors.get(n.name, ())]
+        if any(map(has, read)) and not any(map(has, operation.effect.outputs)):
             return op_name(operation.target) + (f" in {operation.module}" if operation.module else "")
     return None
 

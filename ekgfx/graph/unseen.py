@@ -108,8 +108,8 @@ def _by_length(graphs: Iterable["AxisGraph"], but: Collection[str]) -> dict[int,
     """All dimensions of the graphs, but for some weights', by their length."""
     found: dict[int, dict[int, Expr]] = {}
     for graph in graphs:
-        for place, known in graph.dims.items():
-            for dims in [] if graph.weights.get(place) in but else known if isinstance(known, list) else [known]:
+        for place, outputs in graph.tensors.items():
+            for dims in [] if graph.weights.get(place) in but else outputs:
                 for dim in dims:
                     found.setdefault(dim.size, {})[id(dim)] = dim
     return {length: list(same.values()) for length, same in found.items()}

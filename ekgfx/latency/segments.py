@@ -104,9 +104,7 @@ def _segment(graph: AxisGraph, name: str, operations: list[Operation], place: Ma
 
 
 def _tensors(graph: AxisGraph, node: fx.Node) -> list[tuple]:
-    dims = graph.dims.get(node.name)
-    listed = dims if isinstance(dims, list) else [dims]
-    return [tuple(d) for d in listed if d is not None]
+    return [tuple(dims) for dims in graph.tensors.get(node.name, ())]
 
 
 def _axes(products: Products) -> Iterator[Axis]:

@@ -49,18 +49,22 @@ since nothing can be measured there that more would improve."""
 
 
 def prune_job(run: Run, report: Report) -> None:
-    """The whole job of a run, from its settings to the end, or from where it was interrupted."""
+    """The whole job of a run, from its settings to the end, or from where it was interrupted.
+
+    A process that is not the first one works on a copy of the run, and does its parts of the search, of the memory bank
+    and of the fine-tuning.
+    """
     job = Job.of(run, report)
     run.update(status="running")
     *looser, own = job.recipe.each
     result = to_the_plan(job)
-    for recipe, point in zip(looser, result.points, strict=False):
+    for recipe, point in zip(looser, result.points, strict=False) if team().first else ():
         with frontier.run_of(job, recipe, result.at(**point.asked), point) as part:
             if part.manifest["status"] != "done":
                 finish(job.at(part, recipe, point.label), result.at(**point.asked))
     mine = job.at(run, own, result.points[-1].label) if looser else job
     finish(mine, result, "running" if looser else "done")
-    if looser:
+    if looser and team().first:
         frontier.compare(job, result)
         run.update(status="done", error=None)
 
@@ -68,24 +72,13 @@ def prune_job(run: Run, report: Report) -> None:
 def finish(job: Job, result: SearchResult, status: str = "done") -> None:
     """The stages from the plan on. status: of the run, afterwards."""
     pruned = cut(job, result)
-    timing.keep_promise(job, result.plan, pruned)
+    if team().first:
+        timing.keep_promise(job, result.plan, pruned)
     if job.recipe.finetune.epochs:
         train(job, pruned, result)
-    if job.recipe.export.onnx and not job.run.has(delivery.RESULT):
+    if team().first and job.recipe.export.onnx and not job.run.has(delivery.RESULT):
         delivery.export_run(job.run, replace(job.built, model=pruned), job.recipe.export, job.report)
     job.run.update(status=status, error=None)
-
-
-def follow_job(run: Run, report: Report) -> None:
-    """What other processes than the first do of a job, on a copy of its run: their parts of the search, of the memory
-    bank and of the fine-tuning."""
-    job = Job.of(run, report)
-    *looser, own = job.recipe.each
-    result = to_the_plan(job)
-    if looser:
-        job = job.at(run, own)
-    if job.recipe.finetune.epochs:
-        train(job, prune(job.built.model, result.plan, job.traced, graphs=settled(job)), result)
 
 
 def to_the_plan(job: Job) -> SearchResult:
@@ -175,29 +168,26 @@ def prepare(job: Job) -> None:
     asked = recipe.search
     if job.data is not None and job.labelled and asked.strategy == "ekg" and asked.train_per_class:
         job.report.stage("adapt the model to the search's images")
-        step_zero.prepare(
-            model,
-            job.data,
-            train_per_class=asked.train_per_class,
-            val_per_class=asked.val_per_class,
-            batch_size=job.batch_size,
-            logits=job.logits,
-            seed=recipe.seed,
-        )
+        size, seed = job.batch_size, recipe.seed
+        step_zero.adapt(model, job.data, asked.train_per_class, asked.val_per_class, size, job.logits, seed)
     with job.run.replacing(DENSE) as partial:
         checkpoint.save_tensors(model, partial)
     (job.run.path / PRETRAINING).unlink(missing_ok=True)
 
 
 def cut(job: Job, result: SearchResult) -> nn.Module:
-    """The pruned model: cut, verified, BatchNorm's statistics corrected, saved and scored; or as it was saved."""
-    model, traced = job.built.model, job.traced
-    if job.run.has(checkpoint.WEIGHTS):
-        pruned = prune(model, result.plan, traced, graphs=settled(job))
+    """The pruned model: cut, verified, BatchNorm's statistics corrected, saved and scored; or as it was saved.
+
+    Processes other than the first only cut it: they are sent the weights before they train.
+    """
+    traced, known = job.traced, job.run.has(checkpoint.WEIGHTS)
+    if not known:
+        job.report.stage("prune and verify")
+    pruned = prune(job.built.model, result.plan, traced, graphs=settled(job))
+    if known:
         checkpoint.load_tensors(pruned, job.run.path / checkpoint.WEIGHTS)
+    if known or not team().first:
         return pruned
-    job.report.stage("prune and verify")
-    pruned = prune(model, result.plan, traced, graphs=settled(job))
     replacements = [] if job.recipe.graphs == "allow" else replaced(pruned)
     for replacement in replacements:
         job.report.note(f"another forward for {replacement}")

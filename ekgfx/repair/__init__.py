@@ -27,7 +27,6 @@ from ekgfx.repair.refitting import repair_operators
 from ekgfx.repair.walk import LayerRepair, Walk
 from ekgfx.surgery.calibrate import estimated
 from ekgfx.tracing.trace import TracedModel
-from ekgfx.training.evaluation import device_of
 
 __all__ = ["repair", "Repair", "LayerRepair", "Skipped", "Judgement"]
 
@@ -97,8 +96,8 @@ def repair(
         pruned: what `ekgfx.prune` made of the traced model by the plan.
         traced: the unpruned model, traced.
         plan: what the model was pruned by.
-        images: B × …, on the scale that the model expects; or batches: tensors, or tuples `(images, …)` whose rest
-            (labels) is not looked at. Every fifth is held out.
+        images: B × …, on the scale that the model expects; or batches: tensors, mappings of inputs by name, or tuples
+            `(inputs, …)` whose rest (labels) is not looked at. Every fifth sample is held out.
         most: images that are used; the others are not read.
         positions: most output positions of an operator that its refit looks at.
         mirrored: whether the images are fitted left for right as well. Where that makes no other class of them, it
@@ -116,7 +115,7 @@ def repair(
     Raises:
         PlanError: the plan does not fit the traced model.
         PruneError: the pruned network is not what the plan leaves.
-        DataError: inputs come by name, or are no images that could be mirrored.
+        DataError: the model does not take such inputs, or there are no images that could be mirrored.
 
     Example:
         pruned = ekgfx.prune(model, plan, traced)
@@ -124,17 +123,19 @@ def repair(
     """
     start = time.monotonic()
     kept = traced.groups.kept(plan)
-    given = gather(images, batch_size if traced.example_batch else 0, most, device_of(pruned), mirrored)
+    given = gather(images, batch_size if traced.example_batch else 0, most, pruned, mirrored)
     with torch.no_grad(), evaluation_mode(pruned):
         if not given.fit or not given.held:
             return _nothing(given, start)
-        weights = _weights(pruned, traced, kept)
+        weights, left = _weights(pruned, traced, kept, plan), traced.left_by(plan)
         judge = Judge(SubNetwork(traced, {}), given.held)
         before = judge(pruned)
         original = {name: tensor.clone() for name, tensor in state(pruned).items()}
         network = SubNetwork(traced, kept, weights=_with_sliced_statistics(weights, traced, kept, plan))
-        operators, skipped = find_operators(network)
-        walk = Walk(traced, kept, dict(network.weights), [*given.fit, *given.mirrored], given.held, positions, seed)
+        operators, skipped = find_operators(network, {operation.name for operation in left.operations})
+        bypassed = traced.bypassed(plan)
+        fit = [*given.fit, *given.mirrored]
+        walk = Walk(traced, kept, dict(network.weights), fit, given.held, positions, seed, bypassed)
         identity = {
             "plan": plan.digest,
             "weights": sum(float(weight.double().abs().sum()) for weight in weights.values()),
@@ -146,7 +147,7 @@ def repair(
         }
         progress = Progress(None if checkpoint is None else Path(checkpoint), identity, list(weights))
         layers = repair_operators(walk, operators, progress, on_layer or (lambda *_: None))
-        write(pruned, walk.pruned.weights)
+        write(pruned, {name: tensor for name, tensor in walk.pruned.weights.items() if name in original})
         walk.batches.clear()
         ways: dict[str, Estimate] = {
             "corrected": lambda batches: estimated(pruned, batches, traced, kept),
@@ -185,9 +186,14 @@ def _nothing(given: Images, start: float) -> Repair:
     return Repair(unknown, unknown, False, False, 0.0, None, (), (), given.used, given.held_out, seconds, notes)
 
 
-def _weights(pruned: nn.Module, traced: TracedModel, kept: Mapping[Axis, Tensor]) -> dict[str, Tensor]:
-    """The pruned network's weights by the names that they have in the graph."""
-    own = state(pruned)
+def _weights(pruned: nn.Module, traced: TracedModel, kept: Mapping[Axis, Tensor], plan: Plan) -> dict[str, Tensor]:
+    """The pruned network's weights by the names that they have in the graph; of what went with a block those that it
+    would have had."""
+    own, graph = state(pruned), traced.left_by(plan).graph
+    if plan.dropped:
+        read = {traced.weights.get(node.name) for node in graph.nodes if node.users}
+        gone = traced.weight_dims().keys() - own.keys() - read
+        own |= slice_weights(traced, kept, rescale=plan.rescale, names=gone)
     for name, cut in slice_weights(traced, kept).items():
         found = tuple(own[name].shape) if name in own else None
         if found != tuple(cut.shape):

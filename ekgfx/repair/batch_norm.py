@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ekgfx.data.batches import Inputs
 from ekgfx.errors import DataError
 from ekgfx.repair.images import Images
 from ekgfx.repair.judge import Judgement
@@ -94,10 +95,10 @@ def _mixed(own: Mapping[str, Tensor], new: Mapping[str, Tensor], share: float) -
 
 
 def _estimated(
-    network: nn.Module, own: Mapping[str, Tensor], estimate: Estimate, batches: list[tuple[Any, ...]]
+    network: nn.Module, own: Mapping[str, Tensor], estimate: Estimate, batches: list[Inputs]
 ) -> dict[str, Tensor]:
     """Statistics by these images; the network is left with `own`."""
-    estimate([(args,) for args in batches])
+    estimate([(inputs,) for inputs in batches])
     new = {
         name: tensor.clone()
         for name, tensor in state(network).items()

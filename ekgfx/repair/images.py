@@ -2,17 +2,17 @@
 judge by."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ekgfx.data.batches import Inputs, each_batch, unpacked
 from ekgfx.errors import DataError
-from ekgfx.training.evaluation import to_device
 
 EVERY = 5
 """Every fifth image is held out."""
@@ -20,12 +20,12 @@ EVERY = 5
 
 @dataclass(frozen=True)
 class Images:
-    """Arguments of the model, batch by batch: to fit on and to judge by. mirrored: the first left for right, where that
+    """The model's inputs, batch by batch: to fit on and to judge by. mirrored: the first left for right, where that
     is asked for; notes: which images were left out, and why; digest: of the images that are used."""
 
-    fit: list[tuple[Any, ...]]
-    mirrored: list[tuple[Any, ...]]
-    held: list[tuple[Any, ...]]
+    fit: list[Inputs]
+    mirrored: list[Inputs]
+    held: list[Inputs]
     used: int
     held_out: int
     notes: tuple[str, ...]
@@ -33,32 +33,27 @@ class Images:
 
 
 def gather(
-    images: Tensor | Iterable[Any], batch_size: int, most: int, device: torch.device, mirrored: bool = False
+    images: Tensor | Iterable[Any], batch_size: int, most: int, model: nn.Module, mirrored: bool = False
 ) -> Images:
     """The first `most` images.
 
     Args:
         batch_size: 0 where the model has no batch dimension, and every batch is what it takes.
-        images: B × …; or batches, each a tensor, a tuple `(images, …)` of which the rest is not looked at, or a tuple
-            whose first element is itself a tuple of the model's arguments.
-
+        images: B × …; or batches, as `ekgfx.data.batches.unpacked` takes them, of which only the inputs are looked at:
+            a tensor, a tuple of them, or a mapping by name.
+        model: what takes them: they go to its device, and to its half precision where it is in one.
         mirrored: whether the images to fit on are wanted left for right as well.
 
     Raises:
-        DataError: inputs come by name, or are no images that could be mirrored.
+        DataError: the model takes no inputs of these names, one has another length than the others, so that samples
+            cannot be told apart, or there are no images that could be mirrored.
     """
-    single: list[tuple[Any, ...]] = []
+    single: list[Inputs] = []
     bad = flat = twice = 0
     seen: dict[str, None] = {}
-    for batch in [images] if isinstance(images, Tensor) else images:
-        first = batch if isinstance(batch, Tensor) else None if isinstance(batch, Mapping) else batch[0]
-        if first is None or isinstance(first, Mapping):
-            raise DataError(
-                "repair takes a model's inputs in order, a tensor or a tuple of them, not by name: "
-                "give batches as ((first, second), …)"
-            )
-        args = tuple(first) if isinstance(first, tuple | list) else (first,)
-        for one in _singles([args]) if batch_size else [args]:
+    for batch in [images] if isinstance(images, Tensor) else each_batch(images):
+        inputs = Inputs.of(unpacked(batch)[0])
+        for one in _singles(inputs) if batch_size else [inputs]:
             tensors = [t for t in pytree.tree_leaves(one) if isinstance(t, Tensor)]
             key = _digest(tensors)
             if not all(bool(torch.isfinite(t).all()) for t in tensors):
@@ -81,27 +76,22 @@ def gather(
         for count, why in ((bad, "not finite"), (flat, "of one value throughout"), (twice, "seen already"))
         if count
     ]
-    to_fit, to_judge = ([to_device(args, device) for args in _batched(part, batch_size)] for part in (fit, held))
+    to_fit, to_judge = ([inputs.onto(model) for inputs in _batched(part, batch_size)] for part in (fit, held))
     whole = hashlib.sha256("".join(seen).encode()).hexdigest()[:16]
-    other = [_mirror(args) for args in to_fit] if mirrored else []
+    other = [_mirror(inputs) for inputs in to_fit] if mirrored else []
     return Images(to_fit, other, to_judge, len(single), len(held), tuple(notes), whole)
 
 
-def _mirror(args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _mirror(inputs: Inputs) -> Inputs:
     """Every image (B × C × H × W) left for right."""
-    if not any(_is_image(t) for t in pytree.tree_leaves(args)):
+    if not any(_is_image(t) for t in pytree.tree_leaves(inputs)):
         raise DataError("mirrored takes images, B × channels × height × width, and there are none; leave it out")
-    flipped: tuple[Any, ...] = pytree.tree_map(lambda t: t.flip(3) if _is_image(t) else t, args)
+    flipped: Inputs = pytree.tree_map(lambda t: t.flip(3) if _is_image(t) else t, inputs)
     return flipped
 
 
 def _is_image(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()
-
-
-def _one(args: tuple[Any, ...], i: int) -> tuple[Any, ...]:
-    one: tuple[Any, ...] = pytree.tree_map_only(Tensor, lambda t: t[i : i + 1], args)
-    return one
 
 
 def _digest(tensors: list[Tensor]) -> str:
@@ -117,11 +107,23 @@ def _constant(t: Tensor) -> bool:
     return t.is_floating_point() and t.ndim > 2 and bool((t.flatten(2).amax(2) == t.flatten(2).amin(2)).all())
 
 
-def _singles(batches: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    return [_one(args, i) for args in batches for i in range(len(args[0]))]
+def _singles(inputs: Inputs) -> list[Inputs]:
+    """Sample by sample."""
+    count = inputs.samples
+    for t in pytree.tree_leaves(inputs):
+        if isinstance(t, Tensor) and (not t.ndim or len(t) != count):
+            raise DataError(
+                f"an input of shape {tuple(t.shape)} beside {count} samples: a repair takes inputs sample by sample; "
+                "give it once for every sample, or let the model make it"
+            )
+    leaves, spec = pytree.tree_flatten(inputs)
+    return [
+        pytree.tree_unflatten([t[i : i + 1] if isinstance(t, Tensor) else t for t in leaves], spec)
+        for i in range(count)
+    ]
 
 
-def _batched(single: Sequence[tuple[Any, ...]], size: int) -> list[tuple[Any, ...]]:
+def _batched(single: Sequence[Inputs], size: int) -> list[Inputs]:
     """As few batches as may be, as equal as can be: a small one at the end would count for more than its images."""
     if not size:
         return list(single)
@@ -130,11 +132,8 @@ def _batched(single: Sequence[tuple[Any, ...]], size: int) -> list[tuple[Any, ..
     return [_joined(single[start:end]) for start, end in pairwise(ends)]
 
 
-def _joined(part: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
-    if len(part) == 1:
-        return part[0]
-    flat = [pytree.tree_flatten(one) for one in part]
-    columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    leaves = [torch.cat(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
-    joined: tuple[Any, ...] = pytree.tree_unflatten(leaves, flat[0][1])
+def _joined(part: Sequence[Inputs]) -> Inputs:
+    joined: Inputs = pytree.tree_map(
+        lambda *values: torch.cat(values) if isinstance(values[0], Tensor) else values[0], *part
+    )
     return joined

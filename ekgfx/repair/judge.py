@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from torch.utils import _pytree as pytree
 
-Calls = Sequence[tuple[Any, ...]]
-"""Arguments of a model, batch by batch."""
+from ekgfx.data.batches import Inputs
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,10 @@ class Judgement:
 class Judge:
     """Compares networks with the unpruned one on the same images."""
 
-    def __init__(self, dense: Callable[..., Any], calls: Calls) -> None:
+    def __init__(self, dense: Callable[..., Any], calls: Sequence[Inputs]) -> None:
         self.calls = calls
         with torch.no_grad():
-            self.truth = [_tensors(dense(*args)) for args in calls]
+            self.truth = [_tensors(inputs.into(dense)) for inputs in calls]
 
     @property
     def classes(self) -> bool:
@@ -45,7 +44,7 @@ class Judge:
     def __call__(self, network: Callable[..., Any]) -> Judgement:
         """What a network (in evaluation mode) is worth."""
         with torch.no_grad():
-            found = [_tensors(network(*args)) for args in self.calls]
+            found = [_tensors(inputs.into(network)) for inputs in self.calls]
         if self.classes:
             pairs = [(a[0].double(), b[0].double()) for a, b in zip(self.truth, found, strict=True)]
             count = sum(len(a) for a, _ in pairs)

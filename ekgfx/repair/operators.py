@@ -1,7 +1,7 @@
 """Which operators of a graph can be refitted, and why the others cannot."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from ekgfx.axes import axes
 from ekgfx.execution.subnetwork import BATCH_NORM, SubNetwork, resize
 from ekgfx.graph import opaque as leaf
-from ekgfx.graph.axis_graph import AxisGraph, Operation, listed
+from ekgfx.graph.axis_graph import AxisGraph, Operation
 from ekgfx.repair.forms import FORMS, Form
 from ekgfx.repair.rearranged import Rearranged, rearranged, weight_nodes
 
@@ -51,15 +51,17 @@ class Skipped:
     reason: str
 
 
-def find_operators(network: SubNetwork) -> tuple[list[LinearOperator], list[Skipped]]:
-    """The operators of a sub-network that can be refitted, in order, and those that cannot be."""
+def find_operators(
+    network: SubNetwork, among: Collection[str] | None = None
+) -> tuple[list[LinearOperator], list[Skipped]]:
+    """The operators of a sub-network (of these names) that can be refitted, in order, and those that cannot be."""
     graph = network.graph
     constant = set(weight_nodes(graph))
     values = network.follow(weight_nodes(graph), {}, {}, {})
     found: list[LinearOperator] = []
     skipped: list[Skipped] = []
     for operation in graph.operations:
-        if operation.effect.macs and operation.node not in constant:
+        if operation.effect.macs and operation.node not in constant and (among is None or operation.name in among):
             made = _operator(network, operation, constant, values)
             if isinstance(made, LinearOperator):
                 found.append(made)
@@ -117,7 +119,7 @@ def _operator(
 
 def _summed(graph: AxisGraph, operation: Operation, name: str, which: int | None, dim: int) -> Iterable[Any]:
     node = operation.args[name] if which is None else operation.args[name][which]
-    return axes(listed(graph.dims[node.name])[0][dim]) if isinstance(node, fx.Node) else ()
+    return axes(graph.tensors[node.name][0][dim]) if isinstance(node, fx.Node) else ()
 
 
 def _offset(

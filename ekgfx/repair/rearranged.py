@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from ekgfx.axes import axes
 from ekgfx.execution.subnetwork import GraphRunner
-from ekgfx.graph.axis_graph import AxisGraph, listed
+from ekgfx.graph.axis_graph import AxisGraph
 
 MOVES = frozenset(
     f"aten.{name}"
@@ -90,7 +90,7 @@ def weight_nodes(graph: AxisGraph) -> list[fx.Node]:
 
 
 def _depends_on_batch(graph: AxisGraph, node: fx.Node) -> bool:
-    return any(axis.batch for dims in listed(graph.dims.get(node.name, ())) for dim in dims for axis in axes(dim))
+    return any(axis.batch for dims in graph.tensors.get(node.name, ()) for dim in dims for axis in axes(dim))
 
 
 def rearranged(runner: GraphRunner, node: fx.Node) -> Rearranged | None:

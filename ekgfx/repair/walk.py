@@ -6,14 +6,16 @@ kept. The operator is refitted on what the pruned network, repaired so far, give
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
 from ekgfx.axes import Axis
+from ekgfx.data.batches import Inputs
 from ekgfx.execution.subnetwork import SubNetwork, slice_tensor
-from ekgfx.graph.axis_graph import AxisGraph
+from ekgfx.graph.axis_graph import AxisGraph, Operation
 from ekgfx.graph.liveness import last_reads
 from ekgfx.repair.forms import of_positions
 from ekgfx.repair.moments import Moments
@@ -72,6 +74,22 @@ def by_depth(graph: AxisGraph, constant: set[fx.Node]) -> list[fx.Node]:
     return sorted(depth, key=depth.__getitem__)
 
 
+class Bypassing(SubNetwork):
+    """A sub-network some of whose operators return one of their arguments. What nobody reads then is computed all the
+    same, so that it has the nodes of the uncut network."""
+
+    def __init__(
+        self, graph: AxisGraph, kept: Mapping[Axis, Tensor], weights: Mapping[str, Tensor], bypassed: Mapping[str, str]
+    ) -> None:
+        super().__init__(graph, kept, weights=weights)
+        self.bypassed = bypassed
+
+    def compute(self, operation: Operation, args: dict[str, Any], counts: Mapping[Axis, int], spare: bool) -> Any:
+        if operation.name in self.bypassed:
+            return args[self.bypassed[operation.name]].clone()  # which others may overwrite
+        return super().compute(operation, args, counts, spare)
+
+
 class Walk:
     """Both networks on all batches, up to the operator at hand.
 
@@ -81,6 +99,8 @@ class Walk:
         weights: of the pruned network; replaced as operators are refitted.
         fit, held: arguments of the model, batch by batch; the second are never fitted.
         positions: most output positions of an operator that are used, over all batches of `fit`.
+        bypassed: operators of the pruned network that return one of their arguments, as the sum of a block does whose
+            branch is gone, with that argument's name.
     """
 
     def __init__(
@@ -88,14 +108,15 @@ class Walk:
         graph: AxisGraph,
         kept: Mapping[Axis, Tensor],
         weights: dict[str, Tensor],
-        fit: Sequence[tuple[Any, ...]],
-        held: Sequence[tuple[Any, ...]],
+        fit: Sequence[Inputs],
+        held: Sequence[Inputs],
         positions: int,
         seed: int,
+        bypassed: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.graph, self.kept, self.positions, self.seed = graph, kept, positions, seed
         self.dense = SubNetwork(graph, {})
-        self.pruned = SubNetwork(graph, kept, weights=weights)
+        self.pruned = Bypassing(graph, kept, weights, bypassed)
         self.constant = weight_nodes(graph)
         self.nodes = by_depth(graph, set(self.constant))
         self.order = {node: i for i, node in enumerate(self.nodes)}
@@ -103,13 +124,13 @@ class Walk:
         self.dying = last_reads(self.nodes, stay={source.name for source in output.all_input_nodes})
         self.constants = {net: net.follow(self.constant, {}, {}, {}) for net in (self.dense, self.pruned)}
         self.batches = [
-            Batch(Frontier(self.dense, self._inputs(args)), Frontier(self.pruned, self._inputs(args)), held)
+            Batch(Frontier(self.dense, self._values(inputs)), Frontier(self.pruned, self._values(inputs)), held)
             for part, held in ((fit, False), (held, True))
-            for args in part
+            for inputs in part
         ]
 
-    def _inputs(self, args: tuple[Any, ...]) -> dict[str, Any]:
-        return self.dense.inputs(args, {})
+    def _values(self, inputs: Inputs) -> dict[str, Any]:
+        return self.dense.inputs(*inputs)
 
     def advance(self, frontier: Frontier, end: int) -> None:
         """Computes a network on a batch up to the node of that number, which is left out."""

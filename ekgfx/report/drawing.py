@@ -103,9 +103,8 @@ def _detail(node: fx.Node) -> str:
 
 
 def _axes(traced: TracedModel, node: fx.Node) -> Iterator[Axis]:
-    dims = traced.dims.get(node.name, ())
-    for part in dims if isinstance(dims, list) else [dims]:
-        for dim in part:
+    for dims in traced.tensors.get(node.name, ()):
+        for dim in dims:
             yield from axes(dim)
 
 

@@ -16,6 +16,7 @@ from ekgfx.base.files import read_json, read_lines
 from ekgfx.base.schema import read
 from ekgfx.errors import RunError
 from ekgfx.export import Breakdown, LatencyTable
+from ekgfx.export.precisions import Precisions
 from ekgfx.pipeline import delivery, planning
 from ekgfx.pipeline import stages as pipeline
 from ekgfx.pipeline.frontier import Frontier
@@ -66,6 +67,7 @@ class Facts:
     knowledge: Knowledge | None
     latency: LatencyTable | None
     breakdown: Breakdown | None = None
+    precisions: Precisions | None = None
     repair: Repair | None = None
     frontier: Frontier | None = None
 
@@ -118,6 +120,11 @@ class Facts:
         return [(name, size, len(kept.get(name, range(size)))) for name, size in self.search.sizes.items()]
 
     @property
+    def dropped(self) -> tuple[str, ...]:
+        """The residual blocks that became identities."""
+        return () if self.search is None else self.search.plan.dropped
+
+    @property
     def random(self) -> bool:
         """Whether the model was never trained."""
         return str(self.manifest.get("weights", "")).startswith("random") and not self.settings.pretrain.epochs
@@ -156,10 +163,12 @@ def _agreement(bank: Bank) -> tuple[list[list[float]], int]:
     return [[float((one == other).float().mean()) for other in said] for one in said], len(index)
 
 
-def _exported(path: Path, manifest: Mapping[str, Any]) -> tuple[LatencyTable | None, Breakdown | None]:
-    """What the export measured: whole networks, and their layers."""
+def _exported(
+    path: Path, manifest: Mapping[str, Any]
+) -> tuple[LatencyTable | None, Breakdown | None, Precisions | None]:
+    """What the export measured: whole networks, their layers, and the networks in several precisions."""
     if delivery.RESULT not in manifest["files"]:
-        return None, None
+        return None, None, None
     told = read_json(verify(path, delivery.RESULT))
     if not isinstance(told, dict) or "latency" not in told:
         raise RunError(f"{path / delivery.RESULT} is damaged: it says nothing of latency; export the run again")
@@ -169,4 +178,7 @@ def _exported(path: Path, manifest: Mapping[str, Any]) -> tuple[LatencyTable | N
     layers: Breakdown | None = read(
         Breakdown | None, told.get("layers"), str(path / delivery.RESULT), RunError, "layers"
     )
-    return table, layers
+    precisions: Precisions | None = read(
+        Precisions | None, told.get("precisions"), str(path / delivery.RESULT), RunError, "precisions"
+    )
+    return table, layers, precisions

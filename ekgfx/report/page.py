@@ -14,7 +14,7 @@ from ekgfx.report.facts import Facts
 from ekgfx.report.journey import knowledge, repair, search, training
 from ekgfx.report.markup import document, element
 from ekgfx.report.parts import section, share, table
-from ekgfx.report.savings import latency, layers, times, widths
+from ekgfx.report.savings import latency, layers, precisions, times, widths
 from ekgfx.report.tradeoff import tradeoff
 from ekgfx.runs.directory import STAGES
 
@@ -22,7 +22,20 @@ from ekgfx.runs.directory import STAGES
 def page(facts: Facts) -> str:
     """The whole page as text."""
     style = resources.files("ekgfx.report").joinpath("style.css").read_text(encoding="utf-8")
-    sections = (_results, tradeoff, search, widths, layers, repair, training, knowledge, latency, times, _reproduce)
+    sections = (
+        _results,
+        tradeoff,
+        search,
+        widths,
+        layers,
+        repair,
+        training,
+        knowledge,
+        latency,
+        precisions,
+        times,
+        _reproduce,
+    )
     body = element("main", _head(facts), *(made(facts) for made in sections))
     return document(f"{facts.path.resolve().name} · ekgfx", style, body)
 

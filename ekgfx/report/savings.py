@@ -2,7 +2,7 @@
 
 from xml.etree.ElementTree import Element
 
-from ekgfx.base.units import human
+from ekgfx.base.units import human, percent
 from ekgfx.export.tables import speedup_text
 from ekgfx.report import charts
 from ekgfx.report.facts import Facts
@@ -25,6 +25,8 @@ def widths(facts: Facts) -> Element | None:
         details.set("open", "open")
     uncut = sum(before == after for _, before, after in shown)
     said = f"One column for each group of coupled channels, from input to output; {uncut} of {len(shown)} kept all."
+    if facts.dropped:
+        said += f" Residual blocks that became identities: {', '.join(facts.dropped)}."
     chart = charts.columns("share of channels kept in each group, along the network", shown, "channels")
     return section("Widths", element("p", said), element("div", chart, class_="card wide"), details)
 
@@ -76,6 +78,37 @@ def latency(facts: Facts) -> Element | None:
     card.set("class", "card lone")
     note = element("p", f"{measured.note}.", class_="note") if measured.note else None
     return section("Latency", element("p", said), note, card, listed)
+
+
+def precisions(facts: Facts) -> Element | None:
+    """Both networks in every precision: right answers, size and latency side by side."""
+    found = facts.precisions
+    if found is None:
+        return None
+    measured = facts.latency
+    timings = {} if measured is None else {(t.network, t.batch): t for t in measured.timings}
+    ratios = {} if measured is None else {(s.network, s.batch): s for s in measured.speedups}
+    batches = sorted({batch for _, batch in timings})
+    header = ["network", "precision", found.quality or "score", "file"]
+    header += [text for batch in batches for text in (f"batch {batch}", "speed-up (95% range)")]
+    rows = []
+    for variant in found.variants:
+        cells = [variant.network, variant.precision, percent(variant.score), f"{human(variant.bytes)}B"]
+        for batch in batches:
+            timing = timings.get((variant.name, batch))
+            cells.append("–" if timing is None else f"{timing.median_ms:.3g} ms")
+            cells.append(speedup_text(ratios.get((variant.name, batch))))
+        rows.append(cells)
+    judged = f", judged on {found.images} images" if found.images else ""
+    said = f"The networks in every precision{judged}. Speed-ups are against the unpruned network in fp32."
+    notes = [f"{network}: {quantized}." for network, quantized in found.int8.items()]
+    notes += [f"{note[:1].upper()}{note[1:]}." for note in found.notes]
+    return section(
+        "Precisions",
+        element("p", said),
+        table(header, rows, texts=2),
+        *(element("p", note, class_="note") for note in notes),
+    )
 
 
 def times(facts: Facts) -> Element | None:

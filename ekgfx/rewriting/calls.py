@@ -111,12 +111,14 @@ class Call:
 @dataclass(frozen=True)
 class Calls:
     """root: the call of the model itself. weights: placeholder → qualified name; constants: placeholder → tensor.
-    free: how much of the inputs' sizes is symbolic: "sizes", "batch" or nothing."""
+    free: how much of the inputs' sizes is symbolic: "sizes", "batch" or nothing. numbers: sizes of the batch and of
+    space that the user's Python has made numbers of, as `len(x)` does."""
 
     root: Call
     weights: dict[str, str]
     constants: dict[str, Tensor]
     free: str
+    numbers: frozenset[int]
 
     def of(self, path: str) -> list[Call]:
         """The calls of one module."""
@@ -238,8 +240,13 @@ def _is_size(value: Any) -> bool:
 
 def _read(model: nn.Module, program: torch.export.ExportedProgram, recorded: list[Any], free: str) -> Calls:
     graph, weights, constants = inlined(program.graph_module), {}, {}
-    placeholders = (node.name for node in graph.nodes if node.op == "placeholder")
-    for spec, name in zip(program.graph_signature.input_specs, placeholders, strict=True):
+    placeholders = graph.find_nodes(op="placeholder")
+    numbers: set[int] = set()
+    for spec, node in zip(program.graph_signature.input_specs, placeholders, strict=True):
+        name = node.name
+        if spec.kind is InputKind.USER_INPUT and isinstance(node.meta["val"], Tensor):
+            sizes = node.meta["val"].shape
+            numbers.update(size for size in (*sizes[:1], *sizes[2:]) if isinstance(size, int) and size > 1)
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             weights[name] = spec.target
         elif spec.kind is InputKind.CONSTANT_TENSOR:
@@ -272,7 +279,7 @@ def _read(model: nn.Module, program: torch.export.ExportedProgram, recorded: lis
         else:
             call = running.pop()
             call.returned, call.results = before, after
-    return Calls(top[0], weights, constants, free)
+    return Calls(top[0], weights, constants, free, frozenset(numbers))
 
 
 def _filled(kinds: list[Any], tensors: Sequence[Any], sizes: Any) -> Iterator[Any]:

@@ -1,61 +1,27 @@
 """The forward of one module as Python, from the calls that were recorded of it, with the widths that are left.
 
-Only what the module itself runs is written out: its submodules are called as before, with their modes and hooks. A size
-that depends on the inputs is read from what is at hand (`x.shape[1]`), so it is right for other inputs too. An integer
-that the user's Python knew by itself is replaced by what the axes say. Where training runs the same operators with
-other arguments (dropout), `self.training` chooses; where it runs others, there are two bodies.
+Only what the module itself runs is written out: its submodules are called as before, with their modes and hooks. What
+its values are called is in `terms`. Where training runs the same operators with other arguments (dropout),
+`self.training` chooses; where it runs others, there are two bodies.
 """
 
-import itertools
-import keyword
-import math
 import operator
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from ekgfx.errors import PruneError
-from ekgfx.rewriting.calls import Call, Calls, Held, Values, whole
+from ekgfx.rewriting.calls import Call, Held, Values, whole
 from ekgfx.rewriting.head import Head
 from ekgfx.rewriting.patched import Forward
-from ekgfx.rewriting.spelling import access, attribute, literal, plain, released, scaled, spelled, variable, written
+from ekgfx.rewriting.spelling import access, attribute, plain, released, variable, written
+from ekgfx.rewriting.terms import InexpressibleError, Recorded, Terms, Widths
 
 Step = tuple[str, Any, Any]
 """("op", None, node), ("call", name of the module in the one that calls it, call) or ("is", node, node)."""
-
-
-class Widths(Protocol):
-    """What the cut makes of sizes."""
-
-    def argument(self, node: fx.Node, name: str, position: int | None, old: int) -> int:
-        """The new size that a recorded operator is given in place of the old one."""
-
-    def knows(self, call: Call) -> bool:
-        """Whether the trace has something of what runs in a call: it leaves out what has no effect on the outputs."""
-
-    def length(self, node: fx.Node, dim: int, old: int) -> int:
-        """The new length of a dimension of a recorded value."""
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """The calls of one model in evaluation, and in training where that could be recorded (with floats of `dtype`)."""
-
-    model: nn.Module
-    evaluation: Calls
-    training: Calls | None
-    floats: torch.dtype
-    dtype: torch.dtype
-
-
-class _Inexpressible(PruneError):
-    """What a module runs cannot be written as its forward."""
 
 
 def rewrite(path: str, recorded: Recorded, widths: Widths, inline: Iterable[str], reason: str) -> Forward:
@@ -68,11 +34,11 @@ def rewrite(path: str, recorded: Recorded, widths: Widths, inline: Iterable[str]
     """
     module = recorded.model.get_submodule(path)
     if "forward" in vars(module):
-        raise _Inexpressible(f"{path} has a forward of its own")
+        raise InexpressibleError(f"{path} has a forward of its own")
     calls = recorded.evaluation.of(path)
     trained = recorded.training.of(path) if recorded.training else []
     if not calls:
-        raise _Inexpressible(f"{path} was not called")
+        raise InexpressibleError(f"{path} was not called")
     if len(trained) != len(calls):
         trained = []
     written = [
@@ -81,7 +47,7 @@ def rewrite(path: str, recorded: Recorded, widths: Widths, inline: Iterable[str]
     ]
     sources = {writer.source() for writer in written}
     if len(sources) > 1:
-        raise _Inexpressible(f"{path} is called more than once, each time in another way")
+        raise InexpressibleError(f"{path} is called more than once, each time in another way")
     free = recorded.evaluation.free
     fixed = any(writer.fixed for writer in written)
     sizes = "any" if free == "sizes" and not fixed else "batch" if free == "batch" and not fixed else "example"
@@ -159,211 +125,71 @@ class _Writer:
         return read or not any(True for _ in call.operators()) or self.widths.knows(call)
 
     def _body(self, call: Call, steps: list[Step], others: list[Step] | None) -> list[str]:
-        self.names: dict[fx.Node, str] = {}
-        self.known: dict[Any, str] = {}
-        self.taken = {p.name for p in self.head.parameters} | {
-            "self",
-            "torch",
-            "math",
-            "operator",
-            "pytree",
-            "tensors_in",
-        }
-        self.reference = ""
-        self.floating = ""
+        taken = [parameter.name for parameter in self.head.parameters]
+        terms = Terms(self.path, self.recorded, self.widths, self.calls, self.own, self.objects, taken)
+        self.terms = terms
         lines: list[str] = []
         for leaf, path in zip(call.given.leaves, call.given.paths, strict=True):
-            self._name_all(leaf, self.head.accessor(path) if isinstance(leaf, fx.Node | Held) else "")
-        if not self.floating:
-            own = [(self.own[id(t)], t) for t in (*self.module.parameters(), *self.module.buffers())]
-            self.floating = next((attribute(n) for n, t in own if t.is_floating_point()), "")
-        self.reference = self.reference or self.floating
+            terms.name_all(leaf, self.head.accessor(path) if isinstance(leaf, fx.Node | Held) else "")
+        terms.settle(self.module)
         for i, (kind, place, what) in enumerate(steps):
             twin = others[i] if others is not None else None
             if kind == "is":
                 if isinstance(place, fx.Node) and isinstance(what, fx.Node) and _is_tensor(place):
-                    self._name(place, self._load(what))
+                    terms.name(place, terms.load(what))
             elif kind == "call":
                 lines += self._called(place, what)
             elif what.target is operator.getitem:
-                lines.append(self._assign(what, f"{self._load(what.args[0])}[{what.args[1]}]"))
+                lines.append(self._assign(what, f"{terms.load(what.args[0])}[{what.args[1]}]"))
             else:
                 lines.append(self._assign(what, self._operator(what, twin[2] if twin else None)))
         assert call.returned is not None
         lines.append(f"return {self._built(call.returned)}")
-        return released(lines, self.names.values(), self.taken)
-
-    def _name_all(self, leaf: Any, text: str) -> None:
-        """A leaf of what was passed, and what it holds, is at hand under a name from now on."""
-        if isinstance(leaf, fx.Node):
-            self._name(leaf, text)
-        elif isinstance(leaf, Held):
-            for i, node in enumerate(leaf.nodes):
-                if isinstance(node, fx.Node):
-                    self._name(node, f"tensors_in({text})[{i}]")
+        self.fixed |= terms.fixed
+        return released(lines, terms.names.values(), terms.taken)
 
     def _assign(self, node: fx.Node, text: str, name: str = "") -> str:
         if not node.users:
             return text
-        name = self._fresh(name or re.sub(r"(_\d+)+$", "", node.name))
-        self._name(node, name)
+        name = self.terms.fresh(name or re.sub(r"(_\d+)+$", "", node.name))
+        self.terms.name(node, name)
         return f"{name} = {text}"
-
-    def _fresh(self, name: str) -> str:
-        """A name that is not in use: numbered here, so that two calls that do the same are written alike."""
-        numbered = (name if not i else f"{name}_{i}" for i in itertools.count())
-        fresh = next(name for name in numbered if name not in self.taken and not keyword.iskeyword(name))
-        self.taken.add(fresh)
-        return fresh
-
-    def _name(self, node: fx.Node, text: str) -> None:
-        """A value is at hand under a name from now on, and with it its sizes."""
-        self.names[node] = text
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt):
-            self.known.setdefault(value.node.expr, text)
-        if isinstance(value, Tensor):
-            for d, size in enumerate(value.shape):
-                if isinstance(size, torch.SymInt):
-                    old = size.node.hint
-                    expr = scaled(size.node.expr, old, self.widths.length(node, d, old))
-                    if expr is not None:
-                        self.known.setdefault(expr, f"{text}.shape[{d}]")
-            if not self.reference:
-                self.reference = text
-            if value.is_floating_point() and not self.floating:
-                self.floating = text
-
-    def _load(self, node: fx.Node) -> str:
-        """A tensor by the name that it has in this forward."""
-        if node in self.names:
-            return self.names[node]
-        if node.name in self.calls.weights:
-            module, _, leaf = self.calls.weights[node.name].rpartition(".")
-            tensor = getattr(self.recorded.model.get_submodule(module), leaf)
-            if id(tensor) in self.own:
-                return attribute(self.own[id(tensor)])
-        if node.name in self.calls.constants:
-            name = f"constant_{len(self.objects)}"
-            for known, value in self.objects.items():
-                if value is self.calls.constants[node.name]:
-                    name = known
-            self.objects[name] = self.calls.constants[node.name]
-            where = f".to({self.reference}.device)" if self.reference else ""
-            return f"{name}{where}"
-        raise _Inexpressible(f"{self.path or 'the model'} reads {node.name}, which it is not given")
 
     def _called(self, name: str, call: Call) -> list[str]:
         """A call of a submodule, and what it returns taken apart."""
         assert call.results is not None
-        args, kwargs = pytree.tree_unflatten([self._value(v) for v in call.passed.leaves], call.passed.spec)
+        args, kwargs = pytree.tree_unflatten([self.terms.value(v) for v in call.passed.leaves], call.passed.spec)
         given = [written(a) for a in args] + [f"{k}={written(v)}" for k, v in kwargs.items()]
         text = f"{attribute(name)}({', '.join(given)})"
         leaves, paths = call.results.leaves, call.results.paths
         if len(leaves) == 1 and not paths[0] and not isinstance(leaves[0], Held):
             return [self._assign(leaves[0], text, variable(name)) if isinstance(leaves[0], fx.Node) else text]
-        several = self._fresh(variable(name))
+        several = self.terms.fresh(variable(name))
         for leaf, path in zip(leaves, paths, strict=True):
-            self._name_all(leaf, several + "".join(map(access, path)))
+            self.terms.name_all(leaf, several + "".join(map(access, path)))
         return [f"{several} = {text}"]
 
     def _operator(self, node: fx.Node, twin: fx.Node | None) -> str:
         target = node.target
         if not isinstance(target, OpOverload):
-            raise _Inexpressible(f"{self.path or 'the model'} runs {getattr(target, '__name__', target)}")
+            raise InexpressibleError(f"{self.path or 'the model'} runs {getattr(target, '__name__', target)}")
         schema = target._schema.arguments
         others = iter(twin.args) if twin is not None else None
         texts = []
         for argument, value in zip(schema, node.args, strict=False):
-            texts.append(self._argument(node, argument.name, value, next(others) if others else value))
+            texts.append(self.terms.argument(node, argument.name, value, next(others) if others else value))
         for name, value in node.kwargs.items():
             if name == "pin_memory" and not value:
                 continue
             other = twin.kwargs.get(name, value) if twin is not None else value
-            texts.append(f"{name}={self._argument(node, name, value, other)}")
+            texts.append(f"{name}={self.terms.argument(node, name, value, other)}")
         return f"torch.ops.{target}({', '.join(texts)})"
 
-    def _argument(self, node: fx.Node, name: str, value: Any, other: Any) -> str:
-        if isinstance(value, list | tuple):
-            alike = isinstance(other, list | tuple) and len(other) == len(value)
-            texts = [self._scalar(node, name, i, v, other[i] if alike else v) for i, v in enumerate(value)]
-            return f"[{', '.join(texts)}]"
-        return self._scalar(node, name, None, value, other)
-
-    def _scalar(self, node: fx.Node, name: str, position: int | None, value: Any, other: Any) -> str:
-        if isinstance(value, fx.Node):
-            held = value.meta.get("val")
-            if not isinstance(held, torch.SymInt):
-                return self._value(value)
-            old = cast(int, held.node.hint)
-            new = self.widths.argument(node, name, position, old)
-            expr = scaled(held.node.expr, old, new)
-            return f"{self._size(value, held.node.expr)} * {new} // {old}" if expr is None else self._size(value, expr)
-        if type(value) is int and value != -1:
-            return str(self.widths.argument(node, name, position, value))
-        if isinstance(value, torch.dtype):
-            follows = value != other or (self.calls is self.recorded.training and value == self.recorded.dtype)
-            return f"{self.floating}.dtype" if follows and self.floating else repr(value)
-        if isinstance(value, torch.device):
-            return f"{self.reference}.device" if self.reference else f"torch.device({str(value)!r})"
-        lowest = torch.finfo(self.recorded.floats).min, torch.finfo(self.recorded.dtype).min
-        if isinstance(value, float) and value != other and (value, other) == lowest and self.floating:
-            return f"torch.finfo({self.floating}.dtype).min"
-        if isinstance(value, bool | float | int) and isinstance(other, bool | float | int) and value != other:
-            if (value, other) == (False, True):
-                return "self.training"
-            return f"({literal(other)} if self.training else {literal(value)})"
-        return literal(value)
-
-    def _value(self, value: Any) -> Any:
-        """A value as text: a tensor by its name, a size by what it is read from."""
-        if isinstance(value, Held):
-            texts = ", ".join(self._value(node) for node in value.nodes)
-            return f"{self._object('frame', value.frame)}.filled([{texts}])"
-        if not isinstance(value, fx.Node):
-            return literal(value)
-        held = value.meta.get("val")
-        if isinstance(held, torch.SymInt):
-            return self._size(value, held.node.expr)
-        if isinstance(held, torch.SymFloat | torch.SymBool):
-            return self._number(value)
-        return self._load(value)
-
-    def _number(self, node: fx.Node) -> str:
-        """A number that is computed from sizes."""
-        name = getattr(node.target, "__name__", "")
-        texts = [self._value(v) for v in node.args]
-        if node.target in (torch.sym_float, float):
-            return f"float({texts[0]})"
-        if name.startswith("_sym_") and hasattr(math, name.removeprefix("_sym_")):
-            return f"math.{name.removeprefix('_sym_')}({', '.join(texts)})"
-        if getattr(operator, name, None) is node.target:
-            return f"operator.{name}({', '.join(texts)})"
-        self.fixed = True
-        return literal(node.meta["val"].node.hint)
-
-    def _size(self, node: fx.Node, expr: Any) -> str:
-        try:
-            return spelled(expr, self.known)
-        except KeyError:
-            self.fixed = True  # nothing at hand has it: it stays what it was in the example
-            held = node.meta["val"].node
-            return str(int(held.hint * (expr / held.expr)))
-
     def _built(self, values: Values) -> str:
-        texts = [self._value(v) for v in values.leaves]
+        texts = [self.terms.value(v) for v in values.leaves]
         if plain(values.spec):
             return written(pytree.tree_unflatten(texts, values.spec))
-        return f"pytree.tree_unflatten([{', '.join(texts)}], {self._object('spec', values.spec)})"
-
-    def _object(self, kind: str, value: Any) -> str:
-        """The name of an object in the forward's name space."""
-        for name, known in self.objects.items():
-            if type(known) is type(value) and known == value:
-                return name
-        name = f"{kind}_{len(self.objects)}"
-        self.objects[name] = value
-        return name
+        return f"pytree.tree_unflatten([{', '.join(texts)}], {self.terms.object_named('spec', values.spec)})"
 
 
 def _alike(steps: list[Step], others: list[Step]) -> bool:

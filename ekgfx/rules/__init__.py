@@ -3,6 +3,7 @@
 from ekgfx.rules import (  # noqa: F401  (importing a family registers its rules)
     attention,
     constants,
+    convolution,
     fourier,
     layers,
     normalization,

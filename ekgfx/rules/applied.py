@@ -40,7 +40,7 @@ def _agreeing(call: Call, effect: Effect) -> Effect:
     Raises:
         RuleError: they don't.
     """
-    outs = effect.out if isinstance(effect.out, list) else [effect.out]
+    outs = effect.outputs
     if len(outs) != len(call.shapes):
         raise RuleError(f"it says {len(outs)} outputs, the operator has {len(call.shapes)}")
     for i, (dims, shape) in enumerate(zip(outs, call.shapes, strict=True)):

@@ -44,6 +44,11 @@ class Effect:
     macs: Products | None = None
     summed: Dims = ()
 
+    @property
+    def outputs(self) -> list[Dims]:
+        """`out`, as a list also of a single tensor."""
+        return self.out if isinstance(self.out, list) else [self.out]
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -55,6 +60,10 @@ class Memory:
 
     overwrites: bool = False
     derivative: tuple[str, ...] = ("input", "result")
+
+
+FRESH = Memory(derivative=("input",))
+"""Of an operator whose derivative does not read its result."""
 
 
 @dataclass(frozen=True)

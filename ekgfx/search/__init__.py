@@ -4,28 +4,31 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from ekgfx.base.units import budget_of, bytes_of, fraction_of, human
-from ekgfx.errors import BudgetError, DataError
+from ekgfx.errors import BudgetError, DataError, PruneError, RecipeError
 from ekgfx.execution.subnetwork import BATCH_NORM
 from ekgfx.graph.arguments import check_inputs
+from ekgfx.graph.blocks import Block
 from ekgfx.graph.plan import Plan
 from ekgfx.search.company import check_mixed
 from ekgfx.search.criteria import IMPORTANCE, NEEDS_DATA, of_weights
 from ekgfx.search.details import AUTHORS, PAPER, Details, authors_cost
-from ekgfx.search.ignore import as_patterns, ignored_groups
+from ekgfx.search.ignore import as_patterns, enclosing, ignored_groups
 from ekgfx.search.latency import LayerTable, Price
-from ekgfx.search.problem import Budget, Computing, Problem, quicker_channels_last, tied_rules
+from ekgfx.search.problem import DROP, Budget, Computing, Problem, quicker_channels_last, tied_rules
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.result import Candidate, Measure, Point, SearchResult, Step, as_steps
 from ekgfx.search.reward import Objective, Reward, evaluate, label_free, validation_batches
 from ekgfx.search.settings import STRATEGIES, SearchOptions, SearchSettings, check_known, name_of
 from ekgfx.settings.budgets import label_of
 from ekgfx.surgery.configured import description
+from ekgfx.surgery.dropped import check_droppable
 from ekgfx.surgery.tied import ties_of
 from ekgfx.tracing.trace import TracedModel, check_traced
 from ekgfx.training.loss import cross_entropy
@@ -109,6 +112,8 @@ def search(
     history = as_steps(resume_from or ())
     points = asked.points
     limits = [find_budget(traced, **point, table=table, cost=cost, budget=budget) for point in points]
+    if asked.depth:
+        limits = [replace(limit, weighed=True) for limit in limits]
     limit = limits[-1]
     asked = replace(
         asked,
@@ -181,6 +186,7 @@ def _problem(
         rescale=bool(asked.rescale),
         computing=computing,
         seed=asked.seed,
+        blocks=_blocks(traced, asked) if asked.depth else {},
     )
     problem.check_reachable()
     for batch in problem.batches:
@@ -191,6 +197,25 @@ def _problem(
             "batches; pass some"
         )
     return problem
+
+
+def _blocks(traced: TracedModel, asked: SearchSettings) -> dict[str, Block]:
+    """The residual blocks that may be dropped, by unit: those that `ignore` does not name, by themselves or by a module
+    or parameter of theirs."""
+    if asked.strategy != "ekg" or asked.uniform_layers:
+        other = "uniform_layers" if asked.uniform_layers else f"strategy {name_of(asked.strategy)!r}"
+        raise RecipeError(f"depth goes with the strategy 'ekg' and without uniform_layers, not with {other}")
+    patterns = as_patterns(traced, asked.ignore)
+    found = {}
+    for name, (block, *_) in traced.blocks.items():
+        names = {name, *enclosing(block.weights)} if block is not None else set()
+        if block is not None and not any(fnmatchcase(each, pattern) for each in names for pattern in patterns):
+            found[DROP + name] = block
+    try:
+        check_droppable(traced, [block.name for block in found.values()])
+    except PruneError as error:
+        raise PruneError(f"{error}; search without depth, or name the block in ignore") from error
+    return found
 
 
 def _measure_unpruned(problem: Problem) -> tuple[Problem, Measure]:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from ekgfx.errors import DataError
 from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.graph.plan import Plan
@@ -116,9 +115,7 @@ def repaired(
 ) -> tuple[Worth, dict[Key, Worth]]:
     """The same in evaluation mode, every cut made for real and refitted on the problem's own batches."""
     traced, objective = problem.traced, problem.objective
-    if any(batch.inputs.kwargs for batch in problem.batches):
-        raise DataError("a repair takes a model's inputs in order, not by name: give batches as ((first, second), …)")
-    images = [(tuple(batch.inputs.args), None) for batch in problem.batches]
+    images = [(batch.inputs, None) for batch in problem.batches]
     dense = SubNetwork(traced, {}, channels_last=problem.computing.channels_last)
     with torch.no_grad():
         truths = [at_least_single(objective.logits(batch.inputs.into(dense))) for batch in batches]

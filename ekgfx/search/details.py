@@ -58,9 +58,9 @@ AUTHORS = Details(whole_group_filter=True, batch_size=256, rounded_last_width=Tr
 
 def authors_cost(traced: TracedModel) -> Callable[[Plan], float]:
     """The authors' cost of a plan: MACs, and 2·H·W·C for every BatchNorm."""
-    norms = [op for op in traced.operations if str(op.target).startswith("aten.batch_norm")]
 
     def cost(plan: Plan) -> float:
+        norms = [op for op in traced.left_by(plan).operations if str(op.target).startswith("aten.batch_norm")]
         counts = {axis: len(kept) for axis, kept in traced.groups.kept(plan).items()}
         values = evaluate([traced.dims[norm.name] for norm in norms], {**counts, traced.batch: 1})  # type: ignore[misc]
         return traced.cost(plan).macs + 2 * values

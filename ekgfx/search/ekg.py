@@ -11,8 +11,8 @@ from ekgfx.graph.plan import Plan
 from ekgfx.search.candidates import Proposal, important_first, worth_evaluating
 from ekgfx.search.details import PAPER, Details
 from ekgfx.search.forks import Forks, Keeper
-from ekgfx.search.importance import Criterion, Scores, taylor, taylor_per_sample
-from ekgfx.search.problem import Budget, Problem
+from ekgfx.search.importance import Criterion, Scores, scored
+from ekgfx.search.problem import DROP, Budget, Problem
 from ekgfx.search.race import Known, Outcome, evaluate_candidates, room_for_logits
 from ekgfx.search.ranking import ranking_of
 from ekgfx.search.recorder import Recorder
@@ -121,11 +121,10 @@ def turns(
     problem: Problem, state: State, others: Mapping[str, Budget], method: Method
 ) -> tuple[Turn, Mapping[str, Turn]]:
     """The step from `state` under the problem's budget, and under each of the others."""
+    problem = problem.at(state.plan)
+    method = replace(method, forks=method.forks.on(problem.traced))
     keeper = keeper_of(problem, method.forks, state)
-    if method.criterion in (taylor, taylor_per_sample):
-        scores = method.criterion(problem, state.plan, state.knowledge, keeper)  # type: ignore[call-arg]
-    else:
-        scores = method.criterion(problem, state.plan, state.knowledge)
+    scores = scored(method.criterion, problem, state.plan, state.knowledge, keeper)
     known: Known = {}
     proposals = propose_all(problem, state, scores, method)
     mine = take_turn(problem, state, proposals, scores, method, keeper, known)
@@ -143,7 +142,8 @@ def turns(
 
 def propose_all(problem: Problem, state: State, scores: Scores, method: Method) -> list[Proposal]:
     """The candidates of a step, Φ. BudgetError where there are none."""
-    found = (propose(problem, state, unit, scores, method.pace, method.details) for unit in problem.rules)
+    units = (*problem.rules, *problem.blocks)
+    found = (propose(problem, state, unit, scores, method.pace, method.details) for unit in units)
     proposals = [proposal for proposal in found if proposal is not None]
     if not proposals:
         raise BudgetError(
@@ -166,8 +166,10 @@ def take_turn(
     """The best of the proposals. known: what is known of them, and will be."""
     pace, details = method.pace, method.details
     whole = {unit: torch.cat([scores[group] for group in problem.of(unit)]) for unit in problem.rules}
-    stake = {p.group: details.stake(whole[p.group], p, state.widths[p.group]) for p in proposals}
-    chosen, threshold = worth_evaluating(proposals, stake)
+    narrower = [p for p in proposals if p.group in problem.rules]
+    stake = {p.group: details.stake(whole[p.group], p, state.widths[p.group]) for p in narrower}
+    chosen, threshold = worth_evaluating(narrower, stake)
+    chosen += [p for p in proposals if p.group in problem.blocks]  # which are few, and no importance says what they are
     ranking = ranking_of(problem, state.plan, state.knowledge, details.strict_best)
     outcomes = evaluate_candidates(
         problem,
@@ -201,9 +203,13 @@ def move(problem: Problem, recorder: Recorder, state: State, turn: Turn) -> Stat
 
 
 def propose(problem: Problem, state: State, unit: str, scores: Scores, pace: Pace, details: Details) -> Proposal | None:
-    """A unit's candidate in Φ: its next width is w_l − r_l with r_l = max(1/C_l, r/n_l), without the channels of least
-    importance. Where that overshoots the budget, the smallest reduction that still reaches it. None at its least width.
+    """A unit's candidate in Φ: of a block the network without it; of a group its next width, w_l − r_l with
+    r_l = max(1/C_l, r/n_l), without the channels of least importance. Where that overshoots the budget, the smallest
+    reduction that still reaches it. None at its least width.
     """
+    if unit in problem.blocks:
+        plan = replace(state.plan, dropped=(*state.plan.dropped, problem.blocks[unit].name))
+        return Proposal(unit, 0.0, plan, {}, 0.0)
     rule, now = problem.rules[unit], problem.positions(state.plan, unit)
     orders = {group: important_first(problem.kept(state.plan, group), scores[group]) for group in problem.of(unit)}
 
@@ -276,6 +282,7 @@ def replay(problem: Problem, state: State, past: Step) -> State:
     units = [unit for unit in problem.rules if past.removed.keys() & problem.of(unit).keys()]
     widths = {unit: min(past.widths[group] for group in problem.of(unit) if group in past.widths) for unit in units}
     taken = [Proposal(unit, widths[unit], plan, past.removed, 0.0) for unit in units]
+    taken += [Proposal(DROP + name, 0.0, plan, {}, 0.0) for name in past.dropped]
     again, evaluation = accept(problem, state, taken)
     recorded = past.measure.loss
     if recorded is None or abs(evaluation.loss - recorded) > TOLERANCE * max(abs(recorded), TOLERANCE):
@@ -289,14 +296,15 @@ def replay(problem: Problem, state: State, past: Step) -> State:
 def keeper_of(problem: Problem, forks: Forks, state: State) -> Keeper:
     """What keeps the current network's values for the candidates of a step, within the cache."""
     counts = {axis: len(kept) for axis, kept in problem.traced.groups.kept(state.plan).items()}
-    cuts = [problem.axes(unit) for unit in problem.rules]
+    cuts = [problem.cuts(unit) for unit in (*problem.rules, *problem.blocks)]
     samples = [batch.samples for batch in problem.batches]
-    budget = problem.computing.cache - room_for_logits(problem, state.knowledge, len(problem.rules))
+    budget = problem.computing.cache - room_for_logits(problem, state.knowledge, len(cuts))
     return Keeper(forks, cuts, counts, [count / sum(samples) for count in samples], budget)
 
 
 def candidate(problem: Problem, proposal: Proposal, outcome: Outcome) -> Candidate:
     """A proposal and what became of it, for the record."""
-    kept = len(problem.kept(proposal.plan, next(iter(problem.of(proposal.group)))))
+    block = proposal.group.startswith(DROP)
+    kept = 0 if block else len(problem.kept(proposal.plan, next(iter(problem.of(proposal.group)))))
     measure = problem.measure(proposal.plan, outcome.evaluation)
     return Candidate(proposal.group, proposal.width, kept, measure, outcome.at_least)

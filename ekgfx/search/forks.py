@@ -17,6 +17,7 @@ from ekgfx.axes import Axis, Expr, axes
 from ekgfx.data.batches import Inputs
 from ekgfx.execution.subnetwork import SubNetwork, slice_weights
 from ekgfx.graph.axis_graph import AxisGraph
+from ekgfx.graph.blocks import Block
 from ekgfx.graph.cost import evaluate, mac_table
 from ekgfx.graph.liveness import last_reads
 
@@ -27,7 +28,8 @@ class Fork:
 
     nodes: the operators that the cut changes, in order, and the placeholders that they read. reads: the other operators
     whose values they read. at: position in the graph where all of those are known. weights: parameters that are cut.
-    dying: node → values of `nodes` and `reads` that nobody of `nodes` reads after it.
+    dying: node → values of `nodes` and `reads` that nobody of `nodes` reads after it. stands: of a block that is
+    dropped, the operator in whose place its input stands, and that input.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -35,20 +37,34 @@ class Fork:
     at: int
     weights: frozenset[str]
     dying: Mapping[str, Sequence[str]]
+    stands: tuple[str, str] | None = None
+
+
+Cut = frozenset[Axis] | Block
+"""What a candidate is without: positions of some axes, or the branch of a block."""
 
 
 class Forks:
-    """The fork of every unit's axes in a graph."""
+    """The fork of every unit in a graph."""
 
     def __init__(self, graph: AxisGraph) -> None:
         self.graph = graph
         self.order = {node.name: position for position, node in enumerate(graph.graph.nodes)}
-        self._known: dict[frozenset[Axis], Fork] = {}
+        self._known: dict[Cut, Fork] = {}
+        self._others: dict[int, Forks] = {}
 
-    def of(self, cut: frozenset[Axis]) -> Fork:
-        """The fork of the axes that are cut together."""
+    def on(self, graph: AxisGraph) -> "Forks":
+        """The forks of the same model without some of its blocks; the last one's are kept."""
+        if graph is self.graph:
+            return self
+        if id(graph) not in self._others:
+            self._others = {id(graph): Forks(graph)}
+        return self._others[id(graph)]
+
+    def of(self, cut: Cut) -> Fork:
+        """The fork of the axes that are cut together, or of a block that is dropped."""
         if cut not in self._known:
-            self._known[cut] = self._fork(cut)
+            self._known[cut] = self._of_block(cut) if isinstance(cut, Block) else self._of_axes(cut)
         return self._known[cut]
 
     @cached_property
@@ -62,23 +78,39 @@ class Forks:
         *_, output = self.graph.graph.nodes
         return output
 
-    def _fork(self, cut: frozenset[Axis]) -> Fork:
+    def _of_axes(self, cut: frozenset[Axis]) -> Fork:
         changed: dict[str, fx.Node] = {}
         for node in self.operators.values():
             if any(source.name in changed for source in node.all_input_nodes) or cut & self._axes[node.name]:
                 changed[node.name] = node
+        weights = {name for name, dims in self.graph.weight_dims().items() if cut & _all_axes(dims)}
+        return self._fork(changed, frozenset(weights))
+
+    def _of_block(self, block: Block) -> Fork:
+        changed: dict[str, fx.Node] = {}
+        for node in self.operators.values():
+            if any(source.name in changed or source.name == block.output for source in node.all_input_nodes):
+                changed[node.name] = node
+        join = self.graph.operation(self._nodes[block.join])
+        assert join is not None
+        return self._fork(changed, frozenset(), (block.output, join.args[block.trunk].name))
+
+    def _fork(
+        self, changed: Mapping[str, fx.Node], weights: frozenset[str], stands: tuple[str, str] | None = None
+    ) -> Fork:
         read = {source.name for node in (*changed.values(), self.output) for source in node.all_input_nodes}
+        if stands is not None:
+            read = read - {stands[0]} | {stands[1]}
         reads = frozenset(read & self.operators.keys() - changed.keys())
         nodes = [node for node in self.graph.graph.nodes if node.name in changed or (node.name in read - reads)]
         dying = last_reads(nodes, stay={source.name for source in self.output.all_input_nodes})
-        weights = {name for name, dims in self.graph.weight_dims().items() if cut & _all_axes(dims)}
         at = max((self.order[name] for name in reads), default=-1) + 1
-        return Fork(tuple(nodes), reads, at, frozenset(weights), dying)
+        return Fork(tuple(nodes), reads, at, weights, dying, stands)
 
     @cached_property
     def _axes(self) -> dict[str, set[Axis]]:
         """Operator → axes of its output, of what it reads, and of its integer arguments."""
-        dims = {node.name: _all_axes(self.graph.dims.get(node.name, ())) for node in self.graph.graph.nodes}
+        dims = {node.name: _all_axes(self.graph.tensors.get(node.name, ())) for node in self.graph.graph.nodes}
         found = {}
         for name, node in self.operators.items():
             operation = self.graph.operation(node)
@@ -109,8 +141,7 @@ class Forks:
         table, counts = self._mac_table, {**counts, self.graph.batch: 1}
         effort = {}
         for operation in self.graph.operations:
-            out = operation.effect.out
-            written = evaluate(out if isinstance(out, list) else [out], counts)
+            written = evaluate(operation.effect.outputs, counts)
             effort[operation.name] = evaluate(table.get(operation.name, []), counts) + written
         return effort
 
@@ -128,12 +159,12 @@ class Keeper:
     def __init__(
         self,
         forks: Forks,
-        cuts: Collection[frozenset[Axis]],
+        cuts: Collection[Cut],
         counts: Mapping[Axis, int],
         shares: Sequence[float],
         budget: int,
     ) -> None:
-        """cuts: the axes of every unit. counts: kept positions per axis. shares: every batch's part of the samples.
+        """cuts: of every unit. counts: kept positions per axis. shares: every batch's part of the samples.
         budget: in bytes, for all batches."""
         self.forks, self.counts, self.shares, self.budget = forks, counts, shares, budget
         self.wanted = set().union(*(forks.of(cut).reads for cut in cuts)) if budget else set()
@@ -229,16 +260,20 @@ class Branch(SubNetwork):
     and computes from the current network's values on."""
 
     def __init__(
-        self, current: SubNetwork, forks: Forks, cut: frozenset[Axis], kept: Mapping[Axis, Tensor], *, rescale: bool
+        self, current: SubNetwork, forks: Forks, cut: Cut, kept: Mapping[Axis, Tensor], *, rescale: bool
     ) -> None:
-        """cut: the axes of the unit. kept: as in `SubNetwork`, all that the candidate keeps."""
+        """cut: of the unit. kept: as in `SubNetwork`, all that the candidate keeps."""
         self.fork, self._end = forks.of(cut), forks.output
         sliced = slice_weights(current.graph, kept, rescale=rescale, names=self.fork.weights)
         super().__init__(current.graph, kept, weights={**current.weights, **sliced}, **current.manner)
 
     def go_on(self, inputs: Inputs, read: Mapping[str, Any]) -> Any:
         """The model's output for a batch. read: the current network's values that the fork reads."""
-        values = self.follow(self.fork.nodes, self.inputs(*inputs), dict(read), self.fork.dying)
+        values, given = dict(read), self.inputs(*inputs)
+        if self.fork.stands is not None:
+            place, input = self.fork.stands
+            values[place] = values[input] if input in values else given[input]
+        self.follow(self.fork.nodes, given, values, self.fork.dying)
         return self.output(self._end, values)
 
 

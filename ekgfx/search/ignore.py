@@ -1,7 +1,7 @@
 """Which groups the user wants left alone: glob patterns over names of groups, parameters and modules."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -13,11 +13,13 @@ from ekgfx.tracing.trace import TracedModel
 
 def names_of(group: ChannelGroup) -> set[str]:
     """Everything a pattern may say to mean this group: its name, its parameters, and the modules that hold them."""
-    names = {group.name}
-    for place in group.places:
-        parts = place.parameter.split(".")
-        names.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
-    return names
+    return {group.name, *enclosing(place.parameter for place in group.places)}
+
+
+def enclosing(parameters: Iterable[str]) -> set[str]:
+    """The names of parameters, and of all modules that they are in."""
+    parts = [name.split(".") for name in parameters]
+    return {".".join(each[:end]) for each in parts for end in range(1, len(each) + 1)}
 
 
 Ignored = str | nn.Module | type[nn.Module]

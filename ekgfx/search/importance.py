@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +27,22 @@ PRODUCTS = 1 << 17
 Criterion = Callable[[Problem, Plan, Knowledge | None], Scores]
 """Scores the channels of the current sub-network, given its plan and the knowledge T."""
 
+Keeping = TypeVar("Keeping", bound=Callable[..., Scores])
 
+
+def keeping(criterion: Keeping) -> Keeping:
+    """Marks a criterion that runs the sub-network on every batch: it takes a `Keeper` as its fourth argument, and shows
+    it the values that the candidates of the step go on from."""
+    vars(criterion)["keeps"] = True
+    return criterion
+
+
+def scored(criterion: Criterion, problem: Problem, plan: Plan, knowledge: Knowledge | None, keeper: Keeper) -> Scores:
+    """What a criterion says; one that can fills the keeper."""
+    return criterion(problem, plan, knowledge, *((keeper,) if getattr(criterion, "keeps", False) else ()))
+
+
+@keeping
 def taylor(
     problem: Problem,
     plan: Plan,
@@ -86,6 +102,7 @@ def taylor(
     return dict(zip((g.name for g in groups), whole.split([g.size for g in groups]), strict=True))
 
 
+@keeping
 def taylor_per_sample(
     problem: Problem, plan: Plan, knowledge: Knowledge | None, keeper: Keeper | None = None
 ) -> Scores:
@@ -118,8 +135,7 @@ Rows = tuple[int, int, int]
 
 def samples_along(graph: AxisGraph, node: str, samples: int) -> Rows | None:
     """Where an activation's samples are; None for one that has none, which is the same for all of them."""
-    dims = graph.dims[node]
-    for d, dim in enumerate(dims if isinstance(dims, tuple) else ()):
+    for d, dim in enumerate(graph.dims.get(node, ())):
         if graph.batch in axes(dim):
             index = membership(dim, graph.batch)
             return d, samples, int((index == index[0]).cummin(0).values.sum())

@@ -10,7 +10,7 @@ top. Segments that do the same work at the same widths (`Segment.signature`) sha
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -123,6 +123,7 @@ class Price:
         self._tiles = _positions(traced, table.tile)
         self._grains = _positions(traced, table.grain)
         self._known: dict[tuple[Any, ...], float] = {}
+        self._segments_left: dict[tuple[str, ...], Collection[str]] = {}
         samples = [sample for i, sample in enumerate(table.samples) if i not in leave]
         self._laws = self._fit(samples)
         # A profiler adds to every node, and something may pass between nodes: the whole is not exactly their sum.
@@ -131,11 +132,12 @@ class Price:
 
     def __call__(self, plan: Plan) -> float:
         """Milliseconds of a run at the target's batch size."""
-        return self.of_widths(self.traced.groups.widths(plan))
+        return self.of_widths(self.traced.groups.widths(plan), plan.dropped)
 
     def segments(self, plan: Plan) -> dict[str, float]:
         """Milliseconds per segment, as the profiler would give them."""
-        return self._times(self.traced.groups.widths(plan))
+        times, left = self._times(self.traced.groups.widths(plan)), self._left(plan.dropped)
+        return {name: time if name in left else 0.0 for name, time in times.items()}
 
     @cached_property
     def dense(self) -> float:
@@ -156,10 +158,17 @@ class Price:
                 found.append(predicted / sample.network - 1)
         return tuple(found)
 
-    def of_widths(self, widths: Mapping[str, int]) -> float:
-        """Milliseconds of a run when every group keeps so many channels."""
-        slope, offset = self._whole
-        return slope * sum(self._times(widths).values()) + offset
+    def of_widths(self, widths: Mapping[str, int], dropped: tuple[str, ...] = ()) -> float:
+        """Milliseconds of a run when every group keeps so many channels, and these blocks are dropped."""
+        (slope, offset), left = self._whole, self._left(dropped)
+        return slope * sum(time for name, time in self._times(widths).items() if name in left) + offset
+
+    def _left(self, dropped: tuple[str, ...]) -> Collection[str]:
+        """The segments of which a layer with weights is left."""
+        if dropped not in self._segments_left:
+            left = find_segments(self.traced.left_by(Plan(dropped=dropped))) if dropped else self._segments
+            self._segments_left[dropped] = left.keys()
+        return self._segments_left[dropped]
 
     def _times(self, widths: Mapping[str, int]) -> dict[str, float]:
         counts = {group.axis: widths[name] for name, group in self.traced.groups.items()}

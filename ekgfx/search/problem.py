@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from ekgfx.axes import Axis, membership
 from ekgfx.errors import BudgetError
 from ekgfx.execution.subnetwork import SubNetwork
+from ekgfx.graph.blocks import Block
 from ekgfx.graph.groups import ChannelGroup
 from ekgfx.graph.plan import Plan
 from ekgfx.graph.ties import Ties
@@ -90,6 +91,10 @@ class Computing:
         return batch._replace(inputs=batch.inputs.channels_last())
 
 
+DROP = "drop "
+"""How the unit that is a block is named: `drop layer1.1`."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """A search, before it starts.
@@ -98,7 +103,8 @@ class Problem:
     several groups, each with the channels that go with one of its positions. batches: validation data, empty where the
     strategy needs none. ensemble: whether the knowledge follows the accepted sub-networks (eq. 8). guided: whether the
     reward has a knowledge term at all. rescale: cut kernels keep their norm. computing: how candidates are computed.
-    seed: of what is drawn at random. unpruned: T₀ = O(D_val; Θ₀), once it is known.
+    seed: of what is drawn at random. unpruned: T₀ = O(D_val; Θ₀), once it is known. blocks: the residual blocks that
+    may be dropped, as units of their own (`DROP`).
     """
 
     traced: TracedModel
@@ -113,6 +119,22 @@ class Problem:
     seed: int = 0
     unpruned: Knowledge = ()
     members: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    blocks: Mapping[str, Block] = field(default_factory=dict)
+
+    def at(self, plan: Plan) -> "Problem":
+        """The same problem where a plan has led, with the groups and blocks that are still there."""
+        left = self.traced.left_by(plan)
+        if left is self.traced:
+            return self
+        here = {unit: [group for group in self.of(unit) if group in left.groups] for unit in self.rules}
+        nodes = {operation.name for operation in left.operations}
+        return replace(
+            self,
+            traced=left,
+            rules={unit: rule for unit, rule in self.rules.items() if here[unit]},
+            members={unit: {g: n for g, n in those.items() if g in here[unit]} for unit, those in self.members.items()},
+            blocks={unit: block for unit, block in self.blocks.items() if block.output in nodes},
+        )
 
     def full(self) -> Plan:
         """Θ₀ as a plan."""
@@ -131,6 +153,10 @@ class Problem:
     def groups(self) -> list[str]:
         """All groups that may shrink, in the order of the units."""
         return [group for unit in self.rules for group in self.of(unit)]
+
+    def cuts(self, unit: str) -> frozenset[Axis] | Block:
+        """The axes that a unit cuts, or the block that it is."""
+        return self.blocks[unit] if unit in self.blocks else self.axes(unit)
 
     def axes(self, unit: str) -> frozenset[Axis]:
         """The axes that a unit cuts."""
@@ -154,9 +180,10 @@ class Problem:
 
     def network(self, plan: Plan) -> SubNetwork:
         """The sub-network of a plan, with batch statistics in its BatchNorms."""
+        left = self.traced.left_by(plan)
         return SubNetwork(
-            self.traced,
-            self.traced.groups.kept(plan),
+            left,
+            left.groups.kept(plan),
             batch_stats=True,
             rescale=self.rescale,
             amp=self.computing.dtype,
@@ -172,7 +199,7 @@ class Problem:
 
     def check_reachable(self) -> None:
         """BudgetError when nothing can shrink, or when shrinking everything is not enough; says how far it can go."""
-        if not self.rules:
+        if not (self.rules or self.blocks):
             reasons = sorted({place.reason for place in self.traced.groups.frozen})
             why = f" (frozen: {'; '.join(reasons[:3])})" if reasons else ""
             raise BudgetError(f"nothing can be pruned in this model{why}; `ekgfx groups MODEL --why` shows every axis")
@@ -180,6 +207,7 @@ class Problem:
         for name, rule in self.rules.items():
             orders = {group: range(self.traced.groups[group].size) for group in self.of(name)}
             least = self.cut(least, name, orders, rule.minimum)
+        least = replace(least, dropped=tuple(block.name for block in self.blocks.values()))
         for budget in self.budget.parts or (self.budget,):
             if budget.met(least):
                 continue

@@ -148,14 +148,14 @@ def evaluate_candidates(
     """
     current, groups = problem.network(plan), problem.traced.groups
     branches = [
-        Branch(current, forks, problem.axes(unit), groups.kept(candidate), rescale=problem.rescale)
+        Branch(current, forks, problem.cuts(unit), groups.kept(candidate), rescale=problem.rescale)
         for unit, candidate in candidates
     ]
     holding = room_for_logits(problem, knowledge, len(candidates)) > 0
     plans = [candidate for _, candidate in candidates]
     race = Race(problem, forks, current, branches, plans, knowledge, kept or {}, holding, ranking)
     known = {} if known is None else known
-    names = [(group, candidate.kept[group]) for group, candidate in candidates]
+    names = [(unit, candidate.kept.get(unit, ())) for unit, candidate in candidates]
     race.terms |= {(number, b): terms for number, name in enumerate(names) for b, terms in known.get(name, {}).items()}
     least = least_terms(problem.objective, problem.batches, knowledge) if problem.computing.early_stop else None
     bounds = {} if least is None else eliminate(race, least, accept)

@@ -10,7 +10,7 @@ from ekgfx.graph.plan import Plan
 from ekgfx.search import find_budget
 from ekgfx.search.candidates import important_first
 from ekgfx.search.criteria import IMPORTANCE, NEEDS_DATA
-from ekgfx.search.ignore import Ignored, as_patterns, ignored_groups
+from ekgfx.search.ignore import Ignored, as_patterns, enclosing, ignored_groups
 from ekgfx.search.importance import Criterion
 from ekgfx.search.problem import Problem, width_rules
 from ekgfx.search.reward import Objective
@@ -83,19 +83,13 @@ def plan(
 
 def _meant(traced: TracedModel, pattern: str) -> list[str]:
     """The groups that a pattern means: by name, or by a layer that computes their channels, not one that reads them."""
-    known = {group.name: {group.name, *_enclosing(group.producers)} for group in traced.groups.values()}
+    known = {group.name: {group.name, *enclosing(group.producers)} for group in traced.groups.values()}
     found = [name for name, names in known.items() if any(fnmatchcase(each, pattern) for each in names)]
     if not found:
         close = get_close_matches(pattern, sorted(set().union(*known.values())), n=2)
         near = f"; did you mean {' or '.join(map(repr, close))}?" if close else "; `ekgfx groups MODEL` lists them"
         raise PlanError(f"ratios: {pattern!r} is no layer whose channels can be pruned{near}")
     return found
-
-
-def _enclosing(parameters: Sequence[str]) -> set[str]:
-    """The names of parameters and of all modules that they are in."""
-    parts = [name.split(".") for name in parameters]
-    return {".".join(each[:end]) for each in parts for end in range(1, len(each) + 1)}
 
 
 def _share(group: str, ratio: float | int | str, size: int) -> float:

@@ -82,6 +82,7 @@ class Recorder:
         threshold: float | None = None,
     ) -> None:
         """Record the step to `plan`, and tell the user."""
+        dropped = tuple(name for name in plan.dropped if name not in self.plan.dropped)
         now = time.monotonic()
         fraction = self.problem.budget.fraction(plan)
         seconds = now - self._since
@@ -96,6 +97,7 @@ class Recorder:
             threshold=threshold,
             seconds=seconds,
             towards=self.towards,
+            dropped=dropped,
             eta=spent * max(fraction - self.problem.budget.keep, 0.0) / max(1.0 - fraction, 1e-9),
         )
         self._since = now

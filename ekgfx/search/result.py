@@ -52,7 +52,8 @@ class Step:
     afterwards. measure: of the new sub-network; kept_fraction: its cost over that of the unpruned model, in the
     budget's unit. candidates: what was evaluated. threshold: of the candidate filter, None where nothing was filtered.
     seconds: this step; eta: seconds until the budget at the pace so far (an estimate). towards: in a search to several
-    budgets, the one whose way has left that to the tightest, on which all others steps are ("flops=0.75").
+    budgets, the one whose way has left that to the tightest, on which all others steps are ("flops=0.75"). dropped: the
+    residual blocks that this step drops.
     """
 
     number: int
@@ -65,10 +66,12 @@ class Step:
     seconds: float = 0.0
     eta: float = 0.0
     towards: str | None = None
+    dropped: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers."""
-        return asdict(self)
+        told = asdict(self)
+        return told if self.dropped else {key: value for key, value in told.items() if key != "dropped"}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -229,7 +232,7 @@ def apply_step(plan: Plan, step: Step, sizes: Mapping[str, int]) -> Plan:
                 "the history belongs to another model or is damaged: start the search anew"
             )
         plan = plan.with_kept(name, [channel for channel in kept if channel not in gone])
-    return plan
+    return replace(plan, dropped=(*plan.dropped, *step.dropped)) if step.dropped else plan
 
 
 def as_steps(history: Sequence[Step | Mapping[str, Any]]) -> tuple[Step, ...]:

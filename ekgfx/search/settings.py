@@ -41,6 +41,7 @@ class SearchOptions(TypedDict, total=False):
     min_width: float
     ignore: Ignored | Sequence[Ignored]
     uniform_layers: bool
+    depth: bool
     rescale: bool | None
     details: Details
     seed: int
@@ -77,6 +78,9 @@ class SearchSettings(recipe.SearchSettings):
         uniform_layers: whether widths are found that the model's configuration can say, so that `from_pretrained`
             takes the pruned model back; without one, repeated layers share their widths. Groups for whose width a
             module's Python has one number share it in any case (`ekgfx.surgery.tied`).
+        depth: whether whole residual blocks may be dropped (`TracedModel.blocks`), as further candidates of each step.
+            Steps then minimise the reward lost for the cost saved, as under a budget of milliseconds: a block saves
+            far more than one reduction of a width. With the strategy "ekg".
         rescale: whether cut kernels of convolutions and linear layers keep their norm (recorded in the plan). None: as
             the authors do where the model has BatchNorm, which cancels the factor almost everywhere; without it the
             factor would change what the network computes, and they are left alone.

@@ -103,6 +103,7 @@ class SearchSettings:
     step: float = 0.2
     min_width: float = 0.0
     uniform_layers: bool = False
+    depth: bool = False
     rescale: bool | None = None
     early_stop: bool | None = None
     amp: Literal["bf16", "fp16"] | None = None
@@ -127,6 +128,7 @@ class Search(SearchSettings):
     first that the model finds hardest (`hardest_first`): with that and batches of 64 a search takes less time and
     chooses less well (`docs/performance.md`). `batch_size`: of step 0 and of everything that is only evaluated (None:
     256, or fewer where the activations of 256 would take over 8 GiB).
+    `depth`: whole residual blocks may be dropped as well.
     `uniform_layers`: widths that the model's own configuration can say; without one, one width for repeated layers.
     `accept`: candidates that a step takes together; None takes one, as the paper does, but on data without
     labels as many as keep the search of a large network within minutes.

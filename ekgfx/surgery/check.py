@@ -49,14 +49,13 @@ class MaskedNetwork(GraphRunner):
                 for name, which, dim in operation.effect.sums:
                     args[name] = self._silenced(args[name], operation.args[name], which, dim, counts)
             return self.call(operation, resize(operation, args, counts))
-        dims = {name: self.graph.symbolic(value) for name, value in operation.args.items()}
-        cut = {name: self._gather(value, dims[name], counts) for name, value in args.items()}
+        cut = {name: self._gather(value, operation.call.args[name], counts) for name, value in args.items()}
         kept = {axis: len(index) for axis, index in self.kept.items()}
         result = self.call(operation, resize(operation, cut, {**kept, **counts}))
-        out = operation.effect.out
-        if isinstance(out, list):
-            return [_scatter(value, dims, self.kept, counts) for value, dims in zip(result, out, strict=True)]
-        return _scatter(result, out, self.kept, counts)
+        outputs = operation.effect.outputs
+        if isinstance(result, list | tuple):
+            return [_scatter(value, dims, self.kept, counts) for value, dims in zip(result, outputs, strict=True)]
+        return _scatter(result, outputs[0], self.kept, counts)
 
     def _weighted(self, operation: Operation) -> bool:
         """Whether one factor of an operator's products is a weight as it stands: what is cut of that is zero."""
@@ -153,7 +152,7 @@ def check_masked(traced: TracedModel, plan: Plan, inputs: tuple) -> float:
     """Relative error between the sliced graph and the masked original, on the given inputs."""
     with torch.no_grad():
         return relative_error(
-            traced.subnetwork(plan)(*inputs), MaskedNetwork(traced, traced.groups.kept(plan))(*inputs)
+            traced.subnetwork(plan)(*inputs), MaskedNetwork(traced.left_by(plan), traced.groups.kept(plan))(*inputs)
         )
 
 
@@ -178,8 +177,7 @@ def predicted_shapes(graph: AxisGraph, counts: Mapping[Axis, int]) -> dict[str, 
     """Operator node → shape of its (first) output when the axes keep `counts` positions."""
     shapes = {}
     for operation in graph.operations:
-        out = operation.effect.out
-        shapes[operation.name] = tuple(count(dim, counts) for dim in (out if isinstance(out, tuple) else out[0]))
+        shapes[operation.name] = tuple(count(dim, counts) for dim in operation.effect.outputs[0])
     return shapes
 
 

@@ -83,6 +83,8 @@ def configuration_of(traced: TracedModel, plan: Plan) -> Any | str | None:
     if described is None:
         return None
     fault = _broken(traced, described.ties(traced.groups), plan)
+    if plan.dropped:
+        fault = f"{plan.dropped[0]} would have to stay"
     if fault is not None:
         return fault
     config = copy.deepcopy(traced.model.config)
@@ -149,12 +151,38 @@ def _describe(traced: TracedModel) -> Described | None:
     sizes_of = {name: tuple(dim.size for dim in exprs) for name, exprs in dims.items()}
     if built is None or any(built.shapes[name] != sizes_of[name] for name in dims.keys() & built.shapes.keys()):
         return None
-    trial = Trial(model, built)
+    trial, found = Trial(model, built), _Parts()
     places = {(p.parameter, p.dim): dims[p.parameter][p.dim] for g in traced.groups.values() for p in g.places}
     sizes = {part.size for expr in places.values() for part in runs(expr)}
     numbers = {number: old for number, old in numbers_in(model.config) if old in sizes}
     grows = {number: trial.grown({number: 2 * old}) for number, old in numbers.items()}
-    found = _Parts()
+    several = _grown_by_one(places, numbers, grows, found)
+    splitting = {
+        number: old for number, old in numbers.items() if not grows[number] and trial.splits({number: 2 * old})
+    }
+    partners = _of_several_axes(several, splitting, found)
+    for number, old in numbers.items():
+        widens = number in found.parts and number not in splitting  # those go with the width that they split
+        if widens and (changed := trial.others({number: 2 * old, **partners.get(number, {})})):
+            for part in found.parts[number]:
+                found.hold(axes(part), f"config.{name_of(number)} also says {changed}")
+    saved = model.state_dict().keys()
+    for name, exprs in dims.items():
+        if name not in saved:  # the library computes it anew when it builds the model
+            found.hold((axis for expr in exprs for axis in axes(expr)), f"{name} is not saved")
+    named = {group.axis: group.name for group in traced.groups.values()}
+    held = {named[axis]: why for axis, why in found.held.items() if axis in named}
+    return _checked(traced, Described(found.all(), held), trial)
+
+
+def _grown_by_one(
+    places: Mapping[tuple[str, int], Expr],
+    numbers: Mapping[Field, int],
+    grows: Mapping[Field, Mapping[tuple[str, int], bool]],
+    found: "_Parts",
+) -> list[tuple[Field, list[Expr]]]:
+    """Notes what parts of the dimensions grow with one number each. Returns those of several free axes with their
+    number: it does not say how they are made up."""
     several: list[tuple[Field, list[Expr]]] = []
     for place, expr in places.items():
         fields = {number: old for number, old in numbers.items() if grows[number].get(place) is True}
@@ -169,9 +197,14 @@ def _describe(traced: TracedModel) -> Described | None:
                 several.append((number, free))
             else:
                 found.add(number, part if free == [] else free[0])
-    splitting = {
-        number: old for number, old in numbers.items() if not grows[number] and trial.splits({number: 2 * old})
-    }
+    return several
+
+
+def _of_several_axes(
+    several: Sequence[tuple[Field, list[Expr]]], splitting: Mapping[Field, int], found: "_Parts"
+) -> dict[Field, dict[Field, int]]:
+    """Notes which axis of a dimension of several moves with its number: the only one that no other number says, or the
+    heads, where a number says how many. Returns, by number, the numbers of heads that grow with it."""
     partners: dict[Field, dict[Field, int]] = {}
     alone = set(found.single)
     for number, free in several:
@@ -190,18 +223,7 @@ def _describe(traced: TracedModel) -> Described | None:
             found.add(number, moving)
         else:
             found.whole.setdefault(number, []).append(free)
-    for number, old in numbers.items():
-        widens = number in found.parts and number not in splitting  # those go with the width that they split
-        if widens and (changed := trial.others({number: 2 * old, **partners.get(number, {})})):
-            for part in found.parts[number]:
-                found.hold(axes(part), f"config.{name_of(number)} also says {changed}")
-    saved = model.state_dict().keys()
-    for name, exprs in dims.items():
-        if name not in saved:  # the library computes it anew when it builds the model
-            found.hold((axis for expr in exprs for axis in axes(expr)), f"{name} is not saved")
-    named = {group.axis: group.name for group in traced.groups.values()}
-    held = {named[axis]: why for axis, why in found.held.items() if axis in named}
-    return _checked(traced, Described(found.all(), held), trial)
+    return partners
 
 
 def _checked(traced: TracedModel, found: Described, trial: "Trial") -> Described:

@@ -24,6 +24,8 @@ from ekgfx.surgery.calibrate import estimated
 from ekgfx.surgery.carried import carry, like
 from ekgfx.surgery.configured import configuration_of, configure
 from ekgfx.surgery.declared_widths import attributes_of, declare
+from ekgfx.surgery.dropped import REASON as DROPPED
+from ekgfx.surgery.dropped import drop
 from ekgfx.surgery.integers import correct, guess
 from ekgfx.surgery.settle import Prediction, repeatable, settle
 from ekgfx.tracing.trace import TracedModel, check_traced, trace
@@ -79,12 +81,12 @@ def prune(
             )
         traced = trace(model, example_inputs, leaf=plan.leaf, unused=plan.unused, outputs=plan.outputs or None)
     check_traced(traced, "prune")
-    source = traced if traced.model is model else traced.rebound(model)
-    kept = source.groups.kept(plan)
-    twin = hollow(model) if inplace and verify else None
+    entire = traced if traced.model is model else traced.rebound(model)
+    source, kept = entire.left_by(plan), entire.groups.kept(plan)
+    twin = hollow(model) if inplace and (verify or plan.dropped) else None
     before, state = attributes_of(model), source.changed(model)
-    ways = repeatable(source) if verify else set()
-    config = configuration_of(source, plan) if plan.kept else None
+    ways = repeatable(entire) if verify else set()
+    config = configuration_of(entire, plan) if plan.kept or plan.dropped else None
     with torch.no_grad():
         if inplace:
             pruned, weights = model, _cut_in_place(source, kept, plan.rescale)
@@ -93,6 +95,8 @@ def prune(
             pruned = _cut(model, weights, source, kept)
         _recompute(pruned)
     predicted = Prediction(source, plan, kept, weights, before, twin, state, ways)
+    if plan.dropped:
+        drop(pruned, source, predicted.counts, twin)
     correct(pruned, source, predicted.counts)
     if not verify:
         guess(pruned, source, predicted.counts, before)
@@ -100,7 +104,7 @@ def prune(
     said = configure(pruned, config)
     if verify:
         settle(pruned, predicted, may_replace=graphs != "forbid")
-        said = configure(pruned, config, source)
+        said = configure(pruned, config, entire)
     if graphs == "warn":
         _tell(pruned)
         if said:
@@ -110,7 +114,7 @@ def prune(
     remember(pruned, (*rounds, replace(plan, structure=source.groups.digest, **source.options)))
     if calibrate is None:
         return pruned
-    return estimated(pruned, calibrate) if inplace else estimated(pruned, calibrate, source, kept)
+    return estimated(pruned, calibrate) if inplace else estimated(pruned, calibrate, entire, kept)
 
 
 def needs_forward(traced: TracedModel) -> list[str]:
@@ -142,7 +146,7 @@ def needs_forward(traced: TracedModel) -> list[str]:
 
 def _tell(pruned: nn.Module) -> None:
     """Say once which modules' forward was replaced."""
-    found = replaced(pruned)
+    found = [replacement for replacement in replaced(pruned) if not replacement.reason.startswith(DROPPED)]
     if found:
         shown = "; ".join(map(str, found[:3])) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
         warnings.warn(

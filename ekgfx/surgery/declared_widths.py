@@ -11,7 +11,7 @@ from typing import Any
 from torch import fx, nn
 
 from ekgfx.axes import Axis, Expr, count
-from ekgfx.graph.axis_graph import AxisGraph, listed
+from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.nodes import callers
 from ekgfx.surgery.integers import STANDARD, Attributes
 
@@ -70,7 +70,7 @@ def _frames(graph: AxisGraph) -> dict[str, list[fx.Node]]:
 
 
 def _dims(graph: AxisGraph, node: fx.Node) -> Iterator[Expr]:
-    for dims in listed(graph.dims.get(node.name, ())):
+    for dims in graph.tensors.get(node.name, ()):
         yield from dims
 
 

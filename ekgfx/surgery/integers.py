@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ekgfx.axes import Axis, Prod, Sum, count, counted
-from ekgfx.graph.axis_graph import AxisGraph, listed
+from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.nodes import callers
 
 
@@ -331,4 +331,4 @@ def _frames(graph: AxisGraph, counts: Mapping[Axis, int]) -> dict[str, list[_Cha
 
 
 def _sizes(graph: AxisGraph, node: Any, counts: Mapping[Axis, int]) -> list[tuple[int, int]]:
-    return [(count(dim, {}), count(dim, counts)) for dims in listed(graph.dims.get(node.name, ())) for dim in dims]
+    return [(count(dim, {}), count(dim, counts)) for dims in graph.tensors.get(node.name, ()) for dim in dims]

@@ -4,6 +4,7 @@ The recording keeps the modules' boundaries, the trace knows the axes: each reco
 """
 
 import difflib
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ekgfx.axes import Axis, count
+from ekgfx.axes import Axis, Expr, Prod, count, resolve
 from ekgfx.errors import EkgfxError
 from ekgfx.graph.axis_graph import AxisGraph, Operation
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.rewriting.calls import Call, Calls, Values, calls_of, hollow, whole
-from ekgfx.rewriting.forward import Recorded
+from ekgfx.rewriting.terms import Recorded
 from ekgfx.surgery.check import operator_name, takes_all
 from ekgfx.tracing.trace import TracedModel
 
@@ -55,7 +56,12 @@ class TracedWidths:
         pairs = ((recorded.evaluation, source), (recorded.training, next(training, source)))
         for calls, graph in pairs:
             if calls is not None:
-                self.operations |= _aligned(graph, calls)
+                self.operations |= aligned(graph, calls)
+                given = [
+                    v for v in calls.root.passed.flat if isinstance(v, fx.Node) and isinstance(v.meta["val"], Tensor)
+                ]
+                if len(given) == len(graph.inputs):
+                    self.dims |= {node: graph.dims[name] for node, name in zip(given, graph.inputs, strict=True)}
                 self._follow(calls.root, graph)
 
     def _follow(self, call: Call, source: AxisGraph) -> None:
@@ -65,7 +71,8 @@ class TracedWidths:
             if isinstance(step, Call):
                 self._follow(step, source)
             elif step in self.operations:
-                self.dims[step] = source.dims.get(self.operations[step].name)
+                name = self.operations[step].name
+                self.dims[step] = source.dims.get(name, source.tensors.get(name))
             elif whole(step):
                 self.dims[step] = self.dims.get(cast(fx.Node, step.args[0]))
             elif step.target is operator.getitem and isinstance(self.dims.get(cast(fx.Node, step.args[0])), list):
@@ -82,19 +89,34 @@ class TracedWidths:
         return any(node in self.operations for _, node in call.operators())
 
     def argument(self, node: fx.Node, name: str, position: int | None, old: int) -> int:
+        expr = self._expression(node, name, position, old)
+        return old if expr is None else count(expr, self.counts)
+
+    def _expression(self, node: fx.Node, name: str, position: int | None, old: int) -> Expr | None:
         operation = self.operations.get(node)
         sizes = operation.effect.sizes if operation is not None else {}
         expr = sizes.get(name, sizes.get({"shape": "size", "size": "shape"}.get(name, name)))  # of reshape, and of view
         if isinstance(expr, Sequence):
             expr = expr[position] if position is not None and position < len(expr) else None
-        return old if expr is None or count(expr, {}) != old else count(expr, self.counts)
+        return None if expr is None or count(expr, {}) != old else resolve(expr)
+
+    def batches(self, node: fx.Node, name: str, position: int | None, old: int) -> int:
+        expr = self._expression(node, name, position, old)
+        factors = expr.factors if isinstance(expr, Prod) else () if expr is None else (expr,)
+        others = [factor for factor in factors if not (isinstance(factor, Axis) and factor.batch)]
+        return math.prod(count(factor, self.counts) for factor in others) if len(others) < len(factors) else 0
+
+    def batch_dim(self, node: fx.Node) -> int | None:
+        dims = self.dims.get(node)
+        exprs = map(resolve, dims) if isinstance(dims, tuple) else ()
+        return next((d for d, e in enumerate(exprs) if isinstance(e, Axis) and e.batch), None)
 
     def length(self, node: fx.Node, dim: int, old: int) -> int:
         dims = self.dims.get(node)
         return count(dims[dim], self.counts) if isinstance(dims, tuple) and dims[dim].size == old else old
 
 
-def _aligned(source: AxisGraph, calls: Calls) -> dict[fx.Node, Operation]:
+def aligned(source: AxisGraph, calls: Calls) -> dict[fx.Node, Operation]:
     """Recorded operator → the operation of the trace that it is."""
 
     def sign(module: str, target: Any) -> tuple[str, str]:

@@ -9,6 +9,7 @@ right gets a forward that is written for it.
 import itertools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,13 +23,15 @@ from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.plan import Plan
 from ekgfx.graph.untouched import State, deep_copy
 from ekgfx.graph.ways import Way
-from ekgfx.rewriting.forward import Recorded, rewrite
+from ekgfx.rewriting.forward import rewrite
 from ekgfx.rewriting.patched import forward_of, put_forward
+from ekgfx.rewriting.terms import Recorded
 from ekgfx.surgery.behaviour import as_good, behaviour
 from ekgfx.surgery.check import Difference, compare_outputs, differences
+from ekgfx.surgery.dropped import recorded
 from ekgfx.surgery.faults import Problem, blamed, failing, training_error
 from ekgfx.surgery.integers import STANDARD, Attributes, Choice, choices_of, own_configurations
-from ekgfx.surgery.recorded import TracedWidths, record
+from ekgfx.surgery.outline import Step, otherwise, outline_of, outlined
 from ekgfx.tracing.trace import TracedModel, retrace
 
 MOST_TRIALS = 16
@@ -196,12 +199,43 @@ class _Settling:
         before = {choice: choice.now(self.pruned) for choice in choices}
         for trial in itertools.islice(_assignments(self.pruned, choices, apart), MOST_TRIALS):
             _take(self.pruned, trial)
+            if self._surely_wrong(blamed):
+                continue
             left = self.problems()
             if not any(p.module is None or p.module in blamed for p in left):
                 self.changed += [choice for choice in choices if choice not in self.changed]
                 return left
         _take(self.pruned, before)
         return None
+
+    @cached_property
+    def _wanted(self) -> list[Step] | None:
+        """The outline of what was predicted; None where the original's is not that of its own graph, so that outlines
+        say nothing."""
+        graph, (args, kwargs) = self.source, self.source.example
+        if graph.model is self.pruned:  # cut itself: there is no original to run
+            return None
+
+        buffers = {name for name, _ in graph.model.named_buffers(remove_duplicate=False)}  # which alone change in a run
+
+        def outline(kept: Mapping[Axis, Tensor], weights: Mapping[str, Tensor]) -> list[Step] | None:
+            held = {name: tensor.clone() if name in buffers else tensor for name, tensor in weights.items()}
+            network = SubNetwork(graph, kept, weights=held)
+            return outlined(lambda: network(*args, **kwargs))
+
+        whole = {name: graph.tensor(name) for name in self.predicted.weights}
+        if outline_of(graph.model, graph.way, graph.example) != outline({}, whole):
+            return None
+        return outline(self.predicted.kept, self.predicted.weights)
+
+    def _surely_wrong(self, modules: Collection[str]) -> bool:
+        """Whether a run shows, sooner than a trace, that something is left to blame on those modules."""
+        if self._wanted is None:
+            return False
+        found = outline_of(self.pruned, self.source.way, self.source.example)
+        if found is None:
+            return False
+        return any(blamed(self.pruned, module) in modules for module in otherwise(found, self._wanted))
 
     def _put_back(self) -> None:
         """Every integer gets back its old value where the model computes the same with it."""
@@ -241,8 +275,7 @@ class _Settling:
 
     def _put(self, path: str, reason: str) -> None:
         if self.recorded is None:
-            self.recorded = record(self.source, self.predicted.twin)
-            self.widths = TracedWidths(self.source, self.predicted.counts, self.recorded)
+            self.recorded, self.widths = recorded(self.source, self.predicted.counts, self.predicted.twin)
         forward = rewrite(path, self.recorded, self.widths, self.inline, reason)
         put_forward(self.pruned.get_submodule(path), forward)
         self.put.add(path)

@@ -1,6 +1,6 @@
 """The other half of pruning in the middle of training: optimizers and moving averages go on with the pruned network."""
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Collection, Iterator, MutableMapping
 from typing import Any, TypeVar, overload
 
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ def transfer(
             - an optimizer of the model's parameters: its groups hold those of `pruned` from now on, in the same order
               and with the same options; of every state tensor of a parameter's shape the kept positions stay, or of
               that shape with ones in it (factored second moments of `torch.optim.Adafactor`); single numbers (`step`)
-              stay as they are. An optimizer inside it (lookahead, sharpness-aware minimization) goes with it;
+              stay as they are, and what belongs to a block that the plan drops goes. An optimizer inside it (lookahead,
+              sharpness-aware minimization) goes with it;
             - an average of the model's weights, that is a second module with the same parameters, or a wrapper of one
               (`torch.optim.swa_utils.AveragedModel`, timm's `ModelEmaV3`): the wrapper then holds a module built as
               `pruned` is, with the kept positions of the averaged weights. An average without a wrapper is not changed,
@@ -56,23 +57,29 @@ def transfer(
         >>> ekgfx.transfer(ema, pruned, plan, traced)
     """
     source = traced if model is None or traced.model is model else traced.rebound(model)
-    kept = source.groups.kept(plan)
+    kept, gone = source.groups.kept(plan), source.left_by(plan).gone
     if isinstance(subject, Optimizer):
-        return _optimizer(subject, pruned, source, kept)
+        return _optimizer(subject, pruned, source, kept, gone)
     if isinstance(subject, nn.Module):
         return _average(subject, pruned, plan, source, kept)
     dims = source.weight_dims()
+    for name in subject.keys() & gone:
+        del subject[name]
     for name in subject.keys() & dims.keys():
         subject[name] = slice_tensor(subject[name], dims[name], kept)
     return subject
 
 
-def _optimizer(optimizer: Optimizer, pruned: nn.Module, source: TracedModel, kept: Kept) -> Optimizer:
+def _optimizer(
+    optimizer: Optimizer, pruned: nn.Module, source: TracedModel, kept: Kept, gone: Collection[str]
+) -> Optimizer:
     dims, new = source.weight_dims(), dict(pruned.named_parameters(remove_duplicate=False))
     counts = {axis: len(index) for axis, index in kept.items()}
     names: dict[Tensor, str] = {}
     for name, old in source.model.named_parameters():
         names[old] = name
+        if name in gone:
+            continue
         expected = [count(dim, counts) for dim in dims[name]] if name in dims else [*old.shape]
         found = [*new[name].shape] if name in new else None
         if found != expected:
@@ -85,6 +92,8 @@ def _optimizer(optimizer: Optimizer, pruned: nn.Module, source: TracedModel, kep
     for _, made in states:
         for parameter in [parameter for parameter in made if parameter in names]:
             name, entries = names[parameter], made.pop(parameter)
+            if name in gone:
+                continue
             if name in dims:
                 entries = {key: _kept_of(value, key, name, dims[name], kept) for key, value in entries.items()}
             made[new[name]] = entries
@@ -92,7 +101,8 @@ def _optimizer(optimizer: Optimizer, pruned: nn.Module, source: TracedModel, kep
         state.clear()
         state.update(made)
     for group in {id(group): group for one in optimizers for group in one.param_groups}.values():
-        group["params"][:] = [new[names[held]] if held in names else held for held in group["params"]]
+        left = [held for held in group["params"] if names.get(held) not in gone]
+        group["params"][:] = [new[names[held]] if held in names else held for held in left]
     return optimizer
 
 

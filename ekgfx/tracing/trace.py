@@ -29,7 +29,8 @@ from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph import sizes, unseen
 from ekgfx.graph.axis_graph import AxisGraph, Example
 from ekgfx.graph.cost import Cost, Products, cost_of, evaluate, mac_table
-from ekgfx.graph.groups import Groups, find_groups
+from ekgfx.graph.dropped import Blocks, blocks_of, without
+from ekgfx.graph.groups import Groups, find_groups, left_of
 from ekgfx.graph.hints import masks_taken_as_they_are
 from ekgfx.graph.opaque import Leaves, as_operators, find_leaves, record
 from ekgfx.graph.plan import Plan
@@ -40,16 +41,21 @@ from ekgfx.rules.registry import passing
 from ekgfx.tracing.observe import observe
 from ekgfx.tracing.trace_errors import explained, unknown_sizes
 
+MOST_WITHOUT = 64
+"""Sets of blocks without which a model is remembered: a step of a search asks for one after the other."""
+
 
 class TracedModel(AxisGraph):
     """A traced model: its axis graphs, and the questions that can be asked of it.
 
     notes: what a user should know of what was not seen, one sentence each.
     trains: the model was seen to run in training mode.
+    dropped: residual blocks that are identities here.
     """
 
     notes: tuple[str, ...] = ()
     trains: bool = False
+    dropped: frozenset[str] = frozenset()
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -80,17 +86,59 @@ class TracedModel(AxisGraph):
 
     def cost(self, plan: Plan | None = None) -> Cost:
         """MACs per sample and parameters of the (sub-)network, from the expressions alone."""
+        left = self.left_by(plan)
         counts = {axis: len(kept) for axis, kept in self.groups.kept(plan).items()}
-        return cost_of(self, self._mac_table, counts)
+        return cost_of(left, left._mac_table, counts)
+
+    @property
+    def entire(self) -> "TracedModel":
+        """The same model with the blocks that were dropped."""
+        return self.whole if isinstance(self.whole, TracedModel) else self
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """The residual blocks that a plan may drop, by name."""
+        return blocks_of(self)
+
+    def left_by(self, plan: Plan | None) -> "TracedModel":
+        """The same model without the blocks that a plan drops; itself where it drops none.
+
+        Raises PlanError where the model has no such block.
+        """
+        names = frozenset(plan.dropped) if plan is not None else frozenset()
+        if names <= self.dropped:
+            return self
+        if names not in self._without:
+            left = without(self, self.blocks, names)
+            left.dropped = names
+            vars(left)["groups"] = left_of(self.groups, left)
+            if len(self._without) >= MOST_WITHOUT:
+                self._without.pop(next(iter(self._without)))
+            self._without[names] = left
+        return self._without[names]
+
+    def bypassed(self, plan: Plan) -> dict[str, str]:
+        """Operators that return one of their arguments where a plan drops blocks, with that argument's name."""
+        found: dict[str, str] = {}
+        for block in (self.blocks[name][0] for name in self.left_by(plan).dropped):
+            if block is not None:
+                found |= {block.output: "self", block.join: block.trunk}
+        return found
+
+    @cached_property
+    def _without(self) -> dict[frozenset[str], "TracedModel"]:
+        """What was left by the plans that were asked for last."""
+        return {}
 
     def layer_macs(self, plan: Plan | None = None) -> dict[str, int]:
         """Module → MACs per sample of the operators in it (not in its submodules), in the order of the graph."""
+        left = self.left_by(plan)
         counts = {axis: len(kept) for axis, kept in self.groups.kept(plan).items()}
         counts[self.batch] = 1
         total: dict[str, int] = {}
         for operation in self.operations:
             if operation.name in self._mac_table:
-                macs = evaluate(self._mac_table[operation.name], counts)
+                macs = evaluate(left._mac_table.get(operation.name, []), counts)
                 total[operation.module] = total.get(operation.module, 0) + macs
         return total
 
@@ -111,6 +159,7 @@ class TracedModel(AxisGraph):
         Raises PlanError where the other has not all of the weights, or has them in other shapes.
         """
         other = copy.copy(self)
+        vars(other).pop("_without", None)
         other.model, other.others = model, tuple(map(copy.copy, self.others))
         for graph in other.others:
             graph.model = model
@@ -131,7 +180,7 @@ class TracedModel(AxisGraph):
 
     def subnetwork(self, plan: Plan | None = None, *, batch_stats: bool = False, rescale: bool = False) -> SubNetwork:
         """The network that `plan` leaves, as the graph on sliced weights; see `SubNetwork`."""
-        return SubNetwork(self, self.groups.kept(plan), batch_stats=batch_stats, rescale=rescale)
+        return SubNetwork(self.left_by(plan), self.groups.kept(plan), batch_stats=batch_stats, rescale=rescale)
 
 
 def trace(

@@ -52,8 +52,29 @@ def prepare(
     hardest_first: order the validation images as `hardness_order` does, rather than at random.
     The defaults are the paper's. Batches of 64, the hardest first, make a search shorter, at some cost in accuracy.
     """
+    train, val = adapt(model, data, train_per_class, val_per_class, batch_size, logits, seed)
+    data = data.to(device_of(model))
+    val_batch_size = val_batch_size or batch_size
+    if hardest_first and data.classes and len(val):
+        val = val[hardness_order(model, data.loader("train", val_batch_size, subset=val), logits)]
+    batches = tuple((batch.images, batch.labels) for batch in data.loader("train", val_batch_size, subset=val))
+    if not batches:
+        raise DataError(f"{data.name} gave no validation images; ask for at least one per class")
+    return Prepared(batches, train, val)
+
+
+def adapt(
+    model: nn.Module,
+    data: Data,
+    train_per_class: int,
+    val_per_class: int,
+    batch_size: int,
+    logits: Logits = logits_of,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Trains `model` as `prepare` does. Returns the samples to train and to validate on, of which none of the latter is
+    loaded."""
     train, val = data.search_subset(train_per_class if data.classes else 0, val_per_class, seed)
-    device = device_of(model)
     if len(train):
         finetune(
             model,
@@ -69,14 +90,7 @@ def prepare(
             seed=seed,
         )
     model.eval()
-    data = data.to(device)
-    val_batch_size = val_batch_size or batch_size
-    if hardest_first and data.classes and len(val):
-        val = val[hardness_order(model, data.loader("train", val_batch_size, subset=val), logits)]
-    batches = tuple((batch.images, batch.labels) for batch in data.loader("train", val_batch_size, subset=val))
-    if not batches:
-        raise DataError(f"{data.name} gave no validation images; ask for at least one per class")
-    return Prepared(batches, train, val)
+    return train, val
 
 
 def hardness_order(model: nn.Module, batches: Iterable[Any], logits: Logits = logits_of) -> Tensor:

@@ -50,6 +50,11 @@ def test_both_networks_in_every_precision(made, ekgfx, tmp_path) -> None:
     files = json.loads((run / "run.json").read_text())["files"]
     assert {variant["file"] for variant in found.values()} <= set(files)
     assert ekgfx("report", run).code == 0
+    page = " ".join((run / "report.html").read_text(encoding="utf-8").split())
+    section = page[page.index("<h2>Precisions</h2>") :]
+    assert section.count("<td>int8</td>") == 2 and "judged on 359 images" in section
+    for variant in found.values():
+        assert f"{variant['score']:.2%}" in section
     # Another export drops what is not of it.
     assert ekgfx("export", run, "--no-latency").code == 0
     assert {file.name for file in run.glob("*.onnx")} == {"model.onnx"}

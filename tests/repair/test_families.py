@@ -7,6 +7,7 @@ from torch import nn
 
 import ekgfx
 from benchmarks.common import listed
+from ekgfx.data.batches import Inputs
 from ekgfx.repair import Repair
 from ekgfx.repair.judge import Judge
 from ekgfx.surgery.check import perturb
@@ -32,7 +33,7 @@ def repaired(name: str, count: int = 10) -> tuple[nn.Module, nn.Module, Repair]:
     found = ekgfx.repair(pruned, traced, plan, images, positions=500, batch_size=5)
     assert type(pruned) is type(model)
     assert {key: tensor.shape for key, tensor in pruned.state_dict().items()} == shapes
-    again = Judge(traced.subnetwork(), [(images[4::5],)])(pruned)
+    again = Judge(traced.subnetwork(), [Inputs.of(images[4::5])])(pruned)
     assert not found.after.better(again)
     if not found.batch_norm:  # else it is told with statistics of the fitted images, and delivered with those of all
         assert not again.better(found.after)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import ekgfx
 from ekgfx import data
+from ekgfx.data.batches import Inputs
 from ekgfx.errors import DataError, PruneError
 from ekgfx.models import digits_cnn
 from ekgfx.repair.batch_norm import Estimate, settle
@@ -18,7 +19,8 @@ from ekgfx.repair.judge import Judge, Judgement
 from ekgfx.repair.moments import Moments
 from ekgfx.repair.solve import _solve, refit
 
-CPU = torch.device("cpu")
+PLAIN = nn.Identity()
+"""A model that lies on the CPU and takes anything."""
 
 
 def test_two_by_two_by_hand() -> None:
@@ -77,7 +79,7 @@ def cut(model: nn.Module, images: Tensor) -> tuple[ekgfx.TracedModel, ekgfx.Plan
 def test_a_trained_network_gets_much_of_its_answers_back(digits) -> None:
     model, images, unseen = digits
     traced, plan, pruned = cut(model, images)
-    judge = Judge(model, [(unseen,)])
+    judge = Judge(model, [Inputs.of(unseen)])
     before = judge(pruned)
     found = ekgfx.repair(pruned, traced, plan, images)
     after = judge(pruned)
@@ -123,7 +125,7 @@ def test_it_is_never_worse_on_held_out_images(digits, case: str) -> None:
     given = CASES[case](images)
     before = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
     found = ekgfx.repair(pruned, traced, plan, given)
-    held = gather(given, 32, 256, CPU).held
+    held = gather(given, 32, 256, PLAIN).held
     if held:
         after = Judge(model, held)(pruned)
         assert not found.before.better(after)
@@ -142,10 +144,38 @@ def test_what_is_wrong_with_images_is_said(digits) -> None:
     assert "1 usable image: a repair needs one to fit on" in str(ekgfx.repair(pruned, traced, plan, images[:1]))
 
 
-@pytest.mark.parametrize("batch", [{"images": torch.zeros(2, 1, 8, 8)}, ({"images": torch.zeros(2, 1, 8, 8)}, None)])
-def test_inputs_by_name_are_refused_in_a_line(batch) -> None:
-    with pytest.raises(DataError, match="in order, a tensor or a tuple of them, not by name"):
-        gather([batch], 2, 4, torch.device("cpu"))
+class Named(nn.Module):
+    """Two inputs, of which one comes by name alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor, *, beside: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.first(x) + self.second(beside)))
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_inputs_by_name_are_fitted_as_those_in_order_are(labelled: bool) -> None:
+    """A removed channel that is twice a kept one is given back exactly."""
+    torch.manual_seed(0)
+    model = Named().double().eval()
+    with torch.no_grad():
+        for layer in (model.first, model.second):
+            layer.weight[6:], layer.bias[6:] = 2 * layer.weight[:6], 2 * layer.bias[:6]
+    inputs = {"x": torch.randn(40, 6).double(), "beside": torch.randn(40, 6).double()}
+    traced = ekgfx.trace(model, {name: tensor[:2] for name, tensor in inputs.items()})
+    (group,) = traced.groups
+    plan = ekgfx.Plan({group: tuple(range(6))})
+    pruned = ekgfx.prune(model, plan, traced)
+    found = ekgfx.repair(pruned, traced, plan, [(inputs, torch.zeros(40))] if labelled else [inputs])
+    assert found.kept and found.images == 40
+    torch.testing.assert_close(pruned(**inputs), model(**inputs), atol=1e-8, rtol=0)
+
+
+def test_an_input_that_is_no_row_for_every_sample_is_refused_in_a_line() -> None:
+    with pytest.raises(DataError, match=r"an input of shape \(1, 6\) beside 4 samples: .* sample by sample"):
+        gather([{"x": torch.zeros(4, 6), "beside": torch.zeros(1, 6)}], 2, 4, PLAIN)
 
 
 def test_a_network_of_another_plan_is_refused(digits) -> None:
@@ -265,7 +295,7 @@ def test_the_way_and_the_share_of_statistics_are_chosen_together(wanted: float, 
         "corrected": lambda batches: network[1].running_mean.fill_(2.0),
         "re-estimated": lambda batches: network[1].running_mean.fill_(5.0),
     }
-    images = gather(torch.randn(26, 3, 6, 6), 8, 256, CPU)
+    images = gather(torch.randn(26, 3, 6, 6), 8, 256, PLAIN)
     with torch.no_grad():
         settled = settle(network, lambda module: distance(module, torch.full((8,), wanted)), images, ways)
     assert (settled.way, settled.share, settled.note) == (way, share, None)
@@ -278,8 +308,8 @@ def test_statistics_are_chosen_without_the_images_that_judge_and_taken_of_all(wa
     fitted images' in both cases; the network gets that of all, unless the judge says it is worse."""
     torch.manual_seed(0)
     network, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).double().eval(), torch.randn(26, 3, 6, 6).double()
-    images = gather(x, 8, 256, CPU)
-    means = {"fit": torch.cat([args[0] for args in images.fit]), "all": x}
+    images = gather(x, 8, 256, PLAIN)
+    means = {"fit": torch.cat([batch.args[0] for batch in images.fit]), "all": x}
     with torch.no_grad():
         means = {name: network[0](part).mean((0, 2, 3)) for name, part in means.items()}
         settled = settle(network, lambda module: distance(module, means[wanted]), images, anew(network))
@@ -299,17 +329,18 @@ def test_statistics_that_are_not_finite_are_replaced() -> None:
         def judge(module: nn.Module) -> Judgement:
             return distance(module, mean) if bool(module(x).isfinite().all()) else Judgement(None, None)
 
-        settled = settle(network, judge, gather(x, 8, 256, CPU), anew(network))
+        settled = settle(network, judge, gather(x, 8, 256, PLAIN), anew(network))
     assert settled.share == 1.0 and bool(network[1].running_var.isfinite().all())
 
 
 def test_mirrored_images_are_fitted_and_judge_nothing() -> None:
     x = torch.randn(26, 3, 6, 6)
-    plain, images = gather(x, 8, 256, CPU), gather(x, 8, 256, CPU, mirrored=True)
-    for (mirrored,), (args,) in zip(images.mirrored, plain.fit, strict=True):
-        assert torch.equal(mirrored, args.flip(-1))
+    plain, images = gather(x, 8, 256, PLAIN), gather(x, 8, 256, PLAIN, mirrored=True)
+    for mirrored, batch in zip(images.mirrored, plain.fit, strict=True):
+        assert torch.equal(mirrored.args[0], batch.args[0].flip(-1))
     for part in ("fit", "held"):
-        assert all(torch.equal(a, b) for (a,), (b,) in zip(getattr(images, part), getattr(plain, part), strict=True))
+        pairs = zip(getattr(images, part), getattr(plain, part), strict=True)
+        assert all(torch.equal(a.args[0], b.args[0]) for a, b in pairs)
     assert not plain.mirrored and (images.used, images.held_out) == (26, 5)
 
 
@@ -341,12 +372,12 @@ def test_a_repair_on_mirrored_images_fits_each_position_twice() -> None:
 
 def test_what_is_no_image_is_not_mirrored() -> None:
     with pytest.raises(DataError, match="mirrored takes images"):
-        gather(torch.randn(26, 5), 8, 256, CPU, mirrored=True)
+        gather(torch.randn(26, 5), 8, 256, PLAIN, mirrored=True)
 
 
 def test_batches_are_as_equal_as_can_be() -> None:
-    images = gather(torch.randn(26, 3, 6, 6), 8, 256, CPU)
-    assert [len(args[0]) for args in images.fit] == [7, 7, 7] and [len(args[0]) for args in images.held] == [5]
+    images = gather(torch.randn(26, 3, 6, 6), 8, 256, PLAIN)
+    assert [batch.samples for batch in images.fit] == [7, 7, 7] and [batch.samples for batch in images.held] == [5]
 
 
 def test_statistics_that_cannot_be_estimated_are_kept_and_it_is_said() -> None:

@@ -1,0 +1,152 @@
+"""Width alone against width and depth, at the same MACs: searched, repaired, and judged on the same test images.
+
+    python benchmarks/depth.py digits --keep 0.6 --output benchmarks/results/depth.jsonl
+    python benchmarks/depth.py resnet20_cifar --weights resnet20-cifar10.safetensors --data cifar10:DIR --keep 0.6
+
+`digits` is a small residual network that is trained first, on scikit-learn's digits; any other name is a factory of
+`ekgfx.models`, with its weights and its data.
+
+Three searches: the paper's; the same with steps that minimise the reward lost for the MACs saved; and that with
+residual blocks as further candidates. The second one tells what the ranking does by itself. Images to search and repair
+on, and to test on, are drawn by the seed, the same for all three.
+"""
+
+import argparse
+import json
+import math
+import platform
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ekgfx
+from ekgfx import models
+from ekgfx.data import load as load_data
+from ekgfx.models.weights import load_weights
+
+WAYS = ("width, by reward", "width, by loss per MAC", "width and depth")
+
+
+class Block(nn.Module):
+    """A residual block, as in ResNet."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.bn2(self.conv2(self.bn1(self.conv1(x)).relu())) + x).relu()
+
+
+class Digits(nn.Module):
+    """Six blocks on images of 8×8."""
+
+    def __init__(self, width: int = 12, blocks: int = 6) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.norm(self.stem(x)).relu()).mean((2, 3)))
+
+
+def subject(asked: argparse.Namespace) -> tuple[nn.Module, ekgfx.data.Data]:
+    """The trained network, and its data."""
+    if asked.network == "digits":
+        torch.manual_seed(asked.seed)
+        data = load_data(asked.data or "digits", seed=asked.seed)
+        model = Digits()
+        ekgfx.finetune(model, data, epochs=8, batch_size=64, lr=0.1, seed=asked.seed)
+        return model.eval(), data
+    model = getattr(models, asked.network)().eval()
+    load_weights(model, Path(asked.weights))
+    normal: Any = model.pretrained_cfg
+    return model, load_data(asked.data, mean=normal["mean"], std=normal["std"], seed=asked.seed)
+
+
+def searched(model: nn.Module, example: Tensor, batches: list[Any], way: str, asked: argparse.Namespace) -> Any:
+    """The traced model, and the result of one of the three searches."""
+    traced = ekgfx.trace(model, example)
+    if way == WAYS[1]:
+        vars(traced)["blocks"] = {}
+    depth = way != WAYS[0]
+    result = ekgfx.search(traced, batches, flops=asked.keep, step=asked.step, accept=asked.accept, depth=depth)
+    return traced, result
+
+
+def right(network: Any, batches: Any) -> Tensor:
+    """Whether each test image is classified right."""
+    with torch.no_grad():
+        return torch.cat([network(batch.images).argmax(1) == batch.labels for batch in batches])
+
+
+def apart(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """Mean of the paired difference, in points, and half of its 95% interval (normal)."""
+    difference = 100 * (one.double() - other.double())
+    return float(difference.mean()), float(1.96 * difference.std() / math.sqrt(len(difference)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("network", help="digits, or a factory of ekgfx.models")
+    parser.add_argument("--weights")
+    parser.add_argument("--data", metavar="SPEC")
+    parser.add_argument("--keep", type=float, default=0.6, help="fraction of the MACs")
+    parser.add_argument("--step", type=float, default=0.2)
+    parser.add_argument("--accept", type=int, default=1)
+    parser.add_argument("--images", type=int, default=320, help="to search and to repair on")
+    parser.add_argument("--test", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path)
+    asked = parser.parse_args()
+    model, data = subject(asked)
+    draw = torch.Generator().manual_seed(asked.seed)
+    chosen, held = (
+        torch.randperm(data.size(split), generator=draw)[:count]
+        for split, count in (("train", asked.images), ("test", asked.test))
+    )
+    batches = [batch[:2] for batch in data.loader("train", 160, subset=chosen)]
+    tested = list(data.loader("test", 250, subset=held))
+    facts = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        **{key: value for key, value in vars(asked).items() if key not in ("data", "weights", "output")},
+        "tested": len(held),
+    }
+    found = {"unpruned": right(model, tested)}
+    for way in WAYS:
+        began = time.process_time()
+        traced, result = searched(model, tested[0].images[:2], batches, way, asked)
+        seconds = time.process_time() - began
+        pruned = ekgfx.prune(model, result.plan, traced, calibrate=batches).eval()
+        cut = right(pruned, tested)
+        ekgfx.repair(pruned, traced, result.plan, batches, most=asked.images, seed=asked.seed)
+        found[way] = right(pruned, tested)
+        row = {
+            **facts,
+            "way": way,
+            "macs": result.kept_fraction,
+            "params": traced.cost(result.plan).params / traced.cost().params,
+            "dropped": list(result.plan.dropped),
+            "steps": len(result.steps),
+            "unpruned": float(found["unpruned"].double().mean()),
+            "cut": float(cut.double().mean()),
+            "repaired": float(found[way].double().mean()),
+            "against_width": apart(found[way], found[WAYS[0]]),
+            "cpu_seconds": round(seconds, 1),
+        }
+        print(json.dumps(row), flush=True)
+        if asked.output is not None:
+            with asked.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

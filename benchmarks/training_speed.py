@@ -1,0 +1,132 @@
+"""What a step of fine-tuning costs on one CPU thread, and which ways make it cheaper: ResNet-56 in its CIFAR form.
+
+    python benchmarks/training_speed.py --output benchmarks/results/training_speed.json
+
+Seconds of the process for a forward and backward pass and an optimizer's step on 256 images of 32×32, the median of
+`--rounds`, all ways in turn in every round; what torch.compile takes at first is told apart. Weights and images are
+random, which does not change the time. Networks: unpruned; the published one at 45% of its MACs (any widths); the same
+MACs with all widths multiples of 8, and of 16. Ways: PyTorch's own memory format and channels last, bf16 (autocast),
+torch.compile, BatchNorm
+with frozen statistics. The images' augmentation and a bank's rows are timed beside them.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import RESULTS, Sheet, in_turn
+from torch import Tensor, nn
+
+import ekgfx
+from ekgfx.data.augment import Augmentation
+from ekgfx.models import resnet56_cifar_projection
+
+BATCH = 256
+PUBLISHED = "45% of the MACs, any widths"
+
+
+def networks() -> dict[str, nn.Module]:
+    """Each by what it is called in the output."""
+    dense = resnet56_cifar_projection().eval()
+    traced = ekgfx.trace(dense, torch.randn(2, 3, 32, 32))
+    found = {"unpruned": dense, PUBLISHED: ekgfx.load(RESULTS / "resnet56-cifar10-45").float()}
+    for multiple in (8, 16):
+        plan = ekgfx.search(traced, flops=0.45, strategy="global", importance="magnitude", align=multiple).plan
+        share = traced.cost(plan).macs / traced.cost().macs
+        found[f"{share:.0%} in multiples of {multiple}"] = ekgfx.prune(dense, plan, traced)
+    return found
+
+
+class Way:
+    """One network trained in one way. step: seconds of the process for a step."""
+
+    def __init__(
+        self, network: nn.Module, *, last: bool = True, bf16: bool = False, compiled: bool = False, frozen: bool = False
+    ) -> None:
+        layout = torch.channels_last if last else torch.contiguous_format
+        self.network = copy.deepcopy(network).to(memory_format=layout).train()  # type: ignore[call-overload]
+        if frozen:
+            for module in self.network.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        self.call: Callable[[Tensor], Tensor] = torch.compile(self.network) if compiled else self.network
+        self.bf16 = bf16
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        self.images = torch.randn(BATCH, 3, 32, 32).to(memory_format=layout)
+        self.labels = torch.randint(0, 10, (BATCH,))
+
+    def step(self) -> float:
+        start = time.process_time()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            logits = self.call(self.images)
+        loss = nn.functional.cross_entropy(logits.float(), self.labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return time.process_time() - start
+
+
+def augmentation() -> float:
+    """Seconds for two views of 256 images."""
+    images, draw = torch.rand(BATCH, 3, 32, 32), torch.Generator().manual_seed(0)
+    start = time.process_time()
+    for _ in range(2):
+        Augmentation()(images, draw, colours=True)
+    return time.process_time() - start
+
+
+def bank_rows() -> float:
+    """Seconds to read 77 teachers' rows of ten logits for 256 images, in half precision, out of 50,000."""
+    rows = torch.zeros(50_000, 77, 10, dtype=torch.float16)
+    chosen = torch.randint(0, len(rows), (BATCH,))
+    start = time.process_time()
+    rows[chosen].float().mean()
+    return time.process_time() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--output", required=True, help="JSON")
+    parser.add_argument("--rounds", type=int, default=5)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    sheet = Sheet(Path(asked.output), {"rounds": asked.rounds, "batch": BATCH})
+    ways: dict[tuple[str, str], Way] = {}
+    for name, network in networks().items():
+        ways[name, "channels last"] = Way(network)
+        ways[name, "compiled"] = Way(network, compiled=True)
+        ways[name, "compiled, frozen statistics"] = Way(network, compiled=True, frozen=True)
+        if name == PUBLISHED:
+            ways[name, "PyTorch's own format"] = Way(network, last=False)
+            ways[name, "frozen statistics"] = Way(network, frozen=True)
+            ways[name, "bf16"] = Way(network, bf16=True)
+            ways[name, "compiled, bf16"] = Way(network, compiled=True, bf16=True)
+    first = {key: way.step() for key, way in ways.items()}
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in ways}
+    index = {str(number): key for number, key in enumerate(ways)}
+    beside: dict[str, list[float]] = {"two views of the images": [], "rows of 77 teachers": []}
+    for turn, number in in_turn(list(index), asked.rounds):
+        seconds[index[number]].append(ways[index[number]].step())
+        print(turn, *index[number], round(seconds[index[number]][-1], 3), flush=True)
+        if number == "0":
+            beside["two views of the images"].append(augmentation())
+            beside["rows of 77 teachers"].append(bank_rows())
+    rows = [
+        {
+            "network": network,
+            "way": way,
+            "seconds": round(statistics.median(seconds[network, way]), 4),
+            "first_seconds": round(first[network, way], 2),
+        }
+        for network, way in ways
+    ]
+    sheet.keep(steps=rows, beside={name: round(statistics.median(found), 4) for name, found in beside.items()})
+
+
+if __name__ == "__main__":
+    main()

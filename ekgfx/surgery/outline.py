@@ -1,0 +1,97 @@
+"""What a model computes on its example, in outline: its kernels, the shapes that they make, and who runs them.
+
+Taking an outline costs a run. Comparing two of them says much sooner than tracing anew that a choice of integers is not
+the right one; that it is right, only the trace says.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ekgfx.graph.axis_graph import Example
+from ekgfx.graph.ways import Way, undisturbed
+
+PRODUCTS = frozenset(f"aten::{name}" for name in ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "linear"))
+"""What a linear layer or a product becomes, with its bias or before it, as its inputs lie in memory."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel: its operator, the shapes of what it makes, the floats that it is given, the module that runs it.
+
+    All `PRODUCTS` are one operator, of which only the size is known; what is added right after is part of them.
+    """
+
+    operator: str
+    shapes: tuple[tuple[int, ...], ...]
+    numbers: tuple[float, ...]
+    module: str = field(compare=False)
+
+
+def outline_of(model: nn.Module, way: Way, example: Example) -> list[Step] | None:
+    """Of a module that runs in a way; None where it raises. Nothing of it is changed afterwards."""
+    running = [""]
+
+    def ends(*_: Any) -> None:
+        running.pop()
+
+    args, kwargs = example
+    with way.entered(model), undisturbed(model):  # which also takes the hooks away
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(lambda _, __, n=name: running.append(n))
+            module.register_forward_hook(ends)
+        return outlined(lambda: model(*args, **kwargs), running)
+
+
+def outlined(run: Callable[[], Any], running: list[str] | None = None) -> list[Step] | None:
+    """Of whatever `run` computes. running: the modules that run at that time, the innermost last."""
+    recorder = _Recorder([""] if running is None else running)
+    try:
+        with torch.no_grad(), recorder:
+            run()
+    except Exception:  # noqa: BLE001  whatever the user's forward raises
+        return None
+    return recorder.steps
+
+
+def otherwise(found: list[Step], wanted: list[Step]) -> set[str]:
+    """The modules that run what is not wanted, up to where another operator runs."""
+    modules = set()
+    for one, other in zip(found, wanted, strict=False):
+        if one != other:
+            modules.add(one.module)
+        if one.operator != other.operator:
+            break
+    return modules
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, running: list[str]) -> None:
+        super().__init__()
+        self.running, self.steps = running, list[Step]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if _computes(func):
+            shapes = tuple(tuple(value.shape) for value in pytree.tree_leaves(result) if isinstance(value, Tensor))
+            numbers = tuple(value for value in args if type(value) is float)
+            name = func._schema.name.removesuffix("_")  # in place or not
+            if name in PRODUCTS:
+                name, shapes = "product", tuple((math.prod(shape),) for shape in shapes)
+            last = self.steps[-1] if self.steps else None
+            sizes = tuple((math.prod(shape),) for shape in shapes)
+            if not (name == "aten::add" and last is not None and (last.operator, last.shapes) == ("product", sizes)):
+                self.steps.append(Step(name, shapes, numbers, self.running[-1]))
+        return result
+
+
+def _computes(func: Any) -> bool:
+    """Whether an operator does more than lay out what it is given, which depends on how that lies in memory."""
+    view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+    return not view and func._schema.name not in ("aten::clone", "aten::_to_copy", "aten::_unsafe_view", "aten::copy_")

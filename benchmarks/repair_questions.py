@@ -36,6 +36,7 @@ from torch import nn
 
 import ekgfx
 from ekgfx import data as datasets
+from ekgfx.data.batches import Inputs
 from ekgfx.graph.plan import Plan
 from ekgfx.models import digits_cnn, resnet20_cifar
 from ekgfx.models.weights import load_weights
@@ -81,7 +82,7 @@ class Subject:
             for part in order[: 2 * asked.count].split(asked.count)
         )
         with torch.no_grad():
-            self.judge = Judge(self.traced.model, [(images,) for images, _ in self.fresh])
+            self.judge = Judge(self.traced.model, [Inputs.of(images) for images, _ in self.fresh])
         self.problem = Problem(
             traced=self.traced,
             batches=validation_batches(self.images),
@@ -266,13 +267,13 @@ def distill(asked: argparse.Namespace) -> Rows:
 
     def measure(seed: int, what: str, rate: float) -> dict[str, Any]:
         it, network = subject(seed), copy.deepcopy(start(seed))
-        given = gather((images for images, _ in it.images), 64, asked.count, torch.device("cpu"))
-        judge, images = Judge(it.traced.model, given.held), torch.cat([args[0] for args in given.fit])
+        given = gather((images for images, _ in it.images), 64, asked.count, network)
+        judge, images = Judge(it.traced.model, given.held), torch.cat([inputs.args[0] for inputs in given.fit])
         learnt = [p for p in network.parameters() if rate and (what == "all weights" or p.ndim == 1)]
         best, kept, errors = judge(network), copy.deepcopy(network.state_dict()), []
-        optimizer = torch.optim.Adam(learnt, rate) if learnt else None
+        optimizer = torch.optim.Adam(learnt or network.parameters(), rate)
         draw = torch.Generator().manual_seed(seed)
-        for _ in range(asked.epochs[-1] if optimizer else 0):
+        for _ in range(asked.epochs[-1] if learnt else 0):
             for part in torch.randperm(len(images), generator=draw).split(32):
                 batch = images[part]
                 batch = (

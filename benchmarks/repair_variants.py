@@ -31,6 +31,7 @@ from torch import Tensor
 
 import ekgfx
 from ekgfx import data as datasets
+from ekgfx.data.batches import Inputs
 from ekgfx.models import resnet20_cifar
 from ekgfx.models.weights import load_weights
 from ekgfx.repair.judge import Judge
@@ -164,12 +165,11 @@ def prepare(asked: argparse.Namespace) -> tuple[bench.Subject, Judge]:
     normal: Any = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     data = datasets.load(asked.images, mean=normal[0], std=normal[1], seed=0)
     order = torch.randperm(data.size("train"), generator=torch.Generator().manual_seed(asked.seed))[: asked.count]
-    images = [batch.images for batch in data.loader("train", 64, subset=order)]
+    seen = [(batch.images, batch.labels) for batch in data.loader("train", 64, subset=order)]
     tested = torch.arange(asked.test_images)
-    subject = bench.Subject(
-        ekgfx.trace(model, torch.randn(2, 3, 32, 32)), images, asked, lambda: data.loader("test", 250, subset=tested)
-    )
-    return subject, Judge(model, [(batch[0],) for batch in subject.test()])
+    traced = ekgfx.trace(model, torch.randn(2, 3, 32, 32))
+    subject = bench.Subject(traced, data, seen, asked, lambda: data.loader("test", 250, subset=tested))
+    return subject, Judge(model, [Inputs.of(batch.images) for batch in subject.test()])
 
 
 def main() -> None:

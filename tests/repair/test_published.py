@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.repair_questions import spearman
+
 ROOT = Path(__file__).resolve().parents[2]
 LINES = [json.loads(line) for line in (ROOT / "benchmarks/results/repair.jsonl").read_text().splitlines()]
 
@@ -23,3 +25,58 @@ def test_the_other_importance_is_what_was_measured() -> None:
     page = (ROOT / "docs/repair.md").read_text(encoding="utf-8").replace("**", "")
     assert f"{line['reestimated']['accuracy']:.1%} right after the cut" in page
     assert f"{line['repaired']['accuracy']:.1%} repaired, in {line['cpu_seconds']:.0f} CPU seconds" in page
+
+
+def lines(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ROOT / f"benchmarks/results/{name}.jsonl").read_text().splitlines()]
+
+
+def page() -> str:
+    return (ROOT / "docs/repair.md").read_text(encoding="utf-8").replace("**", "")
+
+
+@pytest.mark.parametrize("line", lines("repair_variants"), ids=lambda line: f"{line['plan']}, {line['variant']}")
+def test_a_variant_is_what_was_measured(line: dict) -> None:
+    assert f"| {line['plan']} | {line['variant']} | {line['accuracy']:.1%} | {line['kl']:.3f} |" in page()
+
+
+@pytest.mark.parametrize(
+    "line", lines("search_importance"), ids=lambda line: f"{line['network']}, {line['importance']}"
+)
+def test_an_importance_is_what_was_measured(line: dict) -> None:
+    cut, repaired = line["cut"], line["repaired"]
+    shown = f"{cut['accuracy']:.1%} | {repaired['accuracy']:.1%} | {repaired['loss']:.3f}"
+    assert f"| {line['network']} | {line['seed']} | {line['importance']} | {shown} |" in page()
+
+
+QUESTIONS = lines("repair_questions")
+ASKED = {question: [line for line in QUESTIONS if line["question"] == question] for question in ("finetune", "polish")}
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in ASKED["finetune"] if line["repaired"]], ids=lambda line: line["network"]
+)
+def test_fine_tuning_is_what_was_measured(line: dict) -> None:
+    same = ("network", "seed", "epochs")
+    (other,) = (
+        each for each in ASKED["finetune"] if not each["repaired"] and all(each[key] == line[key] for key in same)
+    )
+    shown = f"{other['accuracy']:.1%} | {line['accuracy']:.1%} | {other['loss']:.3f} | {line['loss']:.3f}"
+    assert f"| {line['network']} | {line['seed']} | {line['epochs']} | {shown} |" in page()
+
+
+@pytest.mark.parametrize("line", ASKED["polish"], ids=lambda line: f"{line['way']}, {line['seed']}")
+def test_a_polish_is_what_was_measured(line: dict) -> None:
+    scores = line["after_repair"], line["after_training"]
+    shown = " | ".join(f"{score['accuracy']:.1%}, {score['loss']:.3f}" for score in scores)
+    assert f"| {line['way']} | {line['seed']} | {line['search_seconds']:.0f} | {line['kl']:.3f} | {shown} |" in page()
+
+
+def test_what_tells_the_potential_is_what_was_measured() -> None:
+    found = [line for line in QUESTIONS if line["question"] == "potential"]
+    for before in ("reestimated", "repaired"):
+        for what in ("loss", "kl"):
+            cells = [spearman(found, before, what, after) for after in ("reestimated", "repaired")]
+            shown = " | ".join(f"{rank:.2f} ({low:.2f} … {high:.2f})" for rank, low, high in cells)
+            name = {"reestimated": "averages corrected", "repaired": "repaired"}[before]
+            assert f"| {name}, {what.upper() if what == 'kl' else what} | {shown} |" in page()

@@ -6,8 +6,9 @@ Seconds of the process for a forward and backward pass and an optimizer's step o
 `--rounds`, all ways in turn in every round; what torch.compile takes at first is told apart. Weights and images are
 random, which does not change the time. Networks: unpruned; the published one at 45% of its MACs (any widths); the same
 MACs with all widths multiples of 8, and of 16. Ways: PyTorch's own memory format and channels last, bf16 (autocast),
-torch.compile, BatchNorm
-with frozen statistics. The images' augmentation and a bank's rows are timed beside them.
+torch.compile, BatchNorm with frozen statistics. The images' augmentation and a bank's rows are timed beside them. At the
+end PyTorch's profiler says what a step of the published network consists of. A part that is in the output is not measured
+again.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import RESULTS, Sheet, in_turn
+from common import RESULTS, Row, Sheet, in_turn
 from torch import Tensor, nn
 
 import ekgfx
@@ -70,6 +71,29 @@ class Way:
         return time.process_time() - start
 
 
+def shares(network: nn.Module) -> dict[str, float]:
+    """Of the time of a step, by kind of operator, as PyTorch's profiler sees it."""
+    way = Way(network)
+    way.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        for _ in range(2):
+            way.step()
+    kinds = {
+        "convolution": "convolutions",
+        "batch_norm": "BatchNorm",
+        "clamp_min": "ReLU",
+        "threshold": "ReLU",
+        "add": "sums",
+    }
+    found: dict[str, float] = {}
+    for event in seen.key_averages():
+        kind = next(
+            (kind for name, kind in kinds.items() if event.key.startswith("aten::") and name in event.key), "rest"
+        )
+        found[kind] = found.get(kind, 0.0) + event.self_cpu_time_total
+    return {kind: round(time / sum(found.values()), 3) for kind, time in found.items()}
+
+
 def augmentation() -> float:
     """Seconds for two views of 256 images."""
     images, draw = torch.rand(BATCH, 3, 32, 32), torch.Generator().manual_seed(0)
@@ -96,6 +120,14 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     sheet = Sheet(Path(asked.output), {"rounds": asked.rounds, "batch": BATCH})
+    if "steps" not in sheet:
+        sheet.keep(**timed(asked.rounds))
+    if "shares" not in sheet:
+        sheet.keep(shares=shares(networks()[PUBLISHED]))
+
+
+def timed(rounds: int) -> Row:
+    """All ways in turn, and what is timed beside them."""
     ways: dict[tuple[str, str], Way] = {}
     for name, network in networks().items():
         ways[name, "channels last"] = Way(network)
@@ -110,7 +142,7 @@ def main() -> None:
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in ways}
     index = {str(number): key for number, key in enumerate(ways)}
     beside: dict[str, list[float]] = {"two views of the images": [], "rows of 77 teachers": []}
-    for turn, number in in_turn(list(index), asked.rounds):
+    for turn, number in in_turn(list(index), rounds):
         seconds[index[number]].append(ways[index[number]].step())
         print(turn, *index[number], round(seconds[index[number]][-1], 3), flush=True)
         if number == "0":
@@ -125,7 +157,7 @@ def main() -> None:
         }
         for network, way in ways
     ]
-    sheet.keep(steps=rows, beside={name: round(statistics.median(found), 4) for name, found in beside.items()})
+    return {"steps": rows, "beside": {name: round(statistics.median(found), 4) for name, found in beside.items()}}
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ Seconds of the process for a forward and backward pass and an optimizer's step o
 `--rounds`, all ways in turn in every round; what torch.compile takes at first is told apart. Weights and images are
 random, which does not change the time. Networks: unpruned; the published one at 45% of its MACs (any widths); the same
 MACs with all widths multiples of 8, and of 16. Ways: PyTorch's own memory format and channels last, bf16 (autocast),
-torch.compile, BatchNorm with frozen statistics. The images' augmentation and a bank's rows are timed beside them. At the
-end PyTorch's profiler says what a step of the published network consists of. A part that is in the output is not measured
-again.
+torch.compile, BatchNorm with frozen statistics. The images' augmentation and a bank's rows are timed beside them. At
+the end PyTorch's profiler says what a step of the published network consists of. A part that is in the output is not
+measured again.
 """
 
 import argparse

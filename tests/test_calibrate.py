@@ -368,17 +368,16 @@ def test_the_norms_behind_a_norm_get_what_they_will_get(split: list[int]) -> Non
 
 
 def test_a_short_batch_counts_by_its_samples_in_the_correction() -> None:
-    """y = x + z becomes y = x, whose share of y is another one in each of the batches."""
-    model = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), nn.Conv2d(2, 1, 1, bias=False), nn.BatchNorm2d(1, eps=1e-12))
-    model = model.double().eval()
+    """y = relu(x) + relu(-2x) becomes relu(x), whose share of y is another one in each of the batches."""
+    layers = nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), nn.Conv2d(2, 1, 1, bias=False), nn.BatchNorm2d(1, eps=1e-12)
+    model = nn.Sequential(*layers).double().eval()
     with torch.no_grad():
-        model[0].weight.copy_(torch.eye(2)[:, :, None, None])
-        model[1].weight.fill_(1.0)
-        model[2].running_mean.fill_(1.0)
-        model[2].running_var.fill_(2.0)
+        model[0].weight.copy_(torch.tensor([1.0, -2.0]).view(2, 1, 1, 1))
+        model[2].weight.fill_(1.0)
+        model[3].running_mean.fill_(1.0)
+        model[3].running_var.fill_(2.0)
     draw = torch.Generator().manual_seed(0)
-    shown = [torch.randn(6, 2, 3, 3, generator=draw).double(), torch.randn(2, 2, 3, 3, generator=draw).double() + 3]
-    shown[1][:, 1] *= 4
+    shown = [torch.randn(6, 1, 3, 3, generator=draw).double(), torch.randn(2, 1, 3, 3, generator=draw).double() + 2]
     traced, pruned = cut_in_half(model)
     ekgfx.calibrate(pruned, shown, traced=traced)
 
@@ -386,9 +385,10 @@ def test_a_short_batch_counts_by_its_samples_in_the_correction() -> None:
         return Statistics(*((6 * a + 2 * b) / 8 for a, b in zip(*([x.mean(), x.var()] for x in parts), strict=True)))
 
     old = Statistics(torch.tensor(1.0).double(), torch.tensor(2.0).double())
-    expected = corrected(old, whole([x.sum(1) for x in shown]), whole([x[:, 0] for x in shown]), 1e-12)
-    torch.testing.assert_close(pruned[2].running_mean[0], expected.mean, rtol=1e-10, atol=0)
-    torch.testing.assert_close(pruned[2].running_var[0], expected.var, rtol=1e-10, atol=0)
+    full, cut = whole([x.relu() + (-2 * x).relu() for x in shown]), whole([x.relu() for x in shown])
+    expected = corrected(old, full, cut, 1e-12)
+    torch.testing.assert_close(pruned[3].running_mean[0], expected.mean, rtol=1e-10, atol=0)
+    torch.testing.assert_close(pruned[3].running_var[0], expected.var, rtol=1e-10, atol=0)
 
 
 def test_kernels_that_keep_their_norm_change_nothing() -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ekgfx.axes import Axis, Dims, axes, freeze
+from ekgfx.axes import axes, freeze
 from ekgfx.graph.nodes import op_name
 
 if TYPE_CHECKING:
@@ -28,13 +28,13 @@ def hold_unreached(graphs: Sequence["AxisGraph"]) -> None:
                 continue
             source = graph.dims[operation.args["self"].name]
             at = operation.args["dim"] % len(source)
-            out = operation.effect.out
-            parts = [graph.dims[operation.args["src"].name]] if name == OVERWRITES else out
-            for part in parts if isinstance(parts, list) else [parts]:
+            written = name == OVERWRITES
+            for part in [graph.dims[operation.args["src"].name]] if written else operation.effect.outputs:
                 partial = part[at].size < source[at].size
                 if partial and any(axis.example or axis.batch for axis in axes(part[at])):
                     freeze(source[at], "a slice of it is as long as the example")
-    made_of = {axis for graph in graphs for operation in graph.operations for axis in _results(operation.effect.out)}
+    results = (dims for graph in graphs for operation in graph.operations for dims in operation.effect.outputs)
+    made_of = {axis for dims in results for dim in dims for axis in axes(dim)}
     places = Counter(axis for dims in graphs[0].weight_dims().values() for dim in dims for axis in axes(dim))
     for name, dims in graphs[0].weight_dims().items():
         for dim in dims:
@@ -42,8 +42,3 @@ def hold_unreached(graphs: Sequence["AxisGraph"]) -> None:
             for axis in within if len(within) > 1 else ():
                 if places[axis] == 1 and axis not in made_of:
                     freeze(axis, f"the example does not reach these positions of {name}")
-
-
-def _results(out: Dims | list[Dims]) -> list[Axis]:
-    several = out if isinstance(out, list) else [out]
-    return [axis for dims in several for dim in dims for axis in axes(dim)]

@@ -212,7 +212,8 @@ def _blocks(traced: TracedModel, asked: SearchSettings) -> dict[str, Block]:
         if block is not None and not any(fnmatchcase(each, pattern) for each in names for pattern in patterns):
             found[DROP + name] = block
     try:
-        check_droppable(traced, [block.name for block in found.values()])
+        if found:
+            check_droppable(traced, [block.name for block in found.values()])
     except PruneError as error:
         raise PruneError(f"{error}; search without depth, or name the block in ignore") from error
     return found

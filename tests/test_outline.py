@@ -77,3 +77,37 @@ def test_the_modules_that_differ_are_named() -> None:
     one.config.hidden = 7
     assert outline_of(one, Way(), example) is None, "it raises"
     assert not one._forward_hooks and not one.stem._forward_pre_hooks
+
+
+class Knowing(nn.Module):
+    """Knows many numbers, two of them widths, which are equal before the cut and differ after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buckets = self.context = self.experts = self.limit = self.period = self.size = self.span = 16
+        self.inner, self.width = 16, 16
+        self.stem, self.up = nn.Linear(5, 16), nn.Linear(16, 16)
+        self.down, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).reshape(-1, self.width)
+        return self.head(x + self.down(self.up(x).relu().view(-1, self.inner)).relu())
+
+
+def test_two_of_many_equal_numbers_are_found() -> None:
+    torch.manual_seed(0)
+    model = Knowing().double().eval()
+    traced = ekgfx.trace(model, torch.randn(2, 5, dtype=torch.float64))
+    plan = ekgfx.Plan({"stem": range(10), "up": range(1, 16, 2)})
+    pruned = ekgfx.prune(model, plan, traced)
+    assert not ekgfx.replaced(pruned)
+    assert (pruned.width, pruned.inner) == (10, 8)
+    assert {pruned.buckets, pruned.context, pruned.experts, pruned.limit, pruned.period, pruned.size, pruned.span} == {
+        16
+    }
+    assert distance(pruned, zeroed(traced, plan), (torch.randn(4, 5, dtype=torch.float64),)) < 1e-12
+
+
+def test_choices_come_nearest_first() -> None:
+    assert list(settle._nearest_first([2, 3])) == [(0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (1, 2)]
+    assert list(settle._nearest_first([])) == [()]

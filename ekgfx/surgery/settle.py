@@ -34,7 +34,8 @@ from ekgfx.surgery.integers import STANDARD, Attributes, Choice, choices_of, own
 from ekgfx.surgery.outline import Step, otherwise, outline_of, outlined
 from ekgfx.tracing.trace import TracedModel, retrace
 
-MOST_TRIALS = 16
+MOST_TRIALS, MOST_RUNS = 16, 64
+"""Choices of integers that are traced, at most, and those that are run before."""
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3}
 
 
@@ -197,11 +198,14 @@ class _Settling:
         if any(choice.configured for choice in choices):
             own_configurations(self.pruned)
         before = {choice: choice.now(self.pruned) for choice in choices}
-        for trial in itertools.islice(_assignments(self.pruned, choices, apart), MOST_TRIALS):
+        most, traces = MOST_TRIALS if self._wanted is None else MOST_RUNS, 0
+        for trial in itertools.islice(_assignments(self.pruned, choices, apart), most):
             _take(self.pruned, trial)
             if self._surely_wrong(blamed):
                 continue
-            left = self.problems()
+            if traces == MOST_TRIALS:
+                break
+            left, traces = self.problems(), traces + 1
             if not any(p.module is None or p.module in blamed for p in left):
                 self.changed += [choice for choice in choices if choice not in self.changed]
                 return left
@@ -234,7 +238,8 @@ class _Settling:
             return False
         found = outline_of(self.pruned, self.source.way, self.source.example)
         if found is None:
-            return False
+            problem = failing(self.pruned, self.source.way, self.source.example)
+            return problem is not None and problem.module in modules
         return any(blamed(self.pruned, module) in modules for module in otherwise(found, self._wanted))
 
     def _put_back(self) -> None:
@@ -319,13 +324,32 @@ def _assignments(pruned: nn.Module, choices: list[Choice], apart: bool = False) 
     for choice in choices:
         alike = (*_kind(pruned, choice), choice.old, len(choice.values))
         kinds.setdefault((choice.module, choice.place) if apart else alike, []).append(choice)
-    ranks = [range(max(len(c.options) for c in members)) for members in kinds.values()]
-    for ways in sorted(itertools.product(*ranks), key=sum) if len(ranks) < 8 else [(0,) * len(ranks)]:
+    ranks = [max(len(c.options) for c in members) for members in kinds.values()]
+    for ways in _nearest_first(ranks):
         yield {
             c: c.options[min(way, len(c.options) - 1)]
             for way, members in zip(ways, kinds.values(), strict=True)
             for c in members
         }
+
+
+def _nearest_first(counts: list[int]) -> Iterator[tuple[int, ...]]:
+    """All tuples of numbers below `counts`, by their sum.
+
+    >>> list(_nearest_first([2, 2]))
+    [(0, 0), (0, 1), (1, 0), (1, 1)]
+    """
+
+    def summing(total: int, counts: list[int]) -> Iterator[tuple[int, ...]]:
+        if not counts:
+            yield from [()] if total == 0 else []
+            return
+        most = sum(counts[1:]) - len(counts[1:])
+        for first in range(max(0, total - most), min(counts[0] - 1, total) + 1):
+            yield from ((first, *rest) for rest in summing(total - first, counts[1:]))
+
+    for total in range(sum(counts) - len(counts) + 1):
+        yield from summing(total, counts)
 
 
 def _forbidden(path: str, module: nn.Module, text: str) -> str:

@@ -1,4 +1,4 @@
-"""What the repair changes for those who train, choose or search afterwards: four questions, on small networks.
+"""What the repair changes for those who train, choose or search afterwards: three questions, on small networks.
 
     python benchmarks/repair_questions.py finetune resnet20 --images cifar10:DIR \
         --weights resnet20-cifar10.safetensors --output benchmarks/results/repair_questions.jsonl
@@ -11,19 +11,15 @@ finetune: from the repaired network or from the one with BatchNorm's averages co
 images and epochs. potential: sub-networks of equal MACs with random widths; what tells before training which will be
 good after it? polish: from EKG's plan, a step of width goes from one group to another and is kept where the cost is
 within the budget and the repaired network better; beside it, a greedy search that judges repaired candidates and one
-that does not. distill: the repaired network learns the unpruned one's outputs on the images of the repair, mirrored at
-random, without labels; statistics stay, the epoch that is best on the repair's held-out images is kept. All but the
-first two are judged by the KL divergence from the unpruned network on training images that neither the repair
-nor the search saw.
+that does not. All choices are judged by the KL divergence from the unpruned network on training images that neither
+the repair nor the search saw.
 
 The network for digits is trained first (20 epochs, seed 0), which takes a few seconds. A line of the output is one
 network; one that is there is not measured again.
 """
 
 import argparse
-import copy
 import functools
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,7 +36,6 @@ from ekgfx.data.batches import Inputs
 from ekgfx.graph.plan import Plan
 from ekgfx.models import digits_cnn, resnet20_cifar
 from ekgfx.models.weights import load_weights
-from ekgfx.repair.images import gather
 from ekgfx.repair.judge import Judge
 from ekgfx.search.candidates import important_first
 from ekgfx.search.importance_peers import magnitude
@@ -256,52 +251,6 @@ def polish(asked: argparse.Namespace) -> Rows:
             yield key, functools.partial(measure, way, seed)
 
 
-def distill(asked: argparse.Namespace) -> Rows:
-    subject = functools.cache(lambda seed: Subject(asked, seed))
-
-    @functools.cache
-    def start(seed: int) -> nn.Module:
-        it = subject(seed)
-        plan = ekgfx.search(it.traced, flops=asked.keep, strategy="uniform", importance="magnitude").plan
-        return it.cut(plan, True)
-
-    def measure(seed: int, what: str, rate: float) -> dict[str, Any]:
-        it, network = subject(seed), copy.deepcopy(start(seed))
-        given = gather((images for images, _ in it.images), 64, asked.count, network)
-        judge, images = Judge(it.traced.model, given.held), torch.cat([inputs.args[0] for inputs in given.fit])
-        learnt = [p for p in network.parameters() if rate and (what == "all weights" or p.ndim == 1)]
-        best, kept, errors = judge(network), copy.deepcopy(network.state_dict()), []
-        optimizer = torch.optim.Adam(learnt or network.parameters(), rate)
-        draw = torch.Generator().manual_seed(seed)
-        for _ in range(asked.epochs[-1] if learnt else 0):
-            for part in torch.randperm(len(images), generator=draw).split(32):
-                batch = images[part]
-                batch = (
-                    batch.flip(-1)
-                    if asked.network != "digits" and float(torch.rand((), generator=draw)) < 0.5
-                    else batch
-                )
-                with torch.no_grad():
-                    target = it.traced.model(batch).log_softmax(1)
-                loss = nn.functional.kl_div(
-                    network(batch).log_softmax(1), target, reduction="batchmean", log_target=True
-                )
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            found = judge(network)
-            errors.append(found.error)
-            if found.better(best):
-                best, kept = found, copy.deepcopy(network.state_dict())
-        network.load_state_dict(kept)
-        return {"held_out": errors, "best": best.error, "kl": it.judge(network).error, **it.test(network)}
-
-    for seed in asked.seeds:
-        for what, rate in (("nothing", 0.0), *itertools.product(("gains and offsets", "all weights"), asked.rates)):
-            key = {"learnt": what, "rate": rate, "epochs": asked.epochs[-1], "seed": seed}
-            yield key, functools.partial(measure, seed, what, rate)
-
-
 def moved(subject: Subject, plan: Plan, name: str, way: int, share: float = 0.1) -> Plan:
     """The plan with a group wider or narrower by a share of its channels (one at least): by L1, of those that are kept
     the least goes, of those that are gone the most comes back."""
@@ -330,7 +279,7 @@ def spearman(lines: list[dict[str, Any]], before: str, what: str, after: str) ->
     return rank(values), *np.nanpercentile(found, [2.5, 97.5]).tolist()
 
 
-QUESTIONS = {"finetune": finetune, "potential": potential, "polish": polish, "distill": distill}
+QUESTIONS = {"finetune": finetune, "potential": potential, "polish": polish}
 
 
 def main() -> None:
@@ -364,7 +313,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--train-images", type=int, default=2000)
     parser.add_argument("--test-images", type=int, default=2000)
     parser.add_argument("--epochs", type=int, nargs="+", default=[0, 1, 4])
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 1e-3], help="of a distillation, by Adam")
     parser.add_argument("--subnetworks", type=int, default=36)
     parser.add_argument("--seconds", type=float, default=60, help="CPU time of a polish")
     parser.add_argument("--step", type=float, default=0.2, help="of a greedy search: share of a group's channels")

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from ekgfx.data.batches import Inputs
 from ekgfx.errors import ExportError
 from ekgfx.repair.images import gather
 from ekgfx.repair.judge import Judge, Judgement
@@ -120,7 +121,9 @@ def to_int8(
         notes = (*notes, doubt)
     with scratch() as folder:
         search = _Search(
-            Quantizer(file, fit, Path(folder), threads), Judge(onnx_call(file, threads, output), held), output
+            Quantizer(file, [inputs.args for inputs in fit], Path(folder), threads),
+            Judge(onnx_call(file, threads, output), held),
+            output,
         )
         search.told = on_trial
         best = search.scope(scopes)
@@ -197,7 +200,7 @@ class _Search:
         return good[int(np.argmin(times))]
 
     def clocked(self, made: Sequence[_Made]) -> list[float]:
-        place, threads, inputs = provider("cpu"), self.quantizer.threads, self.judge.calls[0]
+        place, threads, inputs = provider("cpu"), self.quantizer.threads, self.judge.calls[0].args
         runners = {
             str(one.path): onnx_runner(one.path, place, "int8", inputs, threads=threads, cpu_fallback=False)
             for one in made
@@ -214,7 +217,7 @@ class _Search:
         """Ever more of the noisiest layers in floating point, while that helps."""
         if best.loss <= ENOUGH:
             return best
-        noisy = self.quantizer.noisiest(best.path, self.judge.calls[:SHOWN])
+        noisy = self.quantizer.noisiest(best.path, [inputs.args for inputs in self.judge.calls[:SHOWN]])
         count = 1
         while best.loss > ENOUGH and count <= max(1, len(noisy) // 2):
             keep = with_inputs(self.quantizer.model, noisy[:count])
@@ -237,10 +240,8 @@ def onnx_call(file: Path, threads: int, output: str | None = None) -> Callable[.
     return run
 
 
-def _halves(
-    images: Tensor | Iterable[Any], most: int
-) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], tuple[str, ...]]:
+def _halves(images: Tensor | Iterable[Any], most: int) -> tuple[list[Inputs], list[Inputs], tuple[str, ...]]:
     """To calibrate on and to judge by, one sample each, and what was left out."""
-    found = gather(images, 1, most, torch.device("cpu"))
+    found = gather(images, 1, most, torch.nn.Identity())  # a file takes them on the CPU, by position
     single = [*found.fit, *found.held]
     return single[::2], single[1::2], found.notes

@@ -147,7 +147,7 @@ MUTANTS = [
         "INT8 ranges are chosen by the error, whatever the answers",
         """return self.loss, float("inf") if self.judged.error is None else self.judged.error""",
         """return (float("inf") if self.judged.error is None else self.judged.error), self.loss""",
-        "tests/export/test_int8.py -k by_answers_then_by_error",
+        "tests/export/test_int8.py -k ranges_are_chosen",
     ),
     Mutant(
         "an INT8 scope that loses answers is taken for its speed",

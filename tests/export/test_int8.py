@@ -86,7 +86,7 @@ def test_calibration_and_judgement_share_no_image(file, images, tmp_path, monkey
     monkeypatch.setattr(choosing, "Judge", lambda dense, calls: judged.extend(calls) or choosing_judge(dense, calls))
     to_int8(file, tmp_path / "small.onnx", images, methods=["min-max"], scopes=["products"])
     pairs = itertools.product(seen, judged)
-    assert len(seen) == len(judged) == 12 and not any(torch.equal(a[0], b[0]) for a, b in pairs)
+    assert len(seen) == len(judged) == 12 and not any(torch.equal(a[0], b.args[0]) for a, b in pairs)
 
 
 choosing_judge = choosing.Judge

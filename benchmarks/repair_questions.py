@@ -10,9 +10,8 @@
 finetune: from the repaired network or from the one with BatchNorm's averages corrected, same plan (L1, uniform),
 images and epochs. potential: sub-networks of equal MACs with random widths; what tells before training which will be
 good after it? polish: from EKG's plan, a step of width goes from one group to another and is kept where the cost is
-within the budget and the repaired network better; beside it, a greedy search that judges repaired candidates and one
-that does not. All choices are judged by the KL divergence from the unpruned network on training images that neither
-the repair nor the search saw.
+within the budget and the network better, which is judged repaired, or with its averages corrected, by the KL divergence
+from the unpruned network on training images that neither the repair nor the search saw.
 
 The network for digits is trained first (20 epochs, seed 0), which takes a few seconds. A line of the output is one
 network; one that is there is not measured again.
@@ -212,27 +211,10 @@ def polish(asked: argparse.Namespace) -> Rows:
                 best, plan, taken = found, new, taken + 1
         return plan, {"trials": trials, "taken": taken}
 
-    def greedy(seed: int, repaired: bool) -> tuple[Plan, dict[str, Any]]:
-        """From the whole network: each step takes the candidate that loses least per MAC saved."""
-        it = subject(seed)
-        plan, trials, now = it.problem.full(), 0, 0.0
-        while not it.problem.budget.met(plan):
-            cost, found = it.traced.cost(plan).macs, []
-            for name in it.problem.rules:
-                new = moved(it, plan, name, -1, asked.step)
-                if (saved := cost - it.traced.cost(new).macs) > 0:
-                    trials += 1
-                    found.append(((it.divergence(new, repaired) - now) / saved, name, new))
-            plan = min(found, key=lambda each: each[:2])[2]
-            now = it.divergence(plan, repaired)
-        return plan, {"trials": trials}
-
     ways: dict[str, Callable[[int], tuple[Plan, dict[str, Any]]]] = {
         "EKG": lambda seed: (by_ekg(seed), {}),
         "EKG, polished, repaired": lambda seed: polished(seed, True),
         "EKG, polished, not repaired": lambda seed: polished(seed, False),
-        "greedy, repaired": lambda seed: greedy(seed, True),
-        "greedy, not repaired": lambda seed: greedy(seed, False),
     }
 
     def measure(way: str, seed: int) -> dict[str, Any]:
@@ -315,7 +297,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, nargs="+", default=[0, 1, 4])
     parser.add_argument("--subnetworks", type=int, default=36)
     parser.add_argument("--seconds", type=float, default=60, help="CPU time of a polish")
-    parser.add_argument("--step", type=float, default=0.2, help="of a greedy search: share of a group's channels")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     return parser.parse_args()
 

@@ -28,7 +28,7 @@ from torch import nn
 
 import ekgfx
 from ekgfx.graph.plan import Plan
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 TILE = 16
 

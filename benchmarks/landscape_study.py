@@ -45,7 +45,7 @@ from ekgfx.search.problem import Budget, Problem, width_rules
 from ekgfx.search.reward import Objective, validation_batches
 from ekgfx.search.reward import evaluate as judge
 from ekgfx.surgery.calibrate import calibrate
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.evaluation import evaluate
 
 PREDICTORS = {"validation": "validation loss", "reward": "EKG's reward (negative)", "condition": "|λ_min / λ_max|"}

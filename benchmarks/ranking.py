@@ -44,7 +44,7 @@ from ekgfx.search.recorder import Recorder
 from ekgfx.search.result import apply_step
 from ekgfx.search.reward import Objective, validation_batches
 from ekgfx.surgery.calibrate import calibrate
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.evaluation import evaluate
 
 NORMAL = {

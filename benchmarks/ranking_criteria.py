@@ -11,7 +11,7 @@ from ekgfx.search.importance import Scores, by_channel, changes_at, samples_alon
 from ekgfx.search.importance_peers import by_weights
 from ekgfx.search.problem import Problem
 from ekgfx.search.reward import Knowledge
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 l2 = by_weights(peers.GroupMagnitudeImportance(p=2))
 """L2 norm of the group's weights."""

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 import ekgfx
 from ekgfx.graph.plan import Plan
 from ekgfx.surgery.calibrate import calibrate
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 OURS = {
     "ekgfx, EKG": "EKG",

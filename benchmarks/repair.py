@@ -35,7 +35,7 @@ from ekgfx.graph.plan import Plan
 from ekgfx.models import resnet56_cifar_projection
 from ekgfx.models.weights import load_weights
 from ekgfx.surgery.calibrate import calibrate
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.evaluation import evaluate
 
 PLANS = ("EKG", "L1, uniform", "random, EKG's widths", "random, uniform")

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from ekgfx.surgery.calibrate import calibrate
     from ekgfx.surgery.cut import prune
     from ekgfx.surgery.transfer import transfer
-    from ekgfx.tracing.trace import TracedModel, trace
+    from ekgfx.tracing.trace import trace
+    from ekgfx.tracing.traced import TracedModel
     from ekgfx.training.finetune import finetune
     from ekgfx.training.loss import EKGLoss
 
@@ -55,7 +56,7 @@ __all__ = [
 # at first use, so that `ekgfx --help` does not wait for torch (a test checks it).
 _HOMES = {
     "trace": "tracing.trace",
-    "TracedModel": "tracing.trace",
+    "TracedModel": "tracing.traced",
     "search": "search",
     "plan": "search.ratios",
     "sensitivity": "search.sensitivity",

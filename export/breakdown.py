@@ -18,7 +18,7 @@ from ekgfx.latency.segments import Segment, find_segments
 from ekgfx.latency.target import Target
 from ekgfx.search.latency import whole_tiles
 from ekgfx.surgery.cut import prune
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 from .exporter import to_onnx
 from .latency import Timing

@@ -14,7 +14,7 @@ from ekgfx.latency.target import Target
 from ekgfx.search.latency import LayerTable, Sample, input_shapes, plans_to_measure
 from ekgfx.search.widths import WidthRule
 from ekgfx.surgery.cut import prune
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 from .environment import available_cpus, environment
 from .exporter import to_onnx

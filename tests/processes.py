@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from tests.search import nets
 
 _CONTEXT = multiprocessing.get_context("forkserver")

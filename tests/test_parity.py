@@ -28,7 +28,7 @@ from ekgfx.search.problem import Budget, Problem, width_rules
 from ekgfx.search.race import evaluate_candidates
 from ekgfx.search.ranking import ranking_of
 from ekgfx.search.reward import Evaluation, Objective, ensemble_knowledge, evaluate, validation_batches
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.finetune import finetune
 from ekgfx.training.loss import cross_entropy
 from tests.reference import VAL_BATCH, Reference, gate_names, resnet56_cost

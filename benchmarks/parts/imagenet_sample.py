@@ -32,7 +32,7 @@ from ekgfx.models.weights import load_weights
 from ekgfx.pipeline import job
 from ekgfx.search import SearchResult, Step
 from ekgfx.surgery.calibrate import calibrate
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 RESAMPLES = 10_000
 METHODS = {

@@ -25,7 +25,7 @@ from ekgfx.models import resnet56_cifar
 from ekgfx.models.weights import load_weights
 from ekgfx.search import SearchResult, Step
 from ekgfx.surgery.calibrate import calibrate
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.evaluation import evaluate
 from ekgfx.training.finetune import finetune
 from ekgfx.training.step_zero import hardness_order, prepare

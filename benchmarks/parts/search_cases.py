@@ -20,7 +20,7 @@ from ekgfx.pipeline import job
 from ekgfx.search import ekg
 from ekgfx.search.problem import Budget, Problem, width_rules
 from ekgfx.search.reward import Objective, evaluate, label_free, validation_batches
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.step_zero import prepare
 
 KEEP = 0.45

@@ -19,7 +19,7 @@ from ekgfx.search.race import Outcome, evaluate_candidates
 from ekgfx.search.ranking import ranking_of
 from ekgfx.search.reward import evaluate
 from ekgfx.surgery.check import MaskedNetwork, mask_tensor
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.evaluation import batch_statistics
 
 WAYS = ("masked", "sliced", "prefixes", "contiguous", "all")

@@ -30,7 +30,7 @@ from ekgfx.errors import DataError, RunError
 from ekgfx.execution.subnetwork import BATCH_NORM
 from ekgfx.graph.arguments import check_inputs
 from ekgfx.search.result import SearchResult
-from ekgfx.tracing.trace import TracedModel, check_traced
+from ekgfx.tracing.traced import TracedModel, check_traced
 from ekgfx.training.loss import at_least_single, default_temperature
 from ekgfx.training.outputs import Logits, finder, logits_of
 

@@ -18,7 +18,8 @@ from ekgfx.repair import repair
 from ekgfx.search import SearchResult, search
 from ekgfx.surgery.cut import prune
 from ekgfx.surgery.transfer import transfer
-from ekgfx.tracing.trace import TracedModel, trace
+from ekgfx.tracing.trace import trace
+from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.loss import at_least_single, default_temperature, guided_loss
 from ekgfx.training.outputs import Logits, finder, logits_of
 

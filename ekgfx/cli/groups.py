@@ -12,7 +12,7 @@ from ekgfx.cli import sensitivity
 from ekgfx.cli.options import images, preprocessing_of
 
 if TYPE_CHECKING:
-    from ekgfx.tracing.trace import TracedModel
+    from ekgfx.tracing.traced import TracedModel
 
 
 @click.command()

@@ -24,7 +24,8 @@ from ekgfx.runs.directory import Run, verify
 from ekgfx.search import NEEDS_DATA, Step
 from ekgfx.search.effort import fitting_batch
 from ekgfx.settings.recipe import Recipe, parse
-from ekgfx.tracing.trace import TracedModel, silently_traced
+from ekgfx.tracing.trace import silently_traced
+from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.evaluation import evaluate
 from ekgfx.training.keeping import Epoch
 from ekgfx.training.outputs import finder, logits_of

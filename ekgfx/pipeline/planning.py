@@ -23,7 +23,7 @@ from ekgfx.search.problem import Budget, Problem, tied_rules
 from ekgfx.search.reward import Objective
 from ekgfx.settings.recipe import Search
 from ekgfx.surgery.tied import ties_of
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from ekgfx.training import step_zero
 
 HISTORY = "history.jsonl"

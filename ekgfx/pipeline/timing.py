@@ -26,7 +26,7 @@ from ekgfx.search.latency import VERSION, LayerTable, Price
 from ekgfx.search.problem import width_rules
 from ekgfx.search.widths import WidthRule
 from ekgfx.settings.recipe import Search
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 FILE = "latency_table.json"
 """In a run: the timings that its search was priced by, so that it goes on with the same ones."""

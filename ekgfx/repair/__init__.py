@@ -26,7 +26,7 @@ from ekgfx.repair.progress import Progress
 from ekgfx.repair.refitting import repair_operators
 from ekgfx.repair.walk import LayerRepair, Walk
 from ekgfx.surgery.calibrate import estimated
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 __all__ = ["repair", "Repair", "LayerRepair", "Skipped", "Judgement"]
 

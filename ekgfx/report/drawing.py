@@ -14,7 +14,7 @@ from torch import fx
 from ekgfx.axes import Axis, axes
 from ekgfx.base.files import replacing
 from ekgfx.report.markup import element, plain
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 BOX, HIGH, GAP, PITCH = 206, 30, 22, 58
 """Width and height of a box, the gap between two beside each other, the distance of two layers; pixels."""

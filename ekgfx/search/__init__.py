@@ -30,7 +30,7 @@ from ekgfx.settings.budgets import label_of
 from ekgfx.surgery.configured import description
 from ekgfx.surgery.dropped import check_droppable
 from ekgfx.surgery.tied import ties_of
-from ekgfx.tracing.trace import TracedModel, check_traced
+from ekgfx.tracing.traced import TracedModel, check_traced
 from ekgfx.training.loss import cross_entropy
 from ekgfx.training.outputs import Logits, finder, logits_of
 

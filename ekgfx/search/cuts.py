@@ -17,7 +17,7 @@ from ekgfx.search.problem import Problem
 from ekgfx.search.reward import Objective, ValidationBatch
 from ekgfx.surgery.check import compare_outputs
 from ekgfx.surgery.cut import prune
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.loss import at_least_single, is_classes, label_loss
 
 OFF = 1e-3

@@ -25,7 +25,7 @@ from ekgfx.graph.cost import value_of
 from ekgfx.graph.plan import Plan
 from ekgfx.search.candidates import Proposal
 from ekgfx.search.widths import WidthRule, last_width
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.plan import Plan
 from ekgfx.search.problem import width_rules
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 PASSES = 5
 """Forward passes of a step besides its candidates: importance (with backward), shared prefix, accepted network."""

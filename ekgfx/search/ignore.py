@@ -8,7 +8,7 @@ from torch import nn
 
 from ekgfx.errors import PlanError
 from ekgfx.graph.groups import ChannelGroup, Groups
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 
 def names_of(group: ChannelGroup) -> set[str]:

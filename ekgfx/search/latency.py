@@ -26,7 +26,7 @@ from ekgfx.latency.segments import Segment, find_segments
 from ekgfx.latency.target import parse
 from ekgfx.search.problem import channels_per_position
 from ekgfx.search.widths import WidthRule
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 VERSION = 2
 NARROWEST = 0.2

@@ -17,7 +17,7 @@ from ekgfx.graph.ties import Ties
 from ekgfx.search.result import Measure
 from ekgfx.search.reward import Evaluation, Knowledge, Objective, ValidationBatch
 from ekgfx.search.widths import WidthRule
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 
 @dataclass(frozen=True)

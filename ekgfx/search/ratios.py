@@ -14,7 +14,7 @@ from ekgfx.search.ignore import Ignored, as_patterns, enclosing, ignored_groups
 from ekgfx.search.importance import Criterion
 from ekgfx.search.problem import Problem, width_rules
 from ekgfx.search.reward import Objective
-from ekgfx.tracing.trace import TracedModel, check_traced
+from ekgfx.tracing.traced import TracedModel, check_traced
 
 OF_WEIGHTS = {name: criterion for name, criterion in IMPORTANCE.items() if name not in NEEDS_DATA}
 

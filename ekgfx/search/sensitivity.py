@@ -25,7 +25,7 @@ from ekgfx.search.problem import Computing, Problem, quicker_channels_last, tied
 from ekgfx.search.reward import Objective, ValidationBatch, evaluate, label_free, validation_batches
 from ekgfx.search.settings import name_of
 from ekgfx.surgery.tied import ties_of
-from ekgfx.tracing.trace import TracedModel, check_traced
+from ekgfx.tracing.traced import TracedModel, check_traced
 from ekgfx.training.loss import cross_entropy
 from ekgfx.training.outputs import Logits, finder, logits_of
 

@@ -16,7 +16,7 @@ from ekgfx.errors import DataError, PlanError
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.graph.plan import rounds_of
 from ekgfx.surgery.correction import Correction
-from ekgfx.tracing.trace import TracedModel, check_traced
+from ekgfx.tracing.traced import TracedModel, check_traced
 
 log = logging.getLogger("ekgfx")
 

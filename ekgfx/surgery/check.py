@@ -20,7 +20,7 @@ from ekgfx.graph.nodes import op_name
 from ekgfx.graph.plan import Plan
 from ekgfx.graph.ways import Way, undisturbed
 from ekgfx.rules.registry import is_dims
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 TINY = torch.finfo(torch.float32).tiny
 # Copies that PyTorch leaves out where a narrower tensor happens to be contiguous already.

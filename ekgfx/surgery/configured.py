@@ -40,7 +40,7 @@ from ekgfx.surgery.rebuilt import (
     segments,
     shell,
 )
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 
 @dataclass(frozen=True)

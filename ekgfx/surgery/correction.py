@@ -13,7 +13,7 @@ from ekgfx.data.batches import Inputs
 from ekgfx.execution.averages import Statistics, corrected
 from ekgfx.execution.subnetwork import slice_tensor
 from ekgfx.graph.opaque import evaluation_mode
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 Hook = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
 

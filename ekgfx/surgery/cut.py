@@ -28,7 +28,8 @@ from ekgfx.surgery.dropped import REASON as DROPPED
 from ekgfx.surgery.dropped import drop
 from ekgfx.surgery.integers import correct, guess
 from ekgfx.surgery.settle import Prediction, repeatable, settle
-from ekgfx.tracing.trace import TracedModel, check_traced, trace
+from ekgfx.tracing.trace import trace
+from ekgfx.tracing.traced import TracedModel, check_traced
 
 Kept = Mapping[Axis, Tensor]
 

@@ -21,7 +21,7 @@ from ekgfx.rewriting.missing import Missing, without
 from ekgfx.rewriting.patched import put_forward
 from ekgfx.rewriting.terms import Recorded
 from ekgfx.surgery.recorded import TracedWidths, aligned, record
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 REASON = "the plan drops "

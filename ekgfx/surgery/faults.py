@@ -10,7 +10,7 @@ from ekgfx.graph.axis_graph import Example
 from ekgfx.graph.ways import Way, undisturbed
 from ekgfx.surgery.check import trains
 from ekgfx.surgery.integers import STANDARD
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.rewriting.calls import Calls, ModuleCall, Values, calls_of, hollow, whole
 from ekgfx.rewriting.terms import Recorded
 from ekgfx.surgery.check import operator_name, takes_all
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 
 def record(source: TracedModel, twin: nn.Module | None = None) -> Recorded:

@@ -32,7 +32,8 @@ from ekgfx.surgery.dropped import recorded
 from ekgfx.surgery.faults import Problem, blamed, failing, training_error
 from ekgfx.surgery.integers import STANDARD, Attributes, Choice, choices_of, own_configurations
 from ekgfx.surgery.outline import Step, otherwise, outline_of, outlined
-from ekgfx.tracing.trace import TracedModel, retrace
+from ekgfx.tracing.trace import retrace
+from ekgfx.tracing.traced import TracedModel
 
 MOST_TRIALS, MOST_RUNS = 16, 64
 """Choices of integers that are traced, at most, and those that are run before."""

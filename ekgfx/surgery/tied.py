@@ -2,7 +2,7 @@
 
 from ekgfx.graph.ties import Ties, head_widths, role_widths, tied
 from ekgfx.surgery.configured import description
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 
 def ties_of(traced: TracedModel, uniform_layers: bool = False) -> Ties:

@@ -11,7 +11,7 @@ from ekgfx.errors import PruneError
 from ekgfx.execution.subnetwork import slice_tensor, slice_weights
 from ekgfx.graph.plan import Plan
 from ekgfx.graph.untouched import deep_copy
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 Kept = dict[Axis, Tensor]
 Subject = TypeVar("Subject", Optimizer, MutableMapping[str, Tensor])

@@ -11,7 +11,7 @@ from ekgfx.data.base import Batch, Split, Views
 from ekgfx.data.batches import Inputs
 from ekgfx.data.mixing import mixed
 from ekgfx.search import SearchResult
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 
 def training_batches(size: int = 16, samples: int = 50) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -3,7 +3,7 @@
 import pytest
 
 from ekgfx.search import SearchResult, search
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from tests.search import nets
 
 

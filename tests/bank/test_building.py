@@ -13,7 +13,7 @@ from ekgfx.bank.rows import RowFormat
 from ekgfx.data.base import Loader, Views
 from ekgfx.errors import DataError, RunError, TrainingError
 from ekgfx.search import SearchResult, search
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from tests.bank.asked import Known, answers, training_batches
 from tests.search import nets
 

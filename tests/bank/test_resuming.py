@@ -15,7 +15,7 @@ from ekgfx.base.files import write_json
 from ekgfx.data.base import Loader, Views
 from ekgfx.errors import RunError
 from ekgfx.search import SearchResult
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from tests.bank.asked import Known, training_batches
 
 

@@ -10,7 +10,7 @@ from ekgfx.bank import Bank, build_bank
 from ekgfx.bank.rows import RowFormat, infidelity
 from ekgfx.bank.store import map_rows
 from ekgfx.search import SearchResult
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.loss import softened_kl
 from tests.bank.asked import answers, training_batches
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 import ekgfx
 from ekgfx.models.digits import DigitsCNN
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 
 
 class TinyViT(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.search import SearchResult, search
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from tests.search import nets
 from tests.search.test_race import batches, sure
 

@@ -15,7 +15,7 @@ from ekgfx.search.problem import Problem
 from ekgfx.search.race import evaluate_candidates
 from ekgfx.search.ranking import Ranking, by_reward
 from ekgfx.search.reward import evaluate
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from tests.search import nets
 from tests.search.test_importance import problem_of
 

@@ -16,7 +16,7 @@ from ekgfx.search.importance import differentiable, products_along, taylor, tayl
 from ekgfx.search.importance_peers import hessian
 from ekgfx.search.problem import Problem, width_rules
 from ekgfx.search.reward import Objective, validation_batches
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from tests.models import PackedAttention, Residual, example
 from tests.search import nets
 

@@ -20,7 +20,7 @@ from ekgfx.latency.segments import Segment, find_segments
 from ekgfx.search import find_budget, ranking, search
 from ekgfx.search.latency import LayerTable, Price, Sample, input_shapes, plans_to_measure
 from ekgfx.search.problem import Budget, channels_per_position, width_rules
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from tests.search import nets
 
 TARGET = "cpu:fp32:batch=4:threads=1"

@@ -19,7 +19,7 @@ from ekgfx.search.problem import Budget, Computing, Problem
 from ekgfx.search.race import Outcome, Race, Unit, eliminate, evaluate_candidates
 from ekgfx.search.ranking import TIE, Ranking, by_reward, ranking_of
 from ekgfx.search.reward import evaluate, least_terms, validation_batches
-from ekgfx.tracing.trace import TracedModel
+from ekgfx.tracing.traced import TracedModel
 from tests.search import nets
 from tests.search.test_importance import problem_of
 

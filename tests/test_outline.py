@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import ekgfx
 from ekgfx.graph.ways import Way
 from ekgfx.surgery import settle
+from ekgfx.surgery.assignments import nearest_first
 from ekgfx.surgery.outline import otherwise, outline_of
 
 from .zeroed import distance, zeroed
@@ -109,5 +110,5 @@ def test_two_of_many_equal_numbers_are_found() -> None:
 
 
 def test_choices_come_nearest_first() -> None:
-    assert list(settle._nearest_first([2, 3])) == [(0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (1, 2)]
-    assert list(settle._nearest_first([])) == [()]
+    assert list(nearest_first([2, 3])) == [(0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (1, 2)]
+    assert list(nearest_first([])) == [()]

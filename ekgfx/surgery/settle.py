@@ -7,10 +7,9 @@ right gets a forward that is written for it.
 """
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from ekgfx.graph.ways import Way
 from ekgfx.rewriting.forward import rewrite
 from ekgfx.rewriting.patched import forward_of, put_forward
 from ekgfx.rewriting.terms import Recorded
+from ekgfx.surgery.assignments import assignments, kind_of, take
 from ekgfx.surgery.behaviour import as_good, behaviour
 from ekgfx.surgery.check import Mismatch, compare_outputs, differences
 from ekgfx.surgery.dropped import recorded
@@ -200,8 +200,8 @@ class _Settling:
             own_configurations(self.pruned)
         before = {choice: choice.now(self.pruned) for choice in choices}
         most, traces = MOST_TRIALS if self._wanted is None else MOST_RUNS, 0
-        for trial in itertools.islice(_assignments(self.pruned, choices, apart), most):
-            _take(self.pruned, trial)
+        for trial in itertools.islice(assignments(self.pruned, choices, apart), most):
+            take(self.pruned, trial)
             if self._surely_wrong(blamed):
                 continue
             if traces == MOST_TRIALS:
@@ -210,7 +210,7 @@ class _Settling:
             if not any(p.module is None or p.module in blamed for p in left):
                 self.changed += [choice for choice in choices if choice not in self.changed]
                 return left
-        _take(self.pruned, before)
+        take(self.pruned, before)
         return None
 
     @cached_property
@@ -250,12 +250,12 @@ class _Settling:
         wanted = behaviour(self.pruned, self.source.example)
         kinds: dict[tuple, list[Choice]] = {}
         for choice in self.changed:
-            kinds.setdefault(_kind(self.pruned, choice), []).append(choice)
+            kinds.setdefault(kind_of(self.pruned, choice), []).append(choice)
         for members in kinds.values():
             now = {choice: choice.now(self.pruned) for choice in members}
-            _take(self.pruned, {choice: choice.old for choice in members})
+            take(self.pruned, {choice: choice.old for choice in members})
             if not as_good(behaviour(self.pruned, self.source.example), wanted):
-                _take(self.pruned, now)
+                take(self.pruned, now)
 
     # -- forwards ---------------------------------------------------------------------------------------------------
 
@@ -307,50 +307,6 @@ def _first_of_each(found: list[Mismatch]) -> list[Mismatch]:
 
 def _double(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _take(pruned: nn.Module, trial: Mapping[Choice, Any]) -> None:
-    for choice, value in trial.items():
-        choice.take(pruned, value)
-
-
-def _kind(pruned: nn.Module, choice: Choice) -> tuple:
-    return type(pruned.get_submodule(choice.module)), choice.place
-
-
-def _assignments(pruned: nn.Module, choices: list[Choice], apart: bool = False) -> Iterator[dict[Choice, int]]:
-    """Every way to settle the choices, those closest to 'all likely ones changed' first; modules of one class share
-    theirs, where the same number may become as many others."""
-    kinds: dict[tuple, list[Choice]] = {}
-    for choice in choices:
-        alike = (*_kind(pruned, choice), choice.old, len(choice.values))
-        kinds.setdefault((choice.module, choice.place) if apart else alike, []).append(choice)
-    ranks = [max(len(c.options) for c in members) for members in kinds.values()]
-    for ways in _nearest_first(ranks):
-        yield {
-            c: c.options[min(way, len(c.options) - 1)]
-            for way, members in zip(ways, kinds.values(), strict=True)
-            for c in members
-        }
-
-
-def _nearest_first(counts: list[int]) -> Iterator[tuple[int, ...]]:
-    """All tuples of numbers below `counts`, by their sum.
-
-    >>> list(_nearest_first([2, 2]))
-    [(0, 0), (0, 1), (1, 0), (1, 1)]
-    """
-
-    def summing(total: int, counts: list[int]) -> Iterator[tuple[int, ...]]:
-        if not counts:
-            yield from [()] if total == 0 else []
-            return
-        most = sum(counts[1:]) - len(counts[1:])
-        for first in range(max(0, total - most), min(counts[0] - 1, total) + 1):
-            yield from ((first, *rest) for rest in summing(total - first, counts[1:]))
-
-    for total in range(sum(counts) - len(counts) + 1):
-        yield from summing(total, counts)
 
 
 def _forbidden(path: str, module: nn.Module, text: str) -> str:

@@ -45,6 +45,16 @@ def test_an_importance_is_what_was_measured(line: dict) -> None:
 
 
 QUESTIONS = lines("repair_questions")
+
+
+def test_mirrored_images_are_what_was_measured() -> None:
+    line = json.loads((ROOT / "benchmarks/results/repair_mirrored.jsonl").read_text())
+    (plain,) = (each for each in LINES if (each["network"], each["plan"]) == ("resnet50", "EKG"))
+    said = " ".join(page().split())
+    assert f"KL {line['kl'][1]:.3f} instead of {plain['kl'][1]:.3f}" in said
+    assert f"{line['repaired']['accuracy']:.1%}, in {line['cpu_seconds']:.0f} CPU seconds" in said
+
+
 ASKED = {question: [line for line in QUESTIONS if line["question"] == question] for question in ("finetune", "polish")}
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ekgfx
-from benchmarks.coverage import export, listed
+from benchmarks.common import listed
+from benchmarks.parts.coverage_timm import export
 from ekgfx.errors import PlanError
 from ekgfx.graph.plan import Plan
 from ekgfx.surgery.check import perturb, relative_error

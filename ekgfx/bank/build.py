@@ -27,7 +27,7 @@ from ekgfx.data.mixing import even, mixed
 from ekgfx.data.numbered import numbered
 from ekgfx.distributed.team import ALONE, Team, team
 from ekgfx.errors import DataError, RunError
-from ekgfx.execution.subnetwork import BATCH_NORM
+from ekgfx.execution.subnetwork import has_batch_norm
 from ekgfx.graph.arguments import check_inputs
 from ekgfx.search.result import SearchResult
 from ekgfx.tracing.traced import TracedModel, check_traced
@@ -208,7 +208,7 @@ class _Teacher:
 
 def _sample(traced: TracedModel, batches: Iterable[Any]) -> Iterable[Any]:
     """Mixed batches of samples that are drawn from all of the batches; none where nobody takes statistics of them."""
-    if not any(operation.target is BATCH_NORM for operation in traced.operations):
+    if not has_batch_norm(traced):
         return []
     if isinstance(batches, Loader):
         drawn = batches.mixed(STATISTICS)

@@ -48,10 +48,15 @@ def replacing(path: Path, before_rename: Callable[[Path], None] = lambda _: None
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, wholly or not at all; see `replacing`."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` to `path` as indented JSON, wholly or not at all. NaN and infinity are refused (ValueError)."""
-    with replacing(path) as partial:
-        partial.write_text(json_text(value), encoding="utf-8")
+    write_text(path, json_text(value))
 
 
 def read_json(path: Path) -> Any:

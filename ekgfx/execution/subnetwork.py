@@ -26,6 +26,11 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 KERNELS = ("aten.conv", "aten.linear")  # operators whose weights the rescaling applies to
 
 
+def has_batch_norm(graph: AxisGraph) -> bool:
+    """Whether an operator takes statistics of the batch."""
+    return any(operation.target is BATCH_NORM for operation in graph.operations)
+
+
 class GraphRunner:
     """Runs an axis graph operator by operator; subclasses say on which weights, and what an operator computes.
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cached_property
 from typing import TypeVar
 
 from torch import fx
@@ -16,12 +17,6 @@ Graph = TypeVar("Graph", bound=AxisGraph)
 
 Blocks = Mapping[str, Sequence[Block | None]]
 """Name → the block in each graph of a model; None in those that run nothing of it."""
-
-CACHED = (
-    *("groups", "blocks", "_without", "unknown_costs", "operations_of"),
-    *("_mac_table", "_by_node", "overwritable", "overwritable_with_gradients", "last_uses"),
-)
-"""What is known of a graph once it was asked for."""
 
 
 def blocks_of(graph: AxisGraph) -> Blocks:
@@ -81,7 +76,7 @@ def _read(graph: AxisGraph) -> frozenset[str]:
 def _without(graph: AxisGraph, blocks: Sequence[Block]) -> AxisGraph:
     """One graph, its weights all there still."""
     other = copy.copy(graph)
-    for name in CACHED:
+    for name in _answers(type(graph)):
         vars(other).pop(name, None)
     other.whole = graph
     done: dict[fx.Node, fx.Node] = {}
@@ -102,6 +97,12 @@ def _without(graph: AxisGraph, blocks: Sequence[Block]) -> AxisGraph:
         if done[op.node] in left
     ]
     return other
+
+
+def _answers(kind: type[AxisGraph]) -> list[str]:
+    """What such a graph remembers once it was asked for it."""
+    known = (item for each in kind.__mro__ for item in vars(each).items())
+    return [name for name, value in known if isinstance(value, cached_property)]
 
 
 def _argument(node: fx.Node, name: str) -> fx.Node:

@@ -48,7 +48,7 @@ class Judge:
         if self.classes:
             pairs = [(a[0].double(), b[0].double()) for a, b in zip(self.truth, found, strict=True)]
             count = sum(len(a) for a, _ in pairs)
-            error = sum(float(_divergence(a, b)) for a, b in pairs) / count
+            error = sum(float(divergence(a, b)) for a, b in pairs) / count
             same = sum(int((a.argmax(1) == b.argmax(1)).sum()) for a, b in pairs) / count
             return Judgement(_finite(error), same)
         off = size = 0.0
@@ -59,7 +59,8 @@ class Judge:
         return Judgement(_finite(off / size if size else off), None)
 
 
-def _divergence(truth: Tensor, found: Tensor) -> Tensor:
+def divergence(truth: Tensor, found: Tensor) -> Tensor:
+    """KL(softmax(truth) ‖ softmax(found)) of logits B × classes × …, summed over samples and positions."""
     p, q = log_softmax(truth, 1), log_softmax(found, 1)
     return (p.exp() * (p - q)).sum()
 

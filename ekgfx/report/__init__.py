@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ekgfx.base.files import replacing
+from ekgfx.base.files import write_text
 from ekgfx.report.facts import Facts
 from ekgfx.report.page import page
 
@@ -18,7 +18,5 @@ def write(run: Path, file: Path | None = None) -> Path:
     damaged, or the page cannot be written.
     """
     target = run / FILE if file is None else file
-    text = page(Facts.of(run))
-    with replacing(target) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(target, page(Facts.of(run)))
     return target

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from xml.etree.ElementTree import tostring
 
 from torch import fx
 
 from ekgfx.axes import Axis, axes
-from ekgfx.base.files import replacing
-from ekgfx.report.markup import element, plain
+from ekgfx.base.files import write_text
+from ekgfx.report.markup import element, picture, plain
 from ekgfx.tracing.traced import TracedModel
 
 BOX, HIGH, GAP, PITCH = 206, 30, 22, 58
@@ -151,18 +150,12 @@ def draw(traced: TracedModel, title: str) -> str:
         parts.append(element("rect", x=x, y=y, width=12, height=12, rx=3, fill=hue))
         text = f"{_short(name, 26)}  {traced.groups[name].size}"
         parts.append(element("text", element("title", name), text, x=x + 18, y=y + 10))
-    style = element("style")
-    style.text = STYLE
-    size = {"viewBox": f"0 0 {width:.0f} {height:.0f}", "width": f"{width:.0f}", "height": f"{height:.0f}"}
-    svg = element("svg", element("title", title), style, *parts, xmlns="http://www.w3.org/2000/svg", role="img", **size)
-    return tostring(svg, encoding="unicode") + "\n"
+    return picture(title, STYLE, width, height, *parts)
 
 
 def write(traced: TracedModel, title: str, file: Path) -> None:
     """Writes the picture to `file`."""
-    text = draw(traced, plain(title))
-    with replacing(file) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(file, draw(traced, plain(title)))
 
 
 def _drawn(box: Box, left: float, top: float, hues: dict[str, str]) -> list:

@@ -34,6 +34,16 @@ def plain(text: str) -> str:
     return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def picture(title: str, style: str, width: float, height: float, *body: Child) -> str:
+    """A whole SVG file, in pixels. style: as in `document`."""
+    sheet = Element("style")
+    sheet.text = style
+    wide, high = f"{width:.0f}", f"{height:.0f}"
+    size = {"viewBox": f"0 0 {wide} {high}", "width": wide, "height": high}
+    made = element("svg", element("title", title), sheet, *body, xmlns="http://www.w3.org/2000/svg", role="img", **size)
+    return tostring(made, encoding="unicode") + "\n"
+
+
 def document(title: str, style: str, *body: Child) -> str:
     """A whole page. style: trusted CSS, the only text that is not escaped. The page may load and run nothing."""
     head = element(

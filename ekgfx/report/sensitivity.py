@@ -1,11 +1,10 @@
 """What each group costs when it alone is cut, as a picture: a row for each group, a dot for each share."""
 
 from pathlib import Path
-from xml.etree.ElementTree import tostring
 
-from ekgfx.base.files import replacing
+from ekgfx.base.files import write_text
 from ekgfx.report.charts import ticks
-from ekgfx.report.markup import element, plain
+from ekgfx.report.markup import element, picture, plain
 from ekgfx.search.sensitivity import Sensitivity
 
 ROW, NAMES, PLOT, TOP = 19, 240, 460, 78
@@ -66,15 +65,9 @@ def draw(found: Sensitivity, title: str) -> str:
     shares = ", ".join(f"{share:.0%}" for share in found.shares)
     legend = f"dots, small to large: {shares} of the group's channels kept"
     parts.append(element("text", legend, x=24, y=bottom + 14, class_="small"))
-    style = element("style")
-    style.text = STYLE
-    size = {"viewBox": f"0 0 {width} {bottom + 24}", "width": width, "height": bottom + 24}
-    svg = element("svg", element("title", title), style, *parts, xmlns="http://www.w3.org/2000/svg", role="img", **size)
-    return tostring(svg, encoding="unicode") + "\n"
+    return picture(title, STYLE, width, bottom + 24, *parts)
 
 
 def write(found: Sensitivity, title: str, file: Path) -> None:
     """Writes the picture to `file`."""
-    text = draw(found, plain(title))
-    with replacing(file) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(file, draw(found, plain(title)))

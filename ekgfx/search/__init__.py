@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ekgfx.base.units import budget_of, bytes_of, fraction_of, human
 from ekgfx.errors import BudgetError, DataError, PruneError, RecipeError
-from ekgfx.execution.subnetwork import BATCH_NORM
+from ekgfx.execution.subnetwork import has_batch_norm
 from ekgfx.graph.arguments import check_inputs
 from ekgfx.graph.blocks import Block
 from ekgfx.graph.plan import Plan
@@ -118,7 +118,7 @@ def search(
     asked = replace(
         asked,
         ignore=as_patterns(traced, asked.ignore),
-        rescale=_has_batch_norm(traced) if asked.rescale is None else asked.rescale,
+        rescale=has_batch_norm(traced) if asked.rescale is None else asked.rescale,
         early_stop=asked.details == PAPER if asked.early_stop is None else asked.early_stop,
         channels_last=quicker_channels_last(traced) if asked.channels_last is None else asked.channels_last,
     )
@@ -275,10 +275,6 @@ def find_budget(
     if cost is not None and budget is not None:
         parts.append(Budget.of(cost, budget, "cost"))
     return Budget.all_of(parts)
-
-
-def _has_batch_norm(traced: TracedModel) -> bool:
-    return any(operation.target is BATCH_NORM for operation in traced.operations)
 
 
 @contextmanager

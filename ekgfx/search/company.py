@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ekgfx.data.mixing import Mixture, warn
-from ekgfx.execution.subnetwork import BATCH_NORM, SubNetwork
+from ekgfx.execution.subnetwork import SubNetwork, has_batch_norm
 from ekgfx.search.problem import Problem
 from ekgfx.search.reward import ValidationBatch
 from ekgfx.training.loss import at_least_single
@@ -18,7 +18,7 @@ def check_mixed(problem: Problem, batches: Sequence[ValidationBatch]) -> None:
 
     problem: with T₀.
     """
-    if not any(operation.target is BATCH_NORM for operation in problem.traced.operations):
+    if not has_batch_norm(problem.traced):
         return
     mixture = Mixture()
     for batch in batches:

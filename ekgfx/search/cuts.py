@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
 
 from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.graph.plan import Plan
 from ekgfx.repair import repair
+from ekgfx.repair.judge import divergence
 from ekgfx.search.forks import Branch, Forks, Walk
 from ekgfx.search.problem import Problem
 from ekgfx.search.reward import Objective, ValidationBatch
@@ -66,8 +66,7 @@ class Tally:
                 self.places += batch.target.numel()
         self.classes &= logits.ndim > 1 and logits.shape[1] > 1
         if self.classes:
-            p, q = log_softmax(truth, 1), log_softmax(logits, 1)
-            self.off += float((p.exp() * (p - q)).sum())
+            self.off += float(divergence(truth, logits))
             self.same += float((logits.argmax(1) == truth.argmax(1)).sum())
             self.size += truth[:, 0].numel()
         else:

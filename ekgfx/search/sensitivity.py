@@ -11,7 +11,7 @@ from torch import Tensor
 from ekgfx.base.markup import html_table
 from ekgfx.base.units import fraction_of, percent
 from ekgfx.errors import DataError, RecipeError
-from ekgfx.execution.subnetwork import BATCH_NORM
+from ekgfx.execution.subnetwork import has_batch_norm
 from ekgfx.graph.arguments import check_inputs
 from ekgfx.graph.plan import Plan
 from ekgfx.search import find_budget
@@ -252,7 +252,7 @@ def _problem(traced: TracedModel, objective: Objective, ignore: Ignored | Sequen
         rules=rules,
         guided=False,
         ensemble=False,
-        rescale=any(operation.target is BATCH_NORM for operation in traced.operations),
+        rescale=has_batch_norm(traced),
         computing=Computing(channels_last=quicker_channels_last(traced)),
         seed=seed,
         members=members,

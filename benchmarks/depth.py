@@ -8,19 +8,17 @@
 
 Three searches: the paper's; the same with steps that minimise the reward lost for the MACs saved; and that with
 residual blocks as further candidates. The second one tells what the ranking does by itself. Images to search and repair
-on, and to test on, are drawn by the seed, the same for all three.
+on, and to test on, are drawn by the seed, the same for all three. What is in the output is not measured again.
 """
 
 import argparse
-import json
 import math
-import platform
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import Lines, chosen, environment
 from torch import Tensor, nn
 
 import ekgfx
@@ -103,24 +101,22 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=320, help="to search and to repair on")
     parser.add_argument("--test", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", required=True, help="JSON lines")
     asked = parser.parse_args()
+    lines = Lines(asked.output)
+    same = chosen(asked, "network", "keep", "step", "accept", "images", "test", "seed")
+    if {**same, "way": WAYS[-1]} in lines:
+        return
+    torch.set_num_threads(1)
     model, data = subject(asked)
     draw = torch.Generator().manual_seed(asked.seed)
-    chosen, held = (
+    seen, held = (
         torch.randperm(data.size(split), generator=draw)[:count]
         for split, count in (("train", asked.images), ("test", asked.test))
     )
-    batches = [batch[:2] for batch in data.loader("train", 160, subset=chosen)]
+    batches = [batch[:2] for batch in data.loader("train", 160, subset=seen)]
     tested = list(data.loader("test", 250, subset=held))
-    facts = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        **{key: value for key, value in vars(asked).items() if key not in ("data", "weights", "output")},
-        "tested": len(held),
-    }
-    found = {"unpruned": right(model, tested)}
+    found, rows = {"unpruned": right(model, tested)}, []
     for way in WAYS:
         began = time.process_time()
         traced, result = searched(model, tested[0].images[:2], batches, way, asked)
@@ -129,23 +125,25 @@ def main() -> None:
         cut = right(pruned, tested)
         ekgfx.repair(pruned, traced, result.plan, batches, most=asked.images, seed=asked.seed)
         found[way] = right(pruned, tested)
-        row = {
-            **facts,
-            "way": way,
-            "macs": result.kept_fraction,
-            "params": traced.cost(result.plan).params / traced.cost().params,
-            "dropped": list(result.plan.dropped),
-            "steps": len(result.steps),
-            "unpruned": float(found["unpruned"].double().mean()),
-            "cut": float(cut.double().mean()),
-            "repaired": float(found[way].double().mean()),
-            "against_width": apart(found[way], found[WAYS[0]]),
-            "cpu_seconds": round(seconds, 1),
-        }
-        print(json.dumps(row), flush=True)
-        if asked.output is not None:
-            with asked.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        rows.append(
+            {
+                **same,
+                "tested": len(held),
+                "way": way,
+                "macs": result.kept_fraction,
+                "params": traced.cost(result.plan).params / traced.cost().params,
+                "dropped": list(result.plan.dropped),
+                "steps": len(result.steps),
+                "unpruned": float(found["unpruned"].double().mean()),
+                "cut": float(cut.double().mean()),
+                "repaired": float(found[way].double().mean()),
+                "against_width": apart(found[way], found[WAYS[0]]),
+                "cpu_seconds": round(seconds, 1),
+                **environment(),
+            }
+        )
+    for row in rows:  # of one run, or none: the ways are compared image by image
+        lines.add(row)
 
 
 if __name__ == "__main__":

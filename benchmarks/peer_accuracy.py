@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch_pruning
 from common import Lines
 from ekgfx.export import measure_latency, to_onnx
+from parts.peers import by_torch_pruning, magnitude, smallest, taylor
 from torch import nn
 
 import ekgfx
@@ -61,41 +61,19 @@ class Setting:
         images = range(self.asked.test_images) if self.asked.test_images else None
         return float(evaluate(model, self.data.loader("test", 1000, subset=images)).accuracy)
 
+    def least(self, cut: Callable[[float], nn.Module], steps: int = 8) -> nn.Module:
+        """What the smallest ratio within the budget gives."""
+        return smallest(cut, lambda model: self.macs(model) <= self.asked.keep * self.macs(self.model), steps)
+
 
 Cut = tuple[nn.Module, Callable[..., Any] | None]
 """A cut network, and what makes its memory bank."""
 
 
-def torch_pruning_of(importance: Any, *, overall: bool) -> Callable[[Setting], Cut]:
-    """Torch-Pruning with one ratio for all layers, or with one threshold for all channels."""
-
-    def cut(setting: Setting) -> Cut:
-        budget = setting.asked.keep * setting.macs(setting.model)
-
-        def at(ratio: float) -> nn.Module:
-            model = copy.deepcopy(setting.model)
-            pruner = torch_pruning.pruner.MetaPruner(
-                model,
-                setting.example,
-                importance,
-                global_pruning=overall,
-                pruning_ratio=ratio,
-                ignored_layers=[layer for layer in model.modules() if isinstance(layer, nn.Linear)],
-            )
-            if isinstance(importance, torch_pruning.importance.GroupTaylorImportance):
-                for images, labels in setting.seen:
-                    nn.functional.cross_entropy(model(images), labels, reduction="sum").backward()
-            pruner.step()
-            model.zero_grad()
-            return model
-
-        low, high = 0.0, 1.0
-        for _ in range(8):
-            middle = (low + high) / 2
-            low, high = (low, middle) if setting.macs(at(middle)) <= budget else (middle, high)
-        return at(high), None
-
-    return cut
+def torch_pruning_of(importance: Callable[[], Any], *, overall: bool) -> Callable[[Setting], Cut]:
+    """Torch-Pruning with one ratio for all layers, or with one for all of their channels together."""
+    cut = by_torch_pruning(importance, overall=overall)
+    return lambda setting: (cut(setting), None)
 
 
 def ekgfx_by(**options: Any) -> Callable[[Setting], Cut]:
@@ -111,11 +89,9 @@ def ekgfx_by(**options: Any) -> Callable[[Setting], Cut]:
 
 
 METHODS = {
-    "Torch-Pruning, L2 magnitude, uniform": torch_pruning_of(
-        torch_pruning.importance.GroupMagnitudeImportance(), overall=False
-    ),
-    "Torch-Pruning, Taylor, uniform": torch_pruning_of(torch_pruning.importance.GroupTaylorImportance(), overall=False),
-    "Torch-Pruning, Taylor, global": torch_pruning_of(torch_pruning.importance.GroupTaylorImportance(), overall=True),
+    "Torch-Pruning, L2 magnitude, uniform": torch_pruning_of(magnitude, overall=False),
+    "Torch-Pruning, Taylor, uniform": torch_pruning_of(taylor, overall=False),
+    "Torch-Pruning, Taylor, global": torch_pruning_of(taylor, overall=True),
     "ekgfx, L1 magnitude, uniform": ekgfx_by(strategy="uniform", importance="magnitude"),
     "ekgfx, EKG": ekgfx_by(accept=4),
 }

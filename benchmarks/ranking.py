@@ -91,6 +91,17 @@ def data_of(asked: argparse.Namespace, seed: int) -> datasets.Data:
     return datasets.load(asked.images, mean=mean, std=std, seed=seed, classes=10)
 
 
+def trained(build: Callable[[], nn.Module], data: datasets.Data, weights: str | None) -> nn.Module:
+    """A network with its weights, or trained on the data for 20 epochs, seed 0."""
+    torch.manual_seed(0)
+    model = build()
+    if weights:
+        load_weights(model, Path(weights))
+    else:
+        ekgfx.finetune(model, data, epochs=20, lr=0.1, batch_size=64, schedule="cosine", seed=0, val_fraction=0)
+    return model.eval()
+
+
 def size_of(network: str) -> tuple[int, int, int, int]:
     return (2, 1, 8, 8) if network == "digits" else (2, 3, 32, 32)
 

@@ -31,7 +31,7 @@ import repair as repaired_by_us
 import torch
 from common import Lines, Row, chosen, environment
 from ekgfx.export import measure_latency, to_onnx
-from parts.peers import CUTS
+from parts.peers import CUTS, smallest
 from torch import Tensor, nn
 
 import ekgfx
@@ -85,14 +85,7 @@ class Contest:
 
     def least(self, cut: Callable[[float], Any], steps: int = 7) -> Any:
         """What the smallest ratio within the budget gives."""
-        low, high, best = 0.0, 1.0, None
-        for _ in range(steps):
-            middle = (low + high) / 2
-            if self.macs(made := cut(middle)) <= self.budget:
-                high, best = middle, made
-            else:
-                low = middle
-        return cut(high) if best is None else best
+        return smallest(cut, lambda made: self.macs(made) <= self.budget, steps)
 
 
 def onnx_macs(network: onnx.ModelProto) -> int:

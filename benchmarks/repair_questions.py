@@ -21,10 +21,10 @@ import argparse
 import functools
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ranking
 import torch
 from common import Lines, chosen, environment
 from torch import nn
@@ -34,7 +34,6 @@ from ekgfx import data as datasets
 from ekgfx.data.batches import Inputs
 from ekgfx.graph.plan import Plan
 from ekgfx.models import digits_cnn, resnet20_cifar
-from ekgfx.models.weights import load_weights
 from ekgfx.repair.judge import Judge
 from ekgfx.search.candidates import important_first
 from ekgfx.search.importance_peers import magnitude
@@ -48,7 +47,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float]] = {
     "resnet20": (resnet20_cifar, (2, 3, 32, 32), 0.02),
 }
 """Network, its input, the learning rate that it is fine-tuned with."""
-NORMAL = {"digits": ((0.305,), (0.376,)), "resnet20": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 
 
 class Subject:
@@ -57,18 +55,11 @@ class Subject:
 
     def __init__(self, asked: argparse.Namespace, seed: int) -> None:
         build, shape, self.rate = NETWORKS[asked.network]
-        mean, std = NORMAL[asked.network]
+        mean, std = ranking.NORMAL[asked.network]
         self.asked, self.seed = asked, seed
         self.data = datasets.load(asked.images, mean=mean, std=std, seed=seed, classes=10)
-        torch.manual_seed(0)
-        model = build()
-        if asked.weights:
-            load_weights(model, Path(asked.weights))
-        else:
-            ekgfx.finetune(
-                model, self.data, epochs=20, lr=0.1, batch_size=64, schedule="cosine", seed=0, val_fraction=0
-            )
-        self.traced = ekgfx.trace(model.eval(), torch.zeros(shape))
+        model = ranking.trained(build, self.data, asked.weights)
+        self.traced = ekgfx.trace(model, torch.zeros(shape))
         order = torch.randperm(self.data.size("train"), generator=torch.Generator().manual_seed(seed))
         self.train = order[2 * asked.count :][: asked.train_images]
         self.images, self.fresh = (

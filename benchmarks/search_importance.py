@@ -15,7 +15,6 @@ import argparse
 import functools
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ranking
@@ -26,7 +25,6 @@ from torch import nn
 import ekgfx
 from ekgfx import data as datasets
 from ekgfx.models import digits_cnn, resnet20_cifar
-from ekgfx.models.weights import load_weights
 from ekgfx.surgery.calibrate import calibrate
 from ekgfx.training.evaluation import evaluate
 
@@ -46,15 +44,8 @@ class Subject:
         mean, std = ranking.NORMAL[images]
         self.asked, self.seed = asked, seed
         self.data = datasets.load(asked.images, mean=mean, std=std, seed=0, classes=10)
-        torch.manual_seed(0)
-        model = build()
-        if asked.weights:
-            load_weights(model, Path(asked.weights))
-        else:
-            ekgfx.finetune(
-                model, self.data, epochs=20, lr=0.1, batch_size=64, schedule="cosine", seed=0, val_fraction=0
-            )
-        self.traced = ekgfx.trace(model.eval(), torch.zeros(ranking.size_of(images)))
+        model = ranking.trained(build, self.data, asked.weights)
+        self.traced = ekgfx.trace(model, torch.zeros(ranking.size_of(images)))
         order = torch.randperm(self.data.size("train"), generator=torch.Generator().manual_seed(seed))
         loader = self.data.loader("train", 64, subset=order[: asked.count])
         self.batches = [(batch.images, batch.labels) for batch in loader]

@@ -27,6 +27,18 @@ class Contest(Protocol):
     def least(self, cut: Callable[[float], Any], steps: int = ...) -> Any: ...
 
 
+def smallest(cut: Callable[[float], Any], fits: Callable[[Any], bool], steps: int) -> Any:
+    """What the smallest ratio that fits makes, by bisection."""
+    low, high, best = 0.0, 1.0, None
+    for _ in range(steps):
+        middle = (low + high) / 2
+        if fits(made := cut(middle)):
+            high, best = middle, made
+        else:
+            low = middle
+    return cut(high) if best is None else best
+
+
 def gradients(model: nn.Module, contest: Contest) -> None:
     """Adds up the gradients of the mean cross-entropy over the images, in evaluation mode."""
     model.eval()

@@ -28,7 +28,7 @@ def test_shipped_recipes_load_and_survive_json(name):
     assert loaded.model
     assert loaded.description
     assert loaded.measured
-    assert recipe.parse(loaded.to_json()) == loaded
+    assert Recipe.from_json(loaded.to_json()) == loaded
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_unknown_recipe():
 
 
 def test_flags_win_over_the_recipe():
-    base = recipe.parse({"search": {"flops": 0.5, "align": 8}})
+    base = Recipe.from_json({"search": {"flops": 0.5, "align": 8}})
     changed = recipe.override(base, {"search.flops": 0.7, "seed": 1})
     assert (changed.search.flops, changed.search.align, changed.seed) == (0.7, 8, 1)
     with pytest.raises(RecipeError, match="must be one of"):
@@ -95,11 +95,14 @@ def test_flags_win_over_the_recipe():
 )
 def test_budgets_are_fractions_or_amounts(kind, asked, meant):
     assert budget_of(kind, asked) == pytest.approx(meant)
-    assert recipe.parse({"search": {kind: asked}}).search.budgets == {kind: asked}
+    assert Recipe.from_json({"search": {kind: asked}}).search.budgets == {kind: asked}
 
 
 def test_several_budgets_may_be_given():
-    assert recipe.parse({"search": {"flops": 0.5, "params": "5M"}}).search.budgets == {"flops": 0.5, "params": "5M"}
+    assert Recipe.from_json({"search": {"flops": 0.5, "params": "5M"}}).search.budgets == {
+        "flops": 0.5,
+        "params": "5M",
+    }
 
 
 @pytest.mark.parametrize(
@@ -124,4 +127,4 @@ def test_a_file_that_names_itself_a_billion_times_is_refused_at_once(tmp_path):
             recipe.load(written(tmp_path, "\n".join([*lines, rest])))
         assert len(str(caught.value)) < 500
     with pytest.raises(RecipeError, match="description in .* must be text; got"):
-        recipe.parse({"description": yaml.safe_load("\n".join(lines))["x39"]})
+        Recipe.from_json({"description": yaml.safe_load("\n".join(lines))["x39"]})

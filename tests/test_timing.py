@@ -11,7 +11,7 @@ from ekgfx.errors import RecipeError
 from ekgfx.pipeline import timing
 from ekgfx.runs.directory import Run, read_manifest
 from ekgfx.search.latency import LayerTable
-from ekgfx.settings.recipe import Search, parse
+from ekgfx.settings.recipe import Recipe, Search
 from tests.search.test_latency import table_of
 
 TARGET = "cpu:fp32:batch=4:threads=1"
@@ -36,7 +36,7 @@ class Quiet:
 
 def settings(**search: object) -> dict[str, object]:
     asked = {"strategy": "uniform", "importance": "magnitude", "latency": 0.8, **search}
-    return parse({"model": "ekgfx.models:digits_cnn", "search": asked}).to_json()
+    return Recipe.from_json({"model": "ekgfx.models:digits_cnn", "search": asked}).to_json()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from ekgfx.repair import Repair
 from ekgfx.runs import checkpoint
 from ekgfx.runs.directory import STAGES, read_manifest, verify
 from ekgfx.search import SearchResult, Step
-from ekgfx.settings.recipe import Recipe, parse
+from ekgfx.settings.recipe import Recipe
 from ekgfx.training.keeping import Epoch
 
 SAMPLES = 20_000
@@ -81,7 +81,7 @@ class Facts:
             for stage in STAGES
             if stage in told
         }
-        settings = parse(manifest.get("settings", {}), f"{path}/run.json")
+        settings = Recipe.from_json(manifest.get("settings", {}), f"{path}/run.json")
         lines = read_lines(path / planning.HISTORY)
         search, layers = None, ()
         lines = planning.own_steps(lines)

@@ -233,14 +233,14 @@ class Recipe:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; `parse` reads them back to an equal recipe."""
+        """Plain JSON values; `from_json` reads them back to an equal recipe."""
         return dataclasses.asdict(self)
 
-
-def parse(settings: object, where: str = "the recipe") -> Recipe:
-    """A Recipe from nested plain values, strictly: RecipeError names an unknown key or a value of another type."""
-    recipe: Recipe = read(Recipe, _with_fractions(settings), where, RecipeError)
-    return recipe
+    @classmethod
+    def from_json(cls, settings: object, where: str = "the recipe") -> "Recipe":
+        """A recipe from nested plain values, strictly: RecipeError names an unknown key or a value of another type."""
+        recipe: Recipe = read(cls, _with_fractions(settings), where, RecipeError)
+        return recipe
 
 
 def _with_fractions(settings: object) -> object:
@@ -279,7 +279,7 @@ def load(name: str) -> Recipe:
         settings = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(f"recipe {name} is not YAML: {' '.join(str(error).split())[:300]}") from error
-    return parse({} if settings is None else settings, f"recipe {name}")
+    return Recipe.from_json({} if settings is None else settings, f"recipe {name}")
 
 
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
@@ -291,7 +291,7 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         for section in sections:
             place = place[section]
         place[last] = value
-    return parse(settings, "the command line")
+    return Recipe.from_json(settings, "the command line")
 
 
 def declared(key: str) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ from ekgfx.pipeline.job import Silent
 from ekgfx.pipeline.stages import prune_job
 from ekgfx.runs.directory import Run, read_manifest
 from ekgfx.settings import recipe
+from ekgfx.settings.recipe import Recipe
 from tests.cli.conftest import environment
 
 SETTINGS = {
@@ -42,7 +43,7 @@ def made(tmp_path_factory) -> Callable[[float, str], Path]:
     def run(flops: float, name: str) -> Path:
         path = folder / name
         if not path.exists():
-            asked = recipe.override(recipe.parse(SETTINGS), {"search.flops": flops})
+            asked = recipe.override(Recipe.from_json(SETTINGS), {"search.flops": flops})
             with Run.create(path, settings=asked.to_json()) as opened:
                 prune_job(opened, Silent())
         return path

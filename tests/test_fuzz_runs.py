@@ -15,7 +15,7 @@ from ekgfx.bank import Bank
 from ekgfx.base.files import checksum
 from ekgfx.errors import EkgfxError
 from ekgfx.pipeline import planning
-from ekgfx.pipeline import stages as pipeline
+from ekgfx.pipeline.jobs import prune_job
 from ekgfx.report import Facts
 from ekgfx.runs import checkpoint
 from ekgfx.runs.directory import Run
@@ -42,7 +42,7 @@ export: {onnx: true, batches: [1]}
             return lambda *_: None
 
     with Run.create(path, settings=Recipe.from_json(yaml.safe_load(text)).to_json()) as run:
-        pipeline.prune_job(run, Silent())
+        prune_job(run, Silent())
     return path
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ekgfx.data.arrays import ArraySplit
 from ekgfx.data.base import Batch, Views
 from ekgfx.pipeline.job import Job, Silent
-from ekgfx.pipeline.stages import to_the_plan
+from ekgfx.pipeline.jobs import to_the_plan
 from ekgfx.runs.directory import Run
 from ekgfx.settings.recipe import Recipe
 

@@ -169,7 +169,7 @@ def test_cache_folder(monkeypatch):
 @pytest.mark.sweep  # real timings of so small a network: on a busy machine its least width may seem no faster
 def test_a_whole_job_and_its_promise(tmp_path, monkeypatch):
     """Real timings of three networks; the search's plan, the prediction, and the clock's word on it."""
-    from ekgfx.pipeline.stages import prune_job
+    from ekgfx.pipeline.jobs import prune_job
 
     monkeypatch.setenv("EKGFX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(timing, "NETWORKS", 3)

@@ -174,7 +174,7 @@ def prune(
     from ekgfx.cli.work import work
     from ekgfx.distributed.team import copied, joined
     from ekgfx.pipeline.job import Silent
-    from ekgfx.pipeline.stages import prune_job
+    from ekgfx.pipeline.jobs import prune_job
 
     with joined() as mates:
         if not mates.first:

@@ -24,7 +24,7 @@ def repair(run: Path, logger: str | None, **flags: Any) -> None:
     `ekgfx prune` does so by itself; this is for runs that were made with --no-repair, or without images.
     """
     from ekgfx.cli.work import work
-    from ekgfx.pipeline.stages import repair_job
+    from ekgfx.pipeline.jobs import repair_job
 
     with Run.reopen(run) as opened:
         work(opened, lambda report: repair_job(opened, report, given(flags)), logger=logger)

@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from ekgfx.pipeline.job import Silent
-from ekgfx.pipeline.stages import prune_job
+from ekgfx.pipeline.jobs import prune_job
 from ekgfx.runs.directory import Run
 from ekgfx.settings.recipe import Recipe
 

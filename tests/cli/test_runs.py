@@ -16,7 +16,7 @@ import torch
 from ekgfx.cli import cli
 from ekgfx.models import digits_cnn
 from ekgfx.pipeline.job import Silent
-from ekgfx.pipeline.stages import prune_job
+from ekgfx.pipeline.jobs import prune_job
 from ekgfx.runs.directory import Run, read_manifest
 from ekgfx.settings import recipe
 from ekgfx.settings.recipe import Recipe

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import ekgfx
+from ekgfx.graph.opaque import Leaves
+from ekgfx.rewriting.calls import calls_of
 from ekgfx.surgery.check import check_masked, check_pruned, perturb
 
 from .zeroed import distance, zeroed
@@ -398,3 +400,9 @@ def test_a_batch_that_is_a_number_in_the_users_python_is_read_from_what_is_at_ha
         for training in (False, True):
             x = torch.randn(shape, dtype=torch.float64)
             assert distance(pruned, zeroed(traced, plan), (x,), training=training) < 1e-12
+
+
+def test_pytorch_does_not_warn_of_images_of_one_channel(capfd):
+    """Sizes of 1 cannot be left free; asked to, the exporter logs a line of its own for each."""
+    calls_of(nn.Conv2d(1, 2, 3), ((torch.zeros(2, 1, 8, 8),), {}), Leaves())
+    assert not capfd.readouterr().err

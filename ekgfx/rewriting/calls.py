@@ -167,11 +167,16 @@ def _dynamic(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[
         yield (
             free,
             pytree.tree_map(
-                lambda v: dict.fromkeys(range(v.ndim)[:last], Dim.AUTO) if isinstance(v, Tensor) else None,  # noqa: B023
+                lambda v: _free(v.shape[:last]) if isinstance(v, Tensor) else None,  # noqa: B023
                 dict(bound),
             ),
         )
     yield "", None
+
+
+def _free(shape: Sequence[int]) -> dict[int, Any]:
+    """The dimensions that the exporter may leave free; it takes sizes of 1 as they are, and warns of them if asked."""
+    return {number: Dim.AUTO for number, size in enumerate(shape) if size > 1}
 
 
 @contextlib.contextmanager

@@ -113,9 +113,9 @@ def prune(
     if source.unseen:
         keep_apart(pruned, ((p.parameter, p.dim) for group in source.groups.values() for p in group.places))
     remember(pruned, (*rounds, replace(plan, structure=source.groups.digest, **source.options)))
-    if calibrate is None:
-        return pruned
-    return estimated(pruned, calibrate) if inplace else estimated(pruned, calibrate, entire, kept)
+    if calibrate is not None:
+        estimated(pruned, calibrate, *(() if inplace else (entire, kept)))
+    return pruned
 
 
 def needs_forward(traced: TracedModel) -> list[str]:

@@ -98,6 +98,30 @@ def test_budgets_are_fractions_or_amounts(kind, asked, meant):
     assert Recipe.from_json({"search": {kind: asked}}).search.budgets == {kind: asked}
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("search.step", 0, "a part of the widths, above 0 and up to 1"),
+        ("search.min_width", 1.0, "a part of the widths, from 0 and below 1"),
+        ("search.align", 0, "at least 1"),
+        ("search.accept", -1, "at least 1"),
+        ("search.images", 0, "at least 1"),
+        ("repair.images", 0, "at least 1"),
+        ("pretrain.epochs", -1, "at least 0"),
+        ("pretrain.views", 0, "at least 1"),
+        ("finetune.lr", 0.0, "a learning rate above 0"),
+        ("finetune.momentum", 1.0, "between 0 and below 1"),
+        ("finetune.ema", 1.0, "a decay between 0 and 1, such as 0.999"),
+        ("finetune.temperature", 0.0, "a temperature above 0"),
+        ("finetune.top_k", 0, "at least 1"),
+        ("export.batches", [8, 0], "batch sizes of at least 1"),
+    ],
+)
+def test_a_number_out_of_its_range_is_said_by_its_key(key, value, allowed):
+    with pytest.raises(RecipeError, match=rf"^{key} .*: use {allowed}$"):
+        recipe.override(Recipe(), {key: value})
+
+
 def test_several_budgets_may_be_given():
     assert Recipe.from_json({"search": {"flops": 0.5, "params": "5M"}}).search.budgets == {
         "flops": 0.5,

@@ -5,7 +5,6 @@ result is there is not done again, so that a run that was interrupted anywhere g
 the same plan as one that was not.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -96,11 +95,6 @@ def check_finetune(job: Job, asked: Recipe) -> None:
     wanted = asked.finetune
     if wanted.epochs < 1:
         raise RecipeError(f"no epochs to fine-tune for ({wanted.epochs}): give --epochs")
-    for key, value, least in (("batch_size", wanted.batch_size, 1), ("teachers", wanted.teachers, 0)):
-        if value < least:
-            raise RecipeError(f"finetune.{key} {value}: use at least {least}")
-    if not 0 < wanted.lr < math.inf:
-        raise RecipeError(f"finetune.lr {wanted.lr}: a learning rate is above 0")
     pick_device(asked.device)
     images = open_data(asked.data or LABEL_FREE, job.built, asked.seed)
     for split in ("train", "test"):

@@ -6,6 +6,7 @@ same form, so that `--resume` needs nothing else.
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
+from ekgfx.base.ranges import at_least, refuse
 from ekgfx.base.schema import did_you_mean, read
 from ekgfx.base.units import bytes_of, fraction_of
 from ekgfx.errors import RecipeError
@@ -49,16 +51,12 @@ class Training:
     cutmix: float = 0.0
 
     def __post_init__(self) -> None:
-        ranges = (
-            ("val_fraction", 0 <= self.val_fraction <= 0.5, "between 0 (train on everything) and 0.5"),
-            ("patience", self.patience is None or self.patience >= 1, "at least 1 epoch"),
-            ("ema", self.ema is None or 0 < self.ema < 1, "a decay between 0 and 1, such as 0.999"),
-            ("mixup", self.mixup >= 0, "at least 0 (off)"),
-            ("cutmix", self.cutmix >= 0, "at least 0 (off)"),
-        )
-        for key, right, allowed in ranges:
-            if not right:
-                raise RecipeError(f"{key} {getattr(self, key)}: use {allowed}")
+        at_least(self, 0, "epochs", "weight_decay", "warmup", "workers", "mixup", "cutmix")
+        at_least(self, 1, "batch_size", "views", "patience")
+        refuse(self, "lr", 0 < self.lr < math.inf, "a learning rate above 0")
+        refuse(self, "momentum", 0 <= self.momentum < 1, "between 0 and below 1")
+        refuse(self, "val_fraction", 0 <= self.val_fraction <= 0.5, "between 0 (train on everything) and 0.5")
+        refuse(self, "ema", self.ema is None or 0 < self.ema < 1, "a decay between 0 and 1, such as 0.999")
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,13 @@ class Finetune(Training):
     temperature: float | None = None
     budgets: Amounts = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "teachers")
+        at_least(self, 1, "top_k")
+        warm = self.temperature is None or 0 < self.temperature < math.inf
+        refuse(self, "temperature", warm, "a temperature above 0")
+
 
 @dataclass(frozen=True)
 class Repair:
@@ -85,11 +90,7 @@ class Repair:
     mirrored: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("images", "positions"):
-            if getattr(self, key) < 1:
-                raise RecipeError(
-                    f"repair.{key} is at least 1, not {getattr(self, key)}; to leave it out: enabled: false"
-                )
+        at_least(self, 1, "images", "positions")
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,10 @@ class SearchSettings:
     early_stop: bool | None = None
     amp: Literal["bf16", "fp16"] | None = None
     channels_last: bool | None = None
+
+    def __post_init__(self) -> None:
+        refuse(self, "step", 0 < self.step <= 1, "a part of the widths, above 0 and up to 1")
+        refuse(self, "min_width", 0 <= self.min_width < 1, "a part of the widths, from 0 and below 1")
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -152,6 +157,9 @@ class Search(SearchSettings):
     hardest_first: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "accept", "align", "val_per_class", "images", "batch_size", "val_batch_size")
+        at_least(self, 0, "train_per_class")
         assert self.points  # are such, or it raises
         bytes_of(self.cache)
 
@@ -175,6 +183,11 @@ class Export:
     latency: bool = True
     int8: bool = False
     threads: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "threads")
+        at_least(self, 1, "opset")
+        refuse(self, "batches", min(self.batches, default=1) >= 1, "batch sizes of at least 1")
 
 
 @dataclass(frozen=True)

@@ -175,6 +175,24 @@ class Decoder(nn.Module):
         return self.head(x)
 
 
+class Shift(nn.Module):
+    """Shifts three channels each way, to neighbours, written into parts of a tensor; dropout inside of PyTorch's
+    attention, an argument that the graph of evaluation mode leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        b, c, h, w = x.shape
+        shifted = torch.zeros_like(x)
+        shifted[:, :3, :-1], shifted[:, 3:6, 1:], shifted[:, 6:] = x[:, :3, 1:], x[:, 3:6, :-1], x[:, 6:]
+        x = self.b(shifted.view(b, c, h * w).view(b, c, h, w)).relu().flatten(2).transpose(1, 2)
+        rate = 0.2 if self.training else 0.0
+        return self.out(F.scaled_dot_product_attention(x, x, x, dropout_p=rate))
+
+
 @dataclass
 class Settings:
     width: int = 12
@@ -211,6 +229,7 @@ CASES = {
     "root of a width": (Correlation, image, 16, (16, 24)),
     "grouped queries": (Decoder, tokens, 5, (5, 9)),
     "configuration": (lambda: Configured(Settings()), image, 4, (4, 6)),
+    "parts written to": (Shift, image, 4, (4, 6)),
 }
 
 

@@ -174,14 +174,19 @@ class _Writer:
         if not isinstance(target, OpOverload):
             raise InexpressibleError(f"{self.path or 'the model'} runs {getattr(target, '__name__', target)}")
         schema = target._schema.arguments
-        others = iter(twin.args) if twin is not None else None
-        texts = []
-        for argument, value in zip(schema, node.args, strict=False):
-            texts.append(self.terms.argument(node, argument.name, value, next(others) if others else value))
-        for name, value in node.kwargs.items():
+        here, there = list(node.args), list(node.args if twin is None else twin.args)
+        for given, longer in ((here, there), (there, here)):  # arguments at their default are left out of a graph
+            given += [argument.default_value for argument in schema[len(given) : len(longer)]]
+        texts = [
+            self.terms.argument(node, argument.name, value, other)
+            for argument, value, other in zip(schema, here, there, strict=False)
+        ]
+        defaults = {argument.name: argument.default_value for argument in schema}
+        named = dict(node.kwargs) if twin is None else {n: defaults[n] for n in twin.kwargs} | dict(node.kwargs)
+        for name, value in named.items():
             if name == "pin_memory" and not value:
                 continue
-            other = twin.kwargs.get(name, value) if twin is not None else value
+            other = value if twin is None else twin.kwargs.get(name, defaults[name])
             texts.append(f"{name}={self.terms.argument(node, name, value, other)}")
         return f"torch.ops.{target}({', '.join(texts)})"
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import ekgfx
+from ekgfx.errors import EkgfxWarning
 from ekgfx.surgery.check import check_masked, check_pruned, perturb
 
 from .zeroed import distance, zeroed
@@ -417,3 +418,55 @@ def test_a_batch_that_is_a_number_in_the_users_python_is_read_from_what_is_at_ha
         for training in (False, True):
             x = torch.randn(shape, dtype=torch.float64)
             assert distance(pruned, zeroed(traced, plan), (x,), training=training) < 1e-12
+
+
+class Normed(nn.Module):
+    """Two numbers that no shape shows: how many groups a norm has, and where a slice starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 8, 1), nn.Conv2d(4, 2, 1)
+        self.scale = nn.Parameter(torch.rand(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(F.group_norm(self.a(x), 3, self.scale)).relu()
+        return self.head(x[:, 2:6])
+
+
+def test_numbers_that_no_shape_shows_follow_the_cut() -> None:
+    torch.manual_seed(0)
+    model = Normed().double().eval()
+    perturb(model)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    traced = ekgfx.trace(model, x)
+    assert {name: group.size for name, group in traced.groups.items()} == {
+        "a#0": 3,
+        "a#1": 4,
+        "b#0": 2,
+        "b#1": 4,
+        "b#2": 2,
+    }
+    for kept in ({"a#0": (0, 2)}, {"b#0": (1,)}, {"a#0": (1,), "a#1": (0, 1, 3), "b#0": (0,), "b#1": (1, 2, 3)}):
+        plan = ekgfx.Plan(kept)
+        pruned = ekgfx.prune(model, plan, traced, graphs="allow")
+        assert check_pruned(traced, plan, pruned, (torch.randn(3, 3, 5, 4, dtype=torch.float64),)) < 1e-12
+
+
+class Listed(nn.Module):
+    """A list with an entry for each sample, and a width that only a forward written anew can change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.cat([x.new_ones(1, 1)] * x.shape[0])
+        return self.head(self.stem(x).view(-1, 12, 16).mean(2)[..., None, None] * weights[..., None, None])
+
+
+def test_a_forward_says_when_it_takes_the_examples_batch_only() -> None:
+    model = Listed().eval()
+    traced = ekgfx.trace(model, image(2, 4))
+    with pytest.warns(EkgfxWarning, match=r"the model \(Listed, for the example's sizes only\)"):
+        pruned = ekgfx.prune(model, ekgfx.Plan({"stem": (0, 3, 4)}), traced)
+    assert [replacement.sizes for replacement in ekgfx.replaced(pruned)] == ["example"]

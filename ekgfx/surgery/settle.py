@@ -26,7 +26,7 @@ from ekgfx.rewriting.forward import rewrite
 from ekgfx.rewriting.patched import forward_of, put_forward
 from ekgfx.rewriting.terms import Recorded
 from ekgfx.surgery.assignments import assignments, kind_of, take
-from ekgfx.surgery.behaviour import as_good, behaviour
+from ekgfx.surgery.behaviour import as_good, behaviour, shapes_taken
 from ekgfx.surgery.check import Mismatch, compare_outputs, differences
 from ekgfx.surgery.dropped import recorded
 from ekgfx.surgery.faults import Problem, blamed, failing, training_error
@@ -106,6 +106,7 @@ class _Settling:
         if problems:
             raise self._error(problems[0])
         self._put_back()
+        self._limit()
 
     def _error(self, problem: Problem) -> PruneError:
         return PruneError(f"the pruned {type(self.pruned).__name__} is not what was predicted: {problem.text}")
@@ -288,6 +289,20 @@ class _Settling:
         module = self.pruned.get_submodule(path)
         if isinstance(module, nn.MultiheadAttention):
             module._qkv_same_embed_dim = False  # or a TransformerEncoderLayer computes in its place what it would
+
+    def _limit(self) -> None:
+        """Forwards say what sizes they take. What a list with an entry for each sample has made of one, only a run on
+        other sizes shows."""
+        model, example = self.source.model, self.source.example
+        if not self.put or model is self.pruned:
+            return
+        pairs = list(zip(shapes_taken(model, example), shapes_taken(self.pruned, example), strict=True))
+        wrong = [i for i, (wanted, found) in enumerate(pairs) if wanted is not None and wanted != found]
+        for path in self.put if wrong else ():
+            module = self.pruned.get_submodule(path)
+            forward = forward_of(module)
+            if forward is not None and forward.sizes != "example":
+                put_forward(module, replace(forward, sizes="example" if 0 in wrong else "batch"))
 
 
 def repeatable(source: TracedModel) -> set[Way]:

@@ -470,3 +470,31 @@ def test_a_forward_says_when_it_takes_the_examples_batch_only() -> None:
     with pytest.warns(EkgfxWarning, match=r"the model \(Listed, for the example's sizes only\)"):
         pruned = ekgfx.prune(model, ekgfx.Plan({"stem": (0, 3, 4)}), traced)
     assert [replacement.sizes for replacement in ekgfx.replaced(pruned)] == ["example"]
+
+
+class Zeros(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x.new_zeros(len(x), 3)], 1)
+
+
+class Longer(nn.Module):
+    """One module puts three zeros behind the features; what reads them stands in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.zeros = nn.Linear(4, 6), Zeros()
+        self.head = nn.Sequential(nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.zeros(self.stem(x)))
+
+
+def test_what_shows_in_one_module_is_mended_in_the_one_before_it() -> None:
+    torch.manual_seed(0)
+    model = Longer().double().eval()
+    traced = ekgfx.trace(model, torch.randn(2, 4, dtype=torch.float64))
+    assert {name: group.size for name, group in traced.groups.items()} == {"stem": 6, "head.0#0": 5, "head.0#1": 3}
+    plan = ekgfx.Plan({"stem": (0, 1, 4), "head.0#0": (0, 4), "head.0#1": (2,)})
+    pruned = ekgfx.prune(model, plan, traced, graphs="allow")
+    assert [replacement.module for replacement in ekgfx.replaced(pruned)] == ["zeros"]
+    assert distance(pruned, zeroed(traced, plan), (torch.randn(5, 4, dtype=torch.float64),)) < 1e-12

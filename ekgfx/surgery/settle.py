@@ -6,6 +6,7 @@ of those modules are changed, and put back where that makes no difference. A mod
 right gets a forward that is written for it.
 """
 
+import contextlib
 import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ekgfx.axes import Axis
+from ekgfx.axes import Axis, counted
 from ekgfx.errors import EkgfxError, PruneError
 from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph.axis_graph import AxisGraph
@@ -277,8 +278,21 @@ class _Settling:
             self.inline.add(path)
             put_forward(module, self.own.get(path))
             if not path:
-                raise self._error(problem)
+                return self._replace_earlier(problem)
             path = path.rpartition(".")[0]
+
+    def _replace_earlier(self, problem: Problem) -> None:
+        """What shows in one module may come from another that runs before it, and makes what it makes by a number: as
+        many zeros as before the cut, say."""
+        for operation in self.source.operations:
+            sizes, path = operation.effect.sizes.values(), operation.module
+            follows = any(counted(size, {}) != counted(size, self.predicted.counts) for size in sizes)
+            if follows and path not in self.put | self.inline:
+                if not isinstance(self.pruned.get_submodule(path), STANDARD):
+                    with contextlib.suppress(PruneError):
+                        return self._put(path, problem.text)
+                self.inline.add(path)
+        raise self._error(problem)
 
     def _put(self, path: str, reason: str) -> None:
         if self.recorded is None:

@@ -498,3 +498,31 @@ def test_what_shows_in_one_module_is_mended_in_the_one_before_it() -> None:
     pruned = ekgfx.prune(model, plan, traced, graphs="allow")
     assert [replacement.module for replacement in ekgfx.replaced(pruned)] == ["zeros"]
     assert distance(pruned, zeroed(traced, plan), (torch.randn(5, 4, dtype=torch.float64),)) < 1e-12
+
+
+class Modes(nn.Module):
+    """The same operators in training, on another weight, and with a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.still, self.noisy = nn.Parameter(torch.rand(6)), nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).view(-1, 5, 6) * (self.noisy if self.training else self.still)
+        mask = x.new_ones(5, 5).tril() > 0
+        y = F.scaled_dot_product_attention(x[..., :2] * 0 + 1, x[..., :2] * 0 + 1, x, mask if self.training else None)
+        return self.head(y) + mask.sum()
+
+
+def test_training_runs_on_what_it_ran_on() -> None:
+    torch.manual_seed(0)
+    model = Modes().double().eval()
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    traced = ekgfx.trace(model, x)
+    name, group = max(traced.groups.items(), key=lambda pair: pair[1].size)
+    plan = ekgfx.Plan({name: tuple(range(1, group.size))})
+    pruned = ekgfx.prune(model, plan, traced, graphs="allow")
+    assert len(ekgfx.replaced(pruned)) == 1
+    for training in (False, True):
+        assert distance(pruned, zeroed(traced, plan), (x[:2],), training=training) < 1e-12

@@ -10,11 +10,13 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from ekgfx.rewriting.calls import Held, ModuleCall, Values, whole
+from ekgfx.graph.nodes import bind
+from ekgfx.rewriting.calls import Calls, Held, ModuleCall, Values, whole
 from ekgfx.rewriting.head import Head
 from ekgfx.rewriting.patched import Forward
 from ekgfx.rewriting.spelling import access, attribute, plain, released, variable, written
@@ -88,9 +90,9 @@ class _Writer:
         lines = self.head.lines()
         steps = self._steps(self.call)
         others = self._steps(self.trained) if self.trained is not None else None
-        if others is not None and not _alike(steps, others):
+        if self.trained is not None and others is not None and not self._alike(steps, others):
             lines.append("    if self.training:")
-            assert self.trained is not None and self.recorded.training is not None
+            assert self.recorded.training is not None
             self.calls = self.recorded.training
             lines += [f"        {line}" for line in self._body(self.trained, others, None)]
             self.calls = self.recorded.evaluation
@@ -117,6 +119,14 @@ class _Writer:
             assert step.results is not None and step.returned is not None
             steps += [("is", new, old) for new, old in zip(step.results.flat, step.returned.flat, strict=True)]
         return steps
+
+    def _alike(self, steps: list[Step], others: list[Step]) -> bool:
+        """Whether two ways through a module run the same operators on the same values, up to numbers, and call the same
+        modules."""
+        assert self.trained is not None and self.recorded.training is not None
+        return _signs(self.call, steps, self.recorded.evaluation) == _signs(
+            self.trained, others, self.recorded.training
+        )
 
     def _matters(self, call: ModuleCall) -> bool:
         """Whether somebody reads what a call returns, or the trace knows it."""
@@ -174,14 +184,19 @@ class _Writer:
         if not isinstance(target, OpOverload):
             raise InexpressibleError(f"{self.path or 'the model'} runs {getattr(target, '__name__', target)}")
         schema = target._schema.arguments
-        others = iter(twin.args) if twin is not None else None
-        texts = []
-        for argument, value in zip(schema, node.args, strict=False):
-            texts.append(self.terms.argument(node, argument.name, value, next(others) if others else value))
-        for name, value in node.kwargs.items():
+        here, there = list(node.args), list(node.args if twin is None else twin.args)
+        for given, longer in ((here, there), (there, here)):  # arguments at their default are left out of a graph
+            given += [argument.default_value for argument in schema[len(given) : len(longer)]]
+        texts = [
+            self.terms.argument(node, argument.name, value, other)
+            for argument, value, other in zip(schema, here, there, strict=False)
+        ]
+        defaults = {argument.name: argument.default_value for argument in schema}
+        named = dict(node.kwargs) if twin is None else {n: defaults[n] for n in twin.kwargs} | dict(node.kwargs)
+        for name, value in named.items():
             if name == "pin_memory" and not value:
                 continue
-            other = twin.kwargs.get(name, value) if twin is not None else value
+            other = value if twin is None else twin.kwargs.get(name, defaults[name])
             texts.append(f"{name}={self.terms.argument(node, name, value, other)}")
         return f"torch.ops.{target}({', '.join(texts)})"
 
@@ -192,13 +207,28 @@ class _Writer:
         return f"pytree.tree_unflatten([{', '.join(texts)}], {self.terms.object_named('spec', values.spec)})"
 
 
-def _alike(steps: list[Step], others: list[Step]) -> bool:
-    """Whether two ways through a module run the same operators and call the same modules."""
+def _signs(call: ModuleCall, steps: list[Step], calls: Calls) -> list[Any]:
+    """What the steps of a call do, in words that are the same for another recording of the same module."""
+    known: dict[Any, Any] = {leaf: f"given {i}" for i, leaf in enumerate(call.given.flat) if isinstance(leaf, fx.Node)}
+    found: list[Any] = []
 
-    def signs(steps: list[Step]) -> list[Any]:
-        return [what.target if kind == "op" else place if kind == "call" else None for kind, place, what in steps]
+    def sign(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(map(sign, value))
+        if isinstance(value, fx.Node) and not isinstance(value.meta.get("val"), torch.SymInt | torch.SymFloat):
+            return known.get(value, calls.weights.get(value.name, "a constant"))
+        return "a number" if isinstance(value, bool | float | int | fx.Node) else type(value).__name__
 
-    return signs(steps) == signs(others)
+    for kind, place, what in steps:
+        if kind == "is":
+            known[place] = sign(what)
+        elif kind == "call":
+            known |= {leaf: (len(found), i) for i, leaf in enumerate(what.results.flat) if isinstance(leaf, fx.Node)}
+            found.append((place, [sign(leaf) for leaf in what.passed.flat]))
+        else:
+            known[what] = len(found)
+            found.append((what.target, {name: sign(value) for name, value in bind(what).items()}))
+    return found
 
 
 def _is_tensor(node: fx.Node) -> bool:

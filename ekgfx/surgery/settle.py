@@ -6,6 +6,7 @@ of those modules are changed, and put back where that makes no difference. A mod
 right gets a forward that is written for it.
 """
 
+import contextlib
 import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ekgfx.axes import Axis
+from ekgfx.axes import Axis, counted
 from ekgfx.errors import EkgfxError, PruneError
 from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph.axis_graph import AxisGraph
@@ -26,7 +27,7 @@ from ekgfx.rewriting.forward import rewrite
 from ekgfx.rewriting.patched import forward_of, put_forward
 from ekgfx.rewriting.terms import Recorded
 from ekgfx.surgery.assignments import assignments, kind_of, take
-from ekgfx.surgery.behaviour import as_good, behaviour
+from ekgfx.surgery.behaviour import as_good, behaviour, shapes_taken
 from ekgfx.surgery.check import Mismatch, compare_outputs, differences
 from ekgfx.surgery.dropped import recorded
 from ekgfx.surgery.faults import Problem, blamed, failing, training_error
@@ -106,6 +107,7 @@ class _Settling:
         if problems:
             raise self._error(problems[0])
         self._put_back()
+        self._limit()
 
     def _error(self, problem: Problem) -> PruneError:
         return PruneError(f"the pruned {type(self.pruned).__name__} is not what was predicted: {problem.text}")
@@ -276,8 +278,21 @@ class _Settling:
             self.inline.add(path)
             put_forward(module, self.own.get(path))
             if not path:
-                raise self._error(problem)
+                return self._replace_earlier(problem)
             path = path.rpartition(".")[0]
+
+    def _replace_earlier(self, problem: Problem) -> None:
+        """What shows in one module may come from another that runs before it, and makes what it makes by a number: as
+        many zeros as before the cut, say."""
+        for operation in self.source.operations:
+            sizes, path = operation.effect.sizes.values(), operation.module
+            follows = any(counted(size, {}) != counted(size, self.predicted.counts) for size in sizes)
+            if follows and path not in self.put | self.inline:
+                if not isinstance(self.pruned.get_submodule(path), STANDARD):
+                    with contextlib.suppress(PruneError):
+                        return self._put(path, problem.text)
+                self.inline.add(path)
+        raise self._error(problem)
 
     def _put(self, path: str, reason: str) -> None:
         if self.recorded is None:
@@ -288,6 +303,20 @@ class _Settling:
         module = self.pruned.get_submodule(path)
         if isinstance(module, nn.MultiheadAttention):
             module._qkv_same_embed_dim = False  # or a TransformerEncoderLayer computes in its place what it would
+
+    def _limit(self) -> None:
+        """Forwards say what sizes they take. What a list with an entry for each sample has made of one, only a run on
+        other sizes shows."""
+        model, example = self.source.model, self.source.example
+        if not self.put or model is self.pruned:
+            return
+        pairs = list(zip(shapes_taken(model, example), shapes_taken(self.pruned, example), strict=True))
+        wrong = [i for i, (wanted, found) in enumerate(pairs) if wanted is not None and wanted != found]
+        for path in self.put if wrong else ():
+            module = self.pruned.get_submodule(path)
+            forward = forward_of(module)
+            if forward is not None and forward.sizes != "example":
+                put_forward(module, replace(forward, sizes="example" if 0 in wrong else "batch"))
 
 
 def repeatable(source: TracedModel) -> set[Way]:

@@ -145,7 +145,7 @@ def calls_of(model: nn.Module, example: Example, leaves: Leaves) -> Calls:
     Raises:
         PruneError: the forward cannot be exported.
     """
-    args, kwargs = example
+    args, kwargs = _others_of_the_same(example)
     problem: Exception | None = None
     for free, shapes in _dynamic(model, args, kwargs):
         recorded: list[tuple[str, bool, list[Any], pytree.TreeSpec]] = []
@@ -157,6 +157,14 @@ def calls_of(model: nn.Module, example: Example, leaves: Leaves) -> Calls:
             except Exception as error:  # noqa: BLE001  torch.export raises many types; fewer free sizes may pass
                 problem = error
     raise PruneError(f"the calls of {type(model).__name__} could not be recorded: {problem}") from problem
+
+
+def _others_of_the_same(example: Example) -> Example:
+    """The example in tensor objects of its own: the exporter writes on those that it is given which of their sizes are
+    free, and where it fails, that stays on them for every later export."""
+    memo: dict[int, Tensor] = {}
+    others: Example = pytree.tree_map_only(Tensor, lambda t: memo.setdefault(id(t), t.detach()), example)
+    return others
 
 
 def _dynamic(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:

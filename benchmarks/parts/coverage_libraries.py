@@ -144,9 +144,9 @@ def table(rows: list[Row]) -> str:
     lines = [
         f"- {share(lambda r: 'groups' in r, rows)} are traced as they come; "
         f"{share(lambda r: r['status'] == 'ok', rows)} are cut exactly.",
-        f"- {share(lambda r: r['class'], cut)} keep their class, {share(lambda r: not r['graphs'], cut)} without another "
-        f"forward inside; {share(lambda r: not r['api'], [r for r in cut if r['api'] is not None])} work with the "
-        f"library's API; {share(lambda r: not r['onnx'], [r for r in cut if r['onnx'] is not None])} export to ONNX.",
+        f"- {share(lambda r: r['class'], cut)} keep their class, {share(lambda r: not r['graphs'], cut)} without "
+        f"another forward inside; {share(lambda r: not r['api'], [r for r in cut if r['api'] is not None])} work with "
+        f"the library's API; {share(lambda r: not r['onnx'], [r for r in cut if r['onnx'] is not None])} export to ONNX.",
         "",
         "| network | status | groups | prunable | graphs inside | training | other size | API | ONNX | s |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""The networks that the sweep over other libraries builds: small configurations, random weights, and what they are for."""
+"""The networks that the sweep over other libraries builds: small configurations, random weights, their use."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -83,6 +83,13 @@ def transcript(model: nn.Module, way: Way, example: Example) -> Any:
     return writer.lines, ""
 
 
+def factors_of(model: nn.Module, way: Way, example: Example) -> list[tuple[str, tuple[float, ...]]]:
+    """The operators of a run that are given floats, with these: scales, slopes, rates."""
+    lines, _ = transcript(model, way, example)
+    given = ((str(func), tuple(n for n in numbers if type(n) is float)) for func, numbers, _ in lines)
+    return [(func, floats) for func, floats in given if floats]
+
+
 class _Writer(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ its values are called is in `terms`. Where training runs the same operators with
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,18 +22,42 @@ from ekgfx.rewriting.patched import Forward
 from ekgfx.rewriting.spelling import access, attribute, plain, released, variable, written
 from ekgfx.rewriting.terms import InexpressibleError, Recorded, Terms, Widths
 
+Version = tuple[Recorded, Widths]
 Step = tuple[str, Any, Any]
 """("op", None, node), ("call", name of the module in the one that calls it, call) or ("is", node, node)."""
 
 
-def rewrite(path: str, recorded: Recorded, widths: Widths, inline: Iterable[str], reason: str) -> Forward:
+def rewrite(path: str, versions: Sequence[Version], inline: Iterable[str], reason: str) -> Forward:
     """A forward for the cut version of the module at `path`.
 
-    widths: what a size is after the cut. inline: modules in it whose own forward cannot be used.
+    versions: the calls that were recorded of the model, and what their sizes are after the cut; in a further version it
+    took another way. inline: modules in it whose own forward cannot be used.
 
     Raises:
         PruneError: the module's part of the model cannot be written as a function of its arguments.
     """
+    objects: dict[str, Any] = {}
+    writers: list[_Writer] = []
+    for recorded, widths in versions:
+        found = _writers(path, recorded, widths, set(inline), objects)
+        ours: list[_Writer] = []
+        for writer in found:
+            twin = next((other for other in ours if not other.excludes(writer)), None)
+            if twin is not None and twin.alike != writer.alike:
+                raise InexpressibleError(f"{path} is called more than once, each time in another way")
+            ours += [writer] if twin is None else []
+        writers += [writer for writer in ours if all(writer.excludes(other) for other in writers)]
+    frees = {recorded.evaluation.free for recorded, _ in versions}
+    free = "" if "" in frees else "batch" if "batch" in frees else "sizes"
+    fixed = any(writer.fixed for writer in writers)
+    sizes = "any" if free == "sizes" and not fixed else "batch" if free == "batch" and not fixed else "example"
+    return Forward(_source(path, writers), tuple(objects.items()), reason, sizes)
+
+
+def _writers(
+    path: str, recorded: Recorded, widths: Widths, inline: set[str], objects: dict[str, Any]
+) -> list["_Writer"]:
+    """One for every call of the module."""
     module = recorded.model.get_submodule(path)
     if "forward" in vars(module):
         raise InexpressibleError(f"{path} has a forward of its own")
@@ -43,17 +67,30 @@ def rewrite(path: str, recorded: Recorded, widths: Widths, inline: Iterable[str]
         raise InexpressibleError(f"{path} was not called")
     if len(trained) != len(calls):
         trained = []
-    written = [
-        _Writer(module, path, recorded, widths, set(inline), call, trained[i] if trained else None)
+    return [
+        _Writer(module, path, recorded, widths, inline, call, trained[i] if trained else None, objects)
         for i, call in enumerate(calls)
     ]
-    sources = {writer.source() for writer in written}
-    if len(sources) > 1:
-        raise InexpressibleError(f"{path} is called more than once, each time in another way")
-    free = recorded.evaluation.free
-    fixed = any(writer.fixed for writer in written)
-    sizes = "any" if free == "sizes" and not fixed else "batch" if free == "batch" and not fixed else "example"
-    return Forward(sources.pop(), tuple(written[0].objects.items()), reason, sizes)
+
+
+def _source(path: str, writers: Sequence["_Writer"]) -> str:
+    """The forward: a body for every kind of call that was seen; others are refused."""
+    values = " or ".join(dict.fromkeys(writer.head.values() for writer in writers))
+    refusal = (
+        f"ekgfx replaced the forward of {path or 'the model'} when it pruned, for {values} as in the example: "
+        "trace with an example that is called as it is used"
+    )
+    raising = f"raise NotImplementedError({refusal!r})"
+    lines = [writers[0].head.line]
+    guards = [" and ".join(writer.conditions.values()) for writer in writers]
+    if len(writers) == 1:
+        lines += [f"    if not ({guards[0]}):", f"        {raising}"] if guards[0] else []
+        lines += [f"    {line}" for line in writers[0].lines]
+    else:
+        for guard, writer in zip(guards, writers, strict=True):
+            lines += [f"    if {guard}:", *(f"        {line}" for line in writer.lines)]
+        lines.append(f"    {raising}")
+    return "\n".join(lines) + "\n"
 
 
 class _Writer:
@@ -68,11 +105,12 @@ class _Writer:
         inline: set[str],
         call: ModuleCall,
         trained: ModuleCall | None,
+        objects: dict[str, Any],
     ) -> None:
         self.module, self.path, self.recorded, self.widths, self.inline = module, path, recorded, widths, inline
         self.call, self.trained = call, trained
         self.calls = recorded.evaluation
-        self.objects: dict[str, Any] = {}
+        self.objects = objects
         self.fixed = False
         plain = [
             (f"{place}.{name}".lstrip("."), value)
@@ -85,20 +123,30 @@ class _Writer:
         self.own = {id(tensor): name for name, tensor in reversed(tensors)}
         self.modules = {id(m): name for name, m in reversed([*module.named_modules(remove_duplicate=False)])}
         self.head = Head(module, path, call)
+        self.conditions = self.head.conditions()
+        self.lines = self._lines()
 
-    def source(self) -> str:
-        lines = self.head.lines()
+    def excludes(self, other: "_Writer") -> bool:
+        """Whether no call is like both."""
+        return any(other.conditions.get(name, text) != text for name, text in self.conditions.items())
+
+    @property
+    def alike(self) -> Any:
+        """What is equal where two calls are written alike."""
+        return self.conditions, self.lines
+
+    def _lines(self) -> list[str]:
         steps = self._steps(self.call)
         others = self._steps(self.trained) if self.trained is not None else None
-        if self.trained is not None and others is not None and not self._alike(steps, others):
-            lines.append("    if self.training:")
-            assert self.recorded.training is not None
+        lines: list[str] = []
+        if others is not None and not self._alike(steps, others):
+            lines.append("if self.training:")
+            assert self.trained is not None and self.recorded.training is not None
             self.calls = self.recorded.training
-            lines += [f"        {line}" for line in self._body(self.trained, others, None)]
+            lines += [f"    {line}" for line in self._body(self.trained, others, None)]
             self.calls = self.recorded.evaluation
             others = None
-        lines += [f"    {line}" for line in self._body(self.call, steps, others)]
-        return "\n".join(lines) + "\n"
+        return lines + self._body(self.call, steps, others)
 
     # -- the body ---------------------------------------------------------------------------------------------------
 

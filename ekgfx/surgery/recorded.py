@@ -25,13 +25,14 @@ from ekgfx.surgery.check import operator_name, takes_all
 from ekgfx.tracing.traced import TracedModel
 
 
-def record(source: TracedModel, twin: nn.Module | None = None) -> Recorded:
+def record(source: TracedModel, twin: nn.Module | None = None, exported: bool = True) -> Recorded:
     """The calls of the uncut model, in evaluation and (with floats of another type, so that one sees which types follow
-    the model's) in training. twin: the uncut model without its weights, where that of `source` has been cut itself."""
+    the model's) in training. twin: the uncut model without its weights, where that of `source` has been cut itself.
+    exported: as in `calls_of`."""
     model = twin or hollow(source.model)
     floats = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     with evaluation_mode(model):
-        evaluation = calls_of(model, source.example, source.leaves)
+        evaluation = calls_of(model, source.example, source.leaves, exported)
     other = torch.float32 if floats in (torch.bfloat16, torch.float16) else torch.bfloat16
     training = None
     for dtype in (other, floats):
@@ -39,7 +40,7 @@ def record(source: TracedModel, twin: nn.Module | None = None) -> Recorded:
         twin.train()
         example = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.dtype == floats else t, source.example)  # noqa: B023
         try:
-            training = calls_of(twin, example, source.leaves)
+            training = calls_of(twin, example, source.leaves, exported)
             break
         except (EkgfxError, RuntimeError):
             continue

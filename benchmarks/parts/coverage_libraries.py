@@ -146,7 +146,8 @@ def table(rows: list[Row]) -> str:
         f"{share(lambda r: r['status'] == 'ok', rows)} are cut exactly.",
         f"- {share(lambda r: r['class'], cut)} keep their class, {share(lambda r: not r['graphs'], cut)} without "
         f"another forward inside; {share(lambda r: not r['api'], [r for r in cut if r['api'] is not None])} work with "
-        f"the library's API; {share(lambda r: not r['onnx'], [r for r in cut if r['onnx'] is not None])} export to ONNX.",
+        f"the library's API; {share(lambda r: not r['onnx'], [r for r in cut if r['onnx'] is not None])} export to "
+        "ONNX.",
         "",
         "| network | status | groups | prunable | graphs inside | training | other size | API | ONNX | s |",
         "|---|---|---|---|---|---|---|---|---|---|",

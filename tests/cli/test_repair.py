@@ -32,4 +32,4 @@ def test_a_run_without_repair_is_repaired_later_as_one_that_had_it(ekgfx, refuse
 
     ekgfx("finetune", "without", "--epochs", "1", "--knowledge", "none")
     assert "was fine-tuned, and a repair comes before that" in refused("repair", "without")
-    assert "repair.images is at least 1" in refused("repair", "with", "--images", "0")
+    assert "repair.images 0: use at least 1" in refused("repair", "with", "--images", "0")

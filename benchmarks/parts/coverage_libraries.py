@@ -19,7 +19,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from parts.coverage_networks import NETWORKS, Network
 from parts.coverage_tables import sweep
 
 TOLERANCE = 1e-9
+TEXT = (__doc__ or "").partition("\n\n")[2]
 
 
 def measure(name: str) -> dict[str, Any]:
@@ -189,6 +190,9 @@ class Library:
 
 
 LIBRARIES: Mapping[str, Any] = {
-    name: replace(Library(name), __doc__=f"Small networks of {name}. " + (__doc__ or "").partition("\n\n")[2])
+    name: Library(
+        name,
+        f"Small networks of {name}.\n\n{TEXT}".replace("coverage.py diffusers", f"coverage.py {name}"),
+    )
     for name in NETWORKS
 }

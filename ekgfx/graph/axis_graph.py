@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from ekgfx.axes import Axis, Dims, axes, freeze, resolve, unify
 from ekgfx.errors import TraceError
 from ekgfx.graph.copies import hold_copies
+from ekgfx.graph.expansion import expand
 from ekgfx.graph.functional import functionalize
 from ekgfx.graph.in_place import overwritable, overwritable_with_gradients
 from ekgfx.graph.liveness import last_reads
@@ -115,7 +116,8 @@ class AxisGraph:
         self.state = state or {}
         self.returns = returns
         self.leaves = leaves or Leaves()
-        self.graph, program, self.decomposed = functionalize(program, decompose, way.training)
+        graph, program, self.decomposed = functionalize(program, decompose, way.training)
+        self.graph = expand(graph)
         self.example, self.way = example, way
         self.in_spec = program.call_spec.in_spec
         self.out_spec = program.call_spec.out_spec

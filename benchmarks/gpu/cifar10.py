@@ -36,7 +36,7 @@ from ekgfx.graph.plan import Plan
 from ekgfx.models import mobilenetv2_cifar, resnet56_cifar, resnet56_cifar_projection
 from ekgfx.models.weights import read_weights
 from ekgfx.runs.checkpoint import load_tensors, save_tensors
-from ekgfx.search import Step
+from ekgfx.search import SearchResult, Step
 from ekgfx.settings import recipe
 from ekgfx.surgery.calibrate import calibrate
 from ekgfx.training.evaluation import evaluate
@@ -165,7 +165,7 @@ class Searched:
         searched = sum(step.seconds for step in self.result.steps) if self.result else 0.0
         self.minutes = {"step 0": read_json(facts)["seconds"] / 60, "search": searched / 60}
 
-    def found(self, asked: argparse.Namespace, guide: Any, batches: Any) -> ekgfx.SearchResult:
+    def found(self, asked: argparse.Namespace, guide: Any, batches: Any) -> SearchResult:
         """What the search finds on these batches."""
         history = self.folder / "history.jsonl"
         return ekgfx.search(

@@ -192,7 +192,7 @@ class AxisGraph:
         self.unknown_ops: dict[str, int] = {}
         self.failed_rules: dict[str, str] = {}
         self.uncounted_ops: dict[str, int] = {}
-        self.batch_assumed = False
+        self.sizes_assumed = False
         self.checked_shapes: set[str] = set()  # of inputs, see sliced.check_shapes
         self.batch = Axis(0, "batch", frozen="batch dimension", batch=True)
         self.tensors: dict[str, list[Dims]] = {}

@@ -16,8 +16,9 @@ from ekgfx.axes import Axis, Expr, axes, counted, positions, resolve
 from ekgfx.execution.channels_last import batch_norm
 from ekgfx.graph import opaque as leaf
 from ekgfx.graph.arguments import arranged
-from ekgfx.graph.axis_graph import AxisGraph, Operation
+from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.in_place import in_place_twin
+from ekgfx.graph.propagation import Operation
 from ekgfx.graph.sizes import check_shapes
 
 BATCH_NORM = torch.ops.aten.batch_norm.default

@@ -11,6 +11,7 @@ search to its budget alone. One JSON line a search; the last line printed compar
 import argparse
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def main(asked: argparse.Namespace) -> None:
     tightest = min(asked.budgets)
     ways: dict[str, Any] = {"tightest": tightest, "all": tuple(asked.budgets)}
     data, built = load(asked.data), source.parse(f"ekgfx.models:{asked.network}_cifar", "none").build()
-    load_weights(built.model, asked.weights)
+    load_weights(built.model, Path(asked.weights))
     traced = ekgfx.trace(built.model.eval(), torch.randn(2, 3, 32, 32))
     order = torch.randperm(data.size("train"), generator=torch.Generator().manual_seed(asked.seed))
     seen = [(batch.images, batch.labels) for batch in data.loader("train", 160, subset=order[: asked.images])]

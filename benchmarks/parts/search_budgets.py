@@ -21,6 +21,7 @@ import ekgfx
 from ekgfx.data import load
 from ekgfx.models import source
 from ekgfx.models.weights import load_weights
+from ekgfx.search import SearchResult
 
 
 def main(asked: argparse.Namespace) -> None:
@@ -34,7 +35,7 @@ def main(asked: argparse.Namespace) -> None:
     order = torch.randperm(data.size("train"), generator=torch.Generator().manual_seed(asked.seed))
     seen = [(batch.images, batch.labels) for batch in data.loader("train", 160, subset=order[: asked.images])]
 
-    def search(flops: Any) -> ekgfx.SearchResult:
+    def search(flops: Any) -> SearchResult:
         return ekgfx.search(traced, seen, flops=flops, accept=asked.accept, seed=asked.seed)
 
     for turn, way in in_turn(list(ways), asked.rounds):

@@ -31,7 +31,7 @@ from ekgfx.graph.nodes import bind
 from ekgfx.graph.opaque import Leaves, as_operators, wrapped_forwards
 from ekgfx.graph.returns import tensors_returned
 from ekgfx.graph.tables import is_table
-from ekgfx.graph.untouched import deep_copy
+from ekgfx.graph.untouched import deep_copy, untouched
 
 
 @torch.library.custom_op("ekgfx::mark", mutates_args=())
@@ -156,7 +156,8 @@ def calls_of(model: nn.Module, example: Example, leaves: Leaves, exported: bool 
         asked: list[None] = []
         operators, returned = as_operators(model, leaves), tensors_returned(model, ())
         marked = _marked(model, recorded)
-        with torch.no_grad(), operators, returned, masks_taken_as_they_are(), marked, _told(exported, asked):
+        kept = untouched(model)  # what its forward keeps would have no values
+        with kept, torch.no_grad(), operators, returned, masks_taken_as_they_are(), marked, _told(exported, asked):
             try:
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
                 return replace(_read(model, program, recorded, free), asked=bool(asked))

@@ -25,7 +25,7 @@ from typing import Any
 
 from common import Lines, Row
 from parts.coverage_networks import NETWORKS, Network
-from parts.coverage_tables import begun, sweep, sweep_options
+from parts.coverage_tables import begun, sweep, sweep_options, without_folders
 
 TOLERANCE, SINGLE = 1e-9, 1e-4
 TEXT = (__doc__ or "").partition("\n\n")[2]
@@ -46,7 +46,7 @@ def measure(name: str) -> dict[str, Any]:
     row: dict[str, Any] = {"model": name, "params": sum(p.numel() for p in model.parameters())}
     traced = ekgfx.trace(model, network.inputs(2, False), leaf=network.leaf)
     row |= {"groups": len(traced.groups), "share": round(traced.groups.prunable_share, 3)}
-    row |= {"unknown": traced.unknown_ops, "notes": [note[:200] for note in traced.notes]}
+    row |= {"unknown": traced.unknown_ops, "notes": [without_folders(note)[:200] for note in traced.notes]}
     row["ways"] = [str(graph.way) for graph in traced.graphs]
     draw = random.Random(0)
     plan = ekgfx.Plan(
@@ -57,7 +57,7 @@ def measure(name: str) -> dict[str, Any]:
         row["masked"] = float(check_masked(traced, plan, other))
         pruned = ekgfx.prune(model, plan, traced)
     except ekgfx.EkgfxError as error:
-        return row | {"status": "failed", "message": str(error)[:400], "seconds": round(time.process_time() - start, 1)}
+        return row | {"status": "failed", "message": without_folders(str(error))[:400], "seconds": round(time.process_time() - start, 1)}
     row |= behaves(network, traced, plan, pruned, tolerance)
     row["class"] = type(pruned) is type(model)
     row["graphs"] = sorted({each.kind for each in ekgfx.replaced(pruned)})
@@ -111,7 +111,7 @@ def works(call: Callable[[], Any]) -> str:
     try:
         call()
     except Exception as error:  # noqa: BLE001  every failure is a result
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        return without_folders(f"{type(error).__name__}: {' '.join(str(error).split())}")[:300]
     return ""
 
 

@@ -53,7 +53,6 @@ def _kept(network: Any, weights: Any, trainer: Any) -> nn.Module:
 def _classes(network: Any) -> int | None:
     layers = getattr(network, "model", None)
     last = layers[-1] if isinstance(layers, nn.Sequential) and len(layers) else None
-    found = getattr(last, "nc", None)
-    if found is None and isinstance(getattr(last, "linear", None), nn.Linear):
-        return int(last.linear.out_features)  # type: ignore[union-attr]  # of a classifier
+    linear = getattr(last, "linear", None)  # of a classifier
+    found = linear.out_features if isinstance(linear, nn.Linear) else getattr(last, "nc", None)
     return found if isinstance(found, int) else None

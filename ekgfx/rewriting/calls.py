@@ -28,6 +28,7 @@ from ekgfx.graph.axis_graph import Example
 from ekgfx.graph.functional import inlined
 from ekgfx.graph.hints import masks_taken_as_they_are
 from ekgfx.graph.nodes import bind
+from ekgfx.graph.noise import quiet
 from ekgfx.graph.opaque import Leaves, as_operators, wrapped_forwards
 from ekgfx.graph.returns import tensors_returned
 from ekgfx.graph.tables import is_table
@@ -157,7 +158,8 @@ def calls_of(model: nn.Module, example: Example, leaves: Leaves, exported: bool 
         operators, returned = as_operators(model, leaves), tensors_returned(model, ())
         marked = _marked(model, recorded)
         kept = untouched(model)  # what its forward keeps would have no values
-        with kept, torch.no_grad(), operators, returned, masks_taken_as_they_are(), marked, _told(exported, asked):
+        told, masks = _told(exported, asked), masks_taken_as_they_are()
+        with kept, torch.no_grad(), operators, returned, masks, marked, told, quiet():
             try:
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
                 return replace(_read(model, program, recorded, free), asked=bool(asked))

@@ -27,6 +27,7 @@ from ekgfx.graph.ways import Way
 from ekgfx.rewriting.calls import hollow
 from ekgfx.rewriting.forward import Version, rewrite
 from ekgfx.rewriting.patched import forward_of, put_forward
+from ekgfx.surgery.alternatives import settle_alternatives
 from ekgfx.surgery.assignments import assignments, kind_of, take
 from ekgfx.surgery.behaviour import as_good, behaviour, shapes_taken
 from ekgfx.surgery.check import Mismatch, compare_outputs, differences
@@ -109,6 +110,7 @@ class _Settling:
         if problems:
             raise self._error(problems[0])
         self._put_back()
+        settle_alternatives(self.pruned, self.source, self.open)
         self._limit()
 
     def _error(self, problem: Problem) -> PruneError:

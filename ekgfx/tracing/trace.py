@@ -221,7 +221,7 @@ def _exported(
         except EkgfxError:
             raise
         except Exception as error:  # torch.export raises many types, all of them about the user's model
-            raise explained(model, error, *example) from error
+            raise explained(model, error, *example, alone=strict) from error
         problem = unknown_sizes(model, program)
         if problem is not None:
             raise problem

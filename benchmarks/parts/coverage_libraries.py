@@ -57,7 +57,11 @@ def measure(name: str) -> dict[str, Any]:
         row["masked"] = float(check_masked(traced, plan, other))
         pruned = ekgfx.prune(model, plan, traced)
     except ekgfx.EkgfxError as error:
-        return row | {"status": "failed", "message": without_folders(str(error))[:400], "seconds": round(time.process_time() - start, 1)}
+        return row | {
+            "status": "failed",
+            "message": without_folders(str(error))[:400],
+            "seconds": round(time.process_time() - start, 1),
+        }
     row |= behaves(network, traced, plan, pruned, tolerance)
     row["class"] = type(pruned) is type(model)
     row["graphs"] = sorted({each.kind for each in ekgfx.replaced(pruned)})

@@ -28,8 +28,8 @@ from ekgfx.graph.axis_graph import Example
 from ekgfx.graph.functional import inlined
 from ekgfx.graph.hints import masks_taken_as_they_are
 from ekgfx.graph.nodes import bind
-from ekgfx.graph.noise import quiet
 from ekgfx.graph.opaque import Leaves, as_operators, wrapped_forwards
+from ekgfx.graph.quiet import quiet
 from ekgfx.graph.returns import tensors_returned
 from ekgfx.graph.tables import is_table
 from ekgfx.graph.untouched import deep_copy, untouched

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ekgfx.graph.noise import quiet
+from ekgfx.graph.quiet import quiet
 from ekgfx.graph.untouched import untouched
 
 SMALL = 0.1

@@ -21,8 +21,8 @@ from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph import sizes, unseen
 from ekgfx.graph.axis_graph import AxisGraph, Example
 from ekgfx.graph.hints import masks_taken_as_they_are
-from ekgfx.graph.noise import quiet
 from ekgfx.graph.opaque import Leaves, as_operators, find_leaves, record
+from ekgfx.graph.quiet import quiet
 from ekgfx.graph.returns import Returns, as_choice, tensors_returned
 from ekgfx.graph.untouched import State, differing, put, state_of, untouched
 from ekgfx.graph.ways import Way, seeded

@@ -1,4 +1,4 @@
-"""What PyTorch says on the way of an export, kept from its user."""
+"""What PyTorch says of an export that fails, kept from users: it is in the exception as well."""
 
 import contextlib
 import io

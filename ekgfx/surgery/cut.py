@@ -24,6 +24,7 @@ from ekgfx.surgery.calibrate import estimated
 from ekgfx.surgery.carried import carry, like
 from ekgfx.surgery.configured import configuration_of, configure
 from ekgfx.surgery.declared_widths import attributes_of, declare
+from ekgfx.surgery.described import told
 from ekgfx.surgery.dropped import REASON as DROPPED
 from ekgfx.surgery.dropped import drop
 from ekgfx.surgery.integers import correct, guess
@@ -145,7 +146,7 @@ def _pruned(model: nn.Module, plan: Plan, entire: TracedModel, how: _How) -> tup
     if how.verify:
         settle(pruned, predicted, may_replace=how.may_replace)
         said = configure(pruned, config, entire)
-    return pruned, [said] if said else []
+    return pruned, [sentence for sentence in (said, told(pruned)) if sentence]
 
 
 def needs_forward(traced: TracedModel) -> list[str]:

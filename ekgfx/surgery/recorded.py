@@ -41,7 +41,7 @@ def record(source: TracedModel, twin: nn.Module | None = None, exported: bool = 
         twin.train()
         example = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.dtype == floats else t, source.example)  # noqa: B023
         try:
-            training = calls_of(twin, example, source.leaves, exported)
+            training = calls_of(twin, example, source.leaves, exported, evaluation.free)
             break
         except (EkgfxError, RuntimeError):
             continue

@@ -27,6 +27,7 @@ from ekgfx.graph.ways import Way
 from ekgfx.rewriting.calls import hollow
 from ekgfx.rewriting.forward import Version, rewrite
 from ekgfx.rewriting.patched import forward_of, put_forward
+from ekgfx.surgery.alternatives import settle_alternatives
 from ekgfx.surgery.assignments import assignments, kind_of, take
 from ekgfx.surgery.behaviour import as_good, behaviour, shapes_taken
 from ekgfx.surgery.check import Mismatch, compare_outputs, differences
@@ -109,6 +110,7 @@ class _Settling:
         if problems:
             raise self._error(problems[0])
         self._put_back()
+        settle_alternatives(self.pruned, self.source, self.open)
         self._limit()
 
     def _error(self, problem: Problem) -> PruneError:
@@ -171,13 +173,13 @@ class _Settling:
     # -- integers ---------------------------------------------------------------------------------------------------
 
     def _by_attributes(self, problems: list[Problem]) -> list[Problem] | None:
-        """Settle the integers of the modules in question, all of a class alike; what is left to do then, None where no
-        integer helps."""
+        """Settle the integers of the modules in question, all of a class that hold the same ones alike; what is left to
+        do then, None where no integer helps."""
         for problem in problems:
-            kind = type(self.pruned.get_submodule(problem.module or ""))
-            if problem.module in self.tried or problem.module in self.put:
+            path = problem.module or ""
+            if path in self.tried or path in self.put:
                 continue
-            alike = {n for n, m in self.pruned.named_modules() if type(m) is kind}
+            alike = self._alike(path)
             self.tried |= alike
             mine = [c for c in self.open if (c.governor in alike or c.module in alike) and c not in self.changed]
             left = self._helped(mine, alike)
@@ -185,10 +187,22 @@ class _Settling:
                 return left
         return self._by_others({problem.module or "" for problem in problems})
 
+    def _alike(self, path: str) -> set[str]:
+        """The modules of one class whose integers, and those of what they govern, had the same values and may get the
+        same: blocks of one width, say. Others of the class are settled when it is their turn."""
+
+        def held(name: str) -> set[tuple]:
+            return {(c.module[len(name) :], c.place, c.values) for c in self.open if name in (c.governor, c.module)}
+
+        kind, own = type(self.pruned.get_submodule(path)), held(path)
+        return {n for n, m in self.pruned.named_modules() if type(m) is kind and held(n) == own}
+
     def _by_others(self, blamed: set[str]) -> list[Problem] | None:
         """What shows in one module may come from others that run before it: padding that is too wide, say. So all
-        likely integers are settled anew, modules of one class alike, or each for itself where they are few."""
-        if blamed <= self.put | self.cleared:
+        likely integers are settled anew, modules of one class alike, or each for itself where they are few. Where none
+        helped another module of the class, which has got a forward since, that is not tried again."""
+        kinds = {type(self.pruned.get_submodule(name)) for name in self.put & self.cleared}
+        if all(name in self.put | self.cleared or type(self.pruned.get_submodule(name)) in kinds for name in blamed):
             return None
         self.cleared |= blamed
         likely = [choice for choice in self.open if choice.likely]

@@ -49,6 +49,7 @@ SMALL: Mapping[str, int] = {
     **{"num_mel_bins": 16, "max_source_positions": 24, "max_target_positions": 32, "state_size": 4},
 }
 STAGES = {"depths": [1, 1], "hidden_sizes": [16, 32]}
+FOUR = {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1]}
 TEXT = "SequenceClassification"
 
 
@@ -70,14 +71,18 @@ KINDS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         **_alike("gpt_neo", attention_types=[[["global", "local"], 1]]),
     },
     "ImageClassification": {
-        **_alike("vit deit beit dinov2 dinov2_with_registers vit_msn ijepa siglip mobilenet_v1 mobilenet_v2"),
-        **_alike("efficientnet data2vec-vision"),
-        **_alike("convnext convnextv2 bit regnet", **STAGES, num_stages=2),
+        **_alike("vit deit beit dinov2 dinov2_with_registers vit_msn ijepa siglip data2vec-vision"),
+        **_alike("mobilenet_v1 mobilenet_v2", depth_multiplier=0.25),
+        **_alike("efficientnet", width_coefficient=0.25, depth_coefficient=0.5, hidden_dim=320),
+        **_alike("convnext convnextv2", **STAGES, num_stages=2),
         **_alike("resnet", **STAGES, embedding_size=16),
+        **_alike("bit", **STAGES, embedding_size=16, num_groups=4),
+        **_alike("regnet", **STAGES, embedding_size=16, groups_width=8),
         **_alike("swin swinv2", depths=[1, 1], num_heads=[2, 4], embed_dim=16, patch_size=4, window_size=4),
-        **_alike("poolformer segformer pvt_v2", hidden_sizes=[16, 16, 32, 32], depths=[1, 1, 1, 1]),
+        **_alike("poolformer", **FOUR),
+        **_alike("segformer pvt_v2", **FOUR, num_attention_heads=[1, 1, 2, 4]),
         **_alike("focalnet", embed_dim=16, depths=[1, 1], patch_size=4),
-        **_alike("mobilevit", hidden_sizes=[32, 32, 32]),
+        **_alike("mobilevit", hidden_sizes=[32, 32, 32], neck_hidden_sizes=[8, 16, 16, 24, 32, 40, 64], patch_size=2),
     },
     "Seq2SeqLM": _alike("t5 bart mbart pegasus marian blenderbot m2m_100 mt5"),
     "AudioClassification": {
@@ -107,7 +112,9 @@ def small(config: Any) -> dict[str, Any]:
     """The small values of what a configuration has, and those of the configurations in it."""
     known = config.to_dict().keys() | {key for key in SMALL if hasattr(config, key)}
     inner = {key: small(value) for key, value in vars(config).items() if hasattr(value, "to_dict")}
-    return {key: value for key, value in SMALL.items() if key in known} | inner
+    derived = {key for key, value in vars(type(config)).items() if isinstance(value, property)}
+    one = {key for key in known if not isinstance(getattr(config, key, None), list | tuple)}  # not one for each stage
+    return {key: value for key, value in SMALL.items() if key in known & one - derived} | inner
 
 
 def build(name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -125,8 +132,7 @@ def build(name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
 
     def inputs(batch: int, length: int) -> dict[str, Any]:
         if kind == "ImageClassification":
-            side = config.image_size if length == 12 and isinstance(getattr(config, "image_size", 0), int) else 48
-            side = side or 32
+            side = 32 if length == 12 else 48
             return {"pixel_values": torch.randn(batch, 3, side, side, generator=draw, dtype=torch.float64)}
         if kind == "AudioClassification":
             shapes = {"whisper": (batch, 16, 48), "audio-spectrogram-transformer": (batch, 32, 16)}

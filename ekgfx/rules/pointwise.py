@@ -79,6 +79,12 @@ def pointwise(call: Call) -> Effect:
     return Effect([out] * len(call.shapes) if len(call.shapes) > 1 else out, carries=True)
 
 
+@rule(*(f"aten.__{name}__.{kind}" for name in ("and", "or", "xor") for kind in ("Tensor", "Scalar")))
+def combine(call: Call) -> Effect:
+    """Masks that are put together by Python's operators, which PyTorch does not tag as pointwise."""
+    return pointwise(call)
+
+
 @rule("aten.div.Tensor")
 def divide(call: Call) -> Effect:
     """A sum divided by the number of its terms is a mean: of those that are kept, or that the batch has."""

@@ -13,6 +13,7 @@ half of every group ("half"), and to widths that its configuration can say ("uni
 """
 
 import argparse
+import contextlib
 import tempfile
 import time
 from collections.abc import Mapping
@@ -50,6 +51,8 @@ SMALL: Mapping[str, int] = {
 }
 STAGES = {"depths": [1, 1], "hidden_sizes": [16, 32]}
 FOUR = {"hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1]}
+SINGLE = {"mixtral", "qwen2_moe", "xglm"}
+"""Those that do not run in float64: a product of grouped matrices, the least number of a type as a float."""
 TEXT = "SequenceClassification"
 
 
@@ -62,7 +65,7 @@ KINDS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         **_alike("bert roberta distilbert electra albert deberta deberta-v2 mpnet xlm-roberta ernie convbert roformer"),
         **_alike("fnet megatron-bert rembert layoutlm modernbert data2vec-text esm xlm flaubert ibert camembert"),
         **_alike("squeezebert mobilebert"),
-        **_alike("nystromformer", num_landmarks=4, segment_means_seq_len=12),
+        **_alike("nystromformer", num_landmarks=12, segment_means_seq_len=12),
     },
     "CausalLM": {
         **_alike("gpt2 gpt_neox gptj opt llama mistral qwen2 qwen3 gemma gemma2 phi phi3 falcon bloom stablelm olmo"),
@@ -126,19 +129,23 @@ def build(name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     asked = {**small(transformers.AutoConfig.for_model(architecture)), **KINDS[kind][architecture]}
     config = transformers.AutoConfig.for_model(architecture, **asked)
     config.architectures = config.architectures or []  # the first of several classes, where it names none
-    model = getattr(transformers, f"AutoModelFor{kind}").from_config(config).eval().double()
+    model = getattr(transformers, f"AutoModelFor{kind}").from_config(config).eval()
+    dtype = torch.float32 if architecture in SINGLE else torch.float64
+    model = model.to(dtype)
+    if kind == "Seq2SeqLM" and model.generation_config.decoder_start_token_id is None:
+        model.generation_config.decoder_start_token_id = 0  # T5 has none in its configuration
     config = getattr(config, "vision_config", config)
     draw = torch.Generator().manual_seed(0)
 
     def inputs(batch: int, length: int) -> dict[str, Any]:
         if kind == "ImageClassification":
             side = 32 if length == 12 else 48
-            return {"pixel_values": torch.randn(batch, 3, side, side, generator=draw, dtype=torch.float64)}
+            return {"pixel_values": torch.randn(batch, 3, side, side, generator=draw, dtype=dtype)}
         if kind == "AudioClassification":
             shapes = {"whisper": (batch, 16, 48), "audio-spectrogram-transformer": (batch, 32, 16)}
             shape = shapes.get(architecture, (batch, 40 * length))
             key = {"whisper": "input_features"}.get(architecture, "input_values")
-            return {key: torch.randn(shape, generator=draw, dtype=torch.float64)}
+            return {key: torch.randn(shape, generator=draw, dtype=dtype)}
         tokens = torch.randint(3, 90, (batch, length), generator=draw)
         return {"input_ids": tokens} | ({"decoder_input_ids": tokens[:, :5]} if kind == "Seq2SeqLM" else {})
 
@@ -175,7 +182,8 @@ def measure(name: str) -> dict[str, Any]:
         row["uniform"]["kept"] = round(found.kept_fraction, 3)
     row["seconds"] = round(time.process_time() - start, 1)
     half = row["half"]
-    row["status"] = "failed" if "error" in half else "ok" if half["error_at_batch"] < 1e-6 else "inexact"
+    exact = 1e-4 if name.partition(":")[2] in SINGLE else 1e-6
+    row["status"] = "failed" if "error" in half else "ok" if half["error_at_batch"] < exact else "inexact"
     return row
 
 
@@ -184,11 +192,16 @@ def cut(model: Any, traced: Any, plan: Any, inputs: Any, others: Any, name: str,
     import torch
 
     import ekgfx
+    from ekgfx.surgery.memory import switched_off
+    from ekgfx.tracing.trace import retrace
 
     found: dict[str, Any] = {}
     try:
         pruned = ekgfx.prune(model, plan, traced)
-        found["error_at_batch"] = float(check_pruned(traced, plan, pruned, (), others["batch"]))
+        found["cache"] = bool(getattr(pruned.config, "use_cache", False))
+        with contextlib.nullcontext() if found["cache"] else switched_off(model):
+            same = traced if found["cache"] else retrace(model, traced)  # it runs without its cache, and says so
+            found["error_at_batch"] = float(check_pruned(same, plan, pruned, (), others["batch"]))
     except ekgfx.EkgfxError as error:
         return {"error": str(error)[:300]}
     found["class"] = type(pruned) is type(model)
@@ -201,8 +214,9 @@ def cut(model: Any, traced: Any, plan: Any, inputs: Any, others: Any, name: str,
     def round_trip() -> None:
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             pruned.save_pretrained(folder)
-            again = type(model).from_pretrained(folder, dtype=torch.float64).eval()
-            torch.testing.assert_close(again(**inputs).logits, pruned.eval()(**inputs).logits, rtol=1e-9, atol=1e-9)
+            again = type(model).from_pretrained(folder, dtype=model.dtype).eval()
+            near = 1e-9 if model.dtype == torch.float64 else 1e-5
+            torch.testing.assert_close(again(**inputs).logits, pruned.eval()(**inputs).logits, rtol=near, atol=near)
 
     found["round_trip"] = works(round_trip)
     return found

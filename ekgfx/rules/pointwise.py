@@ -80,8 +80,10 @@ def pointwise(call: Call) -> Effect:
 
 
 @rule(*(f"aten.__{name}__.{kind}" for name in ("and", "or", "xor") for kind in ("Tensor", "Scalar")))
-def combine(call: Call) -> Effect:
-    """Masks that are put together by Python's operators, which PyTorch does not tag as pointwise."""
+@rule(*(f"aten.{name}.{kind}" for name in ("multiply", "subtract") for kind in ("Tensor", "Scalar")))
+@rule("aten.true_divide.Tensor", "aten.true_divide.Scalar")
+def another_name(call: Call) -> Effect:
+    """Python's operators and other names of pointwise operators, which PyTorch does not tag."""
     return pointwise(call)
 
 

@@ -120,7 +120,7 @@ def measure(subject: Subject, name: str) -> dict[str, Any]:
     calibrate(plain, subject.images)
     pruned = ekgfx.prune(traced.model, plan, traced).eval()
     started, clock = time.process_time(), time.monotonic()
-    how = {"most": asked.count, "mirrored": asked.mirrored, "seed": asked.seed}
+    how = {"most": asked.count, "seed": asked.seed}
     found = ekgfx.repair(pruned, traced, plan, subject.images, **how, on_layer=told)
     seconds, wall = time.process_time() - started, time.monotonic() - clock
     return {
@@ -149,7 +149,7 @@ def main() -> None:
     subject = {"resnet50": resnet50, "resnet56": resnet56}[asked.network](asked)
     lines = Lines(asked.output)
     for name in asked.plans:
-        row = {"plan": name, **chosen(asked, "network", "keep", "count", "seed"), "mirrored": asked.mirrored or None}
+        row = {"plan": name, **chosen(asked, "network", "keep", "count", "seed")}
         if row in lines:
             continue
         if not any("before" in line and line["network"] == asked.network for line in lines):
@@ -166,7 +166,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="JSON lines")
     parser.add_argument("--keep", type=float, default=0.55)
     parser.add_argument("--count", type=int, help="images to repair on")
-    parser.add_argument("--mirrored", action="store_true", help="fit the images left for right as well")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--test-images", type=int, default=250)
     parser.add_argument("--plans", type=lambda text: text.split(";"), default=list(PLANS))

@@ -112,11 +112,6 @@ log = logging.getLogger("ekgfx")
     "--repair/--no-repair",
     help="Refit the cut network, in closed form, to what the unpruned one computes on the data's images.",
 )
-@setting(
-    "repair.mirrored",
-    "--mirrored/--no-mirrored",
-    help="Repair on the images left for right as well: serves as more images.",
-)
 @setting("finetune.epochs", "--epochs", help="Epochs of fine-tuning after the search.")
 @setting(
     "finetune.budgets",

@@ -13,9 +13,6 @@ from ekgfx.runs.directory import Run
 @click.argument("run", type=click.Path(path_type=Path))
 @setting("data", "--data", metavar="SPEC", help="Other images than the run's.")
 @setting("repair.images", "--images", help="Images that are used.")
-@setting(
-    "repair.mirrored", "--mirrored/--no-mirrored", help="The images left for right as well: serves as more images."
-)
 @setting("device", "--device", metavar="auto|cpu|cuda[:N]", help="Where to compute.")
 @logs
 def repair(run: Path, logger: str | None, **flags: Any) -> None:

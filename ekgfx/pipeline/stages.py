@@ -223,7 +223,6 @@ def mend(job: Job, pruned: nn.Module, result: SearchResult) -> None:
         images,
         most=asked.images,
         positions=asked.positions,
-        mirrored=asked.mirrored,
         seed=job.recipe.seed,
         checkpoint=job.run.path / MENDING,
         on_layer=job.report.layer,

@@ -35,8 +35,8 @@ __all__ = ["repair", "Repair", "LayerRepair", "Skipped", "Judgement"]
 class Repair:
     """What a repair did. before, after: on held-out images; batch_norm: share of new statistics that was taken;
     statistics: how they were found, "corrected" or "re-estimated" (`ekgfx.calibrate`), None where none were taken;
-    kept: whether the network was changed at all. `after` is measured with statistics of the fitted images alone; the
-    network has those of all images, unless they are worse."""
+    kept: whether the network was changed at all. `after` is what the refit on the other images is worth; the network
+    has that on all images, unless it is worse on the held-out ones."""
 
     before: Judgement
     after: Judgement
@@ -79,7 +79,6 @@ def repair(
     *,
     most: int = 256,
     positions: int = 40_000,
-    mirrored: bool = False,
     batch_size: int = 64,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -100,8 +99,6 @@ def repair(
             `(inputs, …)` whose rest (labels) is not looked at. Every fifth sample is held out.
         most: images that are used; the others are not read.
         positions: most output positions of an operator that its refit looks at.
-        mirrored: whether the images are fitted left for right as well. Where that makes no other class of them, it
-            serves as more images, at nearly twice the time and memory.
         batch_size: most images that are computed at a time, in batches as equal as they can be. The widest activations
             of all images are in memory at once.
         seed: of the sampled positions.
@@ -115,7 +112,7 @@ def repair(
     Raises:
         PlanError: the plan does not fit the traced model.
         PruneError: the pruned network is not what the plan leaves.
-        DataError: the model does not take such inputs, or there are no images that could be mirrored.
+        DataError: the model does not take such inputs.
 
     Example:
         pruned = ekgfx.prune(model, plan, traced)
@@ -123,7 +120,7 @@ def repair(
     """
     start = time.monotonic()
     kept = traced.groups.kept(plan)
-    given = gather(images, batch_size if traced.example_batch else 0, most, pruned, mirrored)
+    given = gather(images, batch_size if traced.example_batch else 0, most, pruned)
     with torch.no_grad(), evaluation_mode(pruned):
         if not given.fit or not given.held:
             return _nothing(given, start)
@@ -134,15 +131,13 @@ def repair(
         network = SubNetwork(traced, kept, weights=_with_sliced_statistics(weights, traced, kept, plan))
         operators, skipped = find_operators(network, {operation.name for operation in left.operations})
         bypassed = traced.bypassed(plan)
-        fit = [*given.fit, *given.mirrored]
-        walk = Walk(traced, kept, dict(network.weights), fit, given.held, positions, seed, bypassed)
+        walk = Walk(traced, kept, dict(network.weights), given.fit, given.held, positions, seed, bypassed)
         identity = {
             "plan": plan.digest,
             "weights": sum(float(weight.double().abs().sum()) for weight in weights.values()),
             "images": given.digest,
             "batch_size": batch_size,
             "positions": positions,
-            "mirrored": mirrored,
             "seed": seed,
         }
         progress = Progress(None if checkpoint is None else Path(checkpoint), identity, list(weights))
@@ -153,7 +148,8 @@ def repair(
             "corrected": lambda batches: estimated(pruned, batches, traced, kept),
             "re-estimated": lambda batches: estimated(pruned, batches),
         }
-        settled = settle(pruned, judge, given, ways)
+        whole = {name: tensor for name, tensor in walk.whole.items() if name in original}
+        settled = settle(pruned, judge, given, ways, whole)
         better = settled.judgement.better(before)
         if not better:
             write(pruned, original)

@@ -20,11 +20,10 @@ EVERY = 5
 
 @dataclass(frozen=True)
 class Images:
-    """The model's inputs, batch by batch: to fit on and to judge by. mirrored: the first left for right, where that
-    is asked for; notes: which images were left out, and why; digest: of the images that are used."""
+    """The model's inputs, batch by batch: to fit on and to judge by. notes: which images were left out, and why;
+    digest: of the images that are used."""
 
     fit: list[Inputs]
-    mirrored: list[Inputs]
     held: list[Inputs]
     used: int
     held_out: int
@@ -32,9 +31,7 @@ class Images:
     digest: str
 
 
-def gather(
-    images: Tensor | Iterable[Any], batch_size: int, most: int, model: nn.Module, mirrored: bool = False
-) -> Images:
+def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, model: nn.Module) -> Images:
     """The first `most` images.
 
     Args:
@@ -42,11 +39,10 @@ def gather(
         images: B × …; or batches, as `ekgfx.data.batches.unpacked` takes them, of which only the inputs are looked at:
             a tensor, a tuple of them, or a mapping by name.
         model: what takes them: they go to its device, and to its half precision where it is in one.
-        mirrored: whether the images to fit on are wanted left for right as well.
 
     Raises:
-        DataError: the model takes no inputs of these names, one has another length than the others, so that samples
-            cannot be told apart, or there are no images that could be mirrored.
+        DataError: the model takes no inputs of these names, or one has another length than the others, so that samples
+            cannot be told apart.
     """
     single: list[Inputs] = []
     bad = flat = twice = 0
@@ -78,20 +74,7 @@ def gather(
     ]
     to_fit, to_judge = ([inputs.onto(model) for inputs in _batched(part, batch_size)] for part in (fit, held))
     whole = hashlib.sha256("".join(seen).encode()).hexdigest()[:16]
-    other = [_mirror(inputs) for inputs in to_fit] if mirrored else []
-    return Images(to_fit, other, to_judge, len(single), len(held), tuple(notes), whole)
-
-
-def _mirror(inputs: Inputs) -> Inputs:
-    """Every image (B × C × H × W) left for right."""
-    if not any(_is_image(t) for t in pytree.tree_leaves(inputs)):
-        raise DataError("mirrored takes images, B × channels × height × width, and there are none; leave it out")
-    flipped: Inputs = pytree.tree_map(lambda t: t.flip(3) if _is_image(t) else t, inputs)
-    return flipped
-
-
-def _is_image(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()
+    return Images(to_fit, to_judge, len(single), len(held), tuple(notes), whole)
 
 
 def _digest(tensors: list[Tensor]) -> str:

@@ -17,10 +17,12 @@ from ekgfx.data.batches import Inputs
 from ekgfx.execution.subnetwork import SubNetwork, slice_tensor
 from ekgfx.graph.axis_graph import AxisGraph, Operation
 from ekgfx.graph.liveness import last_reads
+from ekgfx.repair.clamped import Clamp, asked, find_clamp, line
 from ekgfx.repair.forms import of_positions
 from ekgfx.repair.moments import Moments
 from ekgfx.repair.operators import LinearOperator
 from ekgfx.repair.rearranged import weight_nodes
+from ekgfx.repair.solve import Change
 from ekgfx.repair.targets import Stream, find_stream, lacking
 
 CHUNK = 16_000_000
@@ -96,7 +98,8 @@ class Walk:
     Args:
         graph: the traced model.
         kept: axis → kept positions.
-        weights: of the pruned network; replaced as operators are refitted.
+        weights: of the pruned network; replaced as operators are refitted. `whole` are those that are fitted on all
+            images: no network is computed with them.
         fit, held: arguments of the model, batch by batch; the second are never fitted.
         positions: most output positions of an operator that are used, over all batches of `fit`.
         bypassed: operators of the pruned network that return one of their arguments, as the sum of a block does whose
@@ -117,6 +120,7 @@ class Walk:
         self.graph, self.kept, self.positions, self.seed = graph, kept, positions, seed
         self.dense = SubNetwork(graph, {})
         self.pruned = Bypassing(graph, kept, weights, bypassed)
+        self.whole: Mapping[str, Tensor] = weights
         self.constant = weight_nodes(graph)
         self.nodes = by_depth(graph, set(self.constant))
         self.order = {node: i for i, node in enumerate(self.nodes)}
@@ -149,9 +153,9 @@ class Walk:
             batch.pruned.values.clear()
             self.advance(batch.pruned, end)
 
-    def take(self, new: Mapping[str, Tensor]) -> None:
-        """Goes on with other weights."""
-        self.pruned.weights = {**self.pruned.weights, **new}
+    def take(self, new: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
+        """Goes on with other weights; `whole`: fitted on all images."""
+        self.pruned.weights, self.whole = {**self.pruned.weights, **new}, {**self.whole, **whole}
         self.constants[self.pruned] = self.pruned.follow(self.constant, {}, {}, {})
 
     # -- one operator ----------------------------------------------------------------------------------------------
@@ -161,35 +165,52 @@ class Walk:
 
         Where it lacks nothing on the first batch, the others are not looked at.
         """
-        stream = find_stream(self.graph, operator.node, set(self.constant), self.order)
-        matrix = operator.form.matrix(self.constants[self.pruned][operator.weight.name])
-        gains: dict[Any, Tensor] = {}
-        fits = sum(not batch.held for batch in self.batches)
-        limit = max(ELEMENTS // matrix[:, 0].numel(), LEAST_PER_INPUT * matrix.shape[2])
-        most = -(-min(self.positions, limit) // fits)
-        alone = pair is None
+        looked, alone = self._look(operator, number), pair is None
         for i, batch in enumerate(self.batches):
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) * 1_000_003 + i)
-            for x, r, t in self._rows(operator, batch, stream, matrix, most, generator, gains):
+            for rows in self._rows(looked, batch, i):
                 if pair is None:
-                    pair = Pair.empty(x, r, stream is not None)
-                (pair.held if batch.held else pair.fit).add(x, r, t)
+                    pair = Pair.empty(rows.x, rows.r, looked.stream is not None)
+                (pair.held if batch.held else pair.fit).add(rows.x, rows.r, rows.t)
             if alone and i == 0 and pair is not None and pair.exact:
                 break
         assert pair is not None  # there is a batch
         return pair
 
-    def _rows(
-        self,
-        operator: LinearOperator,
-        batch: Batch,
-        stream: Stream | None,
-        matrix: Tensor,
-        most: int,
-        generator: torch.Generator,
-        gains: dict[Any, Tensor],
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Inputs, lacks and targets at some positions of a batch, piece by piece."""
+    def passed_on(
+        self, operator: LinearOperator, number: int, pair: "Pair", refit: Change | None, held: bool
+    ) -> "Pair | None":
+        """Moments of what the activation behind the operator misses once the operator is changed so; None where no
+        activation hides anything. pair: what `measure` found; held: only on the images that are never fitted."""
+        looked = self._look(operator, number)
+        if looked.clamp is None:
+            return None
+        found = Pair(pair.fit.lacking_otherwise(), pair.held.lacking_otherwise(), pair.stream, pair.precision)
+        change, offset = (None, None) if refit is None else refit
+        for i, batch in enumerate(self.batches):
+            for rows in self._rows(looked, batch, i) if batch.held or not held else ():
+                r = rows.r
+                if change is not None:
+                    r = r - (rows.x.movedim(1, 0) @ change.to(r).mT).movedim(0, 1)
+                r = r if offset is None else r - offset.to(r)
+                assert rows.gain is not None and rows.rest is not None
+                (found.held if batch.held else found.fit).add_lack(
+                    rows.x, asked(looked.clamp, r, rows.t, rows.gain, rows.rest)
+                )
+        return found
+
+    def _look(self, operator: LinearOperator, number: int) -> "Look":
+        constant = set(self.constant)
+        stream = find_stream(self.graph, operator.node, constant, self.order)
+        clamp = find_clamp(self.graph, operator.node, constant, self.order)
+        matrix = operator.form.matrix(self.constants[self.pruned][operator.weight.name])
+        fits = sum(not batch.held for batch in self.batches)
+        limit = max(ELEMENTS // matrix[:, 0].numel(), LEAST_PER_INPUT * matrix.shape[2])
+        return Look(operator, number, stream, clamp, matrix, -(-min(self.positions, limit) // fits))
+
+    def _rows(self, look: "Look", batch: Batch, index: int) -> "Iterator[Rows]":
+        """What there is at some positions of a batch, piece by piece; the same ones each time."""
+        operator, stream, matrix, gains = look.operator, look.stream, look.matrix, look.gains
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + look.number) * 1_000_003 + index)
         form, node, kept, dims = operator.form, operator.node, self.kept, self.graph.dims
         end, constants = self.order[node], self.constants[self.pruned]
         self.advance(batch.dense, end + 1)
@@ -203,10 +224,39 @@ class Walk:
         wide = torch.promote_types(matrix.dtype, torch.float32)  # of half precision nothing would be left
         matrix = matrix.to(wide)
         bias = 0 if operator.bias is None else constants[operator.bias.name].reshape(len(matrix), -1)
-        picks = of_positions(grid, most, generator).to(target.device)
+        picks = of_positions(grid, look.most, generator).to(target.device)
+        behind: tuple[Tensor, ...] = ()
+        if look.clamp is not None:
+            behind = line(look.clamp, node, self.pruned, target, constants, batch.pruned.values)
         for piece in picks.split(max(CHUNK // matrix[:, 0].numel(), 16)):
             x, t = form.inputs(source, grid, piece).to(wide), form.outputs(target, piece).to(wide)
-            yield x, t - (x.movedim(1, 0) @ matrix.mT).movedim(0, 1) - bias, t
+            r = t - (x.movedim(1, 0) @ matrix.mT).movedim(0, 1) - bias
+            yield Rows(x, r, t, *(form.outputs(each, piece).to(wide) for each in behind))
+
+
+@dataclass(frozen=True)
+class Look:
+    """How an operator is looked at. matrix: its weight, G×O×D; most: positions of a batch; gains: of the stream's
+    operators, kept from batch to batch."""
+
+    operator: LinearOperator
+    number: int
+    stream: Stream | None
+    clamp: Clamp | None
+    matrix: Tensor
+    most: int
+    gains: dict[Any, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs S×G×D, lacks and targets S×G×O at some positions; an activation behind gets gain · output + rest."""
+
+    x: Tensor
+    r: Tensor
+    t: Tensor
+    gain: Tensor | None = None
+    rest: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -228,3 +278,8 @@ class Pair:
     def exact(self) -> bool:
         """Whether nothing is lacking."""
         return float(self.fit.squares.sum()) <= EXACT.get(self.precision, 1e-10) * float(self.fit.target_squares.sum())
+
+    @property
+    def whole(self) -> Moments:
+        """Of all images."""
+        return self.fit.plus(self.held)

@@ -82,7 +82,6 @@ class Repair:
     enabled: bool = True
     images: int = 256
     positions: int = 40_000
-    mirrored: bool = False
 
     def __post_init__(self) -> None:
         for key in ("images", "positions"):

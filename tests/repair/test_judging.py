@@ -297,7 +297,7 @@ def test_the_way_and_the_share_of_statistics_are_chosen_together(wanted: float, 
     }
     images = gather(torch.randn(26, 3, 6, 6), 8, 256, PLAIN)
     with torch.no_grad():
-        settled = settle(network, lambda module: distance(module, torch.full((8,), wanted)), images, ways)
+        settled = settle(network, lambda module: distance(module, torch.full((8,), wanted)), images, ways, {})
     assert (settled.way, settled.share, settled.note) == (way, share, None)
     assert (network[1].running_mean == max(wanted, 0)).all()
 
@@ -312,7 +312,7 @@ def test_statistics_are_chosen_without_the_images_that_judge_and_taken_of_all(wa
     means = {"fit": torch.cat([batch.args[0] for batch in images.fit]), "all": x}
     with torch.no_grad():
         means = {name: network[0](part).mean((0, 2, 3)) for name, part in means.items()}
-        settled = settle(network, lambda module: distance(module, means[wanted]), images, anew(network))
+        settled = settle(network, lambda module: distance(module, means[wanted]), images, anew(network), {})
     assert settled.share == 1.0
     torch.testing.assert_close(network[1].running_mean, means[wanted])
     assert settled.judgement.error == pytest.approx(float((means["fit"] - means[wanted]).abs().sum()), abs=1e-12)
@@ -329,50 +329,8 @@ def test_statistics_that_are_not_finite_are_replaced() -> None:
         def judge(module: nn.Module) -> Judgement:
             return distance(module, mean) if bool(module(x).isfinite().all()) else Judgement(None, None)
 
-        settled = settle(network, judge, gather(x, 8, 256, PLAIN), anew(network))
+        settled = settle(network, judge, gather(x, 8, 256, PLAIN), anew(network), {})
     assert settled.share == 1.0 and bool(network[1].running_var.isfinite().all())
-
-
-def test_mirrored_images_are_fitted_and_judge_nothing() -> None:
-    x = torch.randn(26, 3, 6, 6)
-    plain, images = gather(x, 8, 256, PLAIN), gather(x, 8, 256, PLAIN, mirrored=True)
-    for mirrored, batch in zip(images.mirrored, plain.fit, strict=True):
-        assert torch.equal(mirrored.args[0], batch.args[0].flip(-1))
-    for part in ("fit", "held"):
-        pairs = zip(getattr(images, part), getattr(plain, part), strict=True)
-        assert all(torch.equal(a.args[0], b.args[0]) for a, b in pairs)
-    assert not plain.mirrored and (images.used, images.held_out) == (26, 5)
-
-
-def test_a_repair_on_mirrored_images_fits_each_position_twice() -> None:
-    """The last operator gets what least squares on the images and their mirrored copies say, but for the ridge."""
-    torch.manual_seed(0)
-    model, x = (
-        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).double().eval(),
-        torch.randn(30, 3, 8, 8),
-    )
-    traced = ekgfx.trace(model, x[:2].double())
-    (group,) = (name for name, group in traced.groups.items() if group.size == 8)
-    plan = ekgfx.Plan({group: tuple(range(4))})
-    once, twice = (ekgfx.prune(model, plan, traced) for _ in range(2))
-    plain = ekgfx.repair(once, traced, plan, x.double())
-    mirrored = ekgfx.repair(twice, traced, plan, x.double(), mirrored=True)
-    assert [layer.positions for layer in mirrored.layers] == [2 * layer.positions for layer in plain.layers]
-    assert (mirrored.images, mirrored.held_out) == (30, 6) and mirrored.before == plain.before
-    patches = torch.cat([x, x.flip(-1)]).double()[[i for i in range(60) if i % 30 % 5 != 4]]
-    features = nn.functional.unfold(model[:2](patches)[:, :4], 3).mT.flatten(0, 1)
-    features = torch.cat([features, torch.ones_like(features[:, :1])], 1)
-    wanted = model(patches).flatten(2).mT.flatten(0, 1)
-    ridge = mirrored.layers[-1].ridge
-    assert ridge is not None and ridge <= 0.1
-    solved = torch.linalg.lstsq(features, wanted).solution  # the ridge is small: nearly that
-    found = torch.cat([twice[2].weight.flatten(1), twice[2].bias[:, None]], 1).mT
-    assert (found - solved).norm() < 0.1 * solved.norm()
-
-
-def test_what_is_no_image_is_not_mirrored() -> None:
-    with pytest.raises(DataError, match="mirrored takes images"):
-        gather(torch.randn(26, 5), 8, 256, PLAIN, mirrored=True)
 
 
 def test_batches_are_as_equal_as_can_be() -> None:

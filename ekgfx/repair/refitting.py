@@ -33,7 +33,7 @@ def repair_operators(
         pair = walk.measure(operator, number, pending.pop(shared[0], None))
         if not pair.exact:
             found, whole = fitted(walk, operator, number, pair, alone=len(shared) == 1)
-            if found is not None:
+            if found is not None and whole is not None:
                 own = walk.pruned.weights
                 walk.take(
                     shifted(operator, own, found.change, found.offset), shifted(operator, own, *whole, into=walk.whole)

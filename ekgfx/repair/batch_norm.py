@@ -53,10 +53,8 @@ def settle(
     judge: Callable[[nn.Module], Judgement],
     images: Images,
     ways: Mapping[str, Estimate],
-    whole: Mapping[str, Tensor],
 ) -> Settled:
-    """Takes that way's new statistics, and as much of them, as lowers the held-out error most, in place. Then it takes
-    weights and statistics of all images, unless the error is larger with them. whole: these weights."""
+    """Takes that way's new statistics, and as much of them, as lowers the held-out error most, in place."""
     own = {name: tensor.clone() for name, tensor in state(network).items()}
     best, share, way = judge(network), 0.0, ""
     chosen: dict[str, Tensor] = {}
@@ -76,18 +74,32 @@ def settle(
             elif way == name:
                 break
         write(network, own)
-    write(network, whole)
-    if share:
-        everything = {name: tensor.clone() for name, tensor in state(network).items()}
-        try:
-            new = _estimated(network, everything, ways[way], [*images.fit, *images.held])
-        except DataError:  # too few are held out
-            new = _estimated(network, everything, ways[way], images.fit)
-        write(network, _mixed(everything, new, share))
-    if best.better(judge(network)):
-        write(network, {**own, **chosen})
+    write(network, chosen)
     note = f"BatchNorm keeps its statistics: {failed[-1]}" if len(failed) == len(ways) else None
     return Settled(share, best, way or None, note)
+
+
+def complete(
+    network: nn.Module,
+    judge: Callable[[nn.Module], Judgement],
+    images: Images,
+    ways: Mapping[str, Estimate],
+    settled: Settled,
+    whole: Mapping[str, Tensor],
+) -> None:
+    """Takes weights and statistics of all images, in place, unless the held-out error is larger with them. whole: these
+    weights."""
+    own = {name: tensor.clone() for name, tensor in state(network).items()}
+    write(network, whole)
+    if settled.way is not None:
+        everything = {name: tensor.clone() for name, tensor in state(network).items()}
+        try:
+            new = _estimated(network, everything, ways[settled.way], [*images.fit, *images.held])
+        except DataError:  # too few are held out
+            new = _estimated(network, everything, ways[settled.way], images.fit)
+        write(network, _mixed(everything, new, settled.share))
+    if settled.judgement.better(judge(network)):
+        write(network, own)
 
 
 def _mixed(own: Mapping[str, Tensor], new: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:

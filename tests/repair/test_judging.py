@@ -13,7 +13,7 @@ from ekgfx import data
 from ekgfx.data.batches import Inputs
 from ekgfx.errors import DataError, PruneError
 from ekgfx.models import digits_cnn
-from ekgfx.repair.batch_norm import Estimate, settle
+from ekgfx.repair.batch_norm import Estimate, complete, settle
 from ekgfx.repair.images import gather
 from ekgfx.repair.judge import Judge, Judgement
 from ekgfx.repair.moments import Moments
@@ -297,7 +297,7 @@ def test_the_way_and_the_share_of_statistics_are_chosen_together(wanted: float, 
     }
     images = gather(torch.randn(26, 3, 6, 6), 8, 256, PLAIN)
     with torch.no_grad():
-        settled = settle(network, lambda module: distance(module, torch.full((8,), wanted)), images, ways, {})
+        settled = settle(network, lambda module: distance(module, torch.full((8,), wanted)), images, ways)
     assert (settled.way, settled.share, settled.note) == (way, share, None)
     assert (network[1].running_mean == max(wanted, 0)).all()
 
@@ -312,7 +312,12 @@ def test_statistics_are_chosen_without_the_images_that_judge_and_taken_of_all(wa
     means = {"fit": torch.cat([batch.args[0] for batch in images.fit]), "all": x}
     with torch.no_grad():
         means = {name: network[0](part).mean((0, 2, 3)) for name, part in means.items()}
-        settled = settle(network, lambda module: distance(module, means[wanted]), images, anew(network), {})
+
+        def judge(module: nn.Module) -> Judgement:
+            return distance(module, means[wanted])
+
+        settled = settle(network, judge, images, anew(network))
+        complete(network, judge, images, anew(network), settled, {})
     assert settled.share == 1.0
     torch.testing.assert_close(network[1].running_mean, means[wanted])
     assert settled.judgement.error == pytest.approx(float((means["fit"] - means[wanted]).abs().sum()), abs=1e-12)
@@ -329,7 +334,7 @@ def test_statistics_that_are_not_finite_are_replaced() -> None:
         def judge(module: nn.Module) -> Judgement:
             return distance(module, mean) if bool(module(x).isfinite().all()) else Judgement(None, None)
 
-        settled = settle(network, judge, gather(x, 8, 256, PLAIN), anew(network), {})
+        settled = settle(network, judge, gather(x, 8, 256, PLAIN), anew(network))
     assert settled.share == 1.0 and bool(network[1].running_var.isfinite().all())
 
 
@@ -358,7 +363,9 @@ def test_weights_of_all_images_are_taken_unless_they_are_worse(better: bool) -> 
         return Judgement(float((module[0].bias - wanted).abs().sum()), None)
 
     with torch.no_grad():
-        settled = settle(network, judge, gather(torch.randn(26, 3), 8, 256, PLAIN), anew(network), whole)
+        images = gather(torch.randn(26, 3), 8, 256, PLAIN)
+        settled = settle(network, judge, images, anew(network))
+        complete(network, judge, images, anew(network), settled, whole)
     assert torch.equal(network[0].bias, wanted)
     assert (settled.judgement.error == 0) is not better  # it is of the fitted images alone
 

@@ -112,6 +112,11 @@ log = logging.getLogger("ekgfx")
     "--repair/--no-repair",
     help="Refit the cut network, in closed form, to what the unpruned one computes on the data's images.",
 )
+@setting(
+    "repair.epochs",
+    "--repair-epochs",
+    help="Epochs of a label-free distillation after the refit, block by block on its images.",
+)
 @setting("finetune.epochs", "--epochs", help="Epochs of fine-tuning after the search.")
 @setting(
     "finetune.budgets",

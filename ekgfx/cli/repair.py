@@ -13,6 +13,7 @@ from ekgfx.runs.directory import Run
 @click.argument("run", type=click.Path(path_type=Path))
 @setting("data", "--data", metavar="SPEC", help="Other images than the run's.")
 @setting("repair.images", "--images", help="Images that are used.")
+@setting("repair.epochs", "--epochs", help="Epochs of a label-free distillation after it, block by block.")
 @setting("device", "--device", metavar="auto|cpu|cuda[:N]", help="Where to compute.")
 @logs
 def repair(run: Path, logger: str | None, **flags: Any) -> None:

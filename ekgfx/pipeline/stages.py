@@ -223,9 +223,11 @@ def mend(job: Job, pruned: nn.Module, result: SearchResult) -> None:
         images,
         most=asked.images,
         positions=asked.positions,
+        epochs=asked.epochs,
         seed=job.recipe.seed,
         checkpoint=job.run.path / MENDING,
         on_layer=job.report.layer,
+        on_block=lambda block: job.report.note(str(block)),
     )
     job.report.note(str(found))
     job.run.write_json(REPAIR, found.to_json())

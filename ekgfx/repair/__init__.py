@@ -65,6 +65,8 @@ class Repair:
             f"{changed} operators refitted on {self.images - self.held_out} images; on {self.held_out} others the "
             f"{what} fell from {_number(self.before.error)} to {_number(self.after.error)}"
         )
+        if self.blocks:
+            said += f" ({sum(block.epoch > 0 for block in self.blocks)} of {len(self.blocks)} blocks were trained)"
         if self.before.agreement is not None and self.after.agreement is not None:
             said += f", equal answers went from {self.before.agreement:.1%} to {self.after.agreement:.1%}"
         return "; ".join((*self.notes, said))

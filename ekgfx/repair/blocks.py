@@ -40,6 +40,10 @@ class BlockRepair:
     after: float
     epoch: int
 
+    def __str__(self) -> str:
+        kept = f"epoch {self.epoch}" if self.epoch else "untrained"
+        return f"block up to {self.name}: error {self.before:.4g} → {self.after:.4g} ({kept})"
+
 
 def block_ends(graph: AxisGraph, constant: set[fx.Node]) -> list[fx.Node]:
     """Residual sums, each with the activation that alone reads it, and what the model returns."""

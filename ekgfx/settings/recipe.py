@@ -76,14 +76,18 @@ class Finetune(Training):
 
 @dataclass(frozen=True)
 class Repair:
-    """The refit of the cut network on the data's images, whose labels it does not look at; `ekgfx.repair` says what the
-    numbers mean. `enabled`: wherever there are images and trained weights."""
+    """The refit of the cut network on the data's images, whose labels it does not look at, and a distillation of
+    `epochs` after it; `ekgfx.repair` says what the numbers mean. `enabled`: wherever there are images and trained
+    weights."""
 
     enabled: bool = True
     images: int = 256
     positions: int = 40_000
+    epochs: int = 0
 
     def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise RecipeError(f"repair.epochs is 0 (no distillation) or more, not {self.epochs}")
         for key in ("images", "positions"):
             if getattr(self, key) < 1:
                 raise RecipeError(

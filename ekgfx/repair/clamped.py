@@ -80,11 +80,13 @@ def line(
     return gain.expand_as(y), rest.expand_as(y) if clamp.other is None else rest + values[clamp.other.name]
 
 
-def asked(clamp: Clamp, r: Tensor, t: Tensor, gain: Tensor, rest: Tensor) -> Tensor:
-    """What outputs t − r lack of what they should be, t, as far as the activation passes it on. Positions that a gain
-    of about zero leads to are asked for all."""
+def asked(clamp: Clamp, r: Tensor, t: Tensor, gain: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """What outputs t − r lack of what they should be, t, as far as the activation passes it on; and where it does.
+    Positions that a gain of about zero leads to are asked for all."""
     enough = gain.abs() > LEAST_GAIN * gain.square().mean().sqrt()
     wanted, found = gain * t + rest, gain * (t - r) + rest
     below, above = wanted <= clamp.low, wanted >= clamp.high
     bound = torch.where(below, found.clamp(max=clamp.low), found.clamp(min=clamp.high))
-    return torch.where(enough & (below | above), (bound - found) / torch.where(enough, gain, 1), r)
+    lacks = torch.where(enough & (below | above), (bound - found) / torch.where(enough, gain, 1), r)
+    hidden = enough & ((below & (found <= clamp.low)) | (above & (found >= clamp.high)))
+    return lacks, ~hidden

@@ -85,6 +85,11 @@ class Moments:
         self.rest += r.sum(0)
         self.squares += r.square().sum(0)
 
+    def in_share(self, share: Tensor) -> None:
+        """What is lacking of each output, G×O, becomes as much larger as its share is small; its squares do not."""
+        self.cross /= share[:, :, None]
+        self.rest /= share
+
     def shift_rest(self, change: Tensor, offset: Tensor | None) -> None:
         """What is lacking after the weight has changed by `change` and the output by `offset`."""
         step = (change @ self.shift[:, :, None])[:, :, 0] + (0 if offset is None else offset)

@@ -5,10 +5,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
+
 from ekgfx.repair.operators import LinearOperator, shifted
 from ekgfx.repair.progress import Progress
 from ekgfx.repair.solve import Change, Refit, refit, step
 from ekgfx.repair.walk import LayerRepair, Pair, Walk
+
+SHARES = (1.0, 0.5)
+"""Of the step towards what an activation passes on, that are tried."""
 
 
 def repair_operators(
@@ -68,27 +73,35 @@ def fitted(
     seen = walk.passed_on(operator, number, pair, None, held=True) if alone else None
     if seen is None or found.ridge == math.inf:
         return found, whole
+    nothing = torch.zeros_like(found.change), None if found.offset is None else torch.zeros_like(found.offset)
+    before = best = float(seen.held.squares.sum())
     lacking = walk.passed_on(operator, number, pair, own, held=False)
     assert lacking is not None  # as there was before
-    again, again_whole = (
-        _sum(own, step(moments, found.ridge, asked, found.change)) for moments in (lacking.fit, lacking.whole)
-    )
-    last = walk.passed_on(operator, number, pair, again, held=True)
-    assert last is not None
-    before, plain, after = (float(each.held.squares.sum()) for each in (seen, lacking, last))
-    if not min(plain, after) < before:
+    if float(lacking.held.squares.sum()) < before:
+        best, start, new = float(lacking.held.squares.sum()), own, (own, whole)
+    else:
+        start, new = nothing, (nothing, nothing)
+        lacking = walk.passed_on(operator, number, pair, None, held=False)
+        assert lacking is not None
+    steps = [step(moments, found.ridge, asked, start[0]) for moments in (lacking.fit, lacking.whole)]
+    for share in SHARES:
+        tried, tried_whole = (_sum(start, more, share) for more in steps)
+        judged = walk.passed_on(operator, number, pair, tried, held=True)
+        assert judged is not None
+        if float(judged.held.squares.sum()) < best:
+            best, new = float(judged.held.squares.sum()), (tried, tried_whole)
+    if new[0] is nothing:
         return None, None
-    if after < plain:
-        found, whole, plain = replace(found, change=again[0], offset=again[1]), again_whole, after
     scale = pair.held.scale or 1.0
-    return replace(found, held_before=before / scale, held_after=plain / scale), whole
+    (change, offset), whole = new
+    return replace(found, change=change, offset=offset, held_before=before / scale, held_after=best / scale), whole
 
 
-def _sum(change: Change, more: Change | None) -> Change:
+def _sum(change: Change, more: Change | None, share: float) -> Change:
     if more is None:
         return change
-    offset = None if change[1] is None or more[1] is None else change[1] + more[1]
-    return change[0] + more[0], offset
+    offset = None if change[1] is None or more[1] is None else change[1] + share * more[1]
+    return change[0] + share * more[0], offset
 
 
 def _record(name: str, pair: Pair, found: Refit | None, seconds: float) -> LayerRepair:

@@ -29,6 +29,8 @@ CHUNK = 16_000_000
 """Elements of a matrix of inputs that is in memory at a time."""
 ELEMENTS = 200_000_000
 LEAST_PER_INPUT = 20
+LEAST_SHOWN = 0.05
+"""Share of the positions at which an activation shows an output: where it shows fewer, little is known of it."""
 EXACT = {torch.float64: 1e-24}
 
 
@@ -179,13 +181,16 @@ class Walk:
     def passed_on(
         self, operator: LinearOperator, number: int, pair: "Pair", refit: Change | None, held: bool
     ) -> "Pair | None":
-        """Moments of what the activation behind the operator misses once the operator is changed so; None where no
-        activation hides anything. pair: what `measure` found; held: only on the images that are never fitted."""
+        """Moments of what the activation behind the operator misses once the operator is changed so; None where there
+        is no such activation. Of an output that it hides at a part of the positions, what is lacking is taken in the
+        share of the others: its Gram matrix is about as much smaller. pair: what `measure` found; held: only on the
+        images that are never fitted."""
         looked = self._look(operator, number)
         if looked.clamp is None:
             return None
         found = Pair(pair.fit.lacking_otherwise(), pair.held.lacking_otherwise(), pair.stream, pair.precision)
         change, offset = (None, None) if refit is None else refit
+        shown = torch.zeros_like(pair.fit.rest)
         for i, batch in enumerate(self.batches):
             for rows in self._rows(looked, batch, i) if batch.held or not held else ():
                 r = rows.r
@@ -193,9 +198,13 @@ class Walk:
                     r = r - (rows.x.movedim(1, 0) @ change.to(r).mT).movedim(0, 1)
                 r = r if offset is None else r - offset.to(r)
                 assert rows.gain is not None and rows.rest is not None
-                (found.held if batch.held else found.fit).add_lack(
-                    rows.x, asked(looked.clamp, r, rows.t, rows.gain, rows.rest)
-                )
+                lacks, passed = asked(looked.clamp, r, rows.t, rows.gain, rows.rest)
+                (found.held if batch.held else found.fit).add_lack(rows.x, lacks)
+                shown += 0 if batch.held else passed.sum(0)
+        if not held:
+            share = (shown / found.fit.count).clamp(min=LEAST_SHOWN)
+            found.fit.in_share(share)
+            found.held.in_share(share)
         return found
 
     def _look(self, operator: LinearOperator, number: int) -> "Look":

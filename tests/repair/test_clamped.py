@@ -34,13 +34,14 @@ def test_what_is_beyond_the_bound_in_both_networks_is_not_lacking(
 ) -> None:
     """wanted, found: what the activation gets, gain · output + rest."""
     t, y = ((torch.tensor([[[value]]], dtype=torch.float64) - rest) / gain for value in (wanted, found))
-    r = asked(clamp, t - y, t, torch.full_like(t, gain), torch.full_like(t, rest))
-    assert r.item() == pytest.approx(lacks / gain)
+    r, shown = asked(clamp, t - y, t, torch.full_like(t, gain), torch.full_like(t, rest))
+    assert r.item() == pytest.approx(lacks / gain) and shown.item() is bool(lacks)
 
 
 def test_outputs_that_nothing_is_passed_on_of_are_asked_for_all() -> None:
     t, r = torch.tensor([[[-1.0, -1.0]]]), torch.tensor([[[3.0, 3.0]]])
-    assert asked(RELU, r, t, torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, 1, 2)).tolist() == [[[0.0, 3.0]]]
+    lacks, shown = asked(RELU, r, t, torch.tensor([[[1.0, 0.0]]]), torch.zeros(1, 1, 2))
+    assert lacks.tolist() == [[[0.0, 3.0]]] and shown.tolist() == [[[False, True]]]
 
 
 class Block(nn.Module):
@@ -90,12 +91,12 @@ class Behind(nn.Module):
         return self.act(self.second(self.first(x)))
 
 
-@pytest.mark.parametrize(("act", "slope", "share"), [(nn.Identity(), 5.0, 1 / 17), (nn.ReLU(), 4.5, 0.25 / 9)])
+@pytest.mark.parametrize(("act", "slope", "share"), [(nn.Identity(), 5.0, 1 / 17), (nn.ReLU(), 4.0, 0.0)])
 def test_a_slope_by_hand(act: nn.Module, slope: float, share: float) -> None:
     """The second input is 3x where the first, x, is positive, else 5x; so the output is 4x, else 6x. Without the second
     input, least squares give 5x, which lacks 1 on either side (and x lacks 3 and 5: (9 + 25) / 2 = 17). Where ReLU
-    follows, 5x lacks −1 on the positive side and nothing on the other: half a unit is taken back, and (1/2)² is left of
-    the 3² that x lacks there."""
+    follows, 5x lacks −1 on the positive side and nothing on the other. Half of the positions are shown, so twice the
+    half unit that the whole Gram matrix gives is taken back: 4x, which lacks nothing where ReLU shows it."""
     side = torch.arange(1, 6, dtype=torch.float64)
     x = torch.stack([-side, side], 1).flatten() / 7
     fit, held = torch.cat([x, 1.05 * x]), torch.tensor([-0.31, 0.31, -0.43, 0.43], dtype=torch.float64)

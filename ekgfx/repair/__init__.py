@@ -159,7 +159,8 @@ def repair(
         }
         whole = {name: tensor for name, tensor in walk.whole.items() if name in original}
         settled = settle(pruned, judge, given, ways)
-        after, better, blocks = settled.judgement, settled.judgement.better(before), ()
+        after, better = settled.judgement, settled.judgement.better(before)
+        blocks: list[BlockRepair] = []
         notes = [*given.notes, *filter(None, [settled.note])]
         if better and epochs:
             apart = Bypassing(traced, kept, _copies(pruned, weights), bypassed)

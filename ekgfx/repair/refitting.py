@@ -61,8 +61,9 @@ def fitted(
 ) -> tuple[Refit, Change] | tuple[None, None]:
     """The operator's refit; and what it is on all images, with the λ that those chose that were not fitted.
 
-    Where an activation behind hides a part of what is lacking, the equation is solved again for the rest, and the
-    images that were not fitted choose which solution is taken. alone: no other operator has the same weight.
+    Where an activation behind hides a part of what is lacking, a step is taken to the rest, from the solution or from
+    the weight as it was, and the images that were not fitted choose how much of it. alone: no other operator has the
+    same weight.
     """
     asked = operator.offset is not None
     found = refit(pair.fit, pair.held, asked)
@@ -70,26 +71,25 @@ def fitted(
         return None, None
     own = found.change, found.offset
     whole = step(pair.whole, found.ridge, asked) or own
-    seen = walk.passed_on(operator, number, pair, None, held=True) if alone else None
-    if seen is None or found.ridge == math.inf:
+    if not alone or found.ridge == math.inf or not walk.hides(operator):
         return found, whole
+
+    def error(change: Change | None) -> float:
+        return float(walk.passed_on(operator, number, pair, change, held=True).held.squares.sum())
+
     nothing = torch.zeros_like(found.change), None if found.offset is None else torch.zeros_like(found.offset)
-    before = best = float(seen.held.squares.sum())
-    lacking = walk.passed_on(operator, number, pair, own, held=False)
-    assert lacking is not None  # as there was before
-    if float(lacking.held.squares.sum()) < before:
-        best, start, new = float(lacking.held.squares.sum()), own, (own, whole)
-    else:
-        start, new = nothing, (nothing, nothing)
+    before, lacking = error(None), walk.passed_on(operator, number, pair, own, held=False)
+    best = float(lacking.held.squares.sum())
+    start, new = own, (own, whole)
+    if not best < before:
+        best, start, new = before, nothing, (nothing, nothing)
         lacking = walk.passed_on(operator, number, pair, None, held=False)
-        assert lacking is not None
     steps = [step(moments, found.ridge, asked, start[0]) for moments in (lacking.fit, lacking.whole)]
     for share in SHARES:
         tried, tried_whole = (_sum(start, more, share) for more in steps)
-        judged = walk.passed_on(operator, number, pair, tried, held=True)
-        assert judged is not None
-        if float(judged.held.squares.sum()) < best:
-            best, new = float(judged.held.squares.sum()), (tried, tried_whole)
+        judged = error(tried)
+        if judged < best:
+            best, new = judged, (tried, tried_whole)
     if new[0] is nothing:
         return None, None
     scale = pair.held.scale or 1.0

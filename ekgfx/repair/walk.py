@@ -167,38 +167,39 @@ class Walk:
 
         Where it lacks nothing on the first batch, the others are not looked at.
         """
-        looked, alone = self._look(operator, number), pair is None
+        look, alone = self._look(operator, number), pair is None
         for i, batch in enumerate(self.batches):
-            for rows in self._rows(looked, batch, i):
+            for rows in self._rows(look, batch, i):
                 if pair is None:
-                    pair = Pair.empty(rows.x, rows.r, looked.stream is not None)
+                    pair = Pair.empty(rows.x, rows.r, look.stream is not None)
                 (pair.held if batch.held else pair.fit).add(rows.x, rows.r, rows.t)
             if alone and i == 0 and pair is not None and pair.exact:
                 break
         assert pair is not None  # there is a batch
         return pair
 
+    def hides(self, operator: LinearOperator) -> bool:
+        """Whether an activation behind the operator hides a part of what it lacks."""
+        return find_clamp(self.graph, operator.node, set(self.constant), self.order) is not None
+
     def passed_on(
         self, operator: LinearOperator, number: int, pair: "Pair", refit: Change | None, held: bool
-    ) -> "Pair | None":
-        """Moments of what the activation behind the operator misses once the operator is changed so; None where there
-        is no such activation. Of an output that it hides at a part of the positions, what is lacking is taken in the
-        share of the others: its Gram matrix is about as much smaller. pair: what `measure` found; held: only on the
-        images that are never fitted."""
-        looked = self._look(operator, number)
-        if looked.clamp is None:
-            return None
+    ) -> "Pair":
+        """Moments of what is lacking behind the activation, once the operator is changed so.
+
+        Of an output that is hidden at a part of the positions, what is lacking is taken in the share of the others: its
+        Gram matrix is about as much smaller. pair: what `measure` found; held: only on images that are never fitted.
+        """
+        look = self._look(operator, number)
         found = Pair(pair.fit.lacking_otherwise(), pair.held.lacking_otherwise(), pair.stream, pair.precision)
         change, offset = (None, None) if refit is None else refit
         shown = torch.zeros_like(pair.fit.rest)
         for i, batch in enumerate(self.batches):
-            for rows in self._rows(looked, batch, i) if batch.held or not held else ():
-                r = rows.r
-                if change is not None:
-                    r = r - (rows.x.movedim(1, 0) @ change.to(r).mT).movedim(0, 1)
+            for rows in self._rows(look, batch, i) if batch.held or not held else ():
+                r = rows.r if change is None else rows.r - (rows.x.movedim(1, 0) @ change.to(rows.r).mT).movedim(0, 1)
                 r = r if offset is None else r - offset.to(r)
-                assert rows.gain is not None and rows.rest is not None
-                lacks, passed = asked(looked.clamp, r, rows.t, rows.gain, rows.rest)
+                assert look.clamp is not None and rows.gain is not None and rows.rest is not None  # it hides something
+                lacks, passed = asked(look.clamp, r, rows.t, rows.gain, rows.rest)
                 (found.held if batch.held else found.fit).add_lack(rows.x, lacks)
                 shown += 0 if batch.held else passed.sum(0)
         if not held:

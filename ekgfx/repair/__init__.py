@@ -36,8 +36,8 @@ __all__ = ["repair", "Repair", "LayerRepair", "BlockRepair", "Skipped", "Judgeme
 class Repair:
     """What a repair did. before, after: on held-out images; batch_norm: share of new statistics that was taken;
     statistics: how they were found, "corrected" or "re-estimated" (`ekgfx.calibrate`), None where none were taken;
-    kept: whether the network was changed at all. `after` is what the refit on the other images is worth; the network
-    has that on all images, unless it is worse on the held-out ones."""
+    kept: whether the network was changed at all. `after` is measured with statistics of the fitted images alone; the
+    network has those of all images, unless they are worse on the held-out ones."""
 
     before: Judgement
     after: Judgement
@@ -157,7 +157,6 @@ def repair(
             "corrected": lambda batches: estimated(pruned, batches, traced, kept),
             "re-estimated": lambda batches: estimated(pruned, batches),
         }
-        whole = {name: tensor for name, tensor in walk.whole.items() if name in original}
         settled = settle(pruned, judge, given, ways)
         after, better = settled.judgement, settled.judgement.better(before)
         blocks: list[BlockRepair] = []
@@ -172,7 +171,7 @@ def repair(
         if not better:
             write(pruned, original)
         elif not blocks:
-            complete(pruned, judge, given, ways, settled, whole)
+            complete(pruned, judge, given, ways, settled, {})
     return Repair(
         before,
         after if better else before,

@@ -368,25 +368,3 @@ def test_weights_of_all_images_are_taken_unless_they_are_worse(better: bool) -> 
         complete(network, judge, images, anew(network), settled, whole)
     assert torch.equal(network[0].bias, wanted)
     assert (settled.judgement.error == 0) is not better  # it is of the fitted images alone
-
-
-def test_the_network_is_fitted_on_all_images_in_the_end() -> None:
-    """A linear layer with noise in its targets: least squares on all images, of which every fifth chose λ alone."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 3)).double().eval()
-    x = torch.randn(60, 6, dtype=torch.float64)
-    traced = ekgfx.trace(model, x[:2])
-    plan = ekgfx.Plan({"0": tuple(range(5))})
-    pruned = ekgfx.prune(model, plan, traced)
-    found = ekgfx.repair(pruned, traced, plan, x)
-    *_, head = found.layers
-    assert head.ridge is not None and head.positions == 48
-    features = torch.cat([model[0](x)[:, :5], torch.ones(60, 1, dtype=torch.float64)], 1)
-    change = torch.cat([pruned[1].weight - model[1].weight[:, :5], (pruned[1].bias - model[1].bias)[:, None]], 1)
-    means = features.mean(0)
-    gram = (features - means).T @ (features - means)
-    lacking = model(x) - features[:, :5] @ model[1].weight[:, :5].T - model[1].bias
-    damped = gram[:5, :5] + head.ridge * gram[:5, :5].diagonal().mean() * torch.eye(5, dtype=torch.float64)
-    solved = torch.linalg.solve(damped, (features - means)[:, :5].T @ (lacking - lacking.mean(0))).T
-    torch.testing.assert_close(change[:, :5], solved)
-    torch.testing.assert_close(change[:, 5], lacking.mean(0) - solved @ means[:5])

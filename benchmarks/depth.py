@@ -1,32 +1,42 @@
-"""Width alone against width and depth, at the same MACs: searched, repaired, and judged on the same test images.
+"""Width alone against width and depth, at the same cost: searched, repaired, and judged on the same test images.
 
     python benchmarks/depth.py digits --keep 0.6 --output benchmarks/results/depth.jsonl
-    python benchmarks/depth.py resnet20_cifar --weights resnet20-cifar10.safetensors --data cifar10:DIR --keep 0.6
+    python benchmarks/depth.py resnet20_cifar --weights resnet20-cifar10.safetensors --data cifar10:DIR --keep 0.6 \
+        --target cpu:fp32:batch=1:threads=1 --output benchmarks/results/depth.jsonl
 
 `digits` is a small residual network that is trained first, on scikit-learn's digits; any other name is a factory of
 `ekgfx.models`, with its weights and its data.
 
 Three searches: the paper's; the same with steps that minimise the reward lost for the MACs saved; and that with
-residual blocks as further candidates. The second one tells what the ranking does by itself. Images to search and repair
-on, and to test on, are drawn by the seed, the same for all three. What is in the output is not measured again.
+residual blocks as further candidates. The second one tells what the ranking does by itself. Beside them stand random
+channels, at the widths of the first and of the third, without the third's blocks. Images to search and repair on, and
+to test on, are drawn by the seed, the same for all. What costs is MACs; with `--target`, milliseconds by timings that
+are taken first and kept beside the output. What is in the output is not measured again.
 """
 
 import argparse
 import math
+import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import Lines, chosen, environment
+from gpu.latency import layer_table
 from torch import Tensor, nn
 
 import ekgfx
 from ekgfx import models
 from ekgfx.data import load as load_data
+from ekgfx.graph.plan import Plan
+from ekgfx.latency.target import Target
 from ekgfx.models.weights import load_weights
+from ekgfx.tracing.traced import TracedModel
 
-WAYS = ("width, by reward", "width, by loss per MAC", "width and depth")
+WAYS = ("width, by reward", "width, by loss per cost", "width and depth")
+RANDOM = {WAYS[0]: "random channels", WAYS[2]: "random channels, the same blocks"}
 
 
 class Block(nn.Module):
@@ -73,9 +83,20 @@ def searched(model: nn.Module, example: Tensor, batches: list[Any], way: str, as
     traced = ekgfx.trace(model, example)
     if way == WAYS[1]:
         vars(traced)["blocks"] = {}
+    budget: dict[str, Any] = {"flops": asked.keep}
+    if asked.target:
+        place, file = Target.parse(asked.target), f"{asked.network}.{asked.target.replace(':', '-')}.json"
+        table, _ = layer_table(traced, place, Path(asked.output).with_suffix("") / file)
+        budget = {"latency": asked.keep, "table": table}
     depth = way != WAYS[0]
-    result = ekgfx.search(traced, batches, flops=asked.keep, step=asked.step, accept=asked.accept, depth=depth)
-    return traced, result
+    return traced, ekgfx.search(traced, batches, step=asked.step, accept=asked.accept, depth=depth, **budget)
+
+
+def of_random_channels(traced: TracedModel, plan: Plan, seed: int) -> Plan:
+    """The same widths and blocks, of channels that are drawn."""
+    draw = random.Random(seed)
+    drawn = {name: draw.sample(range(traced.groups[name].size), len(kept)) for name, kept in plan.kept.items()}
+    return replace(plan, kept={name: tuple(sorted(channels)) for name, channels in drawn.items()})
 
 
 def right(network: Any, batches: Any) -> Tensor:
@@ -95,7 +116,8 @@ def main() -> None:
     parser.add_argument("network", help="digits, or a factory of ekgfx.models")
     parser.add_argument("--weights")
     parser.add_argument("--data", metavar="SPEC")
-    parser.add_argument("--keep", type=float, default=0.6, help="fraction of the MACs")
+    parser.add_argument("--keep", type=float, default=0.6, help="fraction of the MACs, or of the milliseconds")
+    parser.add_argument("--target", help="where milliseconds are measured, such as cpu:fp32:batch=1:threads=1")
     parser.add_argument("--step", type=float, default=0.2)
     parser.add_argument("--accept", type=int, default=1)
     parser.add_argument("--images", type=int, default=320, help="to search and to repair on")
@@ -104,8 +126,8 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="JSON lines")
     asked = parser.parse_args()
     lines = Lines(asked.output)
-    same = chosen(asked, "network", "keep", "step", "accept", "images", "test", "seed")
-    if {**same, "way": WAYS[-1]} in lines:
+    same = chosen(asked, "network", "keep", "target", "step", "accept", "images", "test", "seed")
+    if {**same, "way": RANDOM[WAYS[-1]]} in lines:
         return
     torch.set_num_threads(1)
     model, data = subject(asked)
@@ -117,31 +139,40 @@ def main() -> None:
     batches = [batch[:2] for batch in data.loader("train", 160, subset=seen)]
     tested = list(data.loader("test", 250, subset=held))
     found, rows = {"unpruned": right(model, tested)}, []
-    for way in WAYS:
-        began = time.process_time()
-        traced, result = searched(model, tested[0].images[:2], batches, way, asked)
-        seconds = time.process_time() - began
-        pruned = ekgfx.prune(model, result.plan, traced, calibrate=batches).eval()
+
+    def add(way: str, traced: TracedModel, plan: Plan, facts: dict[str, Any]) -> None:
+        pruned = ekgfx.prune(model, plan, traced, calibrate=batches).eval()
         cut = right(pruned, tested)
-        ekgfx.repair(pruned, traced, result.plan, batches, most=asked.images, seed=asked.seed)
+        ekgfx.repair(pruned, traced, plan, batches, most=asked.images, seed=asked.seed)
         found[way] = right(pruned, tested)
         rows.append(
             {
                 **same,
                 "tested": len(held),
                 "way": way,
-                "macs": result.kept_fraction,
-                "params": traced.cost(result.plan).params / traced.cost().params,
-                "dropped": list(result.plan.dropped),
-                "steps": len(result.steps),
+                "macs": traced.cost(plan).macs / traced.cost().macs,
+                "params": traced.cost(plan).params / traced.cost().params,
+                "dropped": list(plan.dropped),
                 "unpruned": float(found["unpruned"].double().mean()),
                 "cut": float(cut.double().mean()),
                 "repaired": float(found[way].double().mean()),
                 "against_width": apart(found[way], found[WAYS[0]]),
-                "cpu_seconds": round(seconds, 1),
+                **facts,
                 **environment(),
             }
         )
+
+    for way in WAYS:
+        began = time.process_time()
+        traced, result = searched(model, tested[0].images[:2], batches, way, asked)
+        facts = {
+            "kept": result.kept_fraction,
+            "steps": len(result.steps),
+            "cpu_seconds": round(time.process_time() - began, 1),
+        }
+        add(way, traced, result.plan, facts)
+        if way in RANDOM:
+            add(RANDOM[way], traced, of_random_channels(traced, result.plan, asked.seed), {})
     for row in rows:  # of one run, or none: the ways are compared image by image
         lines.add(row)
 

@@ -1,4 +1,4 @@
-"""What tells how good a sub-network becomes? Validation loss, the paper's condition number and EKG's reward, compared.
+"""What tells how good a sub-network becomes? Four things that are known before the training, compared.
 
     python benchmarks/landscape_study.py ekgfx.models:resnet20_cifar --weights resnet20-cifar10.safetensors \
         --data cifar10:DIR --output benchmarks/results/landscape_resnet20.jsonl
@@ -11,16 +11,20 @@ is not measured again, and the search for the knowledge goes on after its last s
     validation    CE on validation images, batch statistics: what a search without knowledge minimizes
     reward        CE + CE to the ensemble knowledge (eq. 4) of an EKG search to the same budget: what EKG minimizes
     condition     |λ_min / λ_max| of the Hessian of the loss on those images, by Lanczos (see `ekgfx.landscape`)
+    repaired      CE on those images after the repair, which sees `--repair-images` of the training images
 
 and, after `--epochs` of training on other images, without knowledge:
 
-    potential     CE on test images
+    potential            CE on test images, trained from the cut network, its BatchNorms' averages corrected
+    potential_repaired   the same, trained from the repaired network
 
-At the end: Spearman's rank correlation of each of the three with `potential`, with a 95% interval by bootstrap over
+At the end: Spearman's rank correlation of each of the four with both, with a 95% interval by bootstrap over
 sub-networks (10,000 resamples). The paper gives 0.32 for validation and 0.73 for condition (ResNet-56).
 """
 
 import argparse
+import copy
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +34,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from common import Lines, environment
+from scipy.stats import rankdata, spearmanr
+from torch import nn
 
 import ekgfx
 from ekgfx import landscape
@@ -42,15 +48,21 @@ from ekgfx.pipeline import job
 from ekgfx.search.candidates import important_first
 from ekgfx.search.importance_peers import magnitude
 from ekgfx.search.problem import Budget, Problem, width_rules
-from ekgfx.search.reward import Objective, validation_batches
-from ekgfx.search.reward import evaluate as judge
+from ekgfx.search.reward import Objective, assess, validation_batches
 from ekgfx.surgery.calibrate import calibrate
 from ekgfx.tracing.traced import TracedModel
-from ekgfx.training.evaluation import evaluate
+from ekgfx.training.evaluation import Metrics, evaluate
 
-PREDICTORS = {"validation": "validation loss", "reward": "EKG's reward (negative)", "condition": "|λ_min / λ_max|"}
-PAPER = {"validation": 0.32, "condition": 0.73}
+PREDICTORS = {
+    "validation": "validation loss",
+    "reward": "EKG's reward (negative)",
+    "condition": "|λ_min / λ_max|",
+    "repaired": "loss after the repair",
+}
+POTENTIALS = {"potential": "cut network", "potential_repaired": "repaired network"}
+"""What is predicted, and what the training began with."""
 RESAMPLES = 10_000
+NOT_SETTINGS = ("output", "figure", "subnetworks", "threads")
 
 
 @dataclass(frozen=True)
@@ -81,18 +93,45 @@ class Study:
         return at(bisect(lambda scale: self.problem.budget.met(at(scale)), 0.0, 1.0 / self.asked.narrowest))
 
     def measure(self, number: int) -> dict[str, Any]:
-        """One line of the output."""
-        asked, start = self.asked, time.monotonic()
-        plan = self.plan(number)
+        """What is known of a sub-network before the training, and how good it becomes."""
+        asked, plan = self.asked, self.plan(number)
+        clock = [time.process_time()]
         batches, objective = self.problem.batches, self.problem.objective
-        before, _ = judge(self.problem.network(plan), batches, objective, self.knowledge)
+        before, _ = assess(self.problem.network(plan), batches, objective, self.knowledge)
         pruned = ekgfx.prune(self.traced.model, plan, self.traced)
+        repaired = copy.deepcopy(pruned)
         calibrate(pruned, self.data.loader("train", 128, subset=self.train), limit=8)
         held = [(batch.inputs.args[0], batch.target) for batch in batches]
         curved = landscape.spectrum(pruned, held, steps=asked.steps, tolerance=asked.tolerance, seed=asked.seed)
-        looked = time.monotonic() - start
+        clock.append(time.process_time())
+        images = [batch.images for batch in self.data.loader("train", 64, subset=self.train[: asked.repair_images])]
+        ekgfx.repair(repaired, self.traced, plan, images, seed=asked.seed)
+        given_back = evaluate(repaired.eval(), held)
+        clock.append(time.process_time())
+        after, after_repair = self.trained(pruned), self.trained(repaired)
+        clock.append(time.process_time())
+        return {
+            "kept": self.problem.budget.fraction(plan),
+            "validation": before.loss,
+            "reward": -before.reward,
+            "condition": curved.condition,
+            "repaired": given_back.loss,
+            "largest": curved.largest[0],
+            "smallest": curved.smallest[0],
+            "errors": [curved.largest_errors[0], curved.smallest_errors[0]],
+            "products": curved.steps,
+            "potential": after.loss,
+            "accuracy": after.accuracy,
+            "potential_repaired": after_repair.loss,
+            "accuracy_repaired": after_repair.accuracy,
+            "cpu_seconds": np.diff(clock).round(1).tolist(),
+        }
+
+    def trained(self, network: nn.Module) -> Metrics:
+        """Trains on labels alone; on the test images afterwards."""
+        asked = self.asked
         ekgfx.finetune(
-            pruned,
+            network,
             self.data,
             subset=self.train,
             epochs=asked.epochs,
@@ -102,21 +141,7 @@ class Study:
             seed=asked.seed,
             val_fraction=0,
         )
-        after = evaluate(pruned, self.data.loader("test", 500, subset=torch.arange(asked.test_images)))
-        return {
-            "number": number,
-            "kept": self.problem.budget.fraction(plan),
-            "validation": before.loss,
-            "reward": -before.reward,
-            "condition": curved.condition,
-            "largest": curved.largest[0],
-            "smallest": curved.smallest[0],
-            "errors": [curved.largest_errors[0], curved.smallest_errors[0]],
-            "products": curved.steps,
-            "potential": after.loss,
-            "accuracy": after.accuracy,
-            "seconds": [round(looked, 1), round(time.monotonic() - start - looked, 1)],
-        }
+        return evaluate(network, self.data.loader("test", 500, subset=torch.arange(asked.test_images)))
 
 
 def bisect(met: Callable[[float], bool], low: float, high: float, rounds: int = 30) -> float:
@@ -129,25 +154,17 @@ def bisect(met: Callable[[float], bool], low: float, high: float, rounds: int = 
 
 def main() -> None:
     asked = arguments()
-    output = Path(asked.output)
-    facts = {
-        key: value for key, value in vars(asked).items() if key not in ("output", "figure", "subnetworks", "threads")
-    }
-    facts["weights"], facts["data"] = Path(asked.weights).name, asked.data.partition(":")[0]
-    head, *lines = read_lines(output) or [None]
-    if head is not None and head["settings"] != facts:
-        raise SystemExit(f"{output} was made with other settings; choose another --output")
-    missing = [n for n in range(asked.subnetworks) if n not in {line["number"] for line in lines}]
-    if missing and not asked.figure:
-        if head is None:
-            append_line(output, {"settings": facts, "date": time.strftime("%Y-%m-%d")})
-        study = prepare(asked)
-        for number in missing:
-            lines.append(study.measure(number))
-            append_line(output, lines[-1])
-            print(json.dumps(lines[-1]), flush=True)
-    print(json.dumps(summary(lines), indent=1))
-    draw(lines, Path(asked.figure or output.with_suffix(".png")), asked)
+    lines = Lines(asked.output)
+    settings = {key: value for key, value in vars(asked).items() if key not in NOT_SETTINGS}
+    settings["weights"], settings["data"] = Path(asked.weights).name, asked.data.partition(":")[0]
+    study = functools.cache(lambda: prepare(asked))
+    for number in range(0 if asked.figure else asked.subnetworks):
+        key = {**settings, "number": number}
+        if key not in lines:
+            lines.add({**key, **study().measure(number), **environment()})
+    found = [line for line in lines if line.items() >= settings.items()]
+    print(json.dumps(summary(found), indent=1))
+    draw(found, Path(asked.figure or lines.path.with_suffix(".png")), asked)
 
 
 def prepare(asked: argparse.Namespace) -> Study:
@@ -179,49 +196,50 @@ def prepare(asked: argparse.Namespace) -> Study:
         resume_from=read_lines(history),
         on_step=lambda step: append_line(history, step.to_json()),
     )
-    logits = [judge(problem.network(plan), problem.batches, problem.objective, None)[1] for plan in result.plans]
+    logits = [assess(problem.network(plan), problem.batches, problem.objective, None)[1] for plan in result.plans]
     knowledge = tuple(torch.stack(parts).mean(0) for parts in zip(*logits, strict=True))  # eq. 8
     return Study(asked, traced, data, problem, train, knowledge)
 
 
 def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rank correlations with `potential`, and their 95% bootstrap intervals."""
+    """Rank correlations of what is known before with what comes after, and their 95% bootstrap intervals."""
     found: dict[str, Any] = {"subnetworks": len(lines)}
-    for name in PREDICTORS:
-        low, high = np.nanpercentile(list(resampled(lines, name)), [2.5, 97.5])
-        found[name] = {"spearman": rank(lines, name), "interval_95": [float(low), float(high)]}
-    gap = [a - b for a, b in zip(resampled(lines, "condition"), resampled(lines, "validation"), strict=True)]
-    found["condition_minus_validation"] = np.nanpercentile(gap, [2.5, 50, 97.5]).tolist()
+    for after in POTENTIALS:
+        drawn = {name: list(resampled(lines, name, after)) for name in PREDICTORS}
+        found[after] = {name: [rank(lines, name, after), *interval(drawn[name])] for name in PREDICTORS}
+        for name in PREDICTORS.keys() - {"validation"}:
+            gap = np.subtract(drawn[name], drawn["validation"])
+            found[after][f"{name} - validation"] = [float(np.nanmedian(gap)), *interval(gap)]
     return found
 
 
-def rank(lines: Sequence[dict[str, Any]], name: str) -> float:
-    return float(spearmanr([line[name] for line in lines], [line["potential"] for line in lines]).statistic)
+def rank(lines: Sequence[dict[str, Any]], name: str, after: str) -> float:
+    return float(spearmanr([line[name] for line in lines], [line[after] for line in lines]).statistic)
 
 
-def resampled(lines: Sequence[dict[str, Any]], name: str) -> Iterator[float]:
+def interval(values: Sequence[float]) -> list[float]:
+    return list(np.nanpercentile(values, [2.5, 97.5]).tolist())
+
+
+def resampled(lines: Sequence[dict[str, Any]], name: str, after: str) -> Iterator[float]:
     """The correlation in resamples of the sub-networks, the same resamples for every name."""
     draw = np.random.default_rng(0)
-    values = np.array([[line[name], line["potential"]] for line in lines])
+    values = np.array([[line[name], line[after]] for line in lines])
     for _ in range(RESAMPLES):
-        part = values[draw.integers(0, len(values), len(values))]
-        ranks = part.argsort(0).argsort(0).astype(float)
-        for column in (0, 1):  # ties, which resampling makes, share their mean rank
-            _, inverse, counts = np.unique(part[:, column], return_inverse=True, return_counts=True)
-            ranks[:, column] = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+        ranks = rankdata(values[draw.integers(0, len(values), len(values))], axis=0)
         yield float(np.corrcoef(ranks.T)[0, 1]) if (ranks.std(0) > 0).all() else float("nan")
 
 
 def draw(lines: Sequence[dict[str, Any]], path: Path, asked: argparse.Namespace) -> None:
-    """One panel per predictor."""
+    """One panel per predictor, of what is trained from the cut network."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(14, 3.6), layout="constrained")
     found = summary(lines)
     for axes, (name, title) in zip(figure.subplots(1, len(PREDICTORS), sharey=True), PREDICTORS.items(), strict=True):
         axes.scatter([line[name] for line in lines], [line["potential"] for line in lines], s=14)
-        low, high = found[name]["interval_95"]
-        axes.set(xlabel=title, title=f"ρ = {found[name]['spearman']:.2f} ({low:.2f} … {high:.2f})")
+        said = "ρ = {:.2f} ({:.2f} … {:.2f})".format(*found["potential"][name])
+        axes.set(xlabel=title, title=said)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel(f"test loss after {asked.epochs} epochs")
     figure.suptitle(
@@ -242,6 +260,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--narrowest", type=float, default=0.2, help="least width ratio drawn, before scaling")
     parser.add_argument("--train-per-class", type=int, default=200)
     parser.add_argument("--val-per-class", type=int, default=16)
+    parser.add_argument("--repair-images", type=int, default=200)
     parser.add_argument("--test-images", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lr", type=float, default=0.02)

@@ -10,7 +10,8 @@
 
 Every method starts from the same weights and may look at the same images (with labels where it uses gradients). A ratio
 is the least, by bisection, that is within the budget; MACs are counted in one way for all, on what came out. EKG's plan
-comes from the steps of a search (`--history`), random channels are drawn at its widths and at uniform ones.
+comes from the steps of a search (`--history`), random channels are drawn at its widths and at uniform ones. A second
+search, in multiples of 8, is made here.
 
 Which channels a peer kept is read off its network: those of BatchNorm's parameters that are still there. Pruned by that
 plan, our own network must compute what the peer's does ("differs by"), and so the same repair can be given to each.
@@ -19,6 +20,7 @@ repaired one. Latency: onnxruntime on one CPU thread, all networks in turn. A li
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -35,17 +37,14 @@ from parts.peers import CUTS, smallest
 from torch import Tensor, nn
 
 import ekgfx
+from ekgfx.base.files import append_line, read_lines
 from ekgfx.graph.plan import Plan
 from ekgfx.surgery.calibrate import calibrate
 from ekgfx.tracing.traced import TracedModel
 
-OURS = {
-    "ekgfx, EKG": "EKG",
-    "ekgfx, L1, uniform": "L1, uniform",
-    "random channels, EKG's widths": "random, EKG's widths",
-    "random channels, uniform": "random, uniform",
-}
 BATCHES = (1, 8)
+EVEN = 8
+"""Widths are multiples of this where they are even: what the CPU's convolutions compute at once, or half of it."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,35 @@ class Contest:
             return onnx_macs(network)
         return ekgfx.trace(network, self.example).cost().macs
 
+    @functools.cached_property
+    def even(self) -> Plan:
+        """The plan of EKG's search in even widths, which goes on after its last step."""
+        history = Path(self.asked.output).with_suffix(".even.history.jsonl")
+        return ekgfx.search(
+            self.traced,
+            self.seen,
+            flops=self.asked.keep,
+            align=EVEN,
+            seed=self.asked.seed,
+            resume_from=read_lines(history),
+            on_step=lambda step: append_line(history, step.to_json()),
+        ).plan
+
     def least(self, cut: Callable[[float], Any], steps: int = 7) -> Any:
         """What the smallest ratio within the budget gives."""
         return smallest(cut, lambda made: self.macs(made) <= self.budget, steps)
+
+
+OURS: dict[str, Callable[[Contest], Plan]] = {
+    "ekgfx, EKG": lambda contest: contest.subject.plan("EKG"),
+    "ekgfx, L1, uniform": lambda contest: contest.subject.plan("L1, uniform"),
+    "random channels, EKG's widths": lambda contest: contest.subject.plan("random, EKG's widths"),
+    "random channels, uniform": lambda contest: contest.subject.plan("random, uniform"),
+    f"ekgfx, EKG, multiples of {EVEN}": lambda contest: contest.even,
+    f"random channels, multiples of {EVEN}": lambda contest: repaired_by_us.at_random(
+        contest.traced, contest.even, contest.asked.seed
+    ),
+}
 
 
 def onnx_macs(network: onnx.ModelProto) -> int:
@@ -143,7 +168,7 @@ def measure(contest: Contest, name: str, work: Path) -> Row:
     """One method: what it costs, what it keeps, with and without the repair, before and after training."""
     started = time.process_time()
     if name in OURS:
-        plan = contest.subject.plan(OURS[name])
+        plan = OURS[name](contest)
         network = ekgfx.prune(contest.model, plan, contest.traced).eval()
     else:
         network = CUTS[name](contest)

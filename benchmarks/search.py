@@ -3,6 +3,7 @@
 from common import program
 from parts import (
     search_batches,
+    search_budgets,
     search_kernels,
     search_rounding,
     search_rule,
@@ -17,6 +18,7 @@ PARTS = {
     "kernels": search_kernels,
     "scale": search_scale,
     "batches": search_batches,
+    "budgets": search_budgets,
     "rule": search_rule,
     "rounding": search_rounding,
 }

@@ -11,6 +11,7 @@ def adopt_constants(graph: ir.Graph) -> None:
     """Register every constant that a node reads as an initializer of the graph."""
     for node in graph.all_nodes():
         for value in node.inputs:
-            orphan = value is not None and value.producer() is None and value.const_value is not None
-            if orphan and not value.is_initializer() and not value.is_graph_input():
+            if value is None or value.producer() is not None or value.const_value is None:
+                continue
+            if not value.is_initializer() and not value.is_graph_input():
                 graph.register_initializer(value)

@@ -51,11 +51,11 @@ def to_half(model: ir.Model, keep: Collection[str] = ()) -> ir.Model:
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         ShapeInferencePass()(model)  # the types of all values are needed
     graph, casts = model.graph, _Casts(model.graph)
-    keep = {node.name for node in graph if node.name in keep or any(_too_large(value) for value in node.inputs)}
-    if keep:
-        model.metadata_props[WIDE] = ", ".join(node.name for node in graph if node.name in keep and node.name)
+    kept = [node for node in graph if node.name in keep or any(_too_large(value) for value in node.inputs)]
+    if kept:
+        model.metadata_props[WIDE] = ", ".join(node.name for node in kept if node.name)
     for node in list(graph):
-        wide = node.op_type in _WIDE or node.name in keep or not _plain(node)
+        wide = node.op_type in _WIDE or node in kept or not _plain(node)
         reads, writes = _allowed(node, model.opset_imports)
         for position, value in enumerate(node.inputs):
             dtype = _SINGLE if wide or not reads[position] else _HALF
@@ -67,11 +67,13 @@ def to_half(model: ir.Model, keep: Collection[str] = ()) -> ir.Model:
         for value, half in zip(node.outputs, writes, strict=True):
             if half and value.dtype == _SINGLE:
                 value.type = ir.TensorType(_HALF)
-    for position, value in enumerate(graph.outputs):
-        if value.dtype == _HALF:
-            name, value.name = value.name, f"{value.name}_fp16"
-            graph.outputs[position] = casts.of(value, _SINGLE)
-            graph.outputs[position].name = name
+    for position, output in enumerate(graph.outputs):
+        if output.dtype == _HALF:
+            name, output.name = output.name, f"{output.name}_fp16"
+            single = casts.of(output, _SINGLE)
+            assert single is not None
+            single.name = name
+            graph.outputs[position] = single
     casts.finish()
     return model
 

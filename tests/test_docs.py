@@ -17,7 +17,7 @@ import ekgfx
 from ekgfx.cli import cli
 from ekgfx.data.spec import OPENERS
 from ekgfx.models import digits_cnn
-from ekgfx.settings import recipe
+from ekgfx.settings.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -184,8 +184,8 @@ def test_the_tour(folder, capsys):
 @pytest.mark.parametrize("page", having("yaml"))
 def test_recipes(page):
     for text in blocks(ROOT / page, "yaml"):
-        found = recipe.parse(yaml.safe_load(text), page)
-        assert recipe.parse(found.to_json(), page) == found
+        found = Recipe.from_json(yaml.safe_load(text), page)
+        assert Recipe.from_json(found.to_json(), page) == found
 
 
 @pytest.mark.parametrize("page", [name(page) for page in PAGES])

@@ -15,11 +15,11 @@ from ekgfx.bank import Bank
 from ekgfx.base.files import checksum
 from ekgfx.errors import EkgfxError
 from ekgfx.pipeline import planning
-from ekgfx.pipeline import stages as pipeline
+from ekgfx.pipeline.jobs import prune_job
 from ekgfx.report import Facts
 from ekgfx.runs import checkpoint
 from ekgfx.runs.directory import Run
-from ekgfx.settings import recipe
+from ekgfx.settings.recipe import Recipe
 from tests.fuzzing import SECONDS, bounded, mutants, of_bytes, of_json, refused
 
 FEW, MANY = 5, 200
@@ -41,8 +41,8 @@ export: {onnx: true, batches: [1]}
         def __getattr__(self, name: str) -> Callable:
             return lambda *_: None
 
-    with Run.create(path, settings=recipe.parse(yaml.safe_load(text)).to_json()) as run:
-        pipeline.prune_job(run, Silent())
+    with Run.create(path, settings=Recipe.from_json(yaml.safe_load(text)).to_json()) as run:
+        prune_job(run, Silent())
     return path
 
 

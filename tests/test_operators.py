@@ -46,6 +46,7 @@ def over_channels(x: Tensor) -> Tensor:
 
 BOXES = torch.tensor([[0.0, 0, 0, 4, 4], [1, 1, 1, 5, 5]], dtype=torch.float64)
 
+case("complex numbers of two parts")(lambda s, x: torch.complex(x, 2 * x).abs() + torch.polar(x.sigmoid(), x).real)
 # Statistics over channels: of the kept ones.
 case("the largest of all channels", zeroed=False)(lambda s, x: x * x.max(1, keepdim=True)[0].sigmoid())
 case("the least of all channels", zeroed=False)(lambda s, x: x * x.min(1).values[:, None].sigmoid())

@@ -1,6 +1,7 @@
 """Sizes that come from the batch follow it; what cannot is refused when the first other batch comes, never wrong."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -107,6 +108,19 @@ def test_a_length_that_the_graph_does_not_know_is_refused_whenever_it_comes() ->
     for length in (6, 8):
         with pytest.raises(PlanError, match=rf"2×4×6, does not hold for 3×{length}×6: its output has the shape"):
             traced.subnetwork()(torch.randn(3, length, 6, dtype=torch.float64))
+
+
+class Apart(Tokens):
+    """An output for every sample, as detectors give."""
+
+    def forward(self, x: Tensor) -> Any:
+        return [{"scores": sample} for sample in super().forward(x)]
+
+
+def test_an_output_for_every_sample_is_that_of_the_example_only() -> None:
+    traced = ekgfx.trace(Apart(lambda s, x: x).double().eval(), entries(2), unused=["table"])
+    with pytest.raises(PlanError, match="it returns 2 tensors, the model 5; the batch ends at aten.unbind.int"):
+        traced.subnetwork()(*entries(5))
 
 
 def test_random_values_are_no_difference() -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from ekgfx.bank import Bank
-from ekgfx.pipeline.stages import prune_job
+from ekgfx.pipeline.jobs import prune_job
 from ekgfx.runs.directory import Run
 from ekgfx.settings import recipe
 

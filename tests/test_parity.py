@@ -27,7 +27,7 @@ from ekgfx.search.importance import Scores, taylor
 from ekgfx.search.problem import Budget, Problem, width_rules
 from ekgfx.search.race import evaluate_candidates
 from ekgfx.search.ranking import ranking_of
-from ekgfx.search.reward import Evaluation, Objective, ensemble_knowledge, evaluate, validation_batches
+from ekgfx.search.reward import Evaluation, Objective, assess, ensemble_knowledge, validation_batches
 from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.finetune import finetune
 from ekgfx.training.loss import cross_entropy
@@ -92,7 +92,7 @@ class Recorded:
         states = [self.reference.knowledge(step).split(VAL_BATCH) for step in (0, 1)]
         for step in (2, 3):
             plan = self.plan(self.reference.widths(step), self.orders(step - 1))
-            _, logits = evaluate(self.problem.network(plan), self.problem.batches, self.problem.objective, None)
+            _, logits = assess(self.problem.network(plan), self.problem.batches, self.problem.objective, None)
             states.append(ensemble_knowledge(states[-1], step, logits))
         return states
 
@@ -152,7 +152,7 @@ def test_cost_counter(structure: Recorded) -> None:
 
 def test_initial_knowledge_and_loss(recorded: Recorded) -> None:
     problem = recorded.problem
-    found, logits = evaluate(problem.network(problem.full()), problem.batches, problem.objective, None)
+    found, logits = assess(problem.network(problem.full()), problem.batches, problem.objective, None)
     expected = recorded.reference.knowledge(0)
     assert (torch.cat(logits) - expected).abs().max() < 1e-4  # logits up to 13.5
     initial = recorded.reference.json("initial.json")
@@ -163,7 +163,7 @@ def test_initial_knowledge_and_loss(recorded: Recorded) -> None:
 def test_next_knowledge(recorded: Recorded) -> None:
     """T₁ from our logits of the sub-network chosen at step 0, which is gate 14's."""
     problem = recorded.problem
-    _, logits = evaluate(problem.network(recorded.candidate(0, 14)), problem.batches, problem.objective, None)
+    _, logits = assess(problem.network(recorded.candidate(0, 14)), problem.batches, problem.objective, None)
     expected = torch.from_numpy(recorded.reference.npz("candidate_logits_step0.npz")["gate14"])
     assert (torch.cat(logits) - expected).abs().max() < 1e-4
     knowledge = ensemble_knowledge(recorded.knowledge[0], 1, logits)
@@ -195,7 +195,7 @@ def test_logits_of_all_candidates_at_step_0(recorded: Recorded) -> None:
     problem = recorded.problem
     for gate, expected in recorded.reference.npz("candidate_logits_step0.npz").items():
         network = problem.network(recorded.candidate(0, int(gate.removeprefix("gate"))))
-        _, logits = evaluate(network, problem.batches, problem.objective, None)
+        _, logits = assess(network, problem.batches, problem.objective, None)
         assert np.abs(torch.cat(logits).numpy() - expected).max() < 1e-4, gate
 
 

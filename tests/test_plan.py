@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import ekgfx
-from ekgfx.errors import PlanError, TraceError
+from ekgfx.errors import PlanError, RecipeError, TraceError
 from ekgfx.graph.plan import Plan, rounds_of
 from ekgfx.runs.directory import read_manifest
 from ekgfx.surgery.check import perturb
@@ -57,6 +58,14 @@ def test_other_indices_are_refused(indices: Any) -> None:
 def test_wrong_arguments_are_a_line() -> None:
     model = net()
     traced = ekgfx.trace(model, IMAGES)
+    mask = torch.arange(8) < 3
+    for plan in (Plan({"0": mask}), Plan().with_kept("0", mask), pickle.loads(pickle.dumps(Plan({"0": mask})))):
+        with pytest.raises(PlanError, match="the plan's mask of '0' has 8 entries, the group 16"):
+            ekgfx.prune(model, plan, traced)
+    by_numpy = ekgfx.search(traced, strategy="uniform", importance="magnitude", flops=np.float32(0.5))
+    assert by_numpy.plan == ekgfx.search(traced, strategy="uniform", importance="magnitude", flops=0.5).plan
+    with pytest.raises(RecipeError, match=r"flops: '1/2' is no fraction and no amount"):
+        ekgfx.search(traced, strategy="uniform", importance="magnitude", flops=Fraction(1, 2), params=0.5)
     assert ekgfx.prune(model, {"0": [0, 1]}, traced)[0].out_channels == 2
     found = ekgfx.search(traced, strategy="uniform", importance="magnitude", flops="50%")
     assert Plan.of(ekgfx.prune(model, found, traced)) == found.plan

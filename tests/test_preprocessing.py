@@ -14,8 +14,8 @@ from ekgfx.data import load
 from ekgfx.errors import DataError, RecipeError
 from ekgfx.models.source import Source, parse
 from ekgfx.pipeline import job
-from ekgfx.settings import recipe
 from ekgfx.settings.preprocessing import Preprocessing
+from ekgfx.settings.recipe import Recipe
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_arguments_of_the_model(tmp_path) -> None:
 )
 def test_what_cannot_be_is_refused(asked, message) -> None:
     with pytest.raises(RecipeError, match=message):
-        recipe.parse({"preprocessing": asked})
+        Recipe.from_json({"preprocessing": asked})
 
 
 def test_the_command_line_says_it_before_the_work(files, tmp_path) -> None:

@@ -28,7 +28,7 @@ def test_shipped_recipes_load_and_survive_json(name):
     assert loaded.model
     assert loaded.description
     assert loaded.measured
-    assert recipe.parse(loaded.to_json()) == loaded
+    assert Recipe.from_json(loaded.to_json()) == loaded
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_unknown_recipe():
 
 
 def test_flags_win_over_the_recipe():
-    base = recipe.parse({"search": {"flops": 0.5, "align": 8}})
+    base = Recipe.from_json({"search": {"flops": 0.5, "align": 8}})
     changed = recipe.override(base, {"search.flops": 0.7, "seed": 1})
     assert (changed.search.flops, changed.search.align, changed.seed) == (0.7, 8, 1)
     with pytest.raises(RecipeError, match="must be one of"):
@@ -95,11 +95,38 @@ def test_flags_win_over_the_recipe():
 )
 def test_budgets_are_fractions_or_amounts(kind, asked, meant):
     assert budget_of(kind, asked) == pytest.approx(meant)
-    assert recipe.parse({"search": {kind: asked}}).search.budgets == {kind: asked}
+    assert Recipe.from_json({"search": {kind: asked}}).search.budgets == {kind: asked}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("search.step", 0, "a part of the widths, above 0 and up to 1"),
+        ("search.min_width", 1.0, "a part of the widths, from 0 and below 1"),
+        ("search.align", 0, "at least 1"),
+        ("search.accept", -1, "at least 1"),
+        ("search.images", 0, "at least 1"),
+        ("repair.images", 0, "at least 1"),
+        ("pretrain.epochs", -1, "at least 0"),
+        ("pretrain.views", 0, "at least 1"),
+        ("finetune.lr", 0.0, "a learning rate above 0"),
+        ("finetune.momentum", 1.0, "between 0 and below 1"),
+        ("finetune.ema", 1.0, "a decay between 0 and 1, such as 0.999"),
+        ("finetune.temperature", 0.0, "a temperature above 0"),
+        ("finetune.top_k", 0, "at least 1"),
+        ("export.batches", [8, 0], "batch sizes of at least 1"),
+    ],
+)
+def test_a_number_out_of_its_range_is_said_by_its_key(key, value, allowed):
+    with pytest.raises(RecipeError, match=rf"^{key} .*: use {allowed}$"):
+        recipe.override(Recipe(), {key: value})
 
 
 def test_several_budgets_may_be_given():
-    assert recipe.parse({"search": {"flops": 0.5, "params": "5M"}}).search.budgets == {"flops": 0.5, "params": "5M"}
+    assert Recipe.from_json({"search": {"flops": 0.5, "params": "5M"}}).search.budgets == {
+        "flops": 0.5,
+        "params": "5M",
+    }
 
 
 @pytest.mark.parametrize(
@@ -124,4 +151,4 @@ def test_a_file_that_names_itself_a_billion_times_is_refused_at_once(tmp_path):
             recipe.load(written(tmp_path, "\n".join([*lines, rest])))
         assert len(str(caught.value)) < 500
     with pytest.raises(RecipeError, match="description in .* must be text; got"):
-        recipe.parse({"description": yaml.safe_load("\n".join(lines))["x39"]})
+        Recipe.from_json({"description": yaml.safe_load("\n".join(lines))["x39"]})

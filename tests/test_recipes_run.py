@@ -43,6 +43,14 @@ def test_quickstart(tmp_path, capsys):
     *_, gained, advice = capsys.readouterr().out.strip().splitlines()
     assert gained.startswith("gained: 2.00 times as fast on cpu fp32 batch 1, 1.60 times as fast on cpu fp32 batch 64;")
     assert advice.startswith("your own model: ekgfx prune my_model.py:factory")
+    settings = run.manifest["settings"]
+    run.update(settings={**settings, "search": {**settings["search"], "flops": 0.5, "align": 1}})
+    for ms, hint in ((0.29, True), (0.12, False)):  # of 0.3, at 80% of the MACs at most: half of what they promise
+        timings[1]["median_ms"] = timings[3]["median_ms"] = ms
+        timings[2]["median_ms"] = 0.3
+        (run.path / "export.json").write_text(json.dumps({"latency": {"timings": timings}}))
+        summary.show(run.path)
+        assert ("odd widths leave hardware idle" in capsys.readouterr().out) is hint
 
 
 def test_cifar10_resnet56(tmp_path):

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import ekgfx
+from ekgfx.errors import EkgfxWarning
+from ekgfx.graph.opaque import Leaves
+from ekgfx.rewriting.calls import calls_of
 from ekgfx.surgery.check import check_masked, check_pruned, perturb
 
 from .zeroed import distance, zeroed
@@ -175,6 +178,24 @@ class Decoder(nn.Module):
         return self.head(x)
 
 
+class Shift(nn.Module):
+    """Shifts three channels each way, to neighbours, written into parts of a tensor; dropout inside of PyTorch's
+    attention, an argument that the graph of evaluation mode leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        b, c, h, w = x.shape
+        shifted = torch.zeros_like(x)
+        shifted[:, :3, :-1], shifted[:, 3:6, 1:], shifted[:, 6:] = x[:, :3, 1:], x[:, 3:6, :-1], x[:, 6:]
+        x = self.b(shifted.view(b, c, h * w).view(b, c, h, w)).relu().flatten(2).transpose(1, 2)
+        rate = 0.2 if self.training else 0.0
+        return self.out(F.scaled_dot_product_attention(x, x, x, dropout_p=rate))
+
+
 @dataclass
 class Settings:
     width: int = 12
@@ -211,6 +232,7 @@ CASES = {
     "root of a width": (Correlation, image, 16, (16, 24)),
     "grouped queries": (Decoder, tokens, 5, (5, 9)),
     "configuration": (lambda: Configured(Settings()), image, 4, (4, 6)),
+    "parts written to": (Shift, image, 4, (4, 6)),
 }
 
 
@@ -398,3 +420,117 @@ def test_a_batch_that_is_a_number_in_the_users_python_is_read_from_what_is_at_ha
         for training in (False, True):
             x = torch.randn(shape, dtype=torch.float64)
             assert distance(pruned, zeroed(traced, plan), (x,), training=training) < 1e-12
+
+
+def test_pytorch_does_not_warn_of_images_of_one_channel(capfd):
+    """Sizes of 1 cannot be left free; asked to, the exporter logs a line of its own for each."""
+    calls_of(nn.Conv2d(1, 2, 3), ((torch.zeros(2, 1, 8, 8),), {}), Leaves())
+    assert not capfd.readouterr().err
+
+
+class Normed(nn.Module):
+    """Two numbers that no shape shows: how many groups a norm has, and where a slice starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 8, 1), nn.Conv2d(4, 2, 1)
+        self.scale = nn.Parameter(torch.rand(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(F.group_norm(self.a(x), 3, self.scale)).relu()
+        return self.head(x[:, 2:6])
+
+
+def test_numbers_that_no_shape_shows_follow_the_cut() -> None:
+    torch.manual_seed(0)
+    model = Normed().double().eval()
+    perturb(model)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    traced = ekgfx.trace(model, x)
+    assert {name: group.size for name, group in traced.groups.items()} == {
+        "a#0": 3,
+        "a#1": 4,
+        "b#0": 2,
+        "b#1": 4,
+        "b#2": 2,
+    }
+    for kept in ({"a#0": (0, 2)}, {"b#0": (1,)}, {"a#0": (1,), "a#1": (0, 1, 3), "b#0": (0,), "b#1": (1, 2, 3)}):
+        plan = ekgfx.Plan(kept)
+        pruned = ekgfx.prune(model, plan, traced, graphs="allow")
+        assert check_pruned(traced, plan, pruned, (torch.randn(3, 3, 5, 4, dtype=torch.float64),)) < 1e-12
+
+
+class Listed(nn.Module):
+    """A list with an entry for each sample, and a width that only a forward written anew can change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.cat([x.new_ones(1, 1)] * x.shape[0])
+        return self.head(self.stem(x).view(-1, 12, 16).mean(2)[..., None, None] * weights[..., None, None])
+
+
+def test_a_forward_says_when_it_takes_the_examples_batch_only() -> None:
+    model = Listed().eval()
+    traced = ekgfx.trace(model, image(2, 4))
+    with pytest.warns(EkgfxWarning, match=r"the model \(Listed, for the example's sizes only\)"):
+        pruned = ekgfx.prune(model, ekgfx.Plan({"stem": (0, 3, 4)}), traced)
+    assert [replacement.sizes for replacement in ekgfx.replaced(pruned)] == ["example"]
+
+
+class Zeros(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x.new_zeros(len(x), 3)], 1)
+
+
+class Longer(nn.Module):
+    """One module puts three zeros behind the features; what reads them stands in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.zeros = nn.Linear(4, 6), Zeros()
+        self.head = nn.Sequential(nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.zeros(self.stem(x)))
+
+
+def test_what_shows_in_one_module_is_mended_in_the_one_before_it() -> None:
+    torch.manual_seed(0)
+    model = Longer().double().eval()
+    traced = ekgfx.trace(model, torch.randn(2, 4, dtype=torch.float64))
+    assert {name: group.size for name, group in traced.groups.items()} == {"stem": 6, "head.0#0": 5, "head.0#1": 3}
+    plan = ekgfx.Plan({"stem": (0, 1, 4), "head.0#0": (0, 4), "head.0#1": (2,)})
+    pruned = ekgfx.prune(model, plan, traced, graphs="allow")
+    assert [replacement.module for replacement in ekgfx.replaced(pruned)] == ["zeros"]
+    assert distance(pruned, zeroed(traced, plan), (torch.randn(5, 4, dtype=torch.float64),)) < 1e-12
+
+
+class Modes(nn.Module):
+    """The same operators in training, on another weight, and with a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.still, self.noisy = nn.Parameter(torch.rand(6)), nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).view(-1, 5, 6) * (self.noisy if self.training else self.still)
+        mask = x.new_ones(5, 5).tril() > 0
+        y = F.scaled_dot_product_attention(x[..., :2] * 0 + 1, x[..., :2] * 0 + 1, x, mask if self.training else None)
+        return self.head(y) + mask.sum()
+
+
+def test_training_runs_on_what_it_ran_on() -> None:
+    torch.manual_seed(0)
+    model = Modes().double().eval()
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    traced = ekgfx.trace(model, x)
+    name, group = max(traced.groups.items(), key=lambda pair: pair[1].size)
+    plan = ekgfx.Plan({name: tuple(range(1, group.size))})
+    pruned = ekgfx.prune(model, plan, traced, graphs="allow")
+    assert len(ekgfx.replaced(pruned)) == 1
+    for training in (False, True):
+        assert distance(pruned, zeroed(traced, plan), (x[:2],), training=training) < 1e-12

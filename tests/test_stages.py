@@ -9,9 +9,9 @@ from torch import Tensor
 from ekgfx.data.arrays import ArraySplit
 from ekgfx.data.base import Batch, Views
 from ekgfx.pipeline.job import Job, Silent
-from ekgfx.pipeline.stages import to_the_plan
+from ekgfx.pipeline.jobs import to_the_plan
 from ekgfx.runs.directory import Run
-from ekgfx.settings import recipe
+from ekgfx.settings.recipe import Recipe
 
 ASKED = {
     "model": "ekgfx.models:digits_cnn",
@@ -28,7 +28,7 @@ def test_validation_images_are_loaded_once(tmp_path: Path, monkeypatch) -> None:
             read.update(chunk.tolist())
             yield from plain(self, [chunk], views)
 
-    with Run.create(tmp_path / "run", settings=recipe.parse(ASKED).to_json()) as run:
+    with Run.create(tmp_path / "run", settings=Recipe.from_json(ASKED).to_json()) as run:
         job = Job.of(run, Silent())
         assert job.data is not None
         train, val = job.data.search_subset(4, 4, seed=job.recipe.seed)

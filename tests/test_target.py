@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ekgfx.errors import RecipeError
-from ekgfx.latency.target import Staircase, Target, parse, staircase
+from ekgfx.latency.target import Staircase, Target, staircase
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from ekgfx.latency.target import Staircase, Target, parse, staircase
     ],
 )
 def test_is_read_back_from_its_text(text: str, target: Target) -> None:
-    assert parse(text) == target == parse(str(target))
+    assert Target.parse(text) == target == Target.parse(str(target))
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_is_read_back_from_its_text(text: str, target: Target) -> None:
 )
 def test_anything_else_is_refused(text: str, says: str) -> None:
     with pytest.raises(RecipeError, match=says) as error:
-        parse(text)
+        Target.parse(text)
     assert len(str(error.value)) < 500
 
 

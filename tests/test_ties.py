@@ -1,6 +1,7 @@
 """Widths that one number stands for: what of a module's Python, and of a configuration, shrinks together."""
 
 import copy
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -284,3 +285,57 @@ def test_it_is_told_where_no_configuration_says_the_widths(caplog: pytest.LogCap
     with caplog.at_level("INFO", logger="ekgfx"):
         ekgfx.search(traced, flops=0.6, strategy="uniform", importance="magnitude", uniform_layers=True)
     assert "no configuration builds Sequential; repeated layers share their widths" in caplog.text
+
+
+class Positions(Network):
+    """A table of positions that is in the state, and that the library does not save but computes anew."""
+
+    _keys_to_ignore_on_save = ["table"]
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.table = nn.Parameter(torch.arange(20.0)[:, None].div(config.width).expand(20, config.width).sin())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens) + self.table[: tokens.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(self.head(x.mean(1)).relu())
+
+
+def test_a_width_of_what_is_computed_anew_and_not_saved_stays() -> None:
+    ties = ties_of(traced_of(network(Positions)), uniform_layers=True)
+    assert ties.held["embed"] == "table is not saved"
+    assert {"layers.0.up", "layers.1.up"} in [set(tie.members) for tie in ties.ties]
+
+
+class Scaled(Layer):
+    """Divides by the root of its head width as it runs; on small weights that is next to nothing. Heads have biases."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        del self.scale
+        self.bias = nn.Parameter(torch.randn(config.heads, 1, 1))
+        self.q.weight.data.mul_(1e-4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], -1, self.head_width)
+        q, k, v = (part(x).view(shape).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = (q @ k.transpose(2, 3) / math.sqrt(self.head_width) + self.bias).softmax(-1) @ v
+        x = self.norm(x + self.o(y.transpose(1, 2).flatten(2)))
+        return x + self.down(F.gelu(self.up(x)))
+
+
+def test_a_scale_that_the_forward_computes_keeps_the_head_width() -> None:
+    class Net(Network):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.layers = nn.ModuleList(Scaled(config) for _ in range(config.depth))
+
+    traced = traced_of(network(Net))
+    result = ekgfx.search(traced, flops=0.9, strategy="uniform", importance="magnitude", uniform_layers=True)
+    pruned: Any = ekgfx.prune(traced.model, result.plan, traced, graphs="forbid")
+    assert pruned.layers[0].head_width == 6 and pruned.config.width == 24
+    anew = Net(copy.deepcopy(pruned.config)).double().eval()
+    anew.load_state_dict(pruned.state_dict())
+    torch.testing.assert_close(anew(TOKENS), pruned.eval()(TOKENS), rtol=0, atol=1e-14)

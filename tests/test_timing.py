@@ -11,7 +11,7 @@ from ekgfx.errors import RecipeError
 from ekgfx.pipeline import timing
 from ekgfx.runs.directory import Run, read_manifest
 from ekgfx.search.latency import LayerTable
-from ekgfx.settings.recipe import Search, parse
+from ekgfx.settings.recipe import Recipe, Search
 from tests.search.test_latency import table_of
 
 TARGET = "cpu:fp32:batch=4:threads=1"
@@ -36,7 +36,7 @@ class Quiet:
 
 def settings(**search: object) -> dict[str, object]:
     asked = {"strategy": "uniform", "importance": "magnitude", "latency": 0.8, **search}
-    return parse({"model": "ekgfx.models:digits_cnn", "search": asked}).to_json()
+    return Recipe.from_json({"model": "ekgfx.models:digits_cnn", "search": asked}).to_json()
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_cache_folder(monkeypatch):
 @pytest.mark.sweep  # real timings of so small a network: on a busy machine its least width may seem no faster
 def test_a_whole_job_and_its_promise(tmp_path, monkeypatch):
     """Real timings of three networks; the search's plan, the prediction, and the clock's word on it."""
-    from ekgfx.pipeline.stages import prune_job
+    from ekgfx.pipeline.jobs import prune_job
 
     monkeypatch.setenv("EKGFX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(timing, "NETWORKS", 3)

@@ -50,6 +50,36 @@ def test_what_no_code_names_holds_nothing_back_and_is_told() -> None:
     assert list(traced.groups) == ["a.0", "b.0"]
 
 
+class Tasks(Trunk):
+    """A head for each task, chosen by an attribute that the user sets: by key, by a name put together, or kept."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.task, self.choice = how, "one", {"one": "first", "two": "second"}
+        heads = {"one": nn.Linear(10, 4), "two": nn.Sequential(nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 2))}
+        if how == "key":
+            self.heads = nn.ModuleDict(heads)
+        else:
+            for name, head in heads.items():
+                setattr(self, f"task_{name}" if how == "piece" else self.choice[name], head)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.features(x).mean((2, 3))
+        if self.how == "key":
+            return self.heads[self.task](x)
+        return getattr(self, f"task_{self.task}" if self.how == "piece" else self.choice[self.task])(x)
+
+
+@pytest.mark.parametrize("how", ["key", "piece", "kept"])
+def test_a_head_that_code_looks_up_keeps_what_may_meet_it(how: str) -> None:
+    pruned, twin, traced = cut(ready(Tasks(how)))
+    assert list(traced.groups) == ["a.0"]
+    assert "may meet" in traced.notes[0] and traced.dead == []
+    for model in (pruned, twin):
+        model.task = "two"
+    same(pruned, twin, images(3))
+
+
 def test_the_inside_of_an_unseen_head_does_not_count() -> None:
     model = Elsewhere()
     model.other = nn.Sequential(nn.Linear(20, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 9))

@@ -1,5 +1,6 @@
 """Every model of a sweep in a process of its own, and what the sweep over timm found."""
 
+import sys
 from collections.abc import Callable, Sequence
 
 from common import Ended, Lines, Row, apart
@@ -21,8 +22,15 @@ def sweep(measure: Callable[[str], Row], names: Sequence[str], found: Lines, tim
         try:
             row = apart(measure, name, timeout=timeout, start="fork")
         except Ended as ended:
-            row = {"model": name, "status": "error", "message": str(ended)[:600]}
+            row = {"model": name, "status": "error", "message": without_folders(str(ended))[:600]}
         found.add(row)
+
+
+def without_folders(message: str) -> str:
+    """A message that does not say where packages are installed."""
+    for folder in sorted(filter(None, sys.path), key=len, reverse=True):
+        message = message.replace(f"{folder}/", "")
+    return message
 
 
 def rows(found: list[Row]) -> str:

@@ -103,17 +103,24 @@ def listed() -> list[str]:
     return [column[i] for i in range(max(map(len, columns))) for column in columns if i < len(column)]
 
 
+def small(config: Any) -> dict[str, Any]:
+    """The small values of what a configuration has, and those of the configurations in it."""
+    known = config.to_dict().keys() | {key for key in SMALL if hasattr(config, key)}
+    inner = {key: small(value) for key, value in vars(config).items() if hasattr(value, "to_dict")}
+    return {key: value for key, value in SMALL.items() if key in known} | inner
+
+
 def build(name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The model, its inputs, and inputs of another batch and size."""
     import torch
     import transformers
 
     kind, _, architecture = name.partition(":")
-    whole = transformers.AutoConfig.for_model(architecture)
-    known = whole.to_dict().keys() | {key for key in SMALL if hasattr(whole, key)}
-    asked = {**{key: value for key, value in SMALL.items() if key in known}, **KINDS[kind][architecture]}
+    asked = {**small(transformers.AutoConfig.for_model(architecture)), **KINDS[kind][architecture]}
     config = transformers.AutoConfig.for_model(architecture, **asked)
+    config.architectures = config.architectures or []  # the first of several classes, where it names none
     model = getattr(transformers, f"AutoModelFor{kind}").from_config(config).eval().double()
+    config = getattr(config, "vision_config", config)
     draw = torch.Generator().manual_seed(0)
 
     def inputs(batch: int, length: int) -> dict[str, Any]:
@@ -148,7 +155,9 @@ def measure(name: str) -> dict[str, Any]:
     torch.manual_seed(0)
     start = time.process_time()
     model, inputs, others = build(name)
+    computed = {key: model.state_dict()[key].clone() for key in getattr(model, "_keys_to_ignore_on_save", None) or ()}
     perturb(model)
+    model.load_state_dict(computed, strict=False)  # what is not saved, but computed anew, stays what is computed
     row: dict[str, Any] = {"model": name, "params": sum(p.numel() for p in model.parameters())}
     with torch.no_grad():
         output = model(**inputs)

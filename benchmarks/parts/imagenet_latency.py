@@ -35,7 +35,7 @@ from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph.plan import Plan
 from ekgfx.latency import target
 from ekgfx.search.latency import LayerTable, Price
-from ekgfx.search.reward import Objective, evaluate, validation_batches
+from ekgfx.search.reward import Objective, assess, validation_batches
 from ekgfx.surgery.calibrate import calibrate
 
 WAYS = ("MACs", "MACs aligned", "latency")
@@ -88,8 +88,8 @@ def reward(setting: Setting, plan: Plan, images: torch.Tensor) -> float:
     """ℛ of a plan's network against the knowledge of the unpruned one, with batch statistics as in the search."""
     batches = validation_batches(setting.batches(images))
     unpruned = Plan(structure=plan.structure, rescale=plan.rescale)
-    _, knowledge = evaluate(subnetwork(setting, unpruned), batches, Objective(), None)
-    return evaluate(subnetwork(setting, plan), batches, Objective(), knowledge)[0].reward
+    _, knowledge = assess(subnetwork(setting, unpruned), batches, Objective(), None)
+    return assess(subnetwork(setting, plan), batches, Objective(), knowledge)[0].reward
 
 
 def subnetwork(setting: Setting, plan: Plan) -> SubNetwork:
@@ -110,7 +110,7 @@ def clocked(setting: Setting, plans: dict[str, Plan], place: target.Target) -> d
 
 def main(asked: argparse.Namespace) -> None:
     torch.set_num_threads(asked.threads)
-    output, place = Path(asked.output), target.parse(asked.target)
+    output, place = Path(asked.output), target.Target.parse(asked.target)
     found, setting = Sheet(output, chosen(asked, "target", *SETTINGS), methods={}), prepare(asked)
     table, judged = layer_table(setting.traced, place, output.with_suffix(".table.json"))
     found.keep(price={key: judged[key] for key in ("median", "worst")}, machine=dict(table.environment))

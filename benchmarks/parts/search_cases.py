@@ -19,7 +19,7 @@ from ekgfx.models.weights import load_weights
 from ekgfx.pipeline import job
 from ekgfx.search import ekg
 from ekgfx.search.problem import Budget, Problem, width_rules
-from ekgfx.search.reward import Objective, evaluate, label_free, validation_batches
+from ekgfx.search.reward import Objective, assess, label_free, validation_batches
 from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.step_zero import prepare
 
@@ -122,7 +122,7 @@ class Case:
 
 def unpruned(problem: Problem) -> ekg.State:
     """Where a search starts."""
-    _, logits = evaluate(problem.network(problem.full()), problem.batches, problem.objective, None)
+    _, logits = assess(problem.network(problem.full()), problem.batches, problem.objective, None)
     return ekg.State(problem.full(), dict.fromkeys(problem.rules, 1.0), logits)
 
 

@@ -24,7 +24,7 @@ import ekgfx
 from ekgfx.base.files import read_json, write_json
 from ekgfx.search.ekg import State
 from ekgfx.search.problem import Problem
-from ekgfx.search.reward import evaluate
+from ekgfx.search.reward import assess
 
 BASE = {"blocks": 8, "width": 32, "groups": 9, "images": 128}
 VARIED = {"blocks": (4, 8, 16, 32), "width": (16, 32, 64), "groups": (2, 4, 9), "images": (64, 128, 256)}
@@ -77,7 +77,7 @@ def large(name: str) -> Problem:
 
 def measured(posed: Problem) -> dict[str, Any]:
     """The step's parts and its memory."""
-    _, knowledge = evaluate(posed.network(posed.full()), posed.batches, posed.objective, None)
+    _, knowledge = assess(posed.network(posed.full()), posed.batches, posed.objective, None)
     state = State(posed.full(), dict.fromkeys(posed.rules, 1.0), knowledge)
     found, memory = with_memory(lambda: timed(posed, state, "all", early_stop=False))
     figures = {key: round(found[key], 3) for key in ("importance", "candidate", "step")}

@@ -17,7 +17,7 @@ from ekgfx.search.importance import taylor
 from ekgfx.search.problem import Computing, Problem
 from ekgfx.search.race import Outcome, evaluate_candidates
 from ekgfx.search.ranking import ranking_of
-from ekgfx.search.reward import evaluate
+from ekgfx.search.reward import assess
 from ekgfx.surgery.check import MaskedNetwork, mask_tensor
 from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.evaluation import batch_statistics
@@ -63,7 +63,7 @@ def timed(
         outcomes = [Outcome(masked(problem, candidate, knowledge)) for _, candidate in pairs]
     elif way == "sliced":
         outcomes = [
-            Outcome(evaluate(problem.network(candidate), problem.batches, problem.objective, knowledge)[0])
+            Outcome(assess(problem.network(candidate), problem.batches, problem.objective, knowledge)[0])
             for _, candidate in pairs
         ]
     else:
@@ -77,7 +77,7 @@ def timed(
     if way == "masked":
         masked(problem, taken[-1].plan, knowledge)
     elif way in ("sliced", "prefixes") or len(taken) > 1:  # or what is known of the best is used
-        evaluate(problem.network(taken[-1].plan), problem.batches, problem.objective, knowledge)
+        assess(problem.network(taken[-1].plan), problem.batches, problem.objective, knowledge)
     accepted = clock(problem.traced) - start
     negatives = {
         group: None if outcome.evaluation is None else -outcome.evaluation.reward
@@ -100,7 +100,7 @@ def masked(problem: Problem, plan: Plan, knowledge: Any) -> Any:
     traced = problem.traced
     kept = traced.groups.kept(plan)
     if not problem.rescale:  # no BatchNorm; layer norms over masked channels need the graph
-        return evaluate(MaskedNetwork(traced, kept), problem.batches, problem.objective, knowledge)[0]
+        return assess(MaskedNetwork(traced, kept), problem.batches, problem.objective, knowledge)[0]
     kernels, weights = kernel_names(traced), {}
     for name, dims in traced.weight_dims().items():
         full = traced.tensor(name)
@@ -112,7 +112,7 @@ def masked(problem: Problem, plan: Plan, knowledge: Any) -> Any:
         return torch.func.functional_call(traced.model, weights, inputs)
 
     with batch_statistics(traced.model):
-        return evaluate(network, problem.batches, problem.objective, knowledge)[0]
+        return assess(network, problem.batches, problem.objective, knowledge)[0]
 
 
 def clock(traced: TracedModel) -> float:

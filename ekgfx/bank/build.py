@@ -5,42 +5,31 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ekgfx.axes import Axis
-from ekgfx.bank.norms import Noted, Settled, Statistics, noted, statistics
+from ekgfx.bank.norms import noted
 from ekgfx.bank.rows import RowFormat, Rows, infidelity
 from ekgfx.bank.store import FORMAT, MANIFEST, Bank, read_manifest, rows_file
-from ekgfx.bank.teachers import pick_teachers
+from ekgfx.bank.teachers import STATISTICS, Teacher, drawn, onto, pick_teachers
 from ekgfx.base.files import checksum, read_json, write_json
 from ekgfx.base.schema import read
 from ekgfx.data import Loader
-from ekgfx.data.batches import Inputs, each_batch, unpacked
-from ekgfx.data.mixing import even, mixed
 from ekgfx.data.numbered import numbered
 from ekgfx.distributed.team import ALONE, Team, team
 from ekgfx.errors import DataError, RunError
-from ekgfx.execution.subnetwork import has_batch_norm
-from ekgfx.graph.arguments import check_inputs
 from ekgfx.search.result import SearchResult
 from ekgfx.tracing.traced import TracedModel, check_traced
-from ekgfx.training.loss import at_least_single, default_temperature
+from ekgfx.training.loss import default_temperature
 from ekgfx.training.outputs import Logits, finder, logits_of
 
 SAVE_EVERY = 5.0
 """Seconds between two notes of how far a teacher's file has come: what a kill can cost."""
-
-STATISTICS = 1024
-"""Samples, drawn at random, that show what a cut changed for a teacher's BatchNorms."""
-
-_OTHER_SIZE = "the memory bank was begun with batches of another size; use that size, or a new folder"
 
 
 class Progress(NamedTuple):
@@ -94,10 +83,10 @@ def build_bank(
         raise DataError("the bank reads the batches once per teacher; give a list or a DataLoader, not an iterator")
     picked = pick_teachers(result.losses[:-1] or result.losses, teachers) if knowledge == "ensemble" else [0]
     batches = batches.in_order() if isinstance(batches, Loader) else numbered(batches, in_order=True)
-    networks = [_Teacher(traced, result, step, finder(logits)) for step in picked]
+    networks = [Teacher(traced, result, step, finder(logits)) for step in picked]
     row = _row_format(networks[0], batches, top_k)
-    sample = cache(lambda: _sample(traced, batches))
-    uncut = cache(lambda: noted(traced, _onto(traced, sample())))
+    sample = cache(lambda: drawn(traced, batches))
+    uncut = cache(lambda: noted(traced, onto(traced, sample())))
     mates = team() if parallel else ALONE
     start = time.monotonic()
 
@@ -129,7 +118,7 @@ def build_bank(
 
 
 def encoded(
-    row: RowFormat, teacher: "_Teacher", batches: Iterable[Any], skip: int, mates: Team
+    row: RowFormat, teacher: Teacher, batches: Iterable[Any], skip: int, mates: Team
 ) -> Iterator[tuple[Rows, float]]:
     """A teacher's rows and their infidelity, batch by batch in order, whoever computed them."""
     mine = (
@@ -144,107 +133,7 @@ def encoded(
         yield from (each for each in said if each is not None)
 
 
-@dataclass(frozen=True)
-class _Teacher:
-    """An interim sub-network that answers with logits. known: the statistics of its BatchNorms."""
-
-    traced: TracedModel
-    result: SearchResult
-    step: int
-    logits: Callable[[Any], Tensor]
-    known: Statistics = field(default_factory=dict)
-
-    @property
-    def kept(self) -> dict[Axis, Tensor]:
-        return self.left.groups.kept(self.result.plans[self.step])
-
-    @property
-    def left(self) -> TracedModel:
-        """The model without the blocks that were dropped by then."""
-        return self.traced.left_by(self.result.plans[self.step])
-
-    @property
-    def rescale(self) -> bool:
-        return self.result.plans[self.step].rescale
-
-    def statistics(self, batches: Iterable[Any], uncut: Sequence[Noted]) -> Statistics:
-        """Of its BatchNorms, on mixed batches. uncut: what those of the unpruned network normalize of them."""
-        return statistics(self.left, self.kept, _onto(self.traced, batches), uncut, rescale=self.rescale)
-
-    def answers(self, batches: Iterable[Any], skip: int = 0, mates: Team = ALONE) -> Iterator[tuple[Tensor, Tensor]]:
-        """Sample indices and logits of every batch, in order; the first `skip` samples are not asked about again. Of
-        several processes each answers for every so many-th of the batches."""
-        network = Settled(self.left, self.kept, self.known, rescale=self.rescale)
-        seen, last, turn = 0, -1, 0
-        shared = mates.size > 1
-        if isinstance(batches, Loader):  # others are read and dropped
-            if skip:
-                seen, batches = skip, _rest(batches, skip)
-            if mates.size > 1:
-                batches, mates = batches.dealt(mates.rank, mates.size), ALONE
-        for batch in each_batch(batches):
-            inputs, index = _inputs(batch, seen)
-            if int(index[0]) <= last or (index.diff() <= 0).any():
-                raise DataError(
-                    f"the bank's batches must come in ascending order of their samples, but after sample {last} come "
-                    f"{index[:4].tolist()}…; turn shuffling off (here samples may be sorted by class)"
-                )
-            seen, last = seen + len(index), int(index[-1])
-            if seen <= skip:
-                continue
-            if seen - len(index) < skip:
-                raise RunError(_OTHER_SIZE)
-            turn += 1
-            if (turn - 1) % mates.size != mates.rank:
-                continue
-            with torch.no_grad():
-                inputs = inputs.onto(self.traced.model)
-                check_inputs(self.traced, *inputs)
-                output = inputs.into(network)
-            yield index, at_least_single(self.logits(output))
-        if not seen and not shared:  # of several processes some may have nothing to do
-            raise DataError("the memory bank got no batches")
-
-
-def _sample(traced: TracedModel, batches: Iterable[Any]) -> Iterable[Any]:
-    """Mixed batches of samples that are drawn from all of the batches; none where nobody takes statistics of them."""
-    if not has_batch_norm(traced):
-        return []
-    if isinstance(batches, Loader):
-        drawn = batches.mixed(STATISTICS)
-        drawn.batch_size = even(len(drawn.indices) or 1, batches.batch_size)
-        return drawn
-    names: list[str] = []
-
-    def values(batch: Any) -> tuple[Any, ...]:
-        inputs, _ = _inputs(batch, 0)
-        names[:] = inputs.kwargs
-        return (*inputs.args, *inputs.kwargs.values())
-
-    samples = mixed(map(values, each_batch(batches)), STATISTICS)
-    positional = len(samples[0]) - len(names) if samples else 0
-    return [(Inputs(each[:positional], dict(zip(names, each[positional:], strict=True))),) for each in samples]
-
-
-def _onto(traced: TracedModel, batches: Iterable[Any]) -> Iterator[Inputs]:
-    return (_inputs(batch, 0)[0].onto(traced.model) for batch in batches)
-
-
-def _rest(loader: Loader, skip: int) -> Loader:
-    try:
-        return loader.after(skip)
-    except DataError as error:
-        raise RunError(_OTHER_SIZE) from error
-
-
-def _inputs(batch: Any, seen: int) -> tuple[Inputs, Tensor]:
-    """A batch's inputs and its sample indices, counted on from `seen` where it has none."""
-    images, _, index = unpacked(batch)
-    inputs = Inputs.of(images)
-    return inputs, index.cpu() if len(index) else torch.arange(seen, seen + inputs.samples)
-
-
-def _row_format(teacher: _Teacher, batches: Iterable[Any], top_k: int | None) -> RowFormat:
+def _row_format(teacher: Teacher, batches: Iterable[Any], top_k: int | None) -> RowFormat:
     _, logits = next(teacher.answers(batches))
     shape = tuple(logits.shape[1:])
     if top_k is not None and not (len(shape) == 1 and 0 < top_k < shape[0]):
@@ -256,7 +145,7 @@ def _write_rows(
     folder: Path,
     number: int,
     row: RowFormat,
-    teacher: _Teacher,
+    teacher: Teacher,
     batches: Iterable[Any],
     progress: Callable[[int, int], None],
     mates: Team,

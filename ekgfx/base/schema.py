@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ekgfx.base.ranges import OutOfRange
 from ekgfx.errors import EkgfxError
 
 _SHOWN = 80
@@ -72,7 +73,11 @@ class _Reader:
             required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
             if required and field.name not in values:
                 raise self.error(f"{self.where} has no {prefix}{field.name}")
-        return cls(**{name: self.convert(known[name], part, prefix + name) for name, part in values.items()})
+        parts = {name: self.convert(known[name], part, prefix + name) for name, part in values.items()}
+        try:
+            return cls(**parts)
+        except OutOfRange as error:
+            raise self.error(f"{prefix}{error}") from error
 
     def mapping(self, value: object, key: str) -> Mapping[Any, Any]:
         if not isinstance(value, Mapping):

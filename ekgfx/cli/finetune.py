@@ -40,7 +40,7 @@ def finetune(
     if "data" in changes:
         changes["data"] = named.absolute(changes["data"])
     from ekgfx.cli.work import work
-    from ekgfx.pipeline.stages import finetune_job
+    from ekgfx.pipeline.jobs import finetune_job
 
     with Run.reopen(run) as opened:
         work(opened, lambda report: finetune_job(opened, report, changes), logger=logger)

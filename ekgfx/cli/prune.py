@@ -112,11 +112,6 @@ log = logging.getLogger("ekgfx")
     "--repair/--no-repair",
     help="Refit the cut network, in closed form, to what the unpruned one computes on the data's images.",
 )
-@setting(
-    "repair.epochs",
-    "--repair-epochs",
-    help="Epochs of a label-free distillation after the refit, block by block on its images.",
-)
 @setting("finetune.epochs", "--epochs", help="Epochs of fine-tuning after the search.")
 @setting(
     "finetune.budgets",
@@ -174,7 +169,7 @@ def prune(
     from ekgfx.cli.work import work
     from ekgfx.distributed.team import copied, joined
     from ekgfx.pipeline.job import Silent
-    from ekgfx.pipeline.stages import prune_job
+    from ekgfx.pipeline.jobs import prune_job
 
     with joined() as mates:
         if not mates.first:

@@ -13,7 +13,6 @@ from ekgfx.runs.directory import Run
 @click.argument("run", type=click.Path(path_type=Path))
 @setting("data", "--data", metavar="SPEC", help="Other images than the run's.")
 @setting("repair.images", "--images", help="Images that are used.")
-@setting("repair.epochs", "--epochs", help="Epochs of a label-free distillation after it, block by block.")
 @setting("device", "--device", metavar="auto|cpu|cuda[:N]", help="Where to compute.")
 @logs
 def repair(run: Path, logger: str | None, **flags: Any) -> None:
@@ -22,7 +21,7 @@ def repair(run: Path, logger: str | None, **flags: Any) -> None:
     `ekgfx prune` does so by itself; this is for runs that were made with --no-repair, or without images.
     """
     from ekgfx.cli.work import work
-    from ekgfx.pipeline.stages import repair_job
+    from ekgfx.pipeline.jobs import repair_job
 
     with Run.reopen(run) as opened:
         work(opened, lambda report: repair_job(opened, report, given(flags)), logger=logger)

@@ -17,7 +17,7 @@ from ekgfx.base.units import human
 from ekgfx.errors import PlanError
 from ekgfx.graph.axis_graph import AxisGraph, Operation
 from ekgfx.graph.cost import Products, value_of
-from ekgfx.graph.plan import Plan
+from ekgfx.graph.plan import FromMask, Plan
 
 CONVOLUTIONS = "aten.conv"
 CHANNEL_NORMS = frozenset({"aten.batch_norm.default", "aten.instance_norm.default"})
@@ -154,6 +154,8 @@ class Groups(Mapping[str, ChannelGroup]):
             group = self[name]
             if not indices:
                 raise PlanError(f"the plan keeps no channel of {name!r}; keep at least one")
+            if isinstance(indices, FromMask) and indices.length != group.size:
+                raise PlanError(f"the plan's mask of {name!r} has {indices.length} entries, the group {group.size}")
             if list(indices) != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= group.size:
                 raise PlanError(f"the plan's indices of {name!r} are not ascending numbers below {group.size}")
             if len(indices) < group.size:

@@ -63,7 +63,10 @@ class Plan:
     def with_kept(self, name: str, indices: Iterable[int]) -> "Plan":
         """The same plan with other indices for one group."""
         made = copy.copy(self)  # not `replace`: a search makes many, and the other groups' indices are right
-        object.__setattr__(made, "kept", {**self.kept, name: tuple(sorted(_indices(name, indices)))})
+        found = _indices(name, indices)
+        object.__setattr__(
+            made, "kept", {**self.kept, name: found if isinstance(found, FromMask) else tuple(sorted(found))}
+        )
         return made
 
     def then(self, later: "Plan") -> "Plan":
@@ -185,16 +188,30 @@ def as_plan(value: Any) -> Plan:
     raise PlanError(f"a {type(value).__name__} is no plan; give an ekgfx.Plan, such as the search's result.plan")
 
 
+class FromMask(tuple[int, ...]):
+    """Kept channels that were given as a mask: one truth value for every channel, `length` of them."""
+
+    length: int
+
+    def __new__(cls, indices: Iterable[int], length: int) -> "FromMask":
+        made = super().__new__(cls, indices)
+        made.length = length
+        return made
+
+    def __getnewargs__(self) -> tuple[tuple[int, ...], int]:
+        return tuple(self), self.length
+
+
 def _indices(name: str, indices: Any) -> tuple[int, ...]:
     """Kept channels as a tuple of Python's whole numbers."""
-    if type(indices) is tuple and set(map(type, indices)) <= {int}:
+    if isinstance(indices, FromMask) or (type(indices) is tuple and set(map(type, indices)) <= {int}):
         return indices
     listed = indices.tolist() if hasattr(indices, "tolist") else indices  # of a tensor or an array
     if not isinstance(name, str) or isinstance(listed, str) or not isinstance(listed, Iterable):
         raise PlanError(f"the plan keeps {str(indices)[:80]!r} of {name!r}; name a group, and give its kept channels")
     found = [value.item() if hasattr(value, "item") else value for value in listed]
     if found and all(type(value) is bool for value in found):
-        return tuple(i for i, stays in enumerate(found) if stays)
+        return FromMask((i for i, stays in enumerate(found) if stays), len(found))
     wrong = [value for value in found if type(value) is not int]
     if wrong:
         raise PlanError(f"the plan keeps {str(wrong[0])[:80]!r} of {name!r}; kept channels are whole numbers")

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ekgfx.axes import Axis, Dims, axes, unify
+from ekgfx.base.containers import tensors_by_place
 from ekgfx.errors import PlanError
 from ekgfx.graph import opaque as leaf
 from ekgfx.graph.axis_graph import AxisGraph
@@ -158,6 +159,9 @@ def _said(shapes: list[tuple[int, ...]]) -> str:
 def _difference(found: Any, expected: Any) -> str | None:
     """What two outputs differ in, beyond rounding."""
     pairs = list(zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=False))
+    numbers = [len(tensors_by_place(output)) for output in (found, expected)]
+    if numbers[0] != numbers[1]:  # a list with an entry for each sample
+        return "it returns {} tensors, the model {}".format(*numbers)
     for a, b in pairs:
         if isinstance(a, Tensor) and isinstance(b, Tensor):
             if a.shape != b.shape:

@@ -6,7 +6,7 @@ unseen `Sequential` hand to each other does not count.
 """
 
 import types
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from ekgfx.graph.axis_graph import AxisGraph
 
 APART = "_ekgfx_apart"
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_STANDARD = frozenset(vars(nn.Module()))
+_LOOK_UP = {"getattr", "__getattr__", "_modules", "_parameters", "get_submodule", "get_parameter"}
+"""By these code finds an attribute whose name it puts together."""
 
 
 def unread(graphs: Iterable["AxisGraph"]) -> list[str]:
@@ -69,32 +73,62 @@ def settle(graph: "AxisGraph") -> tuple[dict[str, list[str]], list[str], int]:
 def dead(model: nn.Module, unseen: Collection[str]) -> list[str]:
     """Those unseen weights that no code of the model's own classes names, outside of what builds the modules: nothing
     that comes with the model can feed them. (A method that is called elsewhere would name its head.)"""
-    named: set[str] = set()
+    names, pieces = set[str](), set[str]()
     for kind in {type(module) for module in model.modules()}:
         if not kind.__module__.startswith("torch."):
-            named |= _named_by(kind)
-    found = []
-    for part, names in parts(model, unseen).items():
-        attribute = next((step for step in reversed(part.split(".")) if not step.isdigit()), part)
-        if attribute not in named:
-            found += names
-    return found
+            for found, into in zip(_named_by(kind), (names, pieces), strict=True):
+                into |= found
+
+    def named(owner: nn.Module, attribute: str) -> bool:
+        return (
+            attribute in names
+            or any(piece in attribute for piece in pieces)
+            or any(attribute in _texts(value) for key, value in vars(owner).items() if key not in _STANDARD)
+        )
+
+    return [n for part, held in parts(model, unseen).items() if not _is_reached(model, part, named) for n in held]
 
 
-def _named_by(kind: type) -> set[str]:
-    """Names and texts in the methods of a class, but for its constructor."""
+def _is_reached(model: nn.Module, part: str, named: Callable[[nn.Module, str], bool]) -> bool:
+    """Whether code may reach a part: it names it, or a container that holds it under a name or number of its own."""
+    while part:
+        path, _, attribute = part.rpartition(".")
+        owner = model.get_submodule(path)
+        if not attribute.isdigit() and named(owner, attribute):
+            return True
+        if not isinstance(owner, _CONTAINERS):
+            return False
+        part = path
+    return True
+
+
+def _texts(value: Any) -> Collection[Any]:
+    """The texts that an attribute of a module holds, by which its code may look others up."""
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    return [each for each in value if isinstance(each, str)] if isinstance(value, list | tuple | set) else ()
+
+
+def _named_by(kind: type) -> tuple[set[str], set[str]]:
+    """Names and texts in the methods of a class, but for its constructor; and those texts that may be pieces of a name
+    that is put together there (`getattr(self, f"head_{number}")`)."""
     waiting: list[types.CodeType] = []
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         for name, member in vars(base).items():
             function = getattr(member, "__func__", getattr(member, "fget", member))
             if name != "__init__" and isinstance(function, types.FunctionType):
                 waiting.append(function.__code__)
-    found: set[str] = set()
+    found, pieces = set[str](), set[str]()
     while waiting:
         code = waiting.pop()
-        found |= {*code.co_names, *(text for text in code.co_consts if isinstance(text, str))}
+        texts = {text for text in code.co_consts if isinstance(text, str) and text}
+        found |= {*code.co_names, *texts}
+        if not _LOOK_UP.isdisjoint(code.co_names):
+            pieces |= {text for text in texts if text.isidentifier()}
         waiting += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
-    return found
+    return found, pieces
 
 
 def _is_state(model: nn.Module, name: str) -> bool:

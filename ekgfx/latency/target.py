@@ -29,32 +29,33 @@ class Target:
         threads = f":threads={self.threads}" if self.threads else ""
         return f"{self.provider}:{self.precision}:batch={self.batch}{threads}"
 
+    @classmethod
+    def parse(cls, text: str) -> "Target":
+        """A target as it is typed: PROVIDER[:PRECISION][:batch=N][:threads=N]. Raises RecipeError for anything else."""
+        provider, *rest = text.split(":")
+        if provider not in PRECISIONS:
+            raise RecipeError(
+                f"unknown target {show(text)}: layers can be timed on {' and '.join(PRECISIONS)}; "
+                "write cuda:fp16:batch=64"
+            )
+        precision, numbers = "fp32", {"batch": 1, "threads": 0}
+        for part in rest:
+            key, equals, value = part.partition("=")
+            if not equals and part in PRECISIONS[provider]:
+                precision = part
+            elif key in numbers and re.fullmatch("[1-9][0-9]{0,8}", value):
+                numbers[key] = int(value)
+            else:
+                raise RecipeError(
+                    f"cannot read {show(part)} in target {show(text)}: after {provider} come a precision "
+                    f"({', '.join(PRECISIONS[provider])}), batch=N and threads=N"
+                )
+        return cls(provider, precision, **numbers)
+
     @property
     def staircase(self) -> "Staircase":
         """How latency depends on widths there."""
         return staircase(self.provider, self.precision)
-
-
-def parse(text: str) -> Target:
-    """A target as it is typed: PROVIDER[:PRECISION][:batch=N][:threads=N]. Raises RecipeError for anything else."""
-    provider, *rest = text.split(":")
-    if provider not in PRECISIONS:
-        raise RecipeError(
-            f"unknown target {show(text)}: layers can be timed on {' and '.join(PRECISIONS)}; write cuda:fp16:batch=64"
-        )
-    precision, numbers = "fp32", {"batch": 1, "threads": 0}
-    for part in rest:
-        key, equals, value = part.partition("=")
-        if not equals and part in PRECISIONS[provider]:
-            precision = part
-        elif key in numbers and re.fullmatch("[1-9][0-9]{0,8}", value):
-            numbers[key] = int(value)
-        else:
-            raise RecipeError(
-                f"cannot read {show(part)} in target {show(text)}: after {provider} come a precision "
-                f"({', '.join(PRECISIONS[provider])}), batch=N and threads=N"
-            )
-    return Target(provider, precision, **numbers)
 
 
 @dataclass(frozen=True)

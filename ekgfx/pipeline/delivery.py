@@ -14,7 +14,7 @@ from ekgfx.models.source import Built
 from ekgfx.pipeline.job import DENSE, LABEL_FREE, Job, Report, open_data
 from ekgfx.runs import checkpoint
 from ekgfx.runs.directory import Run
-from ekgfx.settings.recipe import Export, parse
+from ekgfx.settings.recipe import Export, Recipe
 from ekgfx.tracing.trace import silently_traced
 
 RESULT = "export.json"
@@ -130,7 +130,7 @@ def samples_of(run: Run, built: Built, dense: nn.Module | None, report: Report) 
 def real_inputs(run: Run, built: Built) -> tuple[Tensor, ...]:
     """Test images of the run's data, or the example inputs where it has none."""
     settings = run.manifest.get("settings")
-    recipe = None if settings is None else parse(settings, str(run.path))
+    recipe = None if settings is None else Recipe.from_json(settings, str(run.path))
     if recipe is None or recipe.data is None:
         return built.example_inputs
     data = open_data(recipe.data, built, recipe.seed)

@@ -14,7 +14,7 @@ from ekgfx.errors import EkgfxError, RunError
 from ekgfx.export.exporter import to_onnx
 from ekgfx.export.layers import fp16
 from ekgfx.export.profile import whole_runs
-from ekgfx.latency.target import parse
+from ekgfx.latency.target import Target
 from ekgfx.pipeline import planning, timing
 from ekgfx.pipeline.job import Job
 from ekgfx.runs import checkpoint
@@ -135,7 +135,7 @@ def _times(job: Job, runs: Sequence[Path], target: str) -> Sequence[float | None
     if not asked.latency:
         return [None] * (len(runs) + 1)
     job.report.stage(f"time the networks on {target}")
-    place = parse(target)
+    place = Target.parse(target)
     try:
         with tempfile.TemporaryDirectory() as folder:
             files = {}

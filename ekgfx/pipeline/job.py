@@ -23,7 +23,7 @@ from ekgfx.runs import checkpoint
 from ekgfx.runs.directory import Run, verify
 from ekgfx.search import NEEDS_DATA, Step
 from ekgfx.search.effort import fitting_batch
-from ekgfx.settings.recipe import Recipe, parse
+from ekgfx.settings.recipe import Recipe
 from ekgfx.tracing.trace import silently_traced
 from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.evaluation import evaluate
@@ -120,7 +120,7 @@ class Job:
     @classmethod
     def of(cls, run: Run, report: Report) -> "Job":
         """The job that a run's settings describe."""
-        recipe = parse(run.manifest.get("settings"), f"{run.path}/run.json")
+        recipe = Recipe.from_json(run.manifest.get("settings"), f"{run.path}/run.json")
         if recipe.model is not None and not Path(recipe.model).is_dir():
             trust.check(recipe.model, run.manifest, run.path)
         return cls(run, recipe, report, pick_device(recipe.device))

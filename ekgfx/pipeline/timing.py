@@ -19,7 +19,7 @@ from ekgfx.export.layers import NETWORKS, measure_layers, threads_of, write_for
 from ekgfx.export.profile import whole_runs
 from ekgfx.export.providers import provider
 from ekgfx.graph.plan import Plan
-from ekgfx.latency.target import Staircase, Target, parse, staircase
+from ekgfx.latency.target import Staircase, Target, staircase
 from ekgfx.pipeline.job import Job
 from ekgfx.search.ignore import ignored_groups
 from ekgfx.search.latency import VERSION, LayerTable, Price
@@ -45,7 +45,7 @@ def layer_table(job: Job) -> LayerTable | None:
             "processes that share a search must agree on the layers' timings: give --latency-table, such as the "
             "latency_table.json of a run on one process"
         )
-    table = given_table(asked, job.traced) or _measured(job, parse(asked.target or ""))
+    table = given_table(asked, job.traced) or _measured(job, Target.parse(asked.target or ""))
     errors = np.abs(Price(job.traced, table).errors)
     job.run.write_json(FILE, table.to_json())
     job.run.update(
@@ -75,7 +75,7 @@ def known_table(asked: Search, traced: TracedModel) -> LayerTable | None:
     given = given_table(asked, traced)
     if given is not None or asked.target is None:
         return given
-    target = parse(asked.target)
+    target = Target.parse(asked.target)
     file = cache_file(traced, target, rules_of(traced, asked, alignment(asked)))
     return LayerTable.load(file) if file.exists() and len(LayerTable.load(file).samples) == NETWORKS else None
 
@@ -90,7 +90,7 @@ def alignment(asked: Search, table: LayerTable | None = None, device: str = "cpu
     if table is not None:
         return table.tile
     if asked.target is not None:
-        return parse(asked.target).staircase.tile
+        return Target.parse(asked.target).staircase.tile
     steps: Staircase = staircase("cuda" if device.startswith("cuda") else "cpu", "fp16" if half else "fp32")
     return steps.tile
 
@@ -150,7 +150,7 @@ def keep_promise(job: Job, plan: Plan, pruned: nn.Module) -> None:
     times: Mapping[str, float] = {"dense": price.dense, "pruned": price(plan)}
     if here(table):
         job.report.stage(f"time the network on {table.target}")
-        times = _times(job, pruned, parse(table.target))
+        times = _times(job, pruned, Target.parse(table.target))
         measured = times["pruned"] / times["dense"]
         job.report.note(f"latency kept: {measured:.1%} measured, {predicted:.1%} predicted")
     job.run.update(latency={**facts, "predicted": predicted, "measured": measured, "milliseconds": times})
@@ -158,7 +158,7 @@ def keep_promise(job: Job, plan: Plan, pruned: nn.Module) -> None:
 
 def here(table: LayerTable) -> bool:
     """Whether this machine's device is the one that the table was measured on."""
-    target = parse(table.target)
+    target = Target.parse(table.target)
     try:
         provider(target.provider)
     except ExportError:
@@ -186,7 +186,7 @@ def check_settings(asked: Search) -> None:
             "cpu:fp32:batch=1, or --latency-table FILE from another machine"
         )
     if asked.target is not None:
-        target = parse(asked.target)
+        target = Target.parse(asked.target)
         if asked.latency is not None and asked.latency_table is None:
             try:
                 provider(target.provider)

@@ -18,18 +18,17 @@ from ekgfx.errors import PruneError
 from ekgfx.execution.subnetwork import BATCH_NORM, SubNetwork, slice_weights
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.graph.plan import Plan
-from ekgfx.repair.batch_norm import Estimate, complete, settle, state, write
-from ekgfx.repair.blocks import BATCH, BlockRepair, Blocks
-from ekgfx.repair.images import Images, gather, in_batches
+from ekgfx.repair.batch_norm import Estimate, settle, state, write
+from ekgfx.repair.images import Images, gather
 from ekgfx.repair.judge import Judge, Judgement
 from ekgfx.repair.operators import Skipped, find_operators
 from ekgfx.repair.progress import Progress
 from ekgfx.repair.refitting import repair_operators
-from ekgfx.repair.walk import Bypassing, LayerRepair, Walk
+from ekgfx.repair.walk import LayerRepair, Walk
 from ekgfx.surgery.calibrate import estimated
 from ekgfx.tracing.traced import TracedModel
 
-__all__ = ["repair", "Repair", "LayerRepair", "BlockRepair", "Skipped", "Judgement"]
+__all__ = ["repair", "Repair", "LayerRepair", "Skipped", "Judgement"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,6 @@ class Repair:
     held_out: int
     seconds: float
     notes: tuple[str, ...]
-    blocks: tuple[BlockRepair, ...] = ()
 
     def __str__(self) -> str:
         if not self.kept:
@@ -65,8 +63,6 @@ class Repair:
             f"{changed} operators refitted on {self.images - self.held_out} images; on {self.held_out} others the "
             f"{what} fell from {_number(self.before.error)} to {_number(self.after.error)}"
         )
-        if self.blocks:
-            said += f" ({sum(block.epoch > 0 for block in self.blocks)} of {len(self.blocks)} blocks were trained)"
         if self.before.agreement is not None and self.after.agreement is not None:
             said += f", equal answers went from {self.before.agreement:.1%} to {self.after.agreement:.1%}"
         return "; ".join((*self.notes, said))
@@ -83,12 +79,10 @@ def repair(
     *,
     most: int = 256,
     positions: int = 40_000,
-    epochs: int = 0,
     batch_size: int = 64,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     on_layer: Callable[[LayerRepair, int, int], None] | None = None,
-    on_block: Callable[[BlockRepair], None] | None = None,
 ) -> Repair:
     """Give back, on unlabelled images, what a cut took: every linear operator is refitted in closed form.
 
@@ -105,15 +99,12 @@ def repair(
             `(inputs, …)` whose rest (labels) is not looked at. Every fifth sample is held out.
         most: images that are used; the others are not read.
         positions: most output positions of an operator that its refit looks at.
-        epochs: of a distillation after the refit, block by block; 0 for none. It takes minutes where the refit takes
-            seconds. Of each block that epoch is kept, if any, whose error on the held-out images is smallest.
         batch_size: most images that are computed at a time, in batches as equal as they can be. The widest activations
             of all images are in memory at once.
         seed: of the sampled positions.
         checkpoint: file to write to every now and then, and to go on from where it exists: a repair that was
             interrupted ends as if it had not been.
         on_layer: called after every operator with what was done, its number and their count.
-        on_block: called after every block that was trained.
 
     Returns:
         what was done, and what it brought, in figures that need no labels.
@@ -158,23 +149,12 @@ def repair(
             "re-estimated": lambda batches: estimated(pruned, batches),
         }
         settled = settle(pruned, judge, given, ways)
-        after, better = settled.judgement, settled.judgement.better(before)
-        blocks: list[BlockRepair] = []
-        notes = [*given.notes, *filter(None, [settled.note])]
-        if better and epochs:
-            apart = Bypassing(traced, kept, _copies(pruned, weights), bypassed)
-            blocks, after = _distilled(
-                pruned, apart, kept, given, judge, after, epochs, seed, on_block or (lambda *_: None)
-            )
-            if not blocks:
-                notes.append("the distillation gained nothing on the held-out images, and is left out")
+        better = settled.judgement.better(before)
         if not better:
             write(pruned, original)
-        elif not blocks:
-            complete(pruned, judge, given, ways, settled, {})
     return Repair(
         before,
-        after if better else before,
+        settled.judgement if better else before,
         better,
         judge.classes,
         settled.share if better else 0.0,
@@ -184,40 +164,8 @@ def repair(
         given.used,
         given.held_out,
         round(time.monotonic() - start, 2),
-        tuple(notes),
-        tuple(blocks),
+        given.notes if settled.note is None else (*given.notes, settled.note),
     )
-
-
-def _distilled(
-    pruned: nn.Module,
-    network: SubNetwork,
-    kept: Mapping[Axis, Tensor],
-    given: Images,
-    judge: Judge,
-    before: Judgement,
-    epochs: int,
-    seed: int,
-    on_block: Callable[[BlockRepair], None],
-) -> tuple[list[BlockRepair], Judgement]:
-    """Trains the refitted network's blocks, in place; where that gains nothing on held-out images, it is as it was."""
-    own = {name: tensor.clone() for name, tensor in state(pruned).items()}
-    parameters = [name for name, _ in pruned.named_parameters(remove_duplicate=False) if name in network.weights]
-    fit = in_batches(given.fit, BATCH) if network.graph.batch.size else given.fit
-    trained = Blocks(network, kept, parameters, fit, given.held, judge.classes)
-    blocks = trained.train(epochs, seed, on_block)
-    write(pruned, {name: tensor for name, tensor in network.weights.items() if name in own})
-    found = judge(pruned)
-    if found.better(before):
-        return blocks, found
-    write(pruned, own)
-    return [], before
-
-
-def _copies(pruned: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The pruned network's weights as they are now, to be trained; those of a block that is gone as they were."""
-    own = state(pruned)
-    return {name: own.get(name, tensor).clone() for name, tensor in weights.items()}
 
 
 def _number(error: float | None) -> str:

@@ -1,7 +1,8 @@
 """BatchNorm's statistics after the refit: corrected or re-estimated, as far as held-out images ask for.
 
-The way and the share of the new statistics are chosen with weights and statistics of the fitted images, since images
-that judge must not be in what they judge. Once they are chosen, those of all images take their place.
+The way and the share of the new statistics are chosen with those of the fitted images, since images that judge must not
+be in what they judge. Once they are chosen, the statistics of all images take their place: they are better estimates.
+They are the mean of both parts', so that no image is looked at twice.
 """
 
 from collections.abc import Callable, Mapping
@@ -49,15 +50,13 @@ def write(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def settle(
-    network: nn.Module,
-    judge: Callable[[nn.Module], Judgement],
-    images: Images,
-    ways: Mapping[str, Estimate],
+    network: nn.Module, judge: Callable[[nn.Module], Judgement], images: Images, ways: Mapping[str, Estimate]
 ) -> Settled:
     """Takes that way's new statistics, and as much of them, as lowers the held-out error most, in place."""
     own = {name: tensor.clone() for name, tensor in state(network).items()}
     best, share, way = judge(network), 0.0, ""
     chosen: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
     failed: list[str] = []
     for name, estimate in ways.items():
         try:
@@ -70,36 +69,24 @@ def settle(
             write(network, mixed)
             found = judge(network)
             if found.better(best):
-                best, share, way, chosen = found, blend, name, mixed
+                best, share, way, chosen, statistics = found, blend, name, mixed, fitted
             elif way == name:
                 break
         write(network, own)
     write(network, chosen)
-    note = f"BatchNorm keeps its statistics: {failed[-1]}" if len(failed) == len(ways) else None
-    return Settled(share, best, way or None, note)
-
-
-def complete(
-    network: nn.Module,
-    judge: Callable[[nn.Module], Judgement],
-    images: Images,
-    ways: Mapping[str, Estimate],
-    settled: Settled,
-    whole: Mapping[str, Tensor],
-) -> None:
-    """Takes weights and statistics of all images, in place, unless the held-out error is larger with them. whole: these
-    weights."""
-    own = {name: tensor.clone() for name, tensor in state(network).items()}
-    write(network, whole)
-    if settled.way is not None:
-        everything = {name: tensor.clone() for name, tensor in state(network).items()}
-        try:
-            new = _estimated(network, everything, ways[settled.way], [*images.fit, *images.held])
-        except DataError:  # too few are held out
-            new = _estimated(network, everything, ways[settled.way], images.fit)
-        write(network, _mixed(everything, new, settled.share))
-    if settled.judgement.better(judge(network)):
-        write(network, own)
+    if not share:
+        note = f"BatchNorm keeps its statistics: {failed[-1]}" if len(failed) == len(ways) else None
+        return Settled(0.0, best, note=note)
+    write(network, own)
+    try:
+        held = {**statistics, **_estimated(network, own, ways[way], images.held)}
+    except DataError:  # too few of them
+        held = statistics
+    part = images.held_out / images.used
+    write(network, _mixed(own, {name: torch.lerp(t, held[name], part) for name, t in statistics.items()}, share))
+    if best.better(judge(network)):
+        write(network, chosen)
+    return Settled(share, best, way)
 
 
 def _mixed(own: Mapping[str, Tensor], new: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:

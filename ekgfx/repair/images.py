@@ -77,11 +77,6 @@ def gather(images: Tensor | Iterable[Any], batch_size: int, most: int, model: nn
     return Images(to_fit, to_judge, len(single), len(held), tuple(notes), whole)
 
 
-def in_batches(batches: Sequence[Inputs], size: int) -> list[Inputs]:
-    """The same samples in batches of at most that size."""
-    return _batched([one for inputs in batches for one in _singles(inputs)], size)
-
-
 def _digest(tensors: list[Tensor]) -> str:
     """Of what is in the tensors, bit for bit."""
     found = hashlib.sha256()

@@ -60,16 +60,6 @@ class Moments:
         self.target_squares += t.square().sum(0)
         self.count += len(x)
 
-    def plus(self, other: "Moments") -> "Moments":
-        """Of both's positions, about the same shift."""
-        return Moments(
-            self.shift,
-            *(
-                getattr(self, name) + getattr(other, name)
-                for name in ("gram", "cross", "inputs", "rest", "squares", "target", "target_squares", "count")
-            ),
-        )
-
     def lacking_otherwise(self) -> "Moments":
         """Of the same inputs and targets, to add up something else that is lacking."""
         return replace(

@@ -207,20 +207,14 @@ def _with_common_offsets(found: list[LinearOperator]) -> list[LinearOperator]:
 
 
 def shifted(
-    operator: LinearOperator,
-    weights: Mapping[str, Tensor],
-    change: Tensor,
-    offset: Tensor | None,
-    into: Mapping[str, Tensor] | None = None,
+    operator: LinearOperator, weights: Mapping[str, Tensor], change: Tensor, offset: Tensor | None
 ) -> dict[str, Tensor]:
-    """The parameters that change where `change` is added to the weight and `offset` to the output. into: parameters
-    that it is written into, where these are others than `weights`."""
-    into = weights if into is None else into
+    """The parameters that change where `change` is added to the weight and `offset` to the output."""
     weight = operator.entries.read(weights)
     matrix = operator.form.matrix(weight).to(change) + change
-    new = operator.entries.written(into, operator.form.weight(matrix, weight))
+    new = operator.entries.written(weights, operator.form.weight(matrix, weight))
     if offset is not None and operator.offset is not None:
         place = operator.offset
         old = place.place.read(weights)
-        new |= place.place.written({**into, **new}, old.to(offset) + place.sign * offset.reshape(old.shape))
+        new |= place.place.written({**weights, **new}, old.to(offset) + place.sign * offset.reshape(old.shape))
     return new

@@ -19,9 +19,7 @@ from ekgfx.repair.walk import LayerRepair
 
 SECONDS = 20.0
 """Between two checkpoints."""
-FORMAT = 2
-WHOLE = " (all images)"
-"""Behind the name of a weight that is fitted on all images."""
+FORMAT = 1
 
 
 class Progress:
@@ -34,11 +32,11 @@ class Progress:
         self.path, self.identity, self.names = path, dict(identity), list(names)
         self.written = time.monotonic()
 
-    def load(self) -> tuple[int, list[LayerRepair], tuple[dict[str, Tensor], ...]]:
-        """Operators that are done, their records, and the weights, as `save` got them; nothing where there is no
-        checkpoint, or one of another repair. Raises RunError: it is damaged."""
+    def load(self) -> tuple[int, list[LayerRepair], dict[str, Tensor]]:
+        """Operators that are done, their records, and weights that changed; nothing where there is no checkpoint, or
+        one of another repair. Raises RunError: it is damaged."""
         if self.path is None or not self.path.is_file():
-            return 0, [], ()
+            return 0, [], {}
         try:
             with safe_open(self.path, "pt") as file:
                 told = json.loads((file.metadata() or {})["repair"])
@@ -48,15 +46,12 @@ class Progress:
         if told.get("format") != FORMAT:
             raise RunError(f"{self.path} has a format that this ekgfx does not read; upgrade ekgfx, or delete it")
         if told.get("identity") != self.identity:
-            return 0, [], ()
+            return 0, [], {}
         layers = [read(LayerRepair, layer, str(self.path), RunError) for layer in told["layers"]]
-        whole = {name.removesuffix(WHOLE): weights.pop(name) for name in [*weights] if name.endswith(WHOLE)}
-        return int(told["done"]), layers, (weights, whole)
+        return int(told["done"]), layers, weights
 
-    def save(
-        self, done: int, layers: Sequence[LayerRepair], weights: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
-    ) -> None:
-        """Writes the checkpoint, unless one was written a moment ago. weights: of the fitted images, and of all."""
+    def save(self, done: int, layers: Sequence[LayerRepair], weights: Mapping[str, Tensor]) -> None:
+        """Writes the checkpoint, unless one was written a moment ago."""
         if self.path is None or time.monotonic() - self.written < SECONDS:
             return
         state = {
@@ -65,11 +60,7 @@ class Progress:
             "done": done,
             "layers": [asdict(layer) for layer in layers],
         }
-        plain = {
-            name + end: part[name].detach().cpu().clone(memory_format=torch.contiguous_format)
-            for end, part in zip(("", WHOLE), weights, strict=True)
-            for name in self.names
-        }
+        plain = {name: weights[name].detach().cpu().clone(memory_format=torch.contiguous_format) for name in self.names}
         with replacing(self.path) as partial:
             save_file(plain, partial, metadata={"repair": json.dumps(state)})
         self.written = time.monotonic()

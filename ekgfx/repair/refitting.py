@@ -29,7 +29,7 @@ def repair_operators(
     operators = sorted(operators, key=lambda operator: walk.order[operator.node])
     first, done, weights = progress.load()
     if weights:
-        walk.take(*({name: t.to(walk.pruned.weights[name]) for name, t in part.items()} for part in weights))
+        walk.take({name: tensor.to(walk.pruned.weights[name]) for name, tensor in weights.items()})
     pending: dict[LinearOperator, Pair] = {}
     uses = {operator: [o for o in operators if o.entries.same(operator.entries)] for operator in operators}
     for number in range(first, len(operators)):
@@ -37,12 +37,9 @@ def repair_operators(
         shared = uses[operator]
         pair = walk.measure(operator, number, pending.pop(shared[0], None))
         if not pair.exact:
-            found, whole = fitted(walk, operator, number, pair, alone=len(shared) == 1)
-            if found is not None and whole is not None:
-                own = walk.pruned.weights
-                walk.take(
-                    shifted(operator, own, found.change, found.offset), shifted(operator, own, *whole, into=walk.whole)
-                )
+            found = fitted(walk, operator, number, pair, alone=len(shared) == 1)
+            if found is not None:
+                walk.take(shifted(operator, walk.pruned.weights, found.change, found.offset))
             if len(shared) > 1 and found is not None:
                 pair.fit.shift_rest(found.change, found.offset)
                 pair.held.shift_rest(found.change, found.offset)
@@ -52,14 +49,12 @@ def repair_operators(
         if operator is not shared[-1]:
             pending[shared[0]] = pair
         if not pending:
-            progress.save(number + 1, done, (walk.pruned.weights, walk.whole))
+            progress.save(number + 1, done, walk.pruned.weights)
     return done
 
 
-def fitted(
-    walk: Walk, operator: LinearOperator, number: int, pair: Pair, alone: bool
-) -> tuple[Refit, Change] | tuple[None, None]:
-    """The operator's refit; and what it is on all images, with the λ that those chose that were not fitted.
+def fitted(walk: Walk, operator: LinearOperator, number: int, pair: Pair, alone: bool) -> Refit | None:
+    """The operator's refit.
 
     Where an activation behind hides a part of what is lacking, a step is taken to the rest, from the solution or from
     the weight as it was, and the images that were not fitted choose how much of it. alone: no other operator has the
@@ -68,11 +63,10 @@ def fitted(
     asked = operator.offset is not None
     found = refit(pair.fit, pair.held, asked)
     if found is None:
-        return None, None
+        return None
     own = found.change, found.offset
-    whole = step(pair.whole, found.ridge, asked) or own
     if not alone or found.ridge == math.inf or not walk.hides(operator):
-        return found, whole
+        return found
 
     def error(change: Change | None) -> float:
         return float(walk.passed_on(operator, number, pair, change, held=True).held.squares.sum())
@@ -80,21 +74,20 @@ def fitted(
     nothing = torch.zeros_like(found.change), None if found.offset is None else torch.zeros_like(found.offset)
     before, lacking = error(None), walk.passed_on(operator, number, pair, own, held=False)
     best = float(lacking.held.squares.sum())
-    start, new = own, (own, whole)
+    start = new = own
     if not best < before:
-        best, start, new = before, nothing, (nothing, nothing)
+        best, start, new = before, nothing, nothing
         lacking = walk.passed_on(operator, number, pair, None, held=False)
-    steps = [step(moments, found.ridge, asked, start[0]) for moments in (lacking.fit, lacking.whole)]
+    more = step(lacking.fit, found.ridge, asked, start[0])
     for share in SHARES:
-        tried, tried_whole = (_sum(start, more, share) for more in steps)
+        tried = _sum(start, more, share)
         judged = error(tried)
         if judged < best:
-            best, new = judged, (tried, tried_whole)
-    if new[0] is nothing:
-        return None, None
-    scale = pair.held.scale or 1.0
-    (change, offset), whole = new
-    return replace(found, change=change, offset=offset, held_before=before / scale, held_after=best / scale), whole
+            best, new = judged, tried
+    if new is nothing:
+        return None
+    scale, (change, offset) = pair.held.scale or 1.0, new
+    return replace(found, change=change, offset=offset, held_before=before / scale, held_after=best / scale)
 
 
 def _sum(change: Change, more: Change | None, share: float) -> Change:

@@ -100,8 +100,7 @@ class Walk:
     Args:
         graph: the traced model.
         kept: axis → kept positions.
-        weights: of the pruned network; replaced as operators are refitted. `whole` are those that are fitted on all
-            images: no network is computed with them.
+        weights: of the pruned network; replaced as operators are refitted.
         fit, held: arguments of the model, batch by batch; the second are never fitted.
         positions: most output positions of an operator that are used, over all batches of `fit`.
         bypassed: operators of the pruned network that return one of their arguments, as the sum of a block does whose
@@ -122,7 +121,6 @@ class Walk:
         self.graph, self.kept, self.positions, self.seed = graph, kept, positions, seed
         self.dense = SubNetwork(graph, {})
         self.pruned = Bypassing(graph, kept, weights, bypassed)
-        self.whole: Mapping[str, Tensor] = weights
         self.constant = weight_nodes(graph)
         self.nodes = by_depth(graph, set(self.constant))
         self.order = {node: i for i, node in enumerate(self.nodes)}
@@ -155,9 +153,9 @@ class Walk:
             batch.pruned.values.clear()
             self.advance(batch.pruned, end)
 
-    def take(self, new: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> None:
-        """Goes on with other weights; `whole`: fitted on all images."""
-        self.pruned.weights, self.whole = {**self.pruned.weights, **new}, {**self.whole, **whole}
+    def take(self, new: Mapping[str, Tensor]) -> None:
+        """Goes on with other weights."""
+        self.pruned.weights = {**self.pruned.weights, **new}
         self.constants[self.pruned] = self.pruned.follow(self.constant, {}, {}, {})
 
     # -- one operator ----------------------------------------------------------------------------------------------
@@ -288,8 +286,3 @@ class Pair:
     def exact(self) -> bool:
         """Whether nothing is lacking."""
         return float(self.fit.squares.sum()) <= EXACT.get(self.precision, 1e-10) * float(self.fit.target_squares.sum())
-
-    @property
-    def whole(self) -> Moments:
-        """Of all images."""
-        return self.fit.plus(self.held)

@@ -17,15 +17,14 @@ from ekgfx.base.schema import read
 from ekgfx.errors import RunError
 from ekgfx.export import Breakdown, LatencyTable
 from ekgfx.export.precisions import Precisions
-from ekgfx.pipeline import delivery, planning
-from ekgfx.pipeline import stages as pipeline
+from ekgfx.pipeline import delivery, planning, stages
 from ekgfx.pipeline.frontier import Frontier
 from ekgfx.pipeline.job import Score
 from ekgfx.repair import Repair
 from ekgfx.runs import checkpoint
 from ekgfx.runs.directory import STAGES, read_manifest, verify
 from ekgfx.search import SearchResult, Step
-from ekgfx.settings.recipe import Recipe, parse
+from ekgfx.settings.recipe import Recipe
 from ekgfx.training.keeping import Epoch
 
 SAMPLES = 20_000
@@ -81,7 +80,7 @@ class Facts:
             for stage in STAGES
             if stage in told
         }
-        settings = parse(manifest.get("settings", {}), f"{path}/run.json")
+        settings = Recipe.from_json(manifest.get("settings", {}), f"{path}/run.json")
         lines = read_lines(path / planning.HISTORY)
         search, layers = None, ()
         lines = planning.own_steps(lines)
@@ -94,7 +93,7 @@ class Facts:
                 search = SearchResult.from_json({**_mapping(plan["search"], path), "steps": lines})
             layers = read(tuple[Layer, ...], plan.get("layers", []), str(path / checkpoint.PLAN), RunError, "layers")
         epochs = tuple(
-            read(Epoch, line, str(path / pipeline.EPOCHS), RunError) for line in read_lines(path / pipeline.EPOCHS)
+            read(Epoch, line, str(path / stages.EPOCHS), RunError) for line in read_lines(path / stages.EPOCHS)
         )
         return cls(
             path,
@@ -137,15 +136,15 @@ def _mapping(value: object, path: Path) -> Mapping[str, Any]:
 
 def _repair(path: Path, manifest: Mapping[str, Any]) -> Repair | None:
     """What the run's repair did; None where there was none."""
-    if pipeline.REPAIR not in manifest["files"]:
+    if stages.REPAIR not in manifest["files"]:
         return None
-    told: Repair = read(Repair, read_json(verify(path, pipeline.REPAIR)), str(path / pipeline.REPAIR), RunError)
+    told: Repair = read(Repair, read_json(verify(path, stages.REPAIR)), str(path / stages.REPAIR), RunError)
     return told
 
 
 def _knowledge(path: Path) -> BankFacts | None:
     """The run's bank; None where there is none, or one that is being built."""
-    folder = path / pipeline.BANK
+    folder = path / stages.BANK
     if not (folder / "bank.json").is_file():
         return None
     if any(teacher.file is None for teacher in read_bank_manifest(folder).teachers):

@@ -13,7 +13,7 @@ import itertools
 import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -112,13 +112,14 @@ class ModuleCall:
 class Calls:
     """root: the call of the model itself. weights: placeholder → qualified name; constants: placeholder → tensor.
     free: how much of the inputs' sizes is symbolic: "sizes", "batch" or nothing. numbers: sizes of the batch and of
-    space that the user's Python has made numbers of, as `len(x)` does."""
+    space that the user's Python has made numbers of, as `len(x)` does. asked: whether it asks if it is exported."""
 
     root: ModuleCall
     weights: dict[str, str]
     constants: dict[str, Tensor]
     free: str
     numbers: frozenset[int]
+    asked: bool = False
 
     def of(self, path: str) -> list[ModuleCall]:
         """The calls of one module."""
@@ -139,24 +140,37 @@ def hollow(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return twin
 
 
-def calls_of(model: nn.Module, example: Example, leaves: Leaves) -> Calls:
+def calls_of(model: nn.Module, example: Example, leaves: Leaves, exported: bool = True) -> Calls:
     """The calls that one forward of a (hollow) model makes, in the modes that its modules are in.
+
+    exported: what Python is told that asks `torch.compiler.is_exporting()`. Some leaves out a mask that hides nothing,
+    but not where it is exported.
 
     Raises:
         PruneError: the forward cannot be exported.
     """
-    args, kwargs = example
+    args, kwargs = _others_of_the_same(example)
     problem: Exception | None = None
     for free, shapes in _dynamic(model, args, kwargs):
         recorded: list[tuple[str, bool, list[Any], pytree.TreeSpec]] = []
+        asked: list[None] = []
         operators, returned = as_operators(model, leaves), tensors_returned(model, ())
-        with torch.no_grad(), operators, returned, masks_taken_as_they_are(), _marked(model, recorded):
+        marked = _marked(model, recorded)
+        with torch.no_grad(), operators, returned, masks_taken_as_they_are(), marked, _told(exported, asked):
             try:
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-                return _read(model, program, recorded, free)
+                return replace(_read(model, program, recorded, free), asked=bool(asked))
             except Exception as error:  # noqa: BLE001  torch.export raises many types; fewer free sizes may pass
                 problem = error
     raise PruneError(f"the calls of {type(model).__name__} could not be recorded: {problem}") from problem
+
+
+def _others_of_the_same(example: Example) -> Example:
+    """The example in tensor objects of its own: the exporter writes on those that it is given which of their sizes are
+    free, and where it fails, that stays on them for every later export."""
+    memo: dict[int, Tensor] = {}
+    others: Example = pytree.tree_map_only(Tensor, lambda t: memo.setdefault(id(t), t.detach()), example)
+    return others
 
 
 def _dynamic(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -167,11 +181,32 @@ def _dynamic(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Iterator[
         yield (
             free,
             pytree.tree_map(
-                lambda v: dict.fromkeys(range(v.ndim)[:last], Dim.AUTO) if isinstance(v, Tensor) else None,  # noqa: B023
+                lambda v: _free(v.shape[:last]) if isinstance(v, Tensor) else None,  # noqa: B023
                 dict(bound),
             ),
         )
     yield "", None
+
+
+def _free(shape: Sequence[int]) -> dict[int, Any]:
+    """The dimensions that the exporter may leave free; it takes sizes of 1 as they are, and warns of them if asked."""
+    return {number: Dim.AUTO for number, size in enumerate(shape) if size > 1}
+
+
+@contextlib.contextmanager
+def _told(exported: bool, asked: list[None]) -> Iterator[None]:
+    """While this is open, `torch.compiler.is_exporting()` says so; `asked` grows with every question."""
+    own = torch.compiler.is_exporting
+
+    def answer() -> bool:
+        asked.append(None)
+        return exported
+
+    torch.compiler.is_exporting = answer
+    try:
+        yield
+    finally:
+        torch.compiler.is_exporting = own
 
 
 @contextlib.contextmanager

@@ -7,31 +7,57 @@ its values are called is in `terms`. Where training runs the same operators with
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from ekgfx.rewriting.calls import Held, ModuleCall, Values, whole
+from ekgfx.graph.nodes import bind
+from ekgfx.rewriting.calls import Calls, Held, ModuleCall, Values, whole
 from ekgfx.rewriting.head import Head
 from ekgfx.rewriting.patched import Forward
 from ekgfx.rewriting.spelling import access, attribute, plain, released, variable, written
 from ekgfx.rewriting.terms import InexpressibleError, Recorded, Terms, Widths
 
+Version = tuple[Recorded, Widths]
 Step = tuple[str, Any, Any]
 """("op", None, node), ("call", name of the module in the one that calls it, call) or ("is", node, node)."""
 
 
-def rewrite(path: str, recorded: Recorded, widths: Widths, inline: Iterable[str], reason: str) -> Forward:
+def rewrite(path: str, versions: Sequence[Version], inline: Iterable[str], reason: str) -> Forward:
     """A forward for the cut version of the module at `path`.
 
-    widths: what a size is after the cut. inline: modules in it whose own forward cannot be used.
+    versions: the calls that were recorded of the model, and what their sizes are after the cut; in a further version it
+    took another way. inline: modules in it whose own forward cannot be used.
 
     Raises:
         PruneError: the module's part of the model cannot be written as a function of its arguments.
     """
+    objects: dict[str, Any] = {}
+    writers: list[_Writer] = []
+    for recorded, widths in versions:
+        found = _writers(path, recorded, widths, set(inline), objects)
+        ours: list[_Writer] = []
+        for writer in found:
+            twin = next((other for other in ours if not other.excludes(writer)), None)
+            if twin is not None and twin.alike != writer.alike:
+                raise InexpressibleError(f"{path} is called more than once, each time in another way")
+            ours += [writer] if twin is None else []
+        writers += [writer for writer in ours if all(writer.excludes(other) for other in writers)]
+    frees = {recorded.evaluation.free for recorded, _ in versions}
+    free = "" if "" in frees else "batch" if "batch" in frees else "sizes"
+    fixed = any(writer.fixed for writer in writers)
+    sizes = "any" if free == "sizes" and not fixed else "batch" if free == "batch" and not fixed else "example"
+    return Forward(_source(path, writers), tuple(objects.items()), reason, sizes)
+
+
+def _writers(
+    path: str, recorded: Recorded, widths: Widths, inline: set[str], objects: dict[str, Any]
+) -> list["_Writer"]:
+    """One for every call of the module."""
     module = recorded.model.get_submodule(path)
     if "forward" in vars(module):
         raise InexpressibleError(f"{path} has a forward of its own")
@@ -41,17 +67,30 @@ def rewrite(path: str, recorded: Recorded, widths: Widths, inline: Iterable[str]
         raise InexpressibleError(f"{path} was not called")
     if len(trained) != len(calls):
         trained = []
-    written = [
-        _Writer(module, path, recorded, widths, set(inline), call, trained[i] if trained else None)
+    return [
+        _Writer(module, path, recorded, widths, inline, call, trained[i] if trained else None, objects)
         for i, call in enumerate(calls)
     ]
-    sources = {writer.source() for writer in written}
-    if len(sources) > 1:
-        raise InexpressibleError(f"{path} is called more than once, each time in another way")
-    free = recorded.evaluation.free
-    fixed = any(writer.fixed for writer in written)
-    sizes = "any" if free == "sizes" and not fixed else "batch" if free == "batch" and not fixed else "example"
-    return Forward(sources.pop(), tuple(written[0].objects.items()), reason, sizes)
+
+
+def _source(path: str, writers: Sequence["_Writer"]) -> str:
+    """The forward: a body for every kind of call that was seen; others are refused."""
+    values = " or ".join(dict.fromkeys(writer.head.values() for writer in writers))
+    refusal = (
+        f"ekgfx replaced the forward of {path or 'the model'} when it pruned, for {values} as in the example: "
+        "trace with an example that is called as it is used"
+    )
+    raising = f"raise NotImplementedError({refusal!r})"
+    lines = [writers[0].head.line]
+    guards = [" and ".join(writer.conditions.values()) for writer in writers]
+    if len(writers) == 1:
+        lines += [f"    if not ({guards[0]}):", f"        {raising}"] if guards[0] else []
+        lines += [f"    {line}" for line in writers[0].lines]
+    else:
+        for guard, writer in zip(guards, writers, strict=True):
+            lines += [f"    if {guard}:", *(f"        {line}" for line in writer.lines)]
+        lines.append(f"    {raising}")
+    return "\n".join(lines) + "\n"
 
 
 class _Writer:
@@ -66,11 +105,12 @@ class _Writer:
         inline: set[str],
         call: ModuleCall,
         trained: ModuleCall | None,
+        objects: dict[str, Any],
     ) -> None:
         self.module, self.path, self.recorded, self.widths, self.inline = module, path, recorded, widths, inline
         self.call, self.trained = call, trained
         self.calls = recorded.evaluation
-        self.objects: dict[str, Any] = {}
+        self.objects = objects
         self.fixed = False
         plain = [
             (f"{place}.{name}".lstrip("."), value)
@@ -83,20 +123,30 @@ class _Writer:
         self.own = {id(tensor): name for name, tensor in reversed(tensors)}
         self.modules = {id(m): name for name, m in reversed([*module.named_modules(remove_duplicate=False)])}
         self.head = Head(module, path, call)
+        self.conditions = self.head.conditions()
+        self.lines = self._lines()
 
-    def source(self) -> str:
-        lines = self.head.lines()
+    def excludes(self, other: "_Writer") -> bool:
+        """Whether no call is like both."""
+        return any(other.conditions.get(name, text) != text for name, text in self.conditions.items())
+
+    @property
+    def alike(self) -> Any:
+        """What is equal where two calls are written alike."""
+        return self.conditions, self.lines
+
+    def _lines(self) -> list[str]:
         steps = self._steps(self.call)
         others = self._steps(self.trained) if self.trained is not None else None
-        if others is not None and not _alike(steps, others):
-            lines.append("    if self.training:")
+        lines: list[str] = []
+        if others is not None and not self._alike(steps, others):
+            lines.append("if self.training:")
             assert self.trained is not None and self.recorded.training is not None
             self.calls = self.recorded.training
-            lines += [f"        {line}" for line in self._body(self.trained, others, None)]
+            lines += [f"    {line}" for line in self._body(self.trained, others, None)]
             self.calls = self.recorded.evaluation
             others = None
-        lines += [f"    {line}" for line in self._body(self.call, steps, others)]
-        return "\n".join(lines) + "\n"
+        return lines + self._body(self.call, steps, others)
 
     # -- the body ---------------------------------------------------------------------------------------------------
 
@@ -117,6 +167,14 @@ class _Writer:
             assert step.results is not None and step.returned is not None
             steps += [("is", new, old) for new, old in zip(step.results.flat, step.returned.flat, strict=True)]
         return steps
+
+    def _alike(self, steps: list[Step], others: list[Step]) -> bool:
+        """Whether two ways through a module run the same operators on the same values, up to numbers, and call the same
+        modules."""
+        assert self.trained is not None and self.recorded.training is not None
+        return _signs(self.call, steps, self.recorded.evaluation) == _signs(
+            self.trained, others, self.recorded.training
+        )
 
     def _matters(self, call: ModuleCall) -> bool:
         """Whether somebody reads what a call returns, or the trace knows it."""
@@ -174,14 +232,19 @@ class _Writer:
         if not isinstance(target, OpOverload):
             raise InexpressibleError(f"{self.path or 'the model'} runs {getattr(target, '__name__', target)}")
         schema = target._schema.arguments
-        others = iter(twin.args) if twin is not None else None
-        texts = []
-        for argument, value in zip(schema, node.args, strict=False):
-            texts.append(self.terms.argument(node, argument.name, value, next(others) if others else value))
-        for name, value in node.kwargs.items():
+        here, there = list(node.args), list(node.args if twin is None else twin.args)
+        for given, longer in ((here, there), (there, here)):  # arguments at their default are left out of a graph
+            given += [argument.default_value for argument in schema[len(given) : len(longer)]]
+        texts = [
+            self.terms.argument(node, argument.name, value, other)
+            for argument, value, other in zip(schema, here, there, strict=False)
+        ]
+        defaults = {argument.name: argument.default_value for argument in schema}
+        named = dict(node.kwargs) if twin is None else {n: defaults[n] for n in twin.kwargs} | dict(node.kwargs)
+        for name, value in named.items():
             if name == "pin_memory" and not value:
                 continue
-            other = twin.kwargs.get(name, value) if twin is not None else value
+            other = value if twin is None else twin.kwargs.get(name, defaults[name])
             texts.append(f"{name}={self.terms.argument(node, name, value, other)}")
         return f"torch.ops.{target}({', '.join(texts)})"
 
@@ -192,13 +255,28 @@ class _Writer:
         return f"pytree.tree_unflatten([{', '.join(texts)}], {self.terms.object_named('spec', values.spec)})"
 
 
-def _alike(steps: list[Step], others: list[Step]) -> bool:
-    """Whether two ways through a module run the same operators and call the same modules."""
+def _signs(call: ModuleCall, steps: list[Step], calls: Calls) -> list[Any]:
+    """What the steps of a call do, in words that are the same for another recording of the same module."""
+    known: dict[Any, Any] = {leaf: f"given {i}" for i, leaf in enumerate(call.given.flat) if isinstance(leaf, fx.Node)}
+    found: list[Any] = []
 
-    def signs(steps: list[Step]) -> list[Any]:
-        return [what.target if kind == "op" else place if kind == "call" else None for kind, place, what in steps]
+    def sign(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(map(sign, value))
+        if isinstance(value, fx.Node) and not isinstance(value.meta.get("val"), torch.SymInt | torch.SymFloat):
+            return known.get(value, calls.weights.get(value.name, "a constant"))
+        return "a number" if isinstance(value, bool | float | int | fx.Node) else type(value).__name__
 
-    return signs(steps) == signs(others)
+    for kind, place, what in steps:
+        if kind == "is":
+            known[place] = sign(what)
+        elif kind == "call":
+            known |= {leaf: (len(found), i) for i, leaf in enumerate(what.results.flat) if isinstance(leaf, fx.Node)}
+            found.append((place, [sign(leaf) for leaf in what.passed.flat]))
+        else:
+            known[what] = len(found)
+            found.append((what.target, {name: sign(value) for name, value in bind(what).items()}))
+    return found
 
 
 def _is_tensor(node: fx.Node) -> bool:

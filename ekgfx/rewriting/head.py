@@ -1,6 +1,7 @@
 """The first lines of a forward that is written anew: its parameters, and what it refuses to be called with."""
 
 import inspect
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +29,10 @@ class Head:
         """All but `self`."""
         return list(self._signature.parameters.values())[1:]
 
-    def lines(self) -> list[str]:
-        """`def forward(…):`, and the refusal of values that it was not written for."""
-        texts = [f"def forward({', '.join(['self', *self._texts()])}):"]
-        guard = self._guard()
-        if guard:
-            texts += [f"    if not ({guard}):", f"        raise NotImplementedError({self._refusal()!r})"]
-        return texts
+    @property
+    def line(self) -> str:
+        """`def forward(…):`."""
+        return f"def forward({', '.join(['self', *self._texts()])}):"
 
     def accessor(self, path: tuple[Any, ...]) -> str:
         """How the forward reads what its caller passed at this place of (args, kwargs)."""
@@ -78,7 +76,7 @@ class Head:
         given = self.call.given
         for leaf, path in zip(given.leaves, given.paths, strict=True):
             if not isinstance(leaf, fx.Node | int | Held) or isinstance(leaf, bool):
-                found[self.accessor(path)] = leaf
+                found[re.sub(r"^(\w+)\[('\w+')\]$", r"\1.get(\2)", self.accessor(path))] = leaf
         args, kwargs = pytree.tree_unflatten(given.leaves, given.spec)
         bound = self._signature.bind(self.module, *args, **kwargs).arguments
         for p in self.parameters:
@@ -86,18 +84,28 @@ class Head:
                 found[p.name] = p.default
         return found
 
-    def _guard(self) -> str:
-        texts = []
+    def conditions(self) -> dict[str, str]:
+        """What a call must be like for this one to stand for it: what is passed → the condition as Python."""
+        found = {}
         for name, value in self._constants().items():
             if value is None or isinstance(value, bool):
-                texts.append(f"{name} is {value}")
+                found[name] = f"{name} is {value}"
             elif isinstance(value, str | int | float):
-                texts.append(f"{name} == {value!r}")
-        return " and ".join(texts)
+                found[name] = f"{name} == {value!r}"
+        return found | {name: f"isinstance({name}, torch.Tensor)" for name in self._tensors()}
 
-    def _refusal(self) -> str:
-        values = ", ".join(f"{name}={value!r}" for name, value in self._constants().items())
-        return (
-            f"ekgfx replaced the forward of {self.path or 'the model'} when it pruned, for {values} as in the example: "
-            "trace with an example that is called as it is used"
-        )
+    def values(self) -> str:
+        """The same, for people."""
+        values = [f"{name}={value!r}" for name, value in self._constants().items()]
+        return ", ".join([*values, *(f"a tensor as {name}" for name in self._tensors())])
+
+    def _tensors(self) -> list[str]:
+        """Parameters that may be left out, and were given tensors."""
+        optional = {p.name for p in self.parameters if p.default is None}
+        given = zip(self.call.given.leaves, self.call.given.paths, strict=True)
+        held = (self.accessor(path) for leaf, path in given if isinstance(leaf, fx.Node) and _is_tensor(leaf))
+        return [name for name in held if name in optional]
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)

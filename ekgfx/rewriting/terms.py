@@ -143,7 +143,7 @@ class Terms:
         if node.name in self.calls.constants:
             name = f"constant_{len(self.objects)}"
             for known, value in self.objects.items():
-                if value is self.calls.constants[node.name]:
+                if isinstance(value, Tensor) and _same(value, self.calls.constants[node.name]):
                     name = known
             self.objects[name] = self.calls.constants[node.name]
             where = f".to({self.reference}.device)" if self.reference else ""
@@ -173,8 +173,8 @@ class Terms:
             return f"{self.floating}.dtype" if follows and self.floating else repr(value)
         if isinstance(value, torch.device):
             return f"{self.reference}.device" if self.reference else f"torch.device({str(value)!r})"
-        lowest = torch.finfo(self.recorded.floats).min, torch.finfo(self.recorded.dtype).min
-        if isinstance(value, float) and value != other and (value, other) == lowest and self.floating:
+        ours = self.recorded.dtype if self.calls is self.recorded.training else self.recorded.floats
+        if isinstance(value, float) and value == torch.finfo(ours).min and self.floating:
             return f"torch.finfo({self.floating}.dtype).min"
         if isinstance(value, bool | float | int) and isinstance(other, bool | float | int) and value != other:
             if (value, other) == (False, True):
@@ -235,3 +235,8 @@ class Terms:
         name = f"{kind}_{len(self.objects)}"
         self.objects[name] = value
         return name
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    alike = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+    return one is other or (alike and torch.equal(one, other))

@@ -62,6 +62,8 @@ def broadcast(call: Call, *tensors: Dims) -> Dims:
     "aten.uniform.default",
     "aten.normal_functional.default",
     "aten.exponential.default",
+    "aten.complex.default",
+    "aten.polar.default",
     "aten.real.default",
     "aten.imag.default",
     "aten.conj.default",

@@ -24,7 +24,7 @@ from ekgfx.search.latency import LayerTable, Price
 from ekgfx.search.problem import DROP, Budget, Computing, Problem, quicker_channels_last, tied_rules
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.result import Candidate, Measure, Point, SearchResult, Step, as_steps
-from ekgfx.search.reward import Objective, Reward, evaluate, label_free, validation_batches
+from ekgfx.search.reward import Objective, Reward, assess, label_free, validation_batches
 from ekgfx.search.settings import STRATEGIES, SearchOptions, SearchSettings, check_known, name_of
 from ekgfx.settings.budgets import label_of
 from ekgfx.surgery.configured import description
@@ -228,9 +228,9 @@ def _measure_unpruned(problem: Problem) -> tuple[Problem, Measure]:
         problem = replace(problem, batches=label_free(network, problem.batches, objective))
     if not problem.batches:
         return problem, problem.measure(problem.full(), None)
-    evaluation, logits = evaluate(network, problem.batches, replace(objective, reward=None), None, check=True)
+    evaluation, logits = assess(network, problem.batches, replace(objective, reward=None), None, check=True)
     if problem.guided or objective.reward is not None:
-        evaluation, _ = evaluate(network, problem.batches, objective, logits if problem.guided else None)
+        evaluation, _ = assess(network, problem.batches, objective, logits if problem.guided else None)
     return replace(problem, unpruned=logits), problem.measure(problem.full(), evaluation)
 
 

@@ -17,7 +17,7 @@ from ekgfx.search.race import Known, Outcome, evaluate_candidates, room_for_logi
 from ekgfx.search.ranking import ranking_of
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.result import Candidate, Step, apply_step
-from ekgfx.search.reward import Evaluation, Knowledge, ensemble_knowledge, evaluate
+from ekgfx.search.reward import Evaluation, Knowledge, assess, ensemble_knowledge
 
 TOLERANCE = 1e-3
 """Relative difference between a recorded loss and the one found again on resuming that is still the same data."""
@@ -265,7 +265,7 @@ def accept(
     if best is not None and best.evaluation is not None and len(taken) == 1 and (best.logits or not follows):
         evaluation, logits = best.evaluation, best.logits or ()
     else:
-        evaluation, logits = evaluate(problem.network(plan), problem.batches, problem.objective, state.knowledge)
+        evaluation, logits = assess(problem.network(plan), problem.batches, problem.objective, state.knowledge)
     if state.knowledge is None or not follows:
         return State(plan, widths, state.knowledge), evaluation
     knowledge = ensemble_knowledge(state.knowledge, state.members, logits)

@@ -23,7 +23,7 @@ from ekgfx.axes import Axis
 from ekgfx.errors import RecipeError
 from ekgfx.graph.plan import Plan
 from ekgfx.latency.segments import Segment, find_segments
-from ekgfx.latency.target import parse
+from ekgfx.latency.target import Target
 from ekgfx.search.problem import channels_per_position
 from ekgfx.search.widths import WidthRule
 from ekgfx.tracing.traced import TracedModel
@@ -119,7 +119,7 @@ class Price:
         table.check(traced)
         self.traced, self.table = traced, table
         self._segments = find_segments(traced)
-        self._batch = {traced.batch: parse(table.target).batch} if traced.batch.size else {}
+        self._batch = {traced.batch: Target.parse(table.target).batch} if traced.batch.size else {}
         self._tiles = _positions(traced, table.tile)
         self._grains = _positions(traced, table.grain)
         self._known: dict[tuple[Any, ...], float] = {}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ekgfx.graph.plan import Plan
 from ekgfx.search.problem import Problem
-from ekgfx.search.reward import Knowledge, evaluate
+from ekgfx.search.reward import Knowledge, assess
 
 TIE = 1e-5
 """Relative difference of −ℛ that tells nothing: it is what another memory format, number of threads or device changes
@@ -77,7 +77,7 @@ def ranking_of(problem: Problem, plan: Plan, knowledge: Knowledge | None, strict
         """Of those that reach the budget, the one that goes least beyond."""
         return 0.0 if strict else useful(candidate) - max(saved(candidate) - needed, 0.0) * TIE
 
-    now = evaluate(problem.network(plan), problem.batches, problem.objective, knowledge)[0].reward
+    now = assess(problem.network(plan), problem.batches, problem.objective, knowledge)[0].reward
     rounding = tie * abs(now)
 
     def by_loss_per_saving(candidate: Plan, negative: float) -> float:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ekgfx.graph.plan import Plan
 from ekgfx.search.problem import Budget, Problem
 from ekgfx.search.result import Candidate, Step, apply_step
-from ekgfx.search.reward import Evaluation, evaluate
+from ekgfx.search.reward import Evaluation, assess
 
 
 class Recorder:
@@ -68,7 +68,7 @@ class Recorder:
             widths[group] = len(after) / self.problem.traced.groups[group].size
         evaluation, asked = None, self.problem
         if asked.batches:
-            evaluation, _ = evaluate(asked.network(plan), asked.batches, asked.objective, asked.at_once)
+            evaluation, _ = assess(asked.network(plan), asked.batches, asked.objective, asked.at_once)
         self.accept(plan, removed=removed, widths=widths, evaluation=evaluation)
 
     def accept(

@@ -115,7 +115,7 @@ def total(terms: Iterable[Terms]) -> Evaluation:
     return Evaluation(loss, -negative, right / places if places else None)
 
 
-def evaluate(
+def assess(
     network: Network,
     batches: Sequence[ValidationBatch],
     objective: Objective,

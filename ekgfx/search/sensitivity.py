@@ -22,7 +22,7 @@ from ekgfx.search.cuts import Key, OnCut, Worth, judged, repaired
 from ekgfx.search.ignore import Ignored, as_patterns, ignored_groups
 from ekgfx.search.importance import Criterion
 from ekgfx.search.problem import Computing, Problem, quicker_channels_last, tied_rules
-from ekgfx.search.reward import Objective, ValidationBatch, evaluate, label_free, validation_batches
+from ekgfx.search.reward import Objective, ValidationBatch, assess, label_free, validation_batches
 from ekgfx.search.settings import name_of
 from ekgfx.surgery.tied import ties_of
 from ekgfx.tracing.traced import TracedModel, check_traced
@@ -279,7 +279,7 @@ def _measured(problem: Problem) -> Problem:
         if objective.loss is not cross_entropy:
             raise DataError("a loss of your own needs targets, and the batches have none")
         problem = replace(problem, batches=label_free(network, given, objective))
-    _, logits = evaluate(network, problem.batches, objective, None, check=True)
+    _, logits = assess(network, problem.batches, objective, None, check=True)
     problem = replace(problem, unpruned=logits)
     check_mixed(problem, given)
     return problem

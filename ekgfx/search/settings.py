@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any, Literal, TypedDict, get_args
 
+from ekgfx.base.ranges import at_least
 from ekgfx.errors import RecipeError
 from ekgfx.search import ekg, global_, uniform
 from ekgfx.search.criteria import IMPORTANCE, NEEDS_DATA
@@ -120,11 +121,8 @@ class SearchSettings(recipe.SearchSettings):
             ("amp", (None, "bf16", "fp16")),
         ):
             _check(name, getattr(self, name), known)
-        if self.align < 1 or self.accept < 1 or not 0 < self.step <= 1 or not 0 <= self.min_width < 1:
-            raise RecipeError(
-                f"align {self.align}, accept {self.accept}, step {self.step}, min_width {self.min_width}: use at least "
-                "1 for align and accept, a step in (0, 1], and a least width in [0, 1)"
-            )
+        super().__post_init__()
+        at_least(self, 1, "align", "accept")
 
     @property
     def criterion(self) -> Criterion:

@@ -1,6 +1,7 @@
 """Budgets as they are asked for: one, several that must all hold, or a list of which each gets a network of its own."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ekgfx.base.units import budget_of
 from ekgfx.errors import BudgetError, RecipeError
@@ -26,17 +27,24 @@ def several(given: Mapping[str, Amounts]) -> str | None:
     return lists[0] if lists else None
 
 
+def _plain(asked: Any) -> Amounts:
+    """A budget that is NumPy's or a tensor as Python's numbers."""
+    found: Amounts = asked.tolist() if hasattr(asked, "tolist") else asked
+    return found
+
+
 def points_of(given: Mapping[str, Amounts]) -> tuple[Point, ...]:
     """The budget of each network, the loosest first; all of them hold the budgets that are no list.
 
     Raises RecipeError for what is no budget, and for a list that has no order.
     """
+    given = {key: _plain(asked) for key, asked in given.items()}
     key = several(given)
     single: dict[str, float | str] = {}
     for other, asked in given.items():
-        if isinstance(asked, float | int | str):
-            budget_of(other, asked)
-            single[other] = asked
+        if asked is not None and not isinstance(asked, tuple | list):
+            budget_of(other, asked)  # type: ignore[arg-type]  # refuses what is neither
+            single[other] = asked  # type: ignore[assignment]
     if key is None:
         return (single,)
     amounts = given[key]

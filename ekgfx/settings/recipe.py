@@ -6,6 +6,7 @@ same form, so that `--resume` needs nothing else.
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
+from ekgfx.base.ranges import at_least, refuse
 from ekgfx.base.schema import did_you_mean, read
 from ekgfx.base.units import bytes_of, fraction_of
 from ekgfx.errors import RecipeError
@@ -49,16 +51,12 @@ class Training:
     cutmix: float = 0.0
 
     def __post_init__(self) -> None:
-        ranges = (
-            ("val_fraction", 0 <= self.val_fraction <= 0.5, "between 0 (train on everything) and 0.5"),
-            ("patience", self.patience is None or self.patience >= 1, "at least 1 epoch"),
-            ("ema", self.ema is None or 0 < self.ema < 1, "a decay between 0 and 1, such as 0.999"),
-            ("mixup", self.mixup >= 0, "at least 0 (off)"),
-            ("cutmix", self.cutmix >= 0, "at least 0 (off)"),
-        )
-        for key, right, allowed in ranges:
-            if not right:
-                raise RecipeError(f"{key} {getattr(self, key)}: use {allowed}")
+        at_least(self, 0, "epochs", "weight_decay", "warmup", "workers", "mixup", "cutmix")
+        at_least(self, 1, "batch_size", "views", "patience")
+        refuse(self, "lr", 0 < self.lr < math.inf, "a learning rate above 0")
+        refuse(self, "momentum", 0 <= self.momentum < 1, "between 0 and below 1")
+        refuse(self, "val_fraction", 0 <= self.val_fraction <= 0.5, "between 0 (train on everything) and 0.5")
+        refuse(self, "ema", self.ema is None or 0 < self.ema < 1, "a decay between 0 and 1, such as 0.999")
 
 
 @dataclass(frozen=True)
@@ -73,26 +71,25 @@ class Finetune(Training):
     temperature: float | None = None
     budgets: Amounts = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "teachers")
+        at_least(self, 1, "top_k")
+        warm = self.temperature is None or 0 < self.temperature < math.inf
+        refuse(self, "temperature", warm, "a temperature above 0")
+
 
 @dataclass(frozen=True)
 class Repair:
-    """The refit of the cut network on the data's images, whose labels it does not look at, and a distillation of
-    `epochs` after it; `ekgfx.repair` says what the numbers mean. `enabled`: wherever there are images and trained
-    weights."""
+    """The refit of the cut network on the data's images, whose labels it does not look at; `ekgfx.repair` says what the
+    numbers mean. `enabled`: wherever there are images and trained weights."""
 
     enabled: bool = True
     images: int = 256
     positions: int = 40_000
-    epochs: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 0:
-            raise RecipeError(f"repair.epochs is 0 (no distillation) or more, not {self.epochs}")
-        for key in ("images", "positions"):
-            if getattr(self, key) < 1:
-                raise RecipeError(
-                    f"repair.{key} is at least 1, not {getattr(self, key)}; to leave it out: enabled: false"
-                )
+        at_least(self, 1, "images", "positions")
 
 
 @dataclass(frozen=True)
@@ -111,6 +108,10 @@ class SearchSettings:
     early_stop: bool | None = None
     amp: Literal["bf16", "fp16"] | None = None
     channels_last: bool | None = None
+
+    def __post_init__(self) -> None:
+        refuse(self, "step", 0 < self.step <= 1, "a part of the widths, above 0 and up to 1")
+        refuse(self, "min_width", 0 <= self.min_width < 1, "a part of the widths, from 0 and below 1")
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -155,6 +156,9 @@ class Search(SearchSettings):
     hardest_first: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "accept", "align", "val_per_class", "images", "batch_size", "val_batch_size")
+        at_least(self, 0, "train_per_class")
         assert self.points  # are such, or it raises
         bytes_of(self.cache)
 
@@ -178,6 +182,11 @@ class Export:
     latency: bool = True
     int8: bool = False
     threads: int = 0
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "threads")
+        at_least(self, 1, "opset")
+        refuse(self, "batches", min(self.batches, default=1) >= 1, "batch sizes of at least 1")
 
 
 @dataclass(frozen=True)
@@ -236,14 +245,14 @@ class Recipe:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; `parse` reads them back to an equal recipe."""
+        """Plain JSON values; `from_json` reads them back to an equal recipe."""
         return dataclasses.asdict(self)
 
-
-def parse(settings: object, where: str = "the recipe") -> Recipe:
-    """A Recipe from nested plain values, strictly: RecipeError names an unknown key or a value of another type."""
-    recipe: Recipe = read(Recipe, _with_fractions(settings), where, RecipeError)
-    return recipe
+    @classmethod
+    def from_json(cls, settings: object, where: str = "the recipe") -> "Recipe":
+        """A recipe from nested plain values, strictly: RecipeError names an unknown key or a value of another type."""
+        recipe: Recipe = read(cls, _with_fractions(settings), where, RecipeError)
+        return recipe
 
 
 def _with_fractions(settings: object) -> object:
@@ -282,7 +291,7 @@ def load(name: str) -> Recipe:
         settings = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(f"recipe {name} is not YAML: {' '.join(str(error).split())[:300]}") from error
-    return parse({} if settings is None else settings, f"recipe {name}")
+    return Recipe.from_json({} if settings is None else settings, f"recipe {name}")
 
 
 def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
@@ -294,7 +303,7 @@ def override(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         for section in sections:
             place = place[section]
         place[last] = value
-    return parse(settings, "the command line")
+    return Recipe.from_json(settings, "the command line")
 
 
 def declared(key: str) -> tuple[Any, Any]:

@@ -56,30 +56,34 @@ def calibrate(
         >>> pruned = ekgfx.prune(model, plan, traced)
         >>> ekgfx.calibrate(pruned, train_loader, traced=traced, limit=16)
     """
-    if traced is None:
-        return estimated(model, batches, limit=limit)
-    check_traced(traced, "calibrate")
-    if not rounds_of(model):
-        raise PlanError("calibrate(traced=...) takes what ekgfx.prune made of the traced model; leave traced out")
-    if model is traced.model:
-        raise PlanError("the traced model itself was cut, and tells no more of what it was; leave traced out")
-    return estimated(model, batches, traced, traced.groups.kept(rounds_of(model)[-1]), limit)
+    if traced is not None:
+        check_traced(traced, "calibrate")
+        if not rounds_of(model):
+            raise PlanError("calibrate(traced=...) takes what ekgfx.prune made of the traced model; leave traced out")
+        if model is traced.model:
+            raise PlanError("the traced model itself was cut, and tells no more of what it was; leave traced out")
+    kept = None if traced is None else traced.groups.kept(rounds_of(model)[-1])
+    norms = estimated(model, batches, traced, kept, limit)
+    what = (
+        f"corrected the running statistics of {norms} norms" if norms else "no norm has running statistics to correct"
+    )
+    log.info("%s: %s", type(model).__name__, what)
+    return model
 
 
 def estimated(
-    model: Model,
+    model: nn.Module,
     batches: Iterable[Any],
     source: TracedModel | None = None,
     kept: Mapping[Axis, Tensor] | None = None,
     limit: int | None = None,
-) -> Model:
-    """As `calibrate`, where the kept positions of the uncut model are at hand."""
+) -> int:
+    """As `calibrate`, where the kept positions of the uncut model are at hand. Returns the number of norms."""
     averaging = {name: module for name, module in model.named_modules() if _averages(module)}
     norms = {name: module for name, module in averaging.items() if hasattr(module, "momentum")}
     _say_kept([name for name in averaging if name not in norms], "have no momentum to estimate them by")
     if not norms:
-        log.info("%s has no norm whose running statistics can be estimated", type(model).__name__)
-        return model
+        return 0
     mixture, known, number = Mixture(), None, 0
     correction = None if source is None else Correction(source, kept or {}, norms)
     with evaluation_mode(model), torch.no_grad(), _estimating(norms, correction) as (seen, seeing):
@@ -104,8 +108,7 @@ def estimated(
     _say_kept([name for name in norms if not seen[name]], "are not run in evaluation")
     if correction is not None and correction.alone:
         log.warning(f"estimated anew, since the uncut model does not run them: {', '.join(sorted(correction.alone))}")
-    log.info("calibrated %d norms on %d batches", sum(map(bool, seen.values())), number)
-    return model
+    return sum(map(bool, seen.values()))
 
 
 def _averages(module: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -205,7 +205,8 @@ def _differences(traced: AxisGraph, counts: Mapping[Axis, int], again: AxisGraph
             text = f"{place}: predicted shape {shapes[old.name]}, found {actual[new.name]}"
             found.append(Mismatch(old.module, text))
         else:
-            found += [Mismatch(old.module, f"{place}: {what}") for what in _otherwise(old, new, before, after)]
+            otherwise = (*_otherwise(old, new, before, after), *_other_sizes(old, new, counts))
+            found += [Mismatch(old.module, f"{place}: {what}") for what in otherwise]
     else:
         if len(before.operations) == len(after.operations):
             return found
@@ -265,6 +266,20 @@ def _otherwise(old: Operation, new: Operation, before: _Reader, after: _Reader) 
             exact = type(value) is not int or name in ("other", "exponent", "alpha", "value", "fill_value")
             if exact and value != other:
                 yield f"{name} is {other}, before the cut it was {value}"
+
+
+def _other_sizes(old: Operation, new: Operation, counts: Mapping[Axis, int]) -> Iterator[str]:
+    """Sizes that are not what was predicted, where the shape of the result need not show it: how many groups a norm
+    has, where a slice starts. Where one ends is seen, or makes no difference."""
+    for name, exprs in old.effect.sizes.items():
+        before, after = old.args.get(name), new.args.get(name)
+        sequences = (exprs, before, after) if isinstance(exprs, Sequence) else ([exprs], [before], [after])
+        if name in ("end", "length") or not all(isinstance(each, Sequence) for each in sequences):
+            continue
+        for expr, was, now in zip(*sequences, strict=False):
+            follows = type(was) is int and type(now) is int and was == count(expr, {}) and now >= 0
+            if follows and now != count(expr, counts):
+                yield f"{name} is {now}, predicted was {count(expr, counts)}"
 
 
 def check_pruned(

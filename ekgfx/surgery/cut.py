@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -27,6 +27,8 @@ from ekgfx.surgery.declared_widths import attributes_of, declare
 from ekgfx.surgery.dropped import REASON as DROPPED
 from ekgfx.surgery.dropped import drop
 from ekgfx.surgery.integers import correct, guess
+from ekgfx.surgery.memory import TOLD as NO_CACHE
+from ekgfx.surgery.memory import switched_off, without_memory
 from ekgfx.surgery.settle import Prediction, repeatable, settle
 from ekgfx.tracing.trace import trace
 from ekgfx.tracing.traced import TracedModel, check_traced
@@ -83,13 +85,49 @@ def prune(
         traced = trace(model, example_inputs, leaf=plan.leaf, unused=plan.unused, outputs=plan.outputs or None)
     check_traced(traced, "prune")
     entire = traced if traced.model is model else traced.rebound(model)
+    how = _How(verify, inplace, graphs != "forbid")
+    try:
+        pruned, said = _pruned(model, plan, entire, how)
+    except PruneError:
+        if inplace or not verify or graphs == "forbid":
+            raise
+        with switched_off(model):
+            without = without_memory(entire)
+            if without is None:
+                raise
+            pruned, said = _pruned(model, plan, without, how)
+        entire, said = without, [NO_CACHE, *said]
+    if graphs == "warn":
+        _tell(pruned)
+        for sentence in said:
+            warnings.warn(sentence, EkgfxWarning, stacklevel=2)
+    source = entire.left_by(plan)
+    if source.unseen:
+        keep_apart(pruned, ((p.parameter, p.dim) for group in source.groups.values() for p in group.places))
+    remember(pruned, (*rounds, replace(plan, structure=source.groups.digest, **source.options)))
+    if calibrate is not None:
+        estimated(pruned, calibrate, *(() if inplace else (entire, entire.groups.kept(plan))))
+    return pruned
+
+
+@dataclass(frozen=True)
+class _How:
+    """How a model is cut: checked, in place, and whether a forward may be replaced."""
+
+    verify: bool
+    inplace: bool
+    may_replace: bool
+
+
+def _pruned(model: nn.Module, plan: Plan, entire: TracedModel, how: _How) -> tuple[nn.Module, list[str]]:
+    """The cut model, settled, and what to tell of its configuration."""
     source, kept = entire.left_by(plan), entire.groups.kept(plan)
-    twin = hollow(model) if inplace and (verify or plan.dropped) else None
+    twin = hollow(model) if how.inplace and (how.verify or plan.dropped) else None
     before, state = attributes_of(model), source.changed(model)
-    ways = repeatable(entire) if verify else set()
+    ways = repeatable(entire) if how.verify else set()
     config = configuration_of(entire, plan) if plan.kept or plan.dropped else None
     with torch.no_grad():
-        if inplace:
+        if how.inplace:
             pruned, weights = model, _cut_in_place(source, kept, plan.rescale)
         else:
             weights = slice_weights(source, kept, rescale=plan.rescale)
@@ -99,23 +137,14 @@ def prune(
     if plan.dropped:
         drop(pruned, source, predicted.counts, twin)
     correct(pruned, source, predicted.counts)
-    if not verify:
+    if not how.verify:
         guess(pruned, source, predicted.counts, before)
     declare(pruned, before, source, predicted.counts)
     said = configure(pruned, config)
-    if verify:
-        settle(pruned, predicted, may_replace=graphs != "forbid")
+    if how.verify:
+        settle(pruned, predicted, may_replace=how.may_replace)
         said = configure(pruned, config, entire)
-    if graphs == "warn":
-        _tell(pruned)
-        if said:
-            warnings.warn(said, EkgfxWarning, stacklevel=2)
-    if source.unseen:
-        keep_apart(pruned, ((p.parameter, p.dim) for group in source.groups.values() for p in group.places))
-    remember(pruned, (*rounds, replace(plan, structure=source.groups.digest, **source.options)))
-    if calibrate is None:
-        return pruned
-    return estimated(pruned, calibrate) if inplace else estimated(pruned, calibrate, entire, kept)
+    return pruned, [said] if said else []
 
 
 def needs_forward(traced: TracedModel) -> list[str]:

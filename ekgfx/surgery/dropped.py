@@ -4,6 +4,7 @@ That module keeps its class. Its forward is written anew from the recorded calls
 the block alone returns what it is given. Modules of which nothing is left become `nn.Identity`, single weights None.
 """
 
+import contextlib
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from ekgfx.graph.blocks import Block
 from ekgfx.graph.nodes import bind
 from ekgfx.graph.plan import Plan
 from ekgfx.rewriting.calls import Calls, hollow
-from ekgfx.rewriting.forward import rewrite
+from ekgfx.rewriting.forward import Version, rewrite
 from ekgfx.rewriting.missing import Missing, without
 from ekgfx.rewriting.patched import put_forward
 from ekgfx.rewriting.terms import Recorded
@@ -28,16 +29,25 @@ REASON = "the plan drops "
 """How the reason of a forward begins that was written for a block that is gone."""
 
 
-def recorded(source: TracedModel, counts: Mapping[Axis, int], twin: nn.Module | None) -> tuple[Recorded, TracedWidths]:
+def recorded(source: TracedModel, counts: Mapping[Axis, int], twin: nn.Module | None) -> list[Version]:
     """The calls of the model that `source` is, without the blocks that are gone from it, and what the cut makes of
-    their sizes. twin: as in `record`.
+    their sizes; as the trace saw them, and as they are where the model's Python knows that nobody exports it. twin: as
+    in `record`.
 
     Raises PruneError where that cannot be recorded, or what is left would read what is gone.
     """
     found = record(source, twin)
-    widths = TracedWidths(source.entire, counts, found)
+    every = [found]
+    if found.evaluation.asked:
+        with contextlib.suppress(PruneError):  # what it does otherwise may have no graph
+            every.append(record(source, twin, exported=False))
+    return [(_left(source, each), TracedWidths(source.entire, counts, each)) for each in every]
+
+
+def _left(source: TracedModel, found: Recorded) -> Recorded:
+    """What was recorded, without the blocks that are gone."""
     if not source.dropped:
-        return found, widths
+        return found
     blocks = {name: source.entire.blocks[name] for name in source.dropped}
     training = replace(source.way, training=True)
     number = next((i for i, graph in enumerate(source.graphs) if graph.way == training), 0)
@@ -46,7 +56,7 @@ def recorded(source: TracedModel, counts: Mapping[Axis, int], twin: nn.Module | 
         for calls, i in ((found.evaluation, 0), (found.training, number))
     ]
     assert thin[0] is not None
-    return replace(found, evaluation=thin[0], training=thin[1]), widths
+    return replace(found, evaluation=thin[0], training=thin[1])
 
 
 def _missing(calls: Calls, graph: AxisGraph, blocks: Collection[Block | None]) -> Missing:
@@ -76,17 +86,17 @@ def drop(pruned: nn.Module, source: TracedModel, counts: Mapping[Axis, int], twi
     Raises:
         PruneError: the forward of a module around them cannot be written.
     """
-    calls, widths = recorded(source, counts, twin)
+    versions = recorded(source, counts, twin)
     modules: dict[str, list[str]] = {}
     for name in sorted(source.dropped):
         for block in source.entire.blocks[name]:
             if block is not None and name not in modules.setdefault(block.module, []):
                 modules[block.module].append(name)
     for path, names in modules.items():
-        if not calls.evaluation.of(path):
+        if not versions[0][0].evaluation.of(path):
             continue  # it went with the branch of another block
         try:
-            put_forward(pruned.get_submodule(path), rewrite(path, calls, widths, (), f"{REASON}{', '.join(names)}"))
+            put_forward(pruned.get_submodule(path), rewrite(path, versions, (), f"{REASON}{', '.join(names)}"))
         except PruneError as error:
             raise PruneError(f"{', '.join(names)} cannot be dropped: {error}") from error
     _strip(pruned, source, stay=modules)

@@ -71,6 +71,38 @@ def otherwise(found: list[Step], wanted: list[Step]) -> set[str]:
     return modules
 
 
+def transcript(model: nn.Module, way: Way, example: Example) -> Any:
+    """All that a module computes when it runs in a way: every operator, the numbers that it is given, the shapes that
+    it makes; the error's name where it raises. Nothing of it is changed afterwards."""
+    writer, (args, kwargs) = _Writer(), example
+    with torch.no_grad(), way.entered(model), undisturbed(model), writer:
+        try:
+            model(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001  whatever the user's forward raises
+            return writer.lines, type(error).__name__
+    return writer.lines, ""
+
+
+def factors_of(model: nn.Module, way: Way, example: Example) -> list[tuple[str, tuple[float, ...]]]:
+    """The operators of a run that are given floats, with these: scales, slopes, rates."""
+    lines, _ = transcript(model, way, example)
+    given = ((str(func), tuple(n for n in numbers if type(n) is float)) for func, numbers, _ in lines)
+    return [(func, floats) for func, floats in given if floats]
+
+
+class _Writer(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given, made = pytree.tree_leaves((args, kwargs)), pytree.tree_leaves(result)
+        numbers = [value for value in given if type(value) in (int, float, bool)]
+        self.lines.append((func, numbers, [tuple(value.shape) for value in made if isinstance(value, Tensor)]))
+        return result
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self, running: list[str]) -> None:
         super().__init__()

@@ -35,6 +35,13 @@ def built_anew(model: nn.Module, config: Any, state: Mapping[str, Tensor] | None
     return made.train(model.training)
 
 
+def saved_by(model: nn.Module) -> frozenset[str]:
+    """The names of the tensors that a library saves of a model: of its state those that it does not compute anew, as
+    transformers' models say by `_keys_to_ignore_on_save`."""
+    left_out = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    return frozenset(model.state_dict().keys() - set(left_out))
+
+
 def name_of(number: Field) -> str:
     """A number of a configuration as people write it."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in number).lstrip(".")

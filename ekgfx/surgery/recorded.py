@@ -6,7 +6,7 @@ The recording keeps the modules' boundaries, the trace knows the axes: each reco
 import difflib
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from ekgfx.axes import Axis, Expr, Prod, count, resolve
 from ekgfx.errors import EkgfxError
 from ekgfx.graph.axis_graph import AxisGraph, Operation
+from ekgfx.graph.nodes import bind
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.rewriting.calls import Calls, ModuleCall, Values, calls_of, hollow, whole
 from ekgfx.rewriting.terms import Recorded
@@ -24,13 +25,14 @@ from ekgfx.surgery.check import operator_name, takes_all
 from ekgfx.tracing.traced import TracedModel
 
 
-def record(source: TracedModel, twin: nn.Module | None = None) -> Recorded:
+def record(source: TracedModel, twin: nn.Module | None = None, exported: bool = True) -> Recorded:
     """The calls of the uncut model, in evaluation and (with floats of another type, so that one sees which types follow
-    the model's) in training. twin: the uncut model without its weights, where that of `source` has been cut itself."""
+    the model's) in training. twin: the uncut model without its weights, where that of `source` has been cut itself.
+    exported: as in `calls_of`."""
     model = twin or hollow(source.model)
     floats = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     with evaluation_mode(model):
-        evaluation = calls_of(model, source.example, source.leaves)
+        evaluation = calls_of(model, source.example, source.leaves, exported)
     other = torch.float32 if floats in (torch.bfloat16, torch.float16) else torch.bfloat16
     training = None
     for dtype in (other, floats):
@@ -38,7 +40,7 @@ def record(source: TracedModel, twin: nn.Module | None = None) -> Recorded:
         twin.train()
         example = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.dtype == floats else t, source.example)  # noqa: B023
         try:
-            training = calls_of(twin, example, source.leaves)
+            training = calls_of(twin, example, source.leaves, exported)
             break
         except (EkgfxError, RuntimeError):
             continue
@@ -119,8 +121,10 @@ class TracedWidths:
 def aligned(source: AxisGraph, calls: Calls) -> dict[fx.Node, Operation]:
     """Recorded operator → the operation of the trace that it is."""
 
-    def sign(module: str, target: Any) -> tuple[str, str]:
-        return module, operator_name(target)
+    def sign(module: str, node: fx.Node) -> tuple[Any, ...]:
+        """What tells an operator from its neighbours: a graph without mutation has more slices of a tensor that is
+        written to in parts."""
+        return module, operator_name(node.target), _shape(node), _number(bind(node).get("start"))
 
     # A slice that takes all stands in the one or the other alone: `x[:, :8]` records one for every `:`.
     nodes = [
@@ -129,9 +133,33 @@ def aligned(source: AxisGraph, calls: Calls) -> dict[fx.Node, Operation]:
         if isinstance(node.target, torch._ops.OpOverload) and not whole(node)
     ]
     operations = [operation for operation in source.operations if not takes_all(operation)]
-    mine = [sign(operation.module, operation.target) for operation in operations]
-    theirs = [sign(path, node.target) for path, node in nodes]
-    blocks: list[Any] = [(0, 0, len(mine))]
-    if mine != theirs:
-        blocks = difflib.SequenceMatcher(None, mine, theirs, autojunk=False).get_matching_blocks()
-    return {nodes[j + k][1]: operations[i + k] for i, j, size in blocks for k in range(size)}
+    mine = [sign(operation.module, operation.node) for operation in operations]
+    theirs = [sign(path, node) for path, node in nodes]
+    pairs = list(_matching(mine, theirs))
+    # What a tensor that was written to is viewed as stands in the trace where it is read first.
+    i = j = 0
+    for a, b in [*pairs, (len(mine), len(theirs))]:
+        anywhere = ([sign[1:] for sign in signs] for signs in (mine[i:a], theirs[j:b]))
+        pairs += [(i + k, j + m) for k, m in _matching(*anywhere)]
+        i, j = a + 1, b + 1
+    return {nodes[b][1]: operations[a] for a, b in pairs}
+
+
+def _matching(a: list[Any], b: list[Any]) -> Iterator[tuple[int, int]]:
+    """The places of what is alike in two lists, in the order of both."""
+    blocks: list[Any] = [(0, 0, len(a))]
+    if a != b:
+        blocks = difflib.SequenceMatcher(None, a, b, autojunk=False).get_matching_blocks()
+    return ((i + k, j + k) for i, j, size in blocks for k in range(size))
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    """The shape of a node's (first) output for the example inputs."""
+    tensors = [value for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]
+    return tuple(map(_number, tensors[0].shape)) if tensors else ()
+
+
+def _number(value: Any) -> Any:
+    """An argument or a size, as the number that it is for the example inputs where it is one."""
+    value = value.meta.get("val") if isinstance(value, fx.Node) else value
+    return value.node.hint if isinstance(value, torch.SymInt) else value

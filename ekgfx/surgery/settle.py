@@ -6,32 +6,34 @@ of those modules are changed, and put back where that makes no difference. A mod
 right gets a forward that is written for it.
 """
 
+import contextlib
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ekgfx.axes import Axis
+from ekgfx.axes import Axis, counted
 from ekgfx.errors import EkgfxError, PruneError
 from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.plan import Plan
 from ekgfx.graph.untouched import State, deep_copy
 from ekgfx.graph.ways import Way
-from ekgfx.rewriting.forward import rewrite
+from ekgfx.rewriting.calls import hollow
+from ekgfx.rewriting.forward import Version, rewrite
 from ekgfx.rewriting.patched import forward_of, put_forward
-from ekgfx.rewriting.terms import Recorded
 from ekgfx.surgery.assignments import assignments, kind_of, take
-from ekgfx.surgery.behaviour import as_good, behaviour
+from ekgfx.surgery.behaviour import as_good, behaviour, shapes_taken
 from ekgfx.surgery.check import Mismatch, compare_outputs, differences
 from ekgfx.surgery.dropped import recorded
 from ekgfx.surgery.faults import Problem, blamed, failing, training_error
 from ekgfx.surgery.integers import STANDARD, Attributes, Choice, choices_of, own_configurations
-from ekgfx.surgery.outline import Step, otherwise, outline_of, outlined
+from ekgfx.surgery.outline import Step, otherwise, outline_of, outlined, transcript
 from ekgfx.tracing.trace import retrace
 from ekgfx.tracing.traced import TracedModel
 
@@ -85,7 +87,8 @@ class _Settling:
         self.open = choices_of(pruned, self.source, predicted.counts, predicted.before)
         self.tried: set[str] = set()
         self.cleared: set[str] = set()  # modules that integers of others were settled for
-        self.recorded: Recorded | None = None
+        self.recorded: list[Version] | None = None
+        self.read: dict[tuple, bool] = {}
         uncut = self.source.model is not pruned
         self.trains = self.source.trains and not (uncut and training_error(self.source.model, self.source))
 
@@ -106,6 +109,7 @@ class _Settling:
         if problems:
             raise self._error(problems[0])
         self._put_back()
+        self._limit()
 
     def _error(self, problem: Problem) -> PruneError:
         return PruneError(f"the pruned {type(self.pruned).__name__} is not what was predicted: {problem.text}")
@@ -200,7 +204,7 @@ class _Settling:
             own_configurations(self.pruned)
         before = {choice: choice.now(self.pruned) for choice in choices}
         most, traces = MOST_TRIALS if self._wanted is None else MOST_RUNS, 0
-        for trial in itertools.islice(assignments(self.pruned, choices, apart), most):
+        for trial in itertools.islice(self._ways(choices, apart), most):
             take(self.pruned, trial)
             if self._surely_wrong(blamed):
                 continue
@@ -212,6 +216,46 @@ class _Settling:
                 return left
         take(self.pruned, before)
         return None
+
+    def _ways(self, choices: list[Choice], apart: bool) -> Iterator[dict[Choice, int]]:
+        """The ways to settle integers: the likeliest, then those in which only integers change that the uncut model
+        reads: what it does not read may have the size of a width by chance."""
+        ways = assignments(self.pruned, choices, apart)
+        yield next(ways)
+        read = [choice for choice in choices if self._is_read(choice)]
+        if len(read) == len(choices):
+            yield from ways
+        else:
+            others = {choice: choice.old for choice in choices if choice not in read}
+            yield from ({**others, **way} for way in assignments(self.pruned, read, apart))
+
+    def _is_read(self, choice: Choice) -> bool:
+        """Whether the uncut model runs otherwise where an integer has another value, in all modules of that kind."""
+        kind = (*kind_of(self.pruned, choice), choice.old)
+        if kind not in self.read:
+            alike = [c for c in self.open if (*kind_of(self.pruned, c), c.old) == kind]
+            known = {each: each.now(self._twin) for each in alike}
+            other = next(value for value in choice.values if value != choice.old)
+            take(self._twin, dict.fromkeys(alike, other))
+            try:
+                found = [transcript(self._twin, graph.way, graph.example) for graph in self.source.graphs]
+            finally:
+                take(self._twin, known)
+            self.read[kind] = found != self._transcripts
+        return self.read[kind]
+
+    @cached_property
+    def _twin(self) -> nn.Module:
+        """The uncut model without its weights, with configurations of its own."""
+        twin = hollow(self.predicted.twin or self.source.model)
+        own_configurations(twin)
+        for choice in self.open:
+            choice.take(twin, choice.old)
+        return twin
+
+    @cached_property
+    def _transcripts(self) -> list[Any]:
+        return [transcript(self._twin, graph.way, graph.example) for graph in self.source.graphs]
 
     @cached_property
     def _wanted(self) -> list[Step] | None:
@@ -276,18 +320,45 @@ class _Settling:
             self.inline.add(path)
             put_forward(module, self.own.get(path))
             if not path:
-                raise self._error(problem)
+                return self._replace_earlier(problem)
             path = path.rpartition(".")[0]
+
+    def _replace_earlier(self, problem: Problem) -> None:
+        """What shows in one module may come from another that runs before it, and makes what it makes by a number: as
+        many zeros as before the cut, say."""
+        for operation in self.source.operations:
+            sizes, path = operation.effect.sizes.values(), operation.module
+            follows = any(counted(size, {}) != counted(size, self.predicted.counts) for size in sizes)
+            if follows and path not in self.put | self.inline:
+                if not isinstance(self.pruned.get_submodule(path), STANDARD):
+                    with contextlib.suppress(PruneError):
+                        return self._put(path, problem.text)
+                self.inline.add(path)
+        raise self._error(problem)
 
     def _put(self, path: str, reason: str) -> None:
         if self.recorded is None:
-            self.recorded, self.widths = recorded(self.source, self.predicted.counts, self.predicted.twin)
-        forward = rewrite(path, self.recorded, self.widths, self.inline, reason)
+            self.recorded = recorded(self.source, self.predicted.counts, self.predicted.twin)
+        forward = rewrite(path, self.recorded, self.inline, reason)
         put_forward(self.pruned.get_submodule(path), forward)
         self.put.add(path)
         module = self.pruned.get_submodule(path)
         if isinstance(module, nn.MultiheadAttention):
             module._qkv_same_embed_dim = False  # or a TransformerEncoderLayer computes in its place what it would
+
+    def _limit(self) -> None:
+        """Forwards say what sizes they take. What a list with an entry for each sample has made of one, only a run on
+        other sizes shows."""
+        model, example = self.source.model, self.source.example
+        if not self.put or model is self.pruned:
+            return
+        pairs = list(zip(shapes_taken(model, example), shapes_taken(self.pruned, example), strict=True))
+        wrong = [i for i, (wanted, found) in enumerate(pairs) if wanted is not None and wanted != found]
+        for path in self.put if wrong else ():
+            module = self.pruned.get_submodule(path)
+            forward = forward_of(module)
+            if forward is not None and forward.sizes != "example":
+                put_forward(module, replace(forward, sizes="example" if 0 in wrong else "batch"))
 
 
 def repeatable(source: TracedModel) -> set[Way]:

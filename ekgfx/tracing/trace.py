@@ -113,7 +113,9 @@ def retrace(model: nn.Module, source: TracedModel, state: State | None = None) -
         _graph(model, graph.way, graph.example, list(source.leaves), graph.decomposed, state, _choice(graph))
         for graph in source.graphs
     )
-    again = TracedModel(model, **{**first, "others": [AxisGraph(model, **other) for other in others]})
+    graphs = [AxisGraph(model, **other) for other in others]
+    again = TracedModel(model, **{**first, "others": graphs, "unused": source.unused})
+    again.trains = source.trains
     for new, old in zip(again.graphs, source.graphs, strict=True):
         if old.batch_assumed:
             sizes.assume_batch(new)

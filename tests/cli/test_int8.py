@@ -8,9 +8,9 @@ import onnx
 import pytest
 
 from ekgfx.pipeline.job import Silent
-from ekgfx.pipeline.stages import prune_job
+from ekgfx.pipeline.jobs import prune_job
 from ekgfx.runs.directory import Run
-from ekgfx.settings import recipe
+from ekgfx.settings.recipe import Recipe
 
 SETTINGS = {
     "model": "ekgfx.models:digits_cnn",
@@ -26,7 +26,7 @@ def made(tmp_path_factory):
     def run(data: str | None) -> Path:
         path = folder / str(data)
         if not path.exists():
-            asked = recipe.parse(SETTINGS if data is None else {**SETTINGS, "data": data, "repair": {"images": 32}})
+            asked = Recipe.from_json(SETTINGS if data is None else {**SETTINGS, "data": data, "repair": {"images": 32}})
             with Run.create(path, settings=asked.to_json()) as opened:
                 prune_job(opened, Silent())
         return path

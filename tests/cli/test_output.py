@@ -10,6 +10,7 @@ import yaml
 from ekgfx.cli import render
 from ekgfx.rules.registry import _RULES
 from ekgfx.settings import recipe
+from ekgfx.settings.recipe import Recipe
 from tests.cli.conftest import environment
 
 
@@ -115,7 +116,7 @@ def rule(call):
 
 def test_recipes_shows_the_whole_recipe(ekgfx):
     done = ekgfx("recipes", "quickstart")
-    assert recipe.parse(yaml.safe_load(done.out)) == recipe.load("quickstart")
+    assert Recipe.from_json(yaml.safe_load(done.out)) == recipe.load("quickstart")
     assert "quickstart" in ekgfx("recipes").out
 
 

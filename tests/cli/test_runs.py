@@ -16,9 +16,10 @@ import torch
 from ekgfx.cli import cli
 from ekgfx.models import digits_cnn
 from ekgfx.pipeline.job import Silent
-from ekgfx.pipeline.stages import prune_job
+from ekgfx.pipeline.jobs import prune_job
 from ekgfx.runs.directory import Run, read_manifest
 from ekgfx.settings import recipe
+from ekgfx.settings.recipe import Recipe
 from tests.cli.conftest import environment
 
 SETTINGS = {
@@ -42,7 +43,7 @@ def made(tmp_path_factory) -> Callable[[float, str], Path]:
     def run(flops: float, name: str) -> Path:
         path = folder / name
         if not path.exists():
-            asked = recipe.override(recipe.parse(SETTINGS), {"search.flops": flops})
+            asked = recipe.override(Recipe.from_json(SETTINGS), {"search.flops": flops})
             with Run.create(path, settings=asked.to_json()) as opened:
                 prune_job(opened, Silent())
         return path
@@ -89,8 +90,8 @@ def test_finetune_changes_nothing_before_all_is_right(runs, refused, tmp_path) -
         ("--data", "cifar10:empty"): "no cifar10 in",
         ("--data", "npz:few"): "has 3 classes, but the model has 10 outputs",
         ("--epochs", "0"): "no epochs to fine-tune for (0): give --epochs",
-        ("--epochs", "-3"): "no epochs to fine-tune for (-3): give --epochs",
-        ("--lr", "-1"): "finetune.lr -1.0: a learning rate is above 0",
+        ("--epochs", "-3"): "finetune.epochs -3: use at least 0",
+        ("--lr", "-1"): "finetune.lr -1.0: use a learning rate above 0",
         ("--lr", "nan"): "finetune.lr in the command line must be a finite number",
         ("--batch-size", "0"): "finetune.batch_size 0: use at least 1",
         ("--teachers", "-1"): "finetune.teachers -1: use at least 0",

@@ -13,7 +13,7 @@ from ekgfx import data
 from ekgfx.data.batches import Inputs
 from ekgfx.errors import DataError, PruneError
 from ekgfx.models import digits_cnn
-from ekgfx.repair.batch_norm import Estimate, complete, settle
+from ekgfx.repair.batch_norm import Estimate, settle
 from ekgfx.repair.images import gather
 from ekgfx.repair.judge import Judge, Judgement
 from ekgfx.repair.moments import Moments
@@ -312,12 +312,7 @@ def test_statistics_are_chosen_without_the_images_that_judge_and_taken_of_all(wa
     means = {"fit": torch.cat([batch.args[0] for batch in images.fit]), "all": x}
     with torch.no_grad():
         means = {name: network[0](part).mean((0, 2, 3)) for name, part in means.items()}
-
-        def judge(module: nn.Module) -> Judgement:
-            return distance(module, means[wanted])
-
-        settled = settle(network, judge, images, anew(network))
-        complete(network, judge, images, anew(network), settled, {})
+        settled = settle(network, lambda module: distance(module, means[wanted]), images, anew(network))
     assert settled.share == 1.0
     torch.testing.assert_close(network[1].running_mean, means[wanted])
     assert settled.judgement.error == pytest.approx(float((means["fit"] - means[wanted]).abs().sum()), abs=1e-12)
@@ -351,20 +346,3 @@ def test_statistics_that_cannot_be_estimated_are_kept_and_it_is_said() -> None:
     plan = ekgfx.Plan({name: tuple(range(5))})
     pruned = ekgfx.prune(model, plan, traced)
     assert "BatchNorm keeps its statistics: batch 1 is too small" in str(ekgfx.repair(pruned, traced, plan, x))
-
-
-@pytest.mark.parametrize("better", [True, False])
-def test_weights_of_all_images_are_taken_unless_they_are_worse(better: bool) -> None:
-    network = nn.Sequential(nn.Linear(3, 2)).eval()
-    fitted, whole = network[0].bias.detach().clone(), {"0.bias": torch.full((2,), 7.0)}
-    wanted = whole["0.bias"] if better else fitted
-
-    def judge(module: nn.Module) -> Judgement:
-        return Judgement(float((module[0].bias - wanted).abs().sum()), None)
-
-    with torch.no_grad():
-        images = gather(torch.randn(26, 3), 8, 256, PLAIN)
-        settled = settle(network, judge, images, anew(network))
-        complete(network, judge, images, anew(network), settled, whole)
-    assert torch.equal(network[0].bias, wanted)
-    assert (settled.judgement.error == 0) is not better  # it is of the fitted images alone

@@ -56,15 +56,6 @@ def test_mirrored_images_are_what_was_measured() -> None:
     assert f"{line['repaired']['accuracy']:.1%} both, in {took[0]} CPU seconds instead of {took[1]}" in said
 
 
-@pytest.mark.parametrize("line", lines("repair_blocks"), ids=lambda line: f"seed {line['seed']}")
-def test_a_distillation_is_what_was_measured(line: dict) -> None:
-    repaired, distilled = line["repaired"], line["distilled"]
-    done = "" if distilled["blocks"] else ", left out"
-    shown = f"{repaired['accuracy']:.2%} | {distilled['accuracy']:.2%}{done}"
-    losses = f"{repaired['loss']:.3f} → {distilled['loss']:.3f}"
-    assert f"| {line['seed']} | {shown} | {losses} | {distilled['cpu_seconds']:.0f} |" in page()
-
-
 ASKED = {question: [line for line in QUESTIONS if line["question"] == question] for question in ("finetune", "polish")}
 
 

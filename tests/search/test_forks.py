@@ -14,7 +14,7 @@ from ekgfx.search.importance import taylor
 from ekgfx.search.problem import Problem
 from ekgfx.search.race import evaluate_candidates
 from ekgfx.search.ranking import Ranking, by_reward
-from ekgfx.search.reward import evaluate
+from ekgfx.search.reward import assess
 from ekgfx.tracing.traced import TracedModel
 from tests.search import nets
 from tests.search.test_importance import problem_of
@@ -62,7 +62,7 @@ def test_forks_change_nothing(make: Callable[[], TracedModel], part: float) -> N
     assert 0.4 * part * whole <= held(keeper) <= part * whole
     together = evaluate_candidates(problem, forks, current, candidates, None, ranking=BY_REWARD, kept=keeper.kept)
     for (_, plan), outcome in zip(candidates, together, strict=True):
-        assert outcome.evaluation == evaluate(problem.network(plan), problem.batches, problem.objective, None)[0]
+        assert outcome.evaluation == assess(problem.network(plan), problem.batches, problem.objective, None)[0]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from ekgfx.search.forks import Branch, Forks
 from ekgfx.search.problem import Budget, Computing, Problem
 from ekgfx.search.race import Outcome, Race, Unit, eliminate, evaluate_candidates
 from ekgfx.search.ranking import TIE, Ranking, by_reward, ranking_of
-from ekgfx.search.reward import evaluate, least_terms, validation_batches
+from ekgfx.search.reward import assess, least_terms, validation_batches
 from ekgfx.tracing.traced import TracedModel
 from tests.search import nets
 from tests.search.test_importance import problem_of
@@ -49,7 +49,7 @@ def batches(traced: TracedModel, size: int = 6, soft: bool = False) -> list[tupl
 def plainly(problem: Problem, forks: Forks, plan: Any, candidates: Any, knowledge: Any, **_: Any) -> list[Outcome]:
     """Every candidate sliced anew and run as a whole on every batch."""
     return [
-        Outcome(evaluate(problem.network(candidate), problem.batches, problem.objective, knowledge)[0])
+        Outcome(assess(problem.network(candidate), problem.batches, problem.objective, knowledge)[0])
         for _, candidate in candidates
     ]
 

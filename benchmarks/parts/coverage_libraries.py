@@ -1,0 +1,194 @@
+"""Small networks of other libraries with random weights, and what becomes of them: one way, one row for each.
+
+    python benchmarks/coverage.py diffusers --output benchmarks/results/coverage-libraries.jsonl          # resumes
+    python benchmarks/coverage.py diffusers --output benchmarks/results/coverage-libraries.jsonl --table
+
+The libraries are torchvision, smp (segmentation_models_pytorch), ultralytics, diffusers, open_clip and monai. Of each
+network half of every group is cut at random, in float64, with all parameters perturbed. What the columns say:
+
+    exact: the sliced graph equals the user's own network with zeros in place of what is cut (statistics over what is
+    kept), and the cut module equals the sliced graph, at another batch, both to 1e-9; training: the same in training
+    mode with dropout off, where that has been traced; size: the cut module equals the sliced graph of the original,
+    traced at that size ("fixed": the original does not run at another); class: it keeps its class; graphs inside:
+    modules whose forward was replaced; API: what people do with such a model; ONNX: exported, the same in ONNX Runtime;
+    prunable: the share of the parameters in tensors that some group cuts; s: CPU seconds of one thread.
+"""
+
+import argparse
+import random
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from common import Lines, Row
+from parts.coverage_networks import NETWORKS, Network
+from parts.coverage_tables import sweep
+
+TOLERANCE = 1e-9
+
+
+def measure(name: str) -> dict[str, Any]:
+    """The row of one network, LIBRARY:NAME."""
+    import logging
+    import warnings
+
+    import torch
+
+    import ekgfx
+    from ekgfx.surgery.check import check_masked, perturb
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    start = time.process_time()
+    library, _, short = name.partition(":")
+    network = NETWORKS[library][short]()
+    model = network.model.eval().double()
+    perturb(model)
+    row: dict[str, Any] = {"model": name, "params": sum(p.numel() for p in model.parameters())}
+    traced = ekgfx.trace(model, network.inputs(2, False), leaf=network.leaf)
+    row |= {"groups": len(traced.groups), "share": round(traced.groups.prunable_share, 3)}
+    row |= {"unknown": traced.unknown_ops, "notes": [note[:200] for note in traced.notes]}
+    row["ways"] = [str(graph.way) for graph in traced.graphs]
+    draw = random.Random(0)
+    plan = ekgfx.Plan(
+        {n: tuple(sorted(draw.sample(range(g.size), max(1, g.size // 2)))) for n, g in traced.groups.items()}
+    )
+    other = network.inputs(3, False)
+    try:
+        row["masked"] = float(check_masked(traced, plan, other))
+        pruned = ekgfx.prune(model, plan, traced)
+    except ekgfx.EkgfxError as error:
+        return row | {"status": "failed", "message": str(error)[:400], "seconds": round(time.process_time() - start, 1)}
+    row |= behaves(network, traced, plan, pruned)
+    row["class"] = type(pruned) is type(model)
+    row["graphs"] = sorted({each.kind for each in ekgfx.replaced(pruned)})
+    row["api"] = works(lambda: network.use(pruned)) if network.use else None
+    row["onnx"] = works(lambda: exported(pruned, network)) if network.exports else None
+    row["seconds"] = round(time.process_time() - start, 1)
+    wrong = max(row["masked"], row["batch"]) > TOLERANCE or not (row["size"] in ("", "fixed") or "Error" in row["size"])
+    row["status"] = "inexact" if wrong else "ok"
+    return row
+
+
+def behaves(network: Network, traced: Any, plan: Any, pruned: Any) -> dict[str, Any]:
+    """The cut module against the sliced graph: another batch, another size, training mode."""
+    import torch
+
+    import ekgfx
+    from ekgfx.surgery.check import check_pruned, compare_outputs, relative_error
+
+    model, found = traced.model, {"batch": float(check_pruned(traced, plan, pruned, network.inputs(3, False)))}
+
+    def at_another_size() -> None:
+        there = ekgfx.trace(model, network.inputs(2, True), leaf=network.leaf)
+        with torch.no_grad():
+            off = relative_error(
+                pruned.eval()(*network.inputs(2, True)), there.subnetwork(plan)(*network.inputs(2, True))
+            )
+        assert off <= TOLERANCE, f"off by {off:.1e}"
+
+    asked = works(lambda: model.eval()(*network.inputs(2, True)))
+    found["size"] = "fixed" if asked else works(at_another_size)
+    trained = [graph for graph in traced.graphs if graph.way.training]
+    if trained:
+
+        def in_training() -> None:
+            from ekgfx.execution.subnetwork import SubNetwork
+
+            graph = trained[0]
+            off = compare_outputs(pruned, SubNetwork(graph, traced.groups.kept(plan)), *graph.example)
+            assert off <= TOLERANCE, f"off by {off:.1e}"
+
+        found["training"] = works(in_training)
+    else:
+        found["training"] = works(lambda: pruned.train()(*network.inputs(3, False)))
+    pruned.eval()
+    return found
+
+
+def works(call: Callable[[], Any]) -> str:
+    """Why a call fails, "" where it does not."""
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001  every failure is a result
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    return ""
+
+
+def exported(pruned: Any, network: Network) -> None:
+    """To ONNX in float32, and compared there by the exporter itself."""
+    import copy
+
+    import torch
+    from ekgfx.export import to_onnx
+
+    inputs = tuple(
+        t.float() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in network.inputs(2, False)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        to_onnx(copy.deepcopy(pruned).float(), inputs, Path(folder) / "model.onnx")
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as a Markdown table, with what they say together."""
+    cut = [row for row in rows if "batch" in row]
+
+    def share(says: Callable[[Row], Any], some: list[Row]) -> str:
+        return f"{sum(bool(says(row)) for row in some)} of {len(some)}"
+
+    lines = [
+        f"- {share(lambda r: 'groups' in r, rows)} are traced as they come; "
+        f"{share(lambda r: r['status'] == 'ok', rows)} are cut exactly.",
+        f"- {share(lambda r: r['class'], cut)} keep their class, {share(lambda r: not r['graphs'], cut)} without "
+        f"another forward inside; {share(lambda r: not r['api'], [r for r in cut if r['api'] is not None])} work with "
+        f"the library's API; {share(lambda r: not r['onnx'], [r for r in cut if r['onnx'] is not None])} export to "
+        "ONNX.",
+        "",
+        "| network | status | groups | prunable | graphs inside | training | other size | API | ONNX | s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda r: r["model"]):
+        if "batch" not in row:
+            why = row.get("message", "")[:110].replace("|", "/")
+            lines.append(f"| {row['model']} | {row['status']}: {why} | | | | | | | | |")
+            continue
+        size = "fixed" if row["size"] == "fixed" else "no" if row["size"] else "yes"
+        answers = ["" if row[key] is None else "no" if row[key] else "yes" for key in ("api", "onnx")]
+        cells = [row["model"], row["status"], row["groups"], f"{row['share']:.0%}", ", ".join(row["graphs"]) or "none"]
+        cells += ["no" if row["training"] else "yes", size, *answers, row["seconds"]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class Library:
+    """One library as a part of the program."""
+
+    name: str
+    __doc__: str = field(default=__doc__ or "")
+
+    def names(self) -> list[str]:
+        return [f"{self.name}:{short}" for short in NETWORKS[self.name]]
+
+    def main(self, asked: argparse.Namespace) -> None:
+        found = Lines(asked.output)
+        if asked.table:
+            print(table([row for row in found if row["model"].startswith(f"{self.name}:")]))
+        else:
+            sweep(measure, asked.models or self.names(), found, timeout=900)
+
+    def options(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("models", nargs="*", help=f"{self.name}:NETWORK (default: all of them)")
+        parser.add_argument("--output", required=True, help="JSON lines")
+        parser.add_argument("--table", action="store_true", help="what the output says; measures nothing")
+
+
+LIBRARIES: Mapping[str, Any] = {
+    name: replace(Library(name), __doc__=f"Small networks of {name}. " + (__doc__ or "").partition("\n\n")[2])
+    for name in NETWORKS
+}

@@ -215,6 +215,7 @@ def shifted(
     new = operator.entries.written(weights, operator.form.weight(matrix, weight))
     if offset is not None and operator.offset is not None:
         place = operator.offset
-        old = place.place.read(weights)
-        new |= place.place.written({**weights, **new}, old.to(offset) + place.sign * offset.reshape(old.shape))
+        whole = {**weights, **new}
+        old = place.place.read(whole)
+        new |= place.place.written(whole, old.to(offset) + place.sign * offset.reshape(old.shape))
     return new

@@ -85,7 +85,7 @@ class Contest:
     @functools.cached_property
     def even(self) -> Plan:
         """The plan of EKG's search in even widths, which goes on after its last step."""
-        history = Path(self.asked.output).with_suffix(".even.history.jsonl")
+        history = Path(self.asked.output).with_suffix(f".{self.asked.network}.even.history.jsonl")
         return ekgfx.search(
             self.traced,
             self.seen,

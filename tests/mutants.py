@@ -81,7 +81,7 @@ MUTANTS = [
         "a cut is not trained",
         "fault = training_error(self.pruned, self.source) if self.trains else None",
         "fault = None",
-        "tests/test_views.py tests/test_replaced.py",
+        "tests/test_views.py tests/test_replaced.py tests/test_rewritten.py",
     ),
     Mutant(
         "norms without parameters keep their width",

@@ -1,4 +1,5 @@
-"""Python that does otherwise while it is exported than when it runs, and caches that a written forward cannot fill."""
+"""Python that does otherwise while it is exported than when it runs, what an export leaves or says, and caches that a
+written forward cannot fill."""
 
 import copy
 import random
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 import ekgfx
 from ekgfx.errors import EkgfxWarning, PruneError
+from ekgfx.graph.opaque import Leaves
+from ekgfx.rewriting.calls import calls_of
 from ekgfx.surgery.check import perturb, relative_error
 
 from .zeroed import zeros
@@ -137,6 +140,12 @@ def test_an_export_that_fails_leaves_no_marks_for_the_next() -> None:
     for _ in range(2):
         pruned = quietly(model, apart(traced), traced)
         assert [each.module for each in ekgfx.replaced(pruned)] == ["attention"]
+
+
+def test_pytorch_does_not_warn_of_images_of_one_channel(capfd: pytest.CaptureFixture[str]) -> None:
+    """Sizes of 1 cannot be left free; asked to, the exporter logs a line of its own for each."""
+    calls_of(nn.Conv2d(1, 2, 3), ((torch.zeros(2, 1, 8, 8),), {}), Leaves())
+    assert not capfd.readouterr().err
 
 
 def test_a_decoder_whose_attention_is_written_anew_runs_without_its_cache() -> None:

@@ -221,7 +221,7 @@ def test_mixing_is_a_convex_sum_of_partners_and_so_is_the_loss() -> None:
     ("settings", "message"),
     [
         ({"val_fraction": 0.7}, "val_fraction 0.7: use between 0"),
-        ({"patience": 0}, "patience 0: use at least 1 epoch"),
+        ({"patience": 0}, "patience 0: use at least 1"),
         ({"ema": 1.0}, "ema 1.0: use a decay between 0 and 1"),
         ({"mixup": -1.0}, "mixup -1.0: use at least 0"),
     ],

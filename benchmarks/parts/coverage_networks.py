@@ -170,6 +170,11 @@ def diffusers_networks() -> dict[str, Make]:
         return (*times(batch, draw), torch.arange(batch) % 5)
 
     small = {"block_out_channels": (16, 32), "norm_num_groups": 4, "layers_per_block": 1}
+
+    def autoencoder(kind: str) -> Any:
+        ends = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+        return one(lambda d: getattr(d, kind)(**ends, **small), lambda batch, draw: (), 3, 16)
+
     return {
         "UNet2DModel": one(
             lambda d: d.UNet2DModel(
@@ -196,22 +201,8 @@ def diffusers_networks() -> dict[str, Make]:
             4,
             16,
         ),
-        "AutoencoderKL": one(
-            lambda d: d.AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **small
-            ),
-            lambda batch, draw: (),
-            3,
-            16,
-        ),
-        "VQModel": one(
-            lambda d: d.VQModel(
-                down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **small
-            ),
-            lambda batch, draw: (),
-            3,
-            16,
-        ),
+        "AutoencoderKL": autoencoder("AutoencoderKL"),
+        "VQModel": autoencoder("VQModel"),
         "DiTTransformer2DModel": one(
             lambda d: d.DiTTransformer2DModel(
                 num_attention_heads=2,

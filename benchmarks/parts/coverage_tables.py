@@ -1,6 +1,10 @@
 """Every model of a sweep in a process of its own, and what the sweep over timm found."""
 
+import argparse
+import logging
 import sys
+import time
+import warnings
 from collections.abc import Callable, Sequence
 
 from common import Ended, Lines, Row, apart
@@ -24,6 +28,24 @@ def sweep(measure: Callable[[str], Row], names: Sequence[str], found: Lines, tim
         except Ended as ended:
             row = {"model": name, "status": "error", "message": without_folders(str(ended))[:600]}
         found.add(row)
+
+
+def begun() -> float:
+    """Makes a process quiet, of one thread, and its random numbers the same each time; its CPU seconds so far."""
+    import torch
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return time.process_time()
+
+
+def sweep_options(parser: argparse.ArgumentParser, models: str) -> None:
+    """What every sweep takes. models: what it calls them."""
+    parser.add_argument("models", nargs="*", help=models)
+    parser.add_argument("--output", required=True, help="JSON lines")
+    parser.add_argument("--table", action="store_true", help="what the output says together; measures nothing")
 
 
 def without_folders(message: str) -> str:

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from common import Lines, listed
-from parts.coverage_tables import rows, summary, sweep
+from parts.coverage_tables import rows, summary, sweep, sweep_options
 
 PIXELS = (128, 126, 144)  # the first that a model takes: some need whole groups of 3×3 patches
 LARGEST = 600_000_000  # parameters; cutting takes about 25 bytes for each
@@ -219,7 +219,5 @@ def main(asked: argparse.Namespace) -> None:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("models", nargs="*", help="timm names (default: benchmarks/models.txt)")
-    parser.add_argument("--output", required=True, help="JSON lines")
-    parser.add_argument("--table", action="store_true", help="what the output says together; measures nothing")
+    sweep_options(parser, "timm names (default: benchmarks/models.txt)")
     parser.add_argument("--rows", action="store_true", help="a row for each model in the output; measures nothing")

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common import Lines, Row
-from parts.coverage_tables import sweep
+from parts.coverage_tables import begun, sweep, sweep_options
 
 TOKENS = ("hidden_size", "d_model", "dim", "n_embd", "embedding_size", "emb_dim", "word_embed_proj_dim", "embed_dim")
 SMALL: Mapping[str, int] = {
@@ -141,19 +141,12 @@ def build(name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
 
 def measure(name: str) -> dict[str, Any]:
     """The row of one architecture."""
-    import logging
-    import warnings
-
     import torch
 
     import ekgfx
     from ekgfx.surgery.check import check_pruned, perturb
 
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    start = time.process_time()
+    start = begun()
     model, inputs, others = build(name)
     computed = {key: model.state_dict()[key].clone() for key in getattr(model, "_keys_to_ignore_on_save", None) or ()}
     perturb(model)
@@ -281,6 +274,4 @@ def main(asked: argparse.Namespace) -> None:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("models", nargs="*", help="KIND:ARCHITECTURE (default: all of them)")
-    parser.add_argument("--output", required=True, help="JSON lines")
-    parser.add_argument("--table", action="store_true", help="what the output says; measures nothing")
+    sweep_options(parser, "KIND:ARCHITECTURE (default: all of them)")

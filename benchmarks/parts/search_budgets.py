@@ -24,7 +24,7 @@ from ekgfx.models.weights import load_weights
 
 def main(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    lines, same = Lines(asked.output), chosen(asked, "network", "images", "accept", "seed")
+    lines, asks = Lines(asked.output), chosen(asked, "network", "images", "accept", "budgets", "seed")
     tightest = min(asked.budgets)
     ways: dict[str, Any] = {"tightest": tightest, "all": tuple(asked.budgets)}
     data, built = load(asked.data), source.parse(f"ekgfx.models:{asked.network}_cifar", "none").build()
@@ -37,19 +37,20 @@ def main(asked: argparse.Namespace) -> None:
         return ekgfx.search(traced, seen, flops=flops, accept=asked.accept, seed=asked.seed)
 
     for turn, way in in_turn(list(ways), asked.rounds):
-        key = {**same, "budgets": asked.budgets, "way": way, "round": turn}
+        key = {**asks, "way": way, "round": turn}
         if key in lines:
             continue
         began = time.process_time()
         found = search(ways[way])
         seconds = time.process_time() - began
-        alone = all(
-            found.at(**point.asked).plan == search(point.asked["flops"]).plan for point in found.points if not turn
-        )
-        lines.add({**key, "steps": len(found.steps), "alone": alone, "cpu_seconds": seconds, **environment()})
+        row = {**key, "steps": len(found.steps), "cpu_seconds": seconds}
+        if found.points and turn == 0:
+            pairs = [(found.at(**point.asked), search(point.asked["flops"])) for point in found.points]
+            row["same_as_alone"] = [one.plan == other.plan for one, other in pairs]
+        lines.add({**row, **environment()})
     ratios = [
-        statistics.median(line["cpu_seconds"] for line in lines if line.items() >= {**same, **one}.items())
-        for one in ({"way": "all"}, {"way": "tightest"})
+        statistics.median(line["cpu_seconds"] for line in lines if line.items() >= {**asks, "way": way}.items())
+        for way in ("all", "tightest")
     ]
     print(f"{ratios[0] / ratios[1]:.2f} times as long as a search to {tightest} alone")
 

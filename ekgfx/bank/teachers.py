@@ -128,6 +128,7 @@ def drawn(traced: TracedModel, batches: Iterable[Any]) -> Iterable[Any]:
 
 
 def onto(traced: TracedModel, batches: Iterable[Any]) -> Iterator[Inputs]:
+    """The inputs of the batches, on the model's device."""
     return (_inputs(batch, 0)[0].onto(traced.model) for batch in batches)
 
 

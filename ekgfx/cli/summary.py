@@ -76,30 +76,21 @@ def show(path: Path) -> None:
         out.print(f"not fine-tuned; to do so: ekgfx finetune {path} --epochs N")
     out.print(f"run {path}")
     if cases:
-        _show_gain(first, last, quality, latency, manifest["settings"]["search"])
+        ratios = {case: latency[case, "dense"] / latency[case, "pruned"] for case in cases}
+        speed = ", ".join(f"{ratio:.2f} times as fast on {case}" for case, ratio in ratios.items())
+        change_of = f"{quality} {percent(first[quality])} → {percent(last[quality])}"
+        left = last["macs"] / first["macs"]
+        out.print(f"\ngained: {speed}; {change_of} at {left:.1%} of the MACs")
+        _hint(max(ratios.values()), left, manifest["settings"]["search"])
     if str(manifest["settings"]["model"]).startswith("ekgfx.models:"):
         out.print(
             "your own model: ekgfx prune my_model.py:factory --weights FILE --data folder:DIR --flops 0.55 --epochs 20"
         )
 
 
-def _show_gain(
-    first: Mapping[str, Any],
-    last: Mapping[str, Any],
-    quality: str,
-    latency: Mapping[tuple[str, str], float],
-    search: Mapping[str, Any],
-) -> None:
-    """What came of it, in words; and what to try where the milliseconds did not follow the MACs."""
-    ratios = {
-        case: latency[case, "dense"] / latency[case, "pruned"] for case in dict.fromkeys(case for case, _ in latency)
-    }
-    speed = ", ".join(f"{ratio:.2f} times as fast on {case}" for case, ratio in ratios.items())
-    left = last["macs"] / first["macs"]
-    out.print(
-        f"\ngained: {speed}; {quality} {percent(first[quality])} → {percent(last[quality])} at {left:.1%} of the MACs"
-    )
-    if search["latency"] is None and search["align"] in (None, 1) and max(ratios.values()) < (1 + 1 / left) / 2:
+def _hint(faster: float, left: float, search: Mapping[str, Any]) -> None:
+    """What to try where the milliseconds did not follow the MACs by half. left: share of the MACs."""
+    if search["latency"] is None and search["align"] in (None, 1) and faster < (1 + 1 / left) / 2:
         out.print(
             "fewer MACs brought little speed: odd widths leave hardware idle; search with --align 8 (or auto) to keep "
             "them even, or with --latency 0.6 --target cpu:fp32:batch=1 for milliseconds",

@@ -96,7 +96,8 @@ def prune(
             if without is None:
                 raise
             pruned, said = _pruned(model, plan, without, how)
-        entire, said = without, [NO_CACHE, *said]
+        entire = without
+        warnings.warn(NO_CACHE, EkgfxWarning, stacklevel=2)  # with graphs="allow", too: that speaks of forwards alone
     if graphs == "warn":
         _tell(pruned)
         for sentence in said:

@@ -211,7 +211,7 @@ def test_the_last_step_is_not_taken_for_being_large(monkeypatch) -> None:
     whole = Plan(structure=made.groups.digest)
     start, little, much = (whole.with_kept(group.name, range(group.size - n)) for n in (1, 2, 3))
     price = {start.digest: 100.0, little.digest: 90.0, much.digest: 60.0}
-    monkeypatch.setattr(ranking, "evaluate", lambda *_: (SimpleNamespace(reward=0.0), ()))
+    monkeypatch.setattr(ranking, "assess", lambda *_: (SimpleNamespace(reward=0.0), ()))
     for keep, best in ((0.9, 0), (0.5, 1)):
         budget = Budget(lambda plan: price[plan.digest], 100.0, keep, "latency", weighed=True)
         problem = SimpleNamespace(budget=budget, network=lambda _: None, batches=(), objective=None)

@@ -49,7 +49,7 @@ def test_reward_per_millisecond(
 ) -> None:
     """The network at hand has reward −1 and takes 10 ms."""
     costs = {"now": 10.0, **{f"candidate {i}": 10.0 - ms for i, ms in enumerate(saved)}}
-    monkeypatch.setattr(ranking, "evaluate", lambda *_: (SimpleNamespace(reward=-1.0), None))
+    monkeypatch.setattr(ranking, "assess", lambda *_: (SimpleNamespace(reward=-1.0), None))
     budget = SimpleNamespace(weighed=True, cost=costs.__getitem__, keep=0.0, full=10.0)
     problem: Any = SimpleNamespace(budget=budget, network=lambda _: None, batches=(), objective=None)
     plans: Any = [f"candidate {i}" for i in range(len(saved))]

@@ -43,7 +43,7 @@ def test_a_value_and_keywords_are_the_same_and_keywords_come_last() -> None:
         ({"strategy": "random"}, "unknown strategy 'random'; use one of ekg, global, uniform"),
         ({"knowledge": None}, "unknown knowledge None; did you mean 'none'"),
         ({"amp": "int8"}, "unknown amp 'int8'; use one of bf16, fp16"),
-        ({"accept": 0}, "accept 0, .*: use at least 1"),
+        ({"accept": 0}, "accept 0: use at least 1"),
     ],
 )
 def test_what_does_not_exist_is_refused(option: dict[str, Any], says: str) -> None:

@@ -1,0 +1,198 @@
+"""What a forward that is written anew must hold to: sizes and numbers that follow the cut, batches, training."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ekgfx
+from ekgfx.errors import EkgfxWarning
+from ekgfx.surgery.check import check_pruned, perturb
+
+from .zeroed import distance, zeroed
+
+
+class Twice(nn.Module):
+    """One module that cannot express its cut runs at two resolutions."""
+
+    class Neck(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(6, 6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x).view(x.shape) / x.shape[1] ** 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.neck, self.head = nn.Conv2d(3, 6, 1), self.Neck(), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.neck(x)) + self.head(F.interpolate(self.neck(F.avg_pool2d(x, 2)), scale_factor=2.0))
+
+
+def test_a_module_that_is_called_at_two_sizes_has_one_forward() -> None:
+    traced = ekgfx.trace(Twice().double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    plan = ekgfx.Plan({n: tuple(range(g.size - 1 - i)) for i, (n, g) in enumerate(traced.groups.items())})
+    pruned = ekgfx.prune(traced.model, plan, traced, graphs="allow")
+    assert [replacement.module for replacement in ekgfx.replaced(pruned)] == ["neck"]
+    assert distance(pruned, zeroed(traced, plan), (torch.randn(3, 3, 12, 12, dtype=torch.float64),)) < 1e-10
+
+
+class Branches(nn.Module):
+    """Takes the channels apart between numbers, and each part its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 14, 1), nn.Conv2d(4, 2, 1)
+        self.near, self.far = nn.Conv2d(5, 4, 1), nn.Conv2d(9, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        return self.head(self.near(y[:, :5]) + self.far(y[:, 5:])).mean((2, 3))
+
+
+def test_slices_between_numbers_are_written_with_the_widths_that_are_left() -> None:
+    torch.manual_seed(0)
+    model = Branches().double().eval()
+    traced = ekgfx.trace(model, torch.randn(2, 3, 4, 4, dtype=torch.float64))
+    assert {name: group.size for name, group in traced.groups.items()} == {"stem#0": 5, "stem#1": 9, "near": 4}
+    plan = ekgfx.Plan({"stem#0": (1, 4), "stem#1": (0, 2, 3, 8), "near": (0, 3)})
+    pruned = ekgfx.prune(model, plan, traced, graphs="allow")
+    assert [r.sizes for r in ekgfx.replaced(pruned)] == ["any"]
+    for shape in ((3, 3, 4, 4), (2, 3, 7, 5)):
+        assert distance(pruned, zeroed(traced, plan), (torch.randn(shape, dtype=torch.float64),)) < 1e-12
+
+
+class Numbered(nn.Module):
+    """Makes numbers of the batch: `len(x)`, alone and times how many windows an image has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 12, 1), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = self.stem(x).permute(0, 2, 3, 1).reshape(len(x) * 4, -1, 12)
+        return self.head(windows.relu().reshape(int(x.shape[0]), -1, 12).mean(1))
+
+
+def test_a_batch_that_is_a_number_in_the_users_python_is_read_from_what_is_at_hand() -> None:
+    torch.manual_seed(0)
+    model = Numbered().double().eval()
+    traced = ekgfx.trace(model, torch.randn(2, 3, 4, 4, dtype=torch.float64))
+    plan = ekgfx.Plan({"stem": (0, 3, 4, 9, 11)})
+    pruned = ekgfx.prune(model, plan, traced, graphs="allow")
+    assert len(ekgfx.replaced(pruned)) == 1
+    for shape in ((2, 3, 4, 4), (1, 3, 4, 4), (5, 3, 4, 4), (3, 3, 6, 6)):
+        for training in (False, True):
+            x = torch.randn(shape, dtype=torch.float64)
+            assert distance(pruned, zeroed(traced, plan), (x,), training=training) < 1e-12
+
+
+class Normed(nn.Module):
+    """Two numbers that no shape shows: how many groups a norm has, and where a slice starts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 8, 1), nn.Conv2d(4, 2, 1)
+        self.scale = nn.Parameter(torch.rand(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(F.group_norm(self.a(x), 3, self.scale)).relu()
+        return self.head(x[:, 2:6])
+
+
+def test_numbers_that_no_shape_shows_follow_the_cut() -> None:
+    torch.manual_seed(0)
+    model = Normed().double().eval()
+    perturb(model)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    traced = ekgfx.trace(model, x)
+    assert {name: group.size for name, group in traced.groups.items()} == {
+        "a#0": 3,
+        "a#1": 4,
+        "b#0": 2,
+        "b#1": 4,
+        "b#2": 2,
+    }
+    for kept in ({"a#0": (0, 2)}, {"b#0": (1,)}, {"a#0": (1,), "a#1": (0, 1, 3), "b#0": (0,), "b#1": (1, 2, 3)}):
+        plan = ekgfx.Plan(kept)
+        pruned = ekgfx.prune(model, plan, traced, graphs="allow")
+        assert check_pruned(traced, plan, pruned, (torch.randn(3, 3, 5, 4, dtype=torch.float64),)) < 1e-12
+
+
+class Listed(nn.Module):
+    """A list with an entry for each sample, and a width that only a forward written anew can change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.cat([x.new_ones(1, 1)] * x.shape[0])
+        return self.head(self.stem(x).view(-1, 12, 16).mean(2)[..., None, None] * weights[..., None, None])
+
+
+def test_a_forward_says_when_it_takes_the_examples_batch_only() -> None:
+    model = Listed().eval()
+    traced = ekgfx.trace(model, (torch.randn(2, 3, 4, 4),))
+    with pytest.warns(EkgfxWarning, match=r"the model \(Listed, for the example's sizes only\)"):
+        pruned = ekgfx.prune(model, ekgfx.Plan({"stem": (0, 3, 4)}), traced)
+    assert [replacement.sizes for replacement in ekgfx.replaced(pruned)] == ["example"]
+
+
+class Zeros(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x.new_zeros(len(x), 3)], 1)
+
+
+class Longer(nn.Module):
+    """One module puts three zeros behind the features; what reads them stands in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.zeros = nn.Linear(4, 6), Zeros()
+        self.head = nn.Sequential(nn.Linear(9, 5), nn.ReLU(), nn.Linear(5, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.zeros(self.stem(x)))
+
+
+def test_what_shows_in_one_module_is_mended_in_the_one_before_it() -> None:
+    torch.manual_seed(0)
+    model = Longer().double().eval()
+    traced = ekgfx.trace(model, torch.randn(2, 4, dtype=torch.float64))
+    assert {name: group.size for name, group in traced.groups.items()} == {"stem": 6, "head.0#0": 5, "head.0#1": 3}
+    plan = ekgfx.Plan({"stem": (0, 1, 4), "head.0#0": (0, 4), "head.0#1": (2,)})
+    pruned = ekgfx.prune(model, plan, traced, graphs="allow")
+    assert [replacement.module for replacement in ekgfx.replaced(pruned)] == ["zeros"]
+    assert distance(pruned, zeroed(traced, plan), (torch.randn(5, 4, dtype=torch.float64),)) < 1e-12
+
+
+class Modes(nn.Module):
+    """The same operators in training, on another weight, and with a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.still, self.noisy = nn.Parameter(torch.rand(6)), nn.Parameter(torch.rand(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).view(-1, 5, 6) * (self.noisy if self.training else self.still)
+        mask = x.new_ones(5, 5).tril() > 0
+        y = F.scaled_dot_product_attention(x[..., :2] * 0 + 1, x[..., :2] * 0 + 1, x, mask if self.training else None)
+        return self.head(y) + mask.sum()
+
+
+def test_training_runs_on_what_it_ran_on() -> None:
+    torch.manual_seed(0)
+    model = Modes().double().eval()
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    traced = ekgfx.trace(model, x)
+    name, group = max(traced.groups.items(), key=lambda pair: pair[1].size)
+    plan = ekgfx.Plan({name: tuple(range(1, group.size))})
+    pruned = ekgfx.prune(model, plan, traced, graphs="allow")
+    assert len(ekgfx.replaced(pruned)) == 1
+    for training in (False, True):
+        assert distance(pruned, zeroed(traced, plan), (x[:2],), training=training) < 1e-12

@@ -29,6 +29,8 @@ CHUNK = 16_000_000
 """Elements of a matrix of inputs that is in memory at a time."""
 ELEMENTS = 200_000_000
 LEAST_PER_INPUT = 20
+KEPT = 100_000_000
+"""Elements that stay in memory of what one operator reads, while it is looked at several times."""
 LEAST_SHOWN = 0.05
 """Share of the positions at which an activation shows an output: where it shows fewer, little is known of it."""
 EXACT = {torch.float64: 1e-24}
@@ -160,14 +162,24 @@ class Walk:
 
     # -- one operator ----------------------------------------------------------------------------------------------
 
-    def measure(self, operator: LinearOperator, number: int, pair: "Pair | None" = None) -> "Pair":
+    def look(self, operator: LinearOperator, number: int) -> "Look":
+        """Where the operator is, and what it is asked for."""
+        constant = set(self.constant)
+        stream = find_stream(self.graph, operator.node, constant, self.order)
+        clamp = find_clamp(self.graph, operator.node, constant, self.order)
+        matrix = operator.form.matrix(self.constants[self.pruned][operator.weight.name])
+        fits = sum(not batch.held for batch in self.batches)
+        limit = max(ELEMENTS // matrix[:, 0].numel(), LEAST_PER_INPUT * matrix.shape[2])
+        return Look(operator, number, stream, clamp, matrix, -(-min(self.positions, limit) // fits))
+
+    def measure(self, look: "Look", pair: "Pair | None" = None) -> "Pair":
         """Moments of what the operator reads and lacks, added to those of other uses of its weight.
 
         Where it lacks nothing on the first batch, the others are not looked at.
         """
-        look, alone = self._look(operator, number), pair is None
+        alone = pair is None
         for i, batch in enumerate(self.batches):
-            for rows in self._rows(look, batch, i):
+            for rows in self._rows(look, i):
                 if pair is None:
                     pair = Pair.empty(rows.x, rows.r, look.stream is not None)
                 (pair.held if batch.held else pair.fit).add(rows.x, rows.r, rows.t)
@@ -176,24 +188,17 @@ class Walk:
         assert pair is not None  # there is a batch
         return pair
 
-    def hides(self, operator: LinearOperator) -> bool:
-        """Whether an activation behind the operator hides a part of what it lacks."""
-        return find_clamp(self.graph, operator.node, set(self.constant), self.order) is not None
-
-    def passed_on(
-        self, operator: LinearOperator, number: int, pair: "Pair", refit: Change | None, held: bool
-    ) -> "Pair":
+    def passed_on(self, look: "Look", pair: "Pair", refit: Change | None, held: bool) -> "Pair":
         """Moments of what is lacking behind the activation, once the operator is changed so.
 
         Of an output that is hidden at a part of the positions, what is lacking is taken in the share of the others: its
         Gram matrix is about as much smaller. pair: what `measure` found; held: only on images that are never fitted.
         """
-        look = self._look(operator, number)
         found = Pair(pair.fit.lacking_otherwise(), pair.held.lacking_otherwise(), pair.stream, pair.precision)
         change, offset = (None, None) if refit is None else refit
         shown = torch.zeros_like(pair.fit.rest)
         for i, batch in enumerate(self.batches):
-            for rows in self._rows(look, batch, i) if batch.held or not held else ():
+            for rows in self._rows(look, i) if batch.held or not held else ():
                 r = rows.r if change is None else rows.r - (rows.x.movedim(1, 0) @ change.to(rows.r).mT).movedim(0, 1)
                 r = r if offset is None else r - offset.to(r)
                 assert look.clamp is not None and rows.gain is not None and rows.rest is not None  # it hides something
@@ -206,17 +211,22 @@ class Walk:
             found.held.in_share(share)
         return found
 
-    def _look(self, operator: LinearOperator, number: int) -> "Look":
-        constant = set(self.constant)
-        stream = find_stream(self.graph, operator.node, constant, self.order)
-        clamp = find_clamp(self.graph, operator.node, constant, self.order)
-        matrix = operator.form.matrix(self.constants[self.pruned][operator.weight.name])
-        fits = sum(not batch.held for batch in self.batches)
-        limit = max(ELEMENTS // matrix[:, 0].numel(), LEAST_PER_INPUT * matrix.shape[2])
-        return Look(operator, number, stream, clamp, matrix, -(-min(self.positions, limit) // fits))
-
-    def _rows(self, look: "Look", batch: Batch, index: int) -> "Iterator[Rows]":
+    def _rows(self, look: "Look", index: int) -> "Iterator[Rows]":
         """What there is at some positions of a batch, piece by piece; the same ones each time."""
+        if index in look.known:
+            yield from look.known[index]
+            return
+        found: list[Rows] | None = [] if look.clamp is not None and look.room > 0 else None
+        for rows in self._computed(look, self.batches[index], index):
+            if found is not None:
+                found.append(rows)
+                look.room -= rows.x.numel()
+                found = found if look.room > 0 else None
+            yield rows
+        if found is not None:
+            look.known[index] = found
+
+    def _computed(self, look: "Look", batch: Batch, index: int) -> "Iterator[Rows]":
         operator, stream, matrix, gains = look.operator, look.stream, look.matrix, look.gains
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + look.number) * 1_000_003 + index)
         form, node, kept, dims = operator.form, operator.node, self.kept, self.graph.dims
@@ -242,10 +252,10 @@ class Walk:
             yield Rows(x, r, t, *(form.outputs(each, piece).to(wide) for each in behind))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Look:
     """How an operator is looked at. matrix: its weight, G×O×D; most: positions of a batch; gains: of the stream's
-    operators, kept from batch to batch."""
+    operators, kept from batch to batch; known: rows of batches, as many as `room` allows."""
 
     operator: LinearOperator
     number: int
@@ -254,6 +264,8 @@ class Look:
     matrix: Tensor
     most: int
     gains: dict[Any, Tensor] = field(default_factory=dict)
+    known: dict[int, "list[Rows]"] = field(default_factory=dict)
+    room: int = KEPT
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ FLAT: dict[str, Callable[[Mapping[str, Any]], Bounds | None]] = {
     "aten.relu6.default": lambda args: (0.0, 6.0),
     "aten.hardtanh.default": _given("min_val", "max_val"),
     "aten.clamp.default": _given("min", "max"),
+    "aten.clip.default": _given("min", "max"),
+    "aten.threshold.default": _given("threshold", ""),
     "aten.clamp_min.default": _given("min", ""),
     "aten.clamp_max.default": _given("", "max"),
     "aten.hardsigmoid.default": lambda args: (-3.0, 3.0),

@@ -44,6 +44,11 @@ def test_outputs_that_nothing_is_passed_on_of_are_asked_for_all() -> None:
     assert lacks.tolist() == [[[0.0, 3.0]]] and shown.tolist() == [[[False, True]]]
 
 
+class Clip(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clip(max=4)
+
+
 class Block(nn.Module):
     def __init__(self, act: nn.Module, twice: bool = False) -> None:
         super().__init__()
@@ -63,6 +68,9 @@ class Block(nn.Module):
         (Block(nn.ReLU6()), (0.0, 6.0)),
         (Block(nn.Hardtanh(-2, 3)), (-2.0, 3.0)),
         (Block(nn.Hardswish()), (-3.0, math.inf)),
+        (Block(nn.Threshold(0.5, -1.0)), (0.5, math.inf)),
+        (Block(Clip()), (-math.inf, 4.0)),
+        (Block(nn.SiLU()), None),
         (Block(nn.GELU()), None),
         (Block(nn.ReLU(), twice=True), None),
     ],

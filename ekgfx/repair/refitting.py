@@ -9,8 +9,9 @@ import torch
 
 from ekgfx.repair.operators import LinearOperator, shifted
 from ekgfx.repair.progress import Progress
+from ekgfx.repair.rows import Look, Pair
 from ekgfx.repair.solve import Change, Refit, refit, step
-from ekgfx.repair.walk import LayerRepair, Look, Pair, Walk
+from ekgfx.repair.walk import LayerRepair, Walk
 
 SHARES = (1.0, 0.5)
 """Of the step towards what an activation passes on, that are tried."""

@@ -17,23 +17,23 @@ from ekgfx.data.batches import Inputs
 from ekgfx.execution.subnetwork import SubNetwork, slice_tensor
 from ekgfx.graph.axis_graph import AxisGraph, Operation
 from ekgfx.graph.liveness import last_reads
-from ekgfx.repair.clamped import Clamp, asked, find_clamp, line
+from ekgfx.repair.clamped import asked, find_clamp, line
 from ekgfx.repair.forms import of_positions
-from ekgfx.repair.moments import Moments
 from ekgfx.repair.operators import LinearOperator
 from ekgfx.repair.rearranged import weight_nodes
+from ekgfx.repair.rows import Look, Pair, Rows
 from ekgfx.repair.solve import Change
-from ekgfx.repair.targets import Stream, find_stream, lacking
+from ekgfx.repair.targets import find_stream, lacking
 
 CHUNK = 16_000_000
 """Elements of a matrix of inputs that is in memory at a time."""
 ELEMENTS = 200_000_000
 LEAST_PER_INPUT = 20
 KEPT = 100_000_000
-"""Elements that stay in memory of what one operator reads, while it is looked at several times."""
+"""Elements of the rows of one operator that stay in memory while it is looked at several times. Those of images that
+are not fitted stay in any case: they are asked for most."""
 LEAST_SHOWN = 0.05
 """Share of the positions at which an activation shows an output: where it shows fewer, little is known of it."""
-EXACT = {torch.float64: 1e-24}
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Walk:
 
     # -- one operator ----------------------------------------------------------------------------------------------
 
-    def look(self, operator: LinearOperator, number: int) -> "Look":
+    def look(self, operator: LinearOperator, number: int) -> Look:
         """Where the operator is, and what it is asked for."""
         constant = set(self.constant)
         stream = find_stream(self.graph, operator.node, constant, self.order)
@@ -170,9 +170,9 @@ class Walk:
         matrix = operator.form.matrix(self.constants[self.pruned][operator.weight.name])
         fits = sum(not batch.held for batch in self.batches)
         limit = max(ELEMENTS // matrix[:, 0].numel(), LEAST_PER_INPUT * matrix.shape[2])
-        return Look(operator, number, stream, clamp, matrix, -(-min(self.positions, limit) // fits))
+        return Look(operator, number, stream, clamp, matrix, -(-min(self.positions, limit) // fits), KEPT)
 
-    def measure(self, look: "Look", pair: "Pair | None" = None) -> "Pair":
+    def measure(self, look: Look, pair: Pair | None = None) -> Pair:
         """Moments of what the operator reads and lacks, added to those of other uses of its weight.
 
         Where it lacks nothing on the first batch, the others are not looked at.
@@ -188,7 +188,7 @@ class Walk:
         assert pair is not None  # there is a batch
         return pair
 
-    def passed_on(self, look: "Look", pair: "Pair", refit: Change | None, held: bool) -> "Pair":
+    def passed_on(self, look: Look, pair: Pair, refit: Change | None, held: bool) -> Pair:
         """Moments of what is lacking behind the activation, once the operator is changed so.
 
         Of an output that is hidden at a part of the positions, what is lacking is taken in the share of the others: its
@@ -211,22 +211,22 @@ class Walk:
             found.held.in_share(share)
         return found
 
-    def _rows(self, look: "Look", index: int) -> "Iterator[Rows]":
+    def _rows(self, look: Look, index: int) -> Iterator[Rows]:
         """What there is at some positions of a batch, piece by piece; the same ones each time."""
         if index in look.known:
             yield from look.known[index]
             return
-        found: list[Rows] | None = [] if look.clamp is not None and look.room > 0 else None
-        for rows in self._computed(look, self.batches[index], index):
-            if found is not None:
+        batch = self.batches[index]
+        found: list[Rows] = []
+        for rows in self._computed(look, batch, index):
+            if look.clamp is not None and (batch.held or look.room > 0):
                 found.append(rows)
-                look.room -= rows.x.numel()
-                found = found if look.room > 0 else None
+                look.room -= rows.size
             yield rows
-        if found is not None:
+        if look.clamp is not None and (batch.held or look.room > 0):
             look.known[index] = found
 
-    def _computed(self, look: "Look", batch: Batch, index: int) -> "Iterator[Rows]":
+    def _computed(self, look: Look, batch: Batch, index: int) -> Iterator[Rows]:
         operator, stream, matrix, gains = look.operator, look.stream, look.matrix, look.gains
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + look.number) * 1_000_003 + index)
         form, node, kept, dims = operator.form, operator.node, self.kept, self.graph.dims
@@ -250,51 +250,3 @@ class Walk:
             x, t = form.inputs(source, grid, piece).to(wide), form.outputs(target, piece).to(wide)
             r = t - (x.movedim(1, 0) @ matrix.mT).movedim(0, 1) - bias
             yield Rows(x, r, t, *(form.outputs(each, piece).to(wide) for each in behind))
-
-
-@dataclass(eq=False)
-class Look:
-    """How an operator is looked at. matrix: its weight, G×O×D; most: positions of a batch; gains: of the stream's
-    operators, kept from batch to batch; known: rows of batches, as many as `room` allows."""
-
-    operator: LinearOperator
-    number: int
-    stream: Stream | None
-    clamp: Clamp | None
-    matrix: Tensor
-    most: int
-    gains: dict[Any, Tensor] = field(default_factory=dict)
-    known: dict[int, "list[Rows]"] = field(default_factory=dict)
-    room: int = KEPT
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Inputs S×G×D, lacks and targets S×G×O at some positions; an activation behind gets gain · output + rest."""
-
-    x: Tensor
-    r: Tensor
-    t: Tensor
-    gain: Tensor | None = None
-    rest: Tensor | None = None
-
-
-@dataclass(eq=False)
-class Pair:
-    """Moments to fit on and moments to judge by. stream: the target is a residual sum's; precision: the network's."""
-
-    fit: Moments
-    held: Moments
-    stream: bool
-    precision: torch.dtype
-
-    @classmethod
-    def empty(cls, x: Tensor, r: Tensor, stream: bool) -> "Pair":
-        """For rows such as these."""
-        shift, outputs = x.mean(0), r.shape[2]
-        return cls(Moments.empty(shift, outputs), Moments.empty(shift, outputs), stream, x.dtype)
-
-    @property
-    def exact(self) -> bool:
-        """Whether nothing is lacking."""
-        return float(self.fit.squares.sum()) <= EXACT.get(self.precision, 1e-10) * float(self.fit.target_squares.sum())

@@ -1,6 +1,7 @@
 """What an activation does not pass on is not asked of the operator before it."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import ekgfx
 from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.repair.clamped import Clamp, asked, find_clamp
 from ekgfx.repair.rearranged import weight_nodes
-from ekgfx.repair.walk import by_depth
+from ekgfx.repair.walk import Walk, by_depth
 
 RELU, RELU6 = Clamp((), None, 0.0, math.inf), Clamp((), None, 0.0, 6.0)
 
@@ -118,3 +119,24 @@ def test_a_slope_by_hand(act: nn.Module, slope: float, share: float) -> None:
     *_, second = ekgfx.repair(pruned, traced, plan, inputs).layers
     assert pruned.second.weight.item() == pytest.approx(slope, abs=1e-6)
     assert second.after / second.before == pytest.approx(share, abs=1e-6)
+
+
+def test_rows_that_there_is_no_memory_for_are_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(nn.ReLU()), nn.Conv2d(8, 4, 1)).double().eval()
+    images = torch.randn(40, 3, 6, 6, dtype=torch.float64)
+    traced = ekgfx.trace(model, images[:2])
+    plan = ekgfx.Plan({next(iter(traced.groups)): (0, 2, 3, 5, 7)})
+    weights, looks = [], []
+    computed = Walk._computed
+    monkeypatch.setattr(Walk, "_computed", lambda *args: looks.append(args[3]) or computed(*args))
+    for room in (10**6, 20_000, 0):
+        monkeypatch.setattr(sys.modules[Walk.__module__], "KEPT", room)
+        pruned = ekgfx.prune(model, plan, traced)
+        assert ekgfx.repair(pruned, traced, plan, images, batch_size=8).kept
+        weights.append(pruned[0].conv.weight.clone())
+        looks.append(None)
+    assert all(torch.equal(weights[0], other) for other in weights)
+    ends = [i for i, look in enumerate(looks) if look is None]
+    counts = [end - start for start, end in zip([-1, *ends], ends, strict=False)]
+    assert counts[0] < counts[1] < counts[2]

@@ -15,12 +15,13 @@ measured on the second. ResNet-56 and the ViT: the repair sees 500 training imag
 The ViT (depth 4, width 96, 6 heads, patches of 4 pixels) is trained here; its heads and its MLPs are cut, its width is
 not.
 
-Plans: EKG, from the history of a search (its steps as JSON lines); L1 magnitude at uniform widths; random channels, at
-EKG's widths and at uniform ones. A line of the output is one network; one that is there is not measured again.
+Plans: EKG, from the history of a search (its steps as JSON lines; the first plan within `--keep`); L1 magnitude at
+uniform widths; random channels, at EKG's widths and at uniform ones. On request also "EKG, multiples of 16" and
+"random, multiples of 16, EKG's widths": its widths rounded as `benchmarks/int8.py` does it. A line of the output is one
+network; one that is there is not measured again.
 """
 
 import argparse
-import random
 import resource
 import time
 from collections.abc import Sequence
@@ -31,12 +32,12 @@ from typing import Any
 import torch
 from common import Lines, chosen, environment
 from parts import imagenet_sample
+from plans import aligned, at_random, from_history
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 import ekgfx
 from ekgfx import data as datasets
-from ekgfx.base.files import read_lines
 from ekgfx.data import Data
 from ekgfx.graph.plan import Plan
 from ekgfx.models import resnet56_cifar_projection
@@ -47,6 +48,7 @@ from ekgfx.training.evaluation import evaluate
 
 NORMAL = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 PLANS = ("EKG", "L1, uniform", "random, EKG's widths", "random, uniform")
+TILES = "multiples of 16"
 
 
 @dataclass(frozen=True)
@@ -71,38 +73,15 @@ class Subject:
 
     def plan(self, name: str) -> Plan:
         """The plan of that name, at the budget."""
-        if name == "EKG":
-            return from_history(self.traced, Path(self.asked.history))
-        if name == "random, EKG's widths":
-            return at_random(self.traced, from_history(self.traced, Path(self.asked.history)), self.asked.seed)
+        if name.startswith("EKG") or name.endswith("EKG's widths"):
+            found = from_history(self.traced, Path(self.asked.history), self.asked.keep)
+            found = aligned(self.traced, found, self.asked.keep) if TILES in name else found
+            return at_random(self.traced, found, self.asked.seed) if name.startswith("random") else found
         ignore = ["patch_embed.proj"] if self.asked.network == "vit" else []
         result = ekgfx.search(
             self.traced, flops=self.asked.keep, strategy="uniform", importance="magnitude", ignore=ignore
         )
         return result.plan if name == "L1, uniform" else at_random(self.traced, result.plan, self.asked.seed)
-
-
-def from_history(traced: TracedModel, history: Path) -> Plan:
-    """The plan that the steps of a search lead to."""
-    removed: dict[str, set[int]] = {}
-    for step in read_lines(history):
-        for group, channels in step["removed"].items():
-            removed.setdefault(group, set()).update(channels)
-    kept = {
-        name: tuple(channel for channel in range(traced.groups[name].size) if channel not in gone)
-        for name, gone in removed.items()
-    }
-    return Plan(kept, traced.groups.digest)
-
-
-def at_random(traced: TracedModel, plan: Plan, seed: int) -> Plan:
-    """The same widths, of channels that are drawn."""
-    draw = random.Random(seed)
-    kept = {
-        name: tuple(sorted(draw.sample(range(traced.groups[name].size), len(channels))))
-        for name, channels in plan.kept.items()
-    }
-    return Plan(kept, plan.structure)
 
 
 def resnet50(asked: argparse.Namespace) -> Subject:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 @images
 @click.option("--leaf", metavar="GLOB", multiple=True, help="Modules that run as they are, whole; repeatable.")
 @click.option("--unused", metavar="GLOB", multiple=True, help="Parameters or modules that nothing uses; repeatable.")
+@click.option(
+    "--outputs", metavar="PLACE", multiple=True, help="Outputs that matter, by key, field or index; repeatable."
+)
 @click.option("--svg", type=click.Path(path_type=Path), metavar="FILE", help="Also draw the graph, coloured by group.")
 @sensitivity.parameters
 def groups(
@@ -42,6 +45,7 @@ def groups(
     classes: int | None,
     leaf: tuple[str, ...],
     unused: tuple[str, ...],
+    outputs: tuple[str, ...],
     svg: Path | None,
     **flags: Any,
 ) -> None:
@@ -59,7 +63,8 @@ def groups(
         if why:
             raise click.UsageError("--why and --sensitivity are two questions: ask one", click.get_current_context())
         typed: dict[str, Any] = {"weights": weights or "auto", "ema": ema, "input": input, "classes": classes}
-        sensitivity.show(model, as_json=as_json, leaf=leaf, unused=unused, svg=svg, **typed, **flags)
+        typed |= {"leaf": leaf, "unused": unused, "outputs": outputs}
+        sensitivity.show(model, as_json=as_json, svg=svg, **typed, **flags)
         return
     weights = weights or "none"
     named.check_weights(weights)
@@ -68,7 +73,8 @@ def groups(
     from ekgfx.tracing.trace import silently_traced
 
     built = checkpoint.build(source.parse(model, weights, input, classes, ema, **preprocessing_of(flags)))
-    traced = silently_traced(built.model, built.example_inputs, leaf=(*built.leaf, *leaf), unused=unused)
+    leaf, outputs = (*built.leaf, *leaf), (*built.outputs, *outputs)
+    traced = silently_traced(built.model, built.example_inputs, leaf=leaf, unused=unused, outputs=outputs or None)
     if svg is not None:
         from ekgfx.report import drawing
 

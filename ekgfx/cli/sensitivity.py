@@ -57,6 +57,7 @@ def show(
     svg: Path | None,
     leaf: tuple[str, ...],
     unused: tuple[str, ...],
+    outputs: tuple[str, ...],
     data: str | None,
     repair: bool | None,
     search__importance: str | None,
@@ -81,8 +82,8 @@ def show(
         if built.weights_origin.startswith("random"):
             report.note("the weights are random: what a group costs says nothing of the trained network")
         report.stage("trace")
-        leaf, outputs = (*built.leaf, *leaf), built.outputs or None
-        traced = silently_traced(built.model, built.example_inputs, leaf=leaf, unused=unused, outputs=outputs)
+        leaf, outputs = (*built.leaf, *leaf), (*built.outputs, *outputs)
+        traced = silently_traced(built.model, built.example_inputs, leaf=leaf, unused=unused, outputs=outputs or None)
         size = fitting_batch(traced)
         chosen, held = (subject.data.loader(split, size).mixed(samples or IMAGES) for split in ("train", "test"))
         report.stage(f"cut one group after the other{' and repair' * bool(repair)}")

@@ -44,6 +44,32 @@ def test_a_table_through_a_pipe_is_whole_however_narrow_the_window(ekgfx, monkey
     assert "MACs governed" in head and "parameters cut" in head and "…" not in done.out
 
 
+TWO_OUTPUTS = """
+from torch import nn
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        features = self.stem(x)
+        return {"logits": self.head(features), "features": features}
+"""
+
+
+def test_groups_of_a_model_of_which_one_output_matters(ekgfx, tmp_path):
+    """The stem is an output itself, and stays, unless another one is said to be the one that matters."""
+    (tmp_path / "two.py").write_text(TWO_OUTPUTS)
+    model = [f"{tmp_path}/two.py:Two", "--input", "1x3x8x8", "--json"]
+    for typed, sizes in ((), []), (("--outputs", "logits"), [8]):
+        found = json.loads(ekgfx("groups", *model, *typed).out)
+        assert [group["size"] for group in found["groups"]] == sizes
+    done = ekgfx("groups", *model, "--outputs", "boxes")
+    assert done.code == 2 and "boxes" in done.err and "logits" in done.err and "\n" not in done.err.strip()
+
+
 def test_groups_as_json(ekgfx):
     done = ekgfx("groups", "timm:test_resnet", "--json")
     facts = json.loads(done.out)

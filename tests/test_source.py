@@ -72,6 +72,16 @@ def test_a_file_may_return_model_and_inputs(model_file) -> None:
     assert type(shaped.model) is type(built.model)  # the file is imported once
 
 
+def test_a_model_itself_is_its_own_factory(model_file) -> None:
+    path = model_file("net = nn.Linear(6, 2)\nnn.init.constant_(net.weight, 3)")
+    one, other = (parse(f"{path}:net", input="1x6").build().model for _ in range(2))
+    with torch.no_grad():
+        one.weight.zero_()
+    assert type(other) is nn.Linear and other.weight.eq(3).all()  # each its own copy, with the weights it had
+    with pytest.raises(ModelError, match="is a model and no factory, so it cannot take num_classes=4"):
+        parse(f"{path}:net", input="1x6", classes=4).build()
+
+
 def test_a_file_may_import_its_neighbours(model_file, tmp_path: Path) -> None:
     (tmp_path / "neighbour_of_mine.py").write_text("WIDTH = 6\n")
     path = model_file("def net():\n    from neighbour_of_mine import WIDTH\n    return nn.Linear(WIDTH, 2)")

@@ -242,7 +242,10 @@ def _preview(asked: Recipe) -> None:
     from ekgfx.runs import checkpoint
     from ekgfx.tracing.trace import silently_traced
 
-    built = checkpoint.build(source.of_recipe(replace(asked, weights="none")))
+    fetched = asked.weights == "auto"  # which a dry run does not do; a file is looked at
+    built = checkpoint.build(source.of_recipe(replace(asked, weights="none") if fetched else asked))
+    if not fetched:
+        out.print(f"weights: {built.weights_origin}", markup=False)
     leaf, outputs = (*built.leaf, *asked.leaf), (*built.outputs, *asked.outputs) or None
     traced = silently_traced(built.model, built.example_inputs, leaf=leaf, unused=asked.unused, outputs=outputs)
     for note in traced.notes:

@@ -1,5 +1,6 @@
 """Functions that a MODEL names: found, imported and called, with errors that say what was probably meant."""
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -20,13 +21,19 @@ IN_CHANNELS = ("in_chans", "in_channels")
 
 
 def call_factory(model: str, asked: Mapping[str, Any]) -> tuple[nn.Module, tuple[Tensor, ...] | None]:
-    """What a factory makes: the model, and its example inputs where it says any.
+    """What a factory makes: the model, and its example inputs where it says any. A model itself is one of its own: it
+    gives a copy with the weights that it has.
 
     asked: arguments, of which `num_classes` must be the factory's own, and IN_CHANNELS[0] is given where it takes it,
     under any of these names. Raises ModelError when it has none of the first, or fails.
     """
     place, _, name = model.rpartition(":")
     factory = _find(_import(place), name, model)
+    if isinstance(factory, nn.Module):
+        unknown = next((name for name in asked if name != IN_CHANNELS[0]), None)
+        if unknown is not None:
+            raise ModelError(f"{model} is a model and no factory, so it cannot take {unknown}={asked[unknown]}")
+        return copy.deepcopy(factory), None
     try:
         takes: Mapping[str, inspect.Parameter] = inspect.signature(factory).parameters
     except (TypeError, ValueError):  # of some built-in types

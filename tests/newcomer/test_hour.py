@@ -151,12 +151,20 @@ def test_any_checkpoint_is_taken_and_it_is_said_which(kind: str, tmp_path: Path,
 # 3. and 4. preprocessing is said, folders are taken as they are, before is told as soon as it is known
 
 
-def test_a_dry_run_looks_at_the_data_and_says_how_images_come_in(stranger: Stranger, typed) -> None:
+def test_a_dry_run_looks_at_weights_and_data_and_says_how_images_come_in(stranger: Stranger, typed) -> None:
     done = typed("prune", *stranger.model, "--data", stranger.data, "--flops", "0.6", "--dry-run")
     assert done.code == 0, done.said
+    assert "weights: file net.pth.tar" in done.said
     assert "images: 8×8" in done.said and "1 channel; mean 0" in done.said
     assert "data: 480 images to train on, 120 to test on; 10 classes" in done.said
     assert not (stranger.folder / "runs" / "dry").exists()
+
+
+def test_a_dry_run_refuses_what_the_run_would(stranger: Stranger, typed) -> None:
+    torch.save({"epoch": 3}, stranger.folder / "nothing.pth")
+    model = [*stranger.model[:1], "--weights", "nothing.pth", "--input", "1x1x8x8"]
+    done = typed("prune", *model, "--flops", "0.6", "--dry-run")
+    assert done.code == 2 and "nothing.pth' hold no state dict" in done.said.splitlines()[-1]
 
 
 def test_what_the_stranger_measures_is_what_is_told_before(stranger: Stranger, pruned: Path) -> None:

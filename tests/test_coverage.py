@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common import Lines, listed
-from benchmarks.parts import coverage_transformers
+from benchmarks.parts import coverage_libraries, coverage_transformers
 from benchmarks.parts.coverage_tables import summary
 from benchmarks.parts.coverage_timm import measure
 
@@ -49,3 +49,14 @@ def test_the_page_shows_what_was_measured_of_transformers() -> None:
     page = (ROOT / "docs" / "coverage.md").read_text()
     assert coverage_transformers.table(rows).strip() in page
     assert f"The sweep knows {len(coverage_transformers.listed())} architectures" in page
+
+
+def test_the_page_shows_what_was_measured_of_other_libraries() -> None:
+    rows = list(Lines(ROOT / "benchmarks" / "results" / "coverage-libraries.jsonl"))
+    page = (ROOT / "docs" / "coverage.md").read_text()
+    libraries = {row["model"].partition(":")[0] for row in rows}
+    assert libraries <= coverage_libraries.LIBRARIES.keys() and len({row["model"] for row in rows}) == len(rows)
+    for library in libraries:
+        some = [row for row in rows if row["model"].startswith(f"{library}:")]
+        assert {row["model"] for row in some} <= {*coverage_libraries.LIBRARIES[library].names()}
+        assert coverage_libraries.table(some).strip() in page, library

@@ -25,9 +25,9 @@ from typing import Any
 
 from common import Lines, Row
 from parts.coverage_networks import NETWORKS, Network
-from parts.coverage_tables import begun, sweep, sweep_options
+from parts.coverage_tables import begun, sweep, sweep_options, without_folders
 
-TOLERANCE = 1e-9
+TOLERANCE, SINGLE = 1e-9, 1e-4
 TEXT = (__doc__ or "").partition("\n\n")[2]
 
 
@@ -35,17 +35,19 @@ def measure(name: str) -> dict[str, Any]:
     """The row of one network, LIBRARY:NAME."""
 
     import ekgfx
-    from ekgfx.surgery.check import check_masked, perturb
+    from ekgfx.surgery.check import perturb
+    from ekgfx.surgery.masked import check_masked
 
     start = begun()
     library, _, short = name.partition(":")
     network = NETWORKS[library][short]()
-    model = network.model.eval().double()
+    model = network.model.eval().double() if network.double else network.model.eval().float()
+    tolerance = TOLERANCE if network.double else SINGLE
     perturb(model)
     row: dict[str, Any] = {"model": name, "params": sum(p.numel() for p in model.parameters())}
     traced = ekgfx.trace(model, network.inputs(2, False), leaf=network.leaf)
     row |= {"groups": len(traced.groups), "share": round(traced.groups.prunable_share, 3)}
-    row |= {"unknown": traced.unknown_ops, "notes": [note[:200] for note in traced.notes]}
+    row |= {"unknown": traced.unknown_ops, "notes": [without_folders(note)[:200] for note in traced.notes]}
     row["ways"] = [str(graph.way) for graph in traced.graphs]
     draw = random.Random(0)
     plan = ekgfx.Plan(
@@ -56,19 +58,24 @@ def measure(name: str) -> dict[str, Any]:
         row["masked"] = float(check_masked(traced, plan, other))
         pruned = ekgfx.prune(model, plan, traced)
     except ekgfx.EkgfxError as error:
-        return row | {"status": "failed", "message": str(error)[:400], "seconds": round(time.process_time() - start, 1)}
-    row |= behaves(network, traced, plan, pruned)
+        return row | {
+            "status": "failed",
+            "message": without_folders(str(error))[:400],
+            "seconds": round(time.process_time() - start, 1),
+        }
+    row |= behaves(network, traced, plan, pruned, tolerance)
     row["class"] = type(pruned) is type(model)
     row["graphs"] = sorted({each.kind for each in ekgfx.replaced(pruned)})
     row["api"] = works(lambda: network.use(pruned)) if network.use else None
-    row["onnx"] = works(lambda: exported(pruned, network)) if network.exports else None
+    export = network.export or (lambda module: exported(module, network))
+    row["onnx"] = works(lambda: export(pruned)) if network.exports else None
     row["seconds"] = round(time.process_time() - start, 1)
     off = [row[key] for key in ("size", "training") if row[key].startswith(f"{AssertionError.__name__}: off by")]
-    row["status"] = "inexact" if off or max(row["masked"], row["batch"]) > TOLERANCE else "ok"
+    row["status"] = "inexact" if off or max(row["masked"], row["batch"]) > tolerance else "ok"
     return row
 
 
-def behaves(network: Network, traced: Any, plan: Any, pruned: Any) -> dict[str, Any]:
+def behaves(network: Network, traced: Any, plan: Any, pruned: Any, tolerance: float) -> dict[str, Any]:
     """The cut module against the sliced graph: another batch, another size, training mode."""
     import torch
 
@@ -83,7 +90,7 @@ def behaves(network: Network, traced: Any, plan: Any, pruned: Any) -> dict[str, 
             off = relative_error(
                 pruned.eval()(*network.inputs(2, True)), there.subnetwork(plan)(*network.inputs(2, True))
             )
-        assert off <= TOLERANCE, f"off by {off:.1e}"
+        assert off <= tolerance, f"off by {off:.1e}"
 
     asked = works(lambda: model.eval()(*network.inputs(2, True)))
     found["size"] = "fixed" if asked else works(at_another_size)
@@ -95,7 +102,7 @@ def behaves(network: Network, traced: Any, plan: Any, pruned: Any) -> dict[str, 
 
             graph = trained[0]
             off = compare_outputs(pruned, SubNetwork(graph, traced.groups.kept(plan)), *graph.example)
-            assert off <= TOLERANCE, f"off by {off:.1e}"
+            assert off <= tolerance, f"off by {off:.1e}"
 
         found["training"] = works(in_training)
     else:
@@ -109,7 +116,7 @@ def works(call: Callable[[], Any]) -> str:
     try:
         call()
     except Exception as error:  # noqa: BLE001  every failure is a result
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        return without_folders(f"{type(error).__name__}: {' '.join(str(error).split())}")[:300]
     return ""
 
 

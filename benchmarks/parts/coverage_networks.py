@@ -1,128 +1,13 @@
 """The networks that the sweep over other libraries builds: small configurations, random weights, their use."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Network:
-    """model: as the library makes it. inputs: (batch, whether of another size) → its positional arguments. use: what
-    people do with such a model, tried on the cut one; leaf: as `ekgfx.trace` takes it. exports: to ONNX, from here."""
-
-    model: Any
-    inputs: Callable[[int, bool], tuple[Any, ...]]
-    use: Callable[[Any], Any] | None = None
-    leaf: tuple[str, ...] = ()
-    exports: bool = True
-
-
-Make = Callable[[], Network]
-
-
-def images(size: int, other: int, channels: int = 3) -> Callable[[int, bool], tuple[Any, ...]]:
-    """Random images in float64."""
-
-    def make(batch: int, another: bool) -> tuple[Any, ...]:
-        import torch
-
-        side = other if another else size
-        draw = torch.Generator().manual_seed(batch)
-        return (torch.randn(batch, channels, side, side, generator=draw, dtype=torch.float64),)
-
-    return make
-
-
-def torchvision_networks() -> dict[str, Make]:
-    def classifier(name: str, size: int, other: int) -> Make:
-        def make() -> Network:
-            import torchvision
-
-            options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-            return Network(
-                torchvision.models.get_model(name, weights=None, num_classes=7, **options), images(size, other)
-            )
-
-        return make
-
-    def segmenter(name: str) -> Make:
-        def make() -> Network:
-            import torchvision
-
-            model = torchvision.models.get_model(
-                name, weights=None, weights_backbone=None, num_classes=5, aux_loss=None
-            )
-            return Network(model, images(64, 96))
-
-        return make
-
-    def backbone(name: str) -> Make:
-        def make() -> Network:
-            import torch
-            import torchvision
-
-            detector = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=5).double()
-
-            def use(pruned: Any) -> None:
-                detector.backbone = pruned
-                detector.eval()([torch.rand(3, 64, 80, dtype=torch.float64)])
-
-            return Network(detector.backbone, images(64, 96), use)
-
-        return make
-
-    small = "alexnet densenet121 efficientnet_b0 googlenet mnasnet0_5 mobilenet_v2 mobilenet_v3_small regnet_y_400mf"
-    small += " resnet18 resnext50_32x4d shufflenet_v2_x0_5 squeezenet1_1 vgg11_bn convnext_tiny swin_t swin_v2_t"
-    found: dict[str, Make] = {name: classifier(name, 64, 96) for name in small.split()}
-    found |= {"inception_v3": classifier("inception_v3", 128, 160), "vit_b_16": classifier("vit_b_16", 224, 224)}
-    found |= {"maxvit_t": classifier("maxvit_t", 224, 224)}
-    found |= {n: segmenter(n) for n in ("lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", "fcn_resnet50")}
-    detectors = "fasterrcnn_mobilenet_v3_large_320_fpn ssdlite320_mobilenet_v3_large retinanet_resnet50_fpn"
-    return found | {n: backbone(n) for n in detectors.split()}
-
-
-def smp_networks() -> dict[str, Make]:
-    def make_one(kind: str, encoder: str) -> Make:
-        def make() -> Network:
-            import segmentation_models_pytorch as smp
-            import torch
-
-            model = smp.create_model(kind, encoder_name=encoder, encoder_weights=None, classes=3)
-
-            def use(pruned: Any) -> None:
-                image = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-                assert torch.equal(pruned.predict(image), pruned.eval()(image))
-                loss = smp.losses.DiceLoss("multiclass")(pruned(image), torch.zeros(1, 64, 64, dtype=torch.long))
-                loss.backward()
-
-            return Network(model, images(64, 96), use)
-
-        return make
-
-    kinds = "unet unetplusplus manet linknet fpn pspnet pan deeplabv3 deeplabv3plus upernet segformer"
-    found = {kind: make_one(kind, "resnet18") for kind in kinds.split()}
-    return found | {"unet-mobilenet_v2": make_one("unet", "mobilenet_v2"), "unet-mit_b0": make_one("unet", "mit_b0")}
-
-
-def ultralytics_networks() -> dict[str, Make]:
-    def make_one(file: str) -> Make:
-        def make() -> Network:
-            import numpy as np
-            from ultralytics import RTDETR, YOLO
-
-            yolo = (RTDETR if file.startswith("rtdetr") else YOLO)(f"{file}.yaml")
-
-            def use(pruned: Any) -> None:
-                yolo.model, yolo.predictor = pruned.float().eval(), None
-                yolo.predict(np.zeros((96, 96, 3), dtype=np.uint8), imgsz=96, verbose=False)
-                pruned.double()
-
-            return Network(yolo.model, images(64, 96), use, exports=False)
-
-        return make
-
-    files = "yolov8n yolov8n-seg yolov8n-pose yolov8n-cls yolov8n-obb yolov5n yolov9t yolov10n yolo11n yolo12n"
-    return {file: make_one(file) for file in [*files.split(), "rtdetr-resnet50"]}
+from parts.networks import Make, Network, images
+from parts.networks_audio import efficientnet_networks, torchaudio_networks
+from parts.networks_segmentation import monai_networks, smp_networks
+from parts.networks_torchvision import networks as torchvision_networks
+from parts.networks_ultralytics import networks as ultralytics_networks
 
 
 def diffusers_networks() -> dict[str, Make]:
@@ -291,47 +176,6 @@ def open_clip_networks() -> dict[str, Make]:
     }
 
 
-def monai_networks() -> dict[str, Make]:
-    def make_one(build: Callable[[Any], Any], size: int = 32, other: int = 48, channels: int = 1) -> Make:
-        def make() -> Network:
-            import monai.networks.nets as nets
-
-            return Network(build(nets), images(size, other, channels))
-
-        return make
-
-    flat = {"spatial_dims": 2, "in_channels": 1, "out_channels": 3}
-    return {
-        "UNet": make_one(lambda n: n.UNet(channels=(8, 16, 32), strides=(2, 2), num_res_units=1, **flat)),
-        "BasicUNet": make_one(lambda n: n.BasicUNet(features=(8, 8, 16, 16, 32, 8), **flat)),
-        "AttentionUnet": make_one(lambda n: n.AttentionUnet(channels=(8, 16, 32), strides=(2, 2), **flat)),
-        "SegResNet": make_one(lambda n: n.SegResNet(init_filters=8, **flat)),
-        "DynUNet": make_one(
-            lambda n: n.DynUNet(
-                kernel_size=[3, 3, 3], strides=[1, 2, 2], upsample_kernel_size=[2, 2], filters=[8, 16, 32], **flat
-            )
-        ),
-        "VNet": make_one(lambda n: n.VNet(**flat)),
-        "DenseNet121": make_one(lambda n: n.DenseNet121(**flat)),
-        "UNETR": make_one(
-            lambda n: n.UNETR(1, 3, (32, 32), feature_size=8, hidden_size=48, mlp_dim=64, num_heads=4, spatial_dims=2),
-            32,
-            32,
-        ),
-        "SwinUNETR": make_one(
-            lambda n: n.SwinUNETR(in_channels=1, out_channels=3, feature_size=12, spatial_dims=2), 32, 64
-        ),
-        "ViT": make_one(
-            lambda n: n.ViT(1, (32, 32), 8, 48, 64, 2, 4, classification=True, num_classes=3, spatial_dims=2), 32, 32
-        ),
-        "EfficientNetBN": make_one(
-            lambda n: n.EfficientNetBN(
-                "efficientnet-b0", pretrained=False, spatial_dims=2, in_channels=1, num_classes=3
-            )
-        ),
-    }
-
-
 NETWORKS: Mapping[str, Mapping[str, Make]] = {
     "torchvision": torchvision_networks(),
     "smp": smp_networks(),
@@ -339,4 +183,6 @@ NETWORKS: Mapping[str, Mapping[str, Make]] = {
     "diffusers": diffusers_networks(),
     "open_clip": open_clip_networks(),
     "monai": monai_networks(),
+    "torchaudio": torchaudio_networks(),
+    "efficientnet_pytorch": efficientnet_networks(),
 }

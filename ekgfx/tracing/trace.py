@@ -7,11 +7,8 @@ traced.subnetwork(plan)(images)         # what the pruned network computes, with
 """
 
 import contextlib
-import io
-import logging
-import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +21,10 @@ from ekgfx.errors import EkgfxError, EkgfxWarning, TraceError
 from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph import sizes, unseen
 from ekgfx.graph.axis_graph import AxisGraph, Example
+from ekgfx.graph.draws import NothingDropped
 from ekgfx.graph.hints import masks_taken_as_they_are
 from ekgfx.graph.opaque import Leaves, as_operators, find_leaves, record
+from ekgfx.graph.quiet import quiet
 from ekgfx.graph.returns import Returns, as_choice, tensors_returned
 from ekgfx.graph.untouched import State, differing, put, state_of, untouched
 from ekgfx.graph.ways import Way, seeded
@@ -197,9 +196,10 @@ def _graph(
         try:
             leaves, returns, program = _exported(model, names, example, outputs, way == Way())
         except TraceError:
-            if not _fills_caches(model, *example):
+            if not _fills_caches(model, *example) and not way.training:
                 raise
-            leaves, returns, program = _exported(model, names, example, outputs, way == Way())
+            with NothingDropped() if way.training else contextlib.nullcontext():
+                leaves, returns, program = _exported(model, names, example, outputs, way == Way())
         return {
             "program": program,
             "example": example,
@@ -219,12 +219,12 @@ def _exported(
         try:
             leaves = record(model, names, *example)
             returned = tensors_returned(model, outputs, strict)
-            with torch.no_grad(), as_operators(model, leaves), returned as returns, masks_taken_as_they_are(), _quiet():
+            with torch.no_grad(), as_operators(model, leaves), returned as returns, masks_taken_as_they_are(), quiet():
                 program = torch.export.export(model, *example, strict=False)
         except EkgfxError:
             raise
         except Exception as error:  # torch.export raises many types, all of them about the user's model
-            raise explained(model, error, *example) from error
+            raise explained(model, error, *example, alone=strict) from error
         problem = unknown_sizes(model, program)
         if problem is not None:
             raise problem
@@ -241,33 +241,6 @@ def _fills_caches(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     except Exception:  # noqa: BLE001  whatever the user's forward raises; why the export failed is said
         return False
     return bool(differing(state_of(model), before))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What PyTorch logs and prints about an export that fails is in the exception as well: it goes no further."""
-    printed, known = io.StringIO(), logging.root.manager.loggerDict.values()
-    loggers = [
-        logger for logger in known if isinstance(logger, logging.Logger) and f"{logger.name}.".startswith("torch.")
-    ]
-    handlers = {handler for logger in loggers for handler in logger.handlers}  # PyTorch gives most of them their own
-
-    def passes(record: logging.LogRecord) -> bool:
-        return record.levelno < logging.WARNING
-
-    for handler in handlers:
-        handler.addFilter(passes)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(printed):
-            # What a forward keeps is put back; recurrent layers look at a list of their own parameters in each.
-            warnings.filterwarnings(
-                "ignore", message=r"The tensor attributes? self\..*(was|were) assigned during export"
-            )
-            yield
-        sys.stderr.write(printed.getvalue())  # what the user's own forward says
-    finally:
-        for handler in handlers:
-            handler.removeFilter(passes)
 
 
 def _short(error: Exception) -> str:

@@ -16,13 +16,19 @@ from torch.utils import _pytree as pytree
 
 from ekgfx.errors import TraceError
 from ekgfx.graph.nodes import owner
+from ekgfx.tracing.parts import parts
 
 _OWN = (*(f"{path}{os.sep}" for path in torch.__path__), f"{Path(__file__).parent}{os.sep}")
 _STANDARD = sysconfig.get_paths()["stdlib"] + os.sep
 
 
-def explained(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TraceError:
-    """What to say of an exception that the export raised; the model is run once to see whether it runs at all."""
+def explained(
+    model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any], alone: bool = False
+) -> TraceError:
+    """What to say of an exception that the export raised; the model is run once to see whether it runs at all.
+
+    alone: say also which of its parts can be traced.
+    """
     frames = list(_frames(error))
     own = [(path, line) for path, line, _ in frames if _is_users(path)]
     module = _module_of(model, [frame for *_, frame in frames])
@@ -35,7 +41,18 @@ def explained(model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs:
         return TraceError(
             f"{type(model).__name__} does not run on the example inputs: {where[0]}{_first_lines(failure)}"
         )
-    return TraceError(f"{type(model).__name__} could not be traced: {where[0]}{what}: {where[1]}", module)
+    advice = where[1] + (_alone(model, args, kwargs) if alone else "")
+    return TraceError(f"{type(model).__name__} could not be traced: {where[0]}{what}: {advice}", module)
+
+
+def _alone(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """What can be traced where the whole cannot."""
+    found = parts(model, args, kwargs)
+    if not found:
+        return ""
+    told = ", ".join(f"{name} ({share:.0%} of the parameters)" for name, share in found.items())
+    first = next(iter(found))
+    return f"; what can be traced alone: {told}: prune model.{first} by itself, and put the cut one in its place"
 
 
 def unknown_sizes(model: nn.Module, program: torch.export.ExportedProgram) -> TraceError | None:

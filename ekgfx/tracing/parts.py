@@ -1,0 +1,68 @@
+"""Which parts of a model can be traced alone, where the whole has no graph: the backbone of a detector, say."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ekgfx.graph.quiet import quiet
+from ekgfx.graph.untouched import untouched
+
+SMALL = 0.1
+"""Share of the parameters under which a part is not worth a word."""
+MOST = 8
+"""Parts that are tried."""
+
+
+def parts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
+    """The largest sub-modules that have a graph of their own, with the share of the parameters that each holds."""
+    total = sum(p.numel() for p in model.parameters())
+    calls = _calls(model, args, kwargs)
+    found: dict[str, float] = {}
+    tried = 0
+    waiting = [name for name, _ in model.named_children()]
+    while waiting and tried < MOST:
+        name = waiting.pop(0)
+        module = model.get_submodule(name)
+        share = sum(p.numel() for p in module.parameters()) / max(total, 1)
+        if share < SMALL:
+            continue
+        if name in calls:
+            tried += 1
+            if _has_graph(module, *calls[name]):
+                found[name] = share
+                continue
+        waiting += [f"{name}.{child}" for child, _ in module.named_children()]
+    return found
+
+
+def _calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What every sub-module was given when the model ran; of several calls, the first."""
+    seen: dict[str, tuple[Any, Any]] = {}
+
+    def noting(name: str) -> Callable[..., None]:
+        def note(_: nn.Module, given: Any, named: Any) -> None:
+            seen.setdefault(name, pytree.tree_map_only(Tensor, torch.clone, (given, named)))
+
+        return note
+
+    with torch.no_grad(), untouched(model):  # which also takes the hooks away
+        for name, module in model.named_modules():
+            module.register_forward_pre_hook(noting(name), with_kwargs=True)
+        model(*args, **kwargs)
+    return {name: call for name, call in seen.items() if any(True for _ in _tensors(call))}
+
+
+def _tensors(call: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor))
+
+
+def _has_graph(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    try:
+        with torch.no_grad(), untouched(module), quiet():
+            torch.export.export(module, args, kwargs, strict=False)
+    except Exception:  # noqa: BLE001  torch.export raises many types
+        return False
+    return True

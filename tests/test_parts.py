@@ -1,0 +1,41 @@
+"""A model whose forward depends on values is answered with those of its parts that do not."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ekgfx
+from ekgfx.errors import TraceError
+
+
+class Detector(nn.Module):
+    """Loops over what it finds in each image, as detectors do."""
+
+    class Boxes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+
+        def forward(self, features: Tensor) -> list[Tensor]:
+            found = [each.flatten(1).T[each.flatten(1).sum(0) > 0] for each in features]
+            return [self.head(rows) for rows in found]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3))
+        self.boxes, self.scale = self.Boxes(), nn.Linear(1, 1)
+
+    def forward(self, images: list[Tensor]) -> list[Tensor]:
+        features = self.backbone(torch.stack(images))
+        return [boxes[: int(boxes.sum() > 0) + 1] for boxes in self.boxes(features)]
+
+
+def test_parts_that_can_be_traced_alone_are_named_with_their_shares() -> None:
+    torch.manual_seed(0)
+    model, images = Detector().eval(), [torch.rand(3, 12, 12), torch.rand(3, 12, 12)]
+    with pytest.raises(TraceError, match=r"what can be traced alone: backbone \(9\d% of the parameters\)") as raised:
+        ekgfx.trace(model, (images,))
+    assert "scale" not in str(raised.value)  # too small to be worth a word
+    traced = ekgfx.trace(model.backbone, torch.stack(images))
+    model.backbone = ekgfx.prune(model.backbone, ekgfx.Plan({"0": tuple(range(5))}), traced)
+    assert len(model(images)) == 2 and not any(module._forward_pre_hooks for module in model.modules())

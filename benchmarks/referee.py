@@ -199,6 +199,7 @@ def measure(contest: Contest, name: str, work: Path) -> Row:
     row["repaired"] = right_of(repaired, contest.subject.test())
     to_onnx(network, contest.example[:1], work / f"{name}.onnx")
     torch.save({"as it comes": network, "repaired": repaired}, work / f"{name}.pt")
+    (work / f"{name}.plan.json").write_text(plan.to_json())
     return row
 
 

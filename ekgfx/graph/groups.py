@@ -15,9 +15,10 @@ from ekgfx.axes import Axis, axes, membership, show
 from ekgfx.base.markup import html_table
 from ekgfx.base.units import human
 from ekgfx.errors import PlanError
-from ekgfx.graph.axis_graph import AxisGraph, Operation
+from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.cost import Products, value_of
 from ekgfx.graph.plan import FromMask, Plan
+from ekgfx.graph.propagation import Operation
 
 CONVOLUTIONS = "aten.conv"
 CHANNEL_NORMS = frozenset({"aten.batch_norm.default", "aten.instance_norm.default"})

@@ -15,8 +15,9 @@ from torch import Tensor, fx
 from ekgfx.axes import Axis
 from ekgfx.data.batches import Inputs
 from ekgfx.execution.subnetwork import SubNetwork, slice_tensor
-from ekgfx.graph.axis_graph import AxisGraph, Operation
+from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.liveness import last_reads
+from ekgfx.graph.propagation import Operation
 from ekgfx.repair.forms import of_positions
 from ekgfx.repair.moments import Moments
 from ekgfx.repair.operators import LinearOperator

@@ -15,9 +15,10 @@ from ekgfx.axes import ONE, Axis, Dims, Expr, Prod, Sum, axes, count, resolve
 from ekgfx.base.containers import tensors_by_place
 from ekgfx.errors import PruneError
 from ekgfx.execution.subnetwork import GraphRunner, SubNetwork, resize
-from ekgfx.graph.axis_graph import AxisGraph, Operation
+from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.nodes import op_name
 from ekgfx.graph.plan import Plan
+from ekgfx.graph.propagation import Operation
 from ekgfx.graph.ways import Way, undisturbed
 from ekgfx.rules.registry import is_dims
 from ekgfx.tracing.traced import TracedModel

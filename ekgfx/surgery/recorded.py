@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 
 from ekgfx.axes import Axis, Expr, Prod, count, resolve
 from ekgfx.errors import EkgfxError
-from ekgfx.graph.axis_graph import AxisGraph, Operation
+from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.nodes import bind
 from ekgfx.graph.opaque import evaluation_mode
+from ekgfx.graph.propagation import Operation
 from ekgfx.rewriting.calls import Calls, ModuleCall, Values, calls_of, hollow, whole
 from ekgfx.rewriting.terms import Recorded
 from ekgfx.rewriting.told import decisions_of

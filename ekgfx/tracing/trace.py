@@ -116,8 +116,8 @@ def retrace(model: nn.Module, source: TracedModel, state: State | None = None) -
     again = TracedModel(model, **{**first, "others": graphs, "unused": source.unused})
     again.trains = source.trains
     for new, old in zip(again.graphs, source.graphs, strict=True):
-        if old.batch_assumed:
-            sizes.assume_batch(new)
+        if old.sizes_assumed:
+            sizes.assume(new)
     return again
 
 

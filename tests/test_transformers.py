@@ -82,3 +82,16 @@ def test_a_decoder_is_pruned_and_generates_as_it_comes() -> None:
     tokens = pruned.generate(TOKENS[:1], max_new_tokens=3, do_sample=False, use_cache=True)
     assert torch.equal(tokens, pruned.generate(TOKENS[:1], max_new_tokens=3, do_sample=False, use_cache=False))
     assert torch.equal(tokens[:, 12], plain[:1, -1].argmax(-1))
+
+
+def test_an_encoder_and_a_decoder_are_given_tokens_each(tmp_path: Any) -> None:
+    """As `ekgfx prune hf:DIR` builds it."""
+    from ekgfx.models.source import parse
+
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4, "vocab_size": 50}
+    config = transformers.T5Config(**sizes, architectures=["T5ForConditionalGeneration"])
+    config.save_pretrained(tmp_path)
+    built = parse(f"hf:{tmp_path}").build()
+    assert type(built.model).__name__ == "T5ForConditionalGeneration"
+    traced = ekgfx.trace(built.model.eval(), built.example_inputs, outputs="logits")
+    assert traced.groups.prunable_share == 1

@@ -141,12 +141,15 @@ def diffusers_networks() -> dict[str, Make]:
 
 
 def open_clip_networks() -> dict[str, Make]:
-    def make_one(vision: dict[str, Any], text: dict[str, Any], kind: str = "CLIP") -> Make:
+    def make_one(
+        vision: dict[str, Any], text: dict[str, Any], kind: str = "CLIP", width: int = 24, **more: Any
+    ) -> Make:
         def make() -> Network:
             import open_clip
             import torch
 
-            made = getattr(open_clip, kind)(embed_dim=24, vision_cfg={"image_size": 32, **vision}, text_cfg=text)
+            parts = {"vision_cfg": {"image_size": 32, **vision}, "text_cfg": text, **more}
+            made = getattr(open_clip, kind)(embed_dim=width, **parts)
 
             def inputs(batch: int, another: bool) -> tuple[Any, ...]:
                 draw = torch.Generator().manual_seed(batch)
@@ -169,9 +172,11 @@ def open_clip_networks() -> dict[str, Make]:
             {"timm_model_name": "resnet18", "timm_pool": "avg", "timm_proj": "linear"}, text, "CustomTextCLIP"
         ),
         "CoCa": make_one(
-            {**vit, "attentional_pool": True, "attn_pooler_heads": 4},
+            {**vit, "attentional_pool": True, "attn_pooler_heads": 4, "output_tokens": True},
             {**text, "embed_cls": True, "output_tokens": True},
-            "CustomTextCLIP",
+            "CoCa",
+            32,  # that of the text, which reads what the images give
+            multimodal_cfg={**text, "mlp_ratio": 2, "attn_pooler_heads": 4},
         ),
     }
 

@@ -263,13 +263,18 @@ def table(rows: list[Row]) -> str:
     def how_many(some: list[dict[str, Any]], says: Any) -> str:
         return f"{sum(bool(says(row)) for row in some)} of {len(some)}"
 
+    def without_cache(row: dict[str, Any]) -> bool:
+        return row["model"].startswith(("CausalLM", "Seq2SeqLM")) and row["half"].get("cache") is False
+
     lines = [
         f"- {how_many(rows, lambda r: r['status'] != 'error')} architectures are traced as they come, "
-        f'{how_many(rows, lambda r: r.get("named"))} with `outputs="logits"`; '
+        f'{how_many(rows, lambda r: r.get("named"))} with `outputs="logits"` and '
+        f"{how_many(rows, lambda r: r.get('also'))} with a call besides, as the message of a trace asks for; "
         f"{how_many(rows, lambda r: r['status'] == 'ok')} are cut exactly (to 1e-6 at another batch).",
         f"- With half of every group, {how_many(cut, lambda r: r['half']['class'])} keep their class, "
         f"{how_many(cut, lambda r: not r['half']['graphs'])} without another forward inside; "
-        f"{how_many(cut, lambda r: not r['half']['api'])} work with the library's API.",
+        f"{how_many(cut, lambda r: not r['half']['api'])} work with the library's API, "
+        f"{how_many(cut, without_cache)} are decoders that run without their cache, as a warning says.",
         f"- With `uniform_layers`, {how_many(uniform, lambda r: not r['uniform']['round_trip'])} come back equal from "
         f"`save_pretrained` and `from_pretrained`, {how_many(uniform, lambda r: not r['uniform']['graphs'])} without "
         f"another forward; {len(cut) - len(uniform)} find no such plan of 80% of the MACs.",

@@ -160,12 +160,16 @@ def _class_of(config: Any) -> Any:
 
 
 def _tokens(model: Any) -> tuple[Tensor, ...] | None:
-    """Example tokens, where the first argument of the model takes them; None where it takes something else."""
-    first = next(iter(inspect.signature(model.forward).parameters))
+    """Example tokens, where the first argument of the model takes them; None where it takes something else. A model of
+    an encoder and a decoder is given some for both, and between them a mask that hides nothing."""
+    first, *others = inspect.signature(model.forward).parameters
     if first != "input_ids" or model.main_input_name != "input_ids":
         return None
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    return (torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0)),)
+    tokens = torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    if model.config.is_encoder_decoder and others[:2] == ["attention_mask", "decoder_input_ids"]:
+        return tokens, torch.ones_like(tokens), tokens
+    return (tokens,)
 
 
 def _of_images(model: Any, place: Path) -> dict[str, Any]:

@@ -22,45 +22,18 @@ from common import Sheet, chosen
 from ekgfx.export import Samples, check_parity, measure_latency, to_fp16, to_int8, to_onnx
 from ekgfx.export.precisions import judge, slower
 from parts import imagenet_sample
-from repair import from_history
+from plans import aligned, from_history
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ekgfx
 from ekgfx.graph.plan import Plan
-from ekgfx.tracing.traced import TracedModel
-
-TILE = 16
-
-
-def aligned(traced: TracedModel, plan: Plan, keep: float, tile: int = TILE) -> Plan:
-    """The plan with its widths on whole tiles, within the budget: a width goes up where it fills more of its last tile
-    than a share that is as small as may be."""
-    full = traced.cost().macs
-    for part in range(tile + 1):
-        rounded = plan
-        for name, kept in plan.kept.items():
-            group = traced.groups[name]
-            whole, rest = divmod(len(kept), tile)
-            width = min(group.size, max(tile, tile * (whole + (rest > part))))
-            rounded = rounded.with_kept(name, resized(traced, name, kept, width))
-        if traced.cost(rounded).macs <= keep * full:
-            return rounded
-    raise SystemExit(f"no widths in tiles of {tile} are within {keep:.0%} of the MACs")
-
-
-def resized(traced: TracedModel, name: str, kept: tuple[int, ...], width: int) -> tuple[int, ...]:
-    """So many channels of a group, those of the largest weights (L1 of the layer that the group is named after) gone or
-    come back last."""
-    sizes = traced.model.get_submodule(name).weight.detach().abs().flatten(1).sum(1)  # type: ignore[union-attr, operator]
-    order = sorted(range(traced.groups[name].size), key=lambda channel: (channel not in kept, -float(sizes[channel])))
-    return tuple(sorted(order[:width]))
 
 
 def repaired(setting: imagenet_sample.Setting, asked: argparse.Namespace) -> tuple[nn.Module, Plan, float | None]:
     """The pruned network, repaired on the first half of the images, and the CPU seconds of it, if it was done now."""
     traced = setting.traced
-    plan = aligned(traced, from_history(traced, Path(asked.history)), asked.keep)
+    plan = aligned(traced, from_history(traced, Path(asked.history), asked.keep), asked.keep)
     network = ekgfx.prune(traced.model, plan, traced).eval()
     weights, seconds = Path(asked.work) / "repaired.safetensors", None
     if weights.exists():

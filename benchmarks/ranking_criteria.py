@@ -5,7 +5,8 @@ from torch import fx
 from torch_pruning.pruner import importance as peers  # type: ignore[import-untyped]
 
 from ekgfx.axes import axes, membership
-from ekgfx.graph.groups import ChannelGroup, Gate
+from ekgfx.graph.gates import Gate
+from ekgfx.graph.groups import ChannelGroup
 from ekgfx.graph.plan import Plan
 from ekgfx.search.importance import Scores, by_channel, changes_at, samples_along
 from ekgfx.search.importance_peers import by_weights

@@ -34,6 +34,7 @@ import torch
 from common import Lines, Row, chosen, environment
 from ekgfx.export import measure_latency, to_onnx
 from parts.peers import CUTS, smallest
+from plans import at_random
 from torch import Tensor, nn
 
 import ekgfx
@@ -107,7 +108,7 @@ OURS: dict[str, Callable[[Contest], Plan]] = {
     "random channels, EKG's widths": lambda contest: contest.subject.plan("random, EKG's widths"),
     "random channels, uniform": lambda contest: contest.subject.plan("random, uniform"),
     f"ekgfx, EKG, multiples of {EVEN}": lambda contest: contest.even,
-    f"random channels, multiples of {EVEN}": lambda contest: repaired_by_us.at_random(
+    f"random channels, multiples of {EVEN}": lambda contest: at_random(
         contest.traced, contest.even, contest.asked.seed
     ),
 }
@@ -199,6 +200,7 @@ def measure(contest: Contest, name: str, work: Path) -> Row:
     row["repaired"] = right_of(repaired, contest.subject.test())
     to_onnx(network, contest.example[:1], work / f"{name}.onnx")
     torch.save({"as it comes": network, "repaired": repaired}, work / f"{name}.pt")
+    (work / f"{name}.plan.json").write_text(plan.to_json())
     return row
 
 

@@ -171,6 +171,12 @@ def unify(a: Expr, b: Expr, why: str = "") -> None:
             _unify_products(a, b, why)
 
 
+def identify(axis: Axis, known: Axis) -> None:
+    """State that an axis is another one, of the same size, though both stay: it has as many positions as that has in
+    whatever is computed."""
+    axis.bound = known
+
+
 def _join(a: Axis, b: Axis) -> None:
     if _knows(b) > _knows(a):
         a, b = b, a

@@ -8,6 +8,7 @@ For tests of one's own rules and models; `ekgfx.prune` checks every cut by itsel
     check_pruned(traced, plan, ekgfx.prune(model, plan, traced), (x,))
 """
 
-from ekgfx.surgery.check import MaskedNetwork, check_masked, check_pruned, mask_tensor, perturb, relative_error
+from ekgfx.surgery.check import check_pruned, perturb, relative_error
+from ekgfx.surgery.masked import MaskedNetwork, check_masked, mask_tensor
 
 __all__ = ["MaskedNetwork", "check_masked", "check_pruned", "mask_tensor", "perturb", "relative_error"]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import ekgfx
 from ekgfx.rules import Call, Effect, rule
 from ekgfx.rules.registry import _RULES
-from ekgfx.surgery.check import check_masked
+from ekgfx.surgery.masked import check_masked
 
 
 class Bilinear(nn.Module):

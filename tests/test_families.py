@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import ekgfx
 from ekgfx.graph.cost import mac_table, value_of
 from ekgfx.graph.opaque import evaluation_mode
-from ekgfx.surgery.check import check_masked, check_pruned, perturb
+from ekgfx.surgery.check import check_pruned, perturb
+from ekgfx.surgery.masked import check_masked
 
 from .families import attention, channels, convolutions, mixing, whole  # noqa: F401  (importing registers them)
 from .families.base import FAMILIES, Family, expected

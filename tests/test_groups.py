@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import ekgfx
 from ekgfx.errors import PlanError, PruneError
-from ekgfx.surgery.check import check_masked, check_pruned, differences, perturb, relative_error
+from ekgfx.surgery.check import check_pruned, differences, perturb, relative_error
+from ekgfx.surgery.masked import check_masked
 
 from .models import HAND_DERIVED, Concat, GroupNormed, Residual, Tied, TwoInputs, example
 

@@ -13,7 +13,8 @@ import ekgfx
 from ekgfx.errors import PlanError, TraceError
 from ekgfx.graph.opaque import find_leaves
 from ekgfx.search import search
-from ekgfx.surgery.check import check_masked, check_pruned, perturb
+from ekgfx.surgery.check import check_pruned, perturb
+from ekgfx.surgery.masked import check_masked
 
 from .branching import Branching, Careless, Router, Selecting
 from .search import nets

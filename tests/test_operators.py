@@ -163,6 +163,21 @@ def test_an_operator_passes_channels_on_exactly(name: str) -> None:
     assert found == expected(model, tuple(groups))
 
 
+# No rule of their own: PyTorch defines them by operators that have one. A mean is a statistic, a sum of errors is not.
+both = (12, "a> >p p> >b")
+case("squared errors", both)(lambda s, x: F.mse_loss(x, s.p(x), reduction="none"))
+case("sum of squared errors", both)(lambda s, x: x * F.mse_loss(x, s.p(x), reduction="sum").tanh())
+case("mean of squared errors", both, zeroed=False)(lambda s, x: x * F.mse_loss(x, s.p(x)))
+case("smooth L1", both)(lambda s, x: x + F.smooth_l1_loss(x, s.p(x), reduction="sum"))
+case("Huber", both, zeroed=False)(lambda s, x: x + F.huber_loss(x, s.p(x), delta=0.5))
+case("cross entropy of every channel", both, zeroed=False)(
+    lambda s, x: x + F.binary_cross_entropy_with_logits(x, s.p(x).sigmoid())
+)
+case("hinge, written in place", both, zeroed=False)(lambda s, x: x + F.hinge_embedding_loss(x, s.p(x).sign()))
+case("divergence", both)(lambda s, x: F.kl_div(x, s.p(x).sigmoid(), reduction="none"))
+case("margin of a ranking", both, zeroed=False)(lambda s, x: x + F.margin_ranking_loss(x, s.p(x), x.sign()))
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
@@ -171,6 +186,7 @@ def test_an_operator_passes_channels_on_exactly(name: str) -> None:
         (lambda s, x: x * x.prod(1, keepdim=True), "aten.prod.dim_int: reduced over"),
         (lambda s, x: x * x.logsumexp(1, keepdim=True), "aten.logsumexp.default: reduced over"),
         (lambda s, x: x * x.kthvalue(3, 1, keepdim=True)[0], "aten.kthvalue.default: positions mix"),
+        (lambda s, x: x * F.cross_entropy(x, x.sigmoid()), "aten._log_softmax.default: positions mix"),
         (lambda s, x: x + 0 * x.diff(dim=1).sum(), "aten.diff.default: neighbours are subtracted"),
         (lambda s, x: x.index_add(1, torch.zeros(12, dtype=torch.long), x), "aten.index_add.default: indexed"),
         (

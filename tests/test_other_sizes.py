@@ -219,3 +219,32 @@ def test_reshapes_within_channels_part_them_as_before(function: Callable, sizes:
     traced = ekgfx.trace(Net(), torch.randn(2, 3, 4, 4))
     assert sizes is None or sorted(g.size for g in traced.groups.values()) == sorted(sizes)
     assert not any("sizes of the example" in f.reason for f in traced.groups.frozen)
+
+
+class Edges(nn.Module):
+    """Messages along the edges of a graph: as many nodes and edges as come, and no batch. 5 features, heads of 4, 12
+    hidden, 3 outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 3
+        self.up, self.message, self.head = nn.Linear(5, 12), nn.Linear(24, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        source, target = edges
+        x = self.up(x).relu()
+        degree = torch.zeros(x.size(0), dtype=x.dtype).scatter_add_(0, target, x.new_ones(edges.size(1))).clamp(min=1)
+        message = self.message(torch.cat([x[source], x[target]], 1)).view(edges.size(1), self.heads, -1).relu()
+        gathered = torch.zeros(len(x), *message.shape[1:], dtype=x.dtype).index_add_(0, target, message).flatten(1)
+        return self.head(x + gathered / degree[:, None])
+
+
+def graphs(size: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(4 * size, 5, dtype=torch.float64), torch.randint(4 * size, (2, 7 * size))
+
+
+def test_graphs_of_any_size_are_searched_and_cut() -> None:
+    traced = exact(Edges().double(), graphs)
+    batches = [(graphs(size), torch.randint(3, (4 * size,))) for size in (3, 1, 4)]
+    plan = ekgfx.search(traced, batches, flops=0.6).plan
+    assert traced.subnetwork(plan)(*graphs(6)).shape == (24, 3)

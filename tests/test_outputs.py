@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import ekgfx
 from ekgfx.errors import DataError, TraceError
-from ekgfx.surgery.check import check_masked, perturb
+from ekgfx.surgery.check import perturb
+from ekgfx.surgery.masked import check_masked
 from ekgfx.training.evaluation import evaluate
 from ekgfx.training.outputs import finder, logits_of
 from tests.test_containers import Cache, Named

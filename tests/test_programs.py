@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import ekgfx
 from ekgfx.axes import axes
-from ekgfx.surgery.check import check_masked, check_pruned, perturb, relative_error
+from ekgfx.surgery.check import check_pruned, perturb, relative_error
+from ekgfx.surgery.masked import check_masked
 
 from .programs import Program, Spec, example, specs
 from .zeroed import zeroed

@@ -7,7 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import ekgfx
-from ekgfx.surgery.check import check_masked, check_pruned, perturb
+from ekgfx.surgery.check import check_pruned, perturb
+from ekgfx.surgery.masked import check_masked
 
 from .networks import RandomNet, specs
 

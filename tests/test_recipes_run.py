@@ -50,7 +50,7 @@ def test_quickstart(tmp_path, capsys):
         timings[2]["median_ms"] = 0.3
         (run.path / "export.json").write_text(json.dumps({"latency": {"timings": timings}}))
         summary.show(run.path)
-        assert ("odd widths leave hardware idle" in capsys.readouterr().out) is hint
+        assert ("fewer MACs brought little speed" in capsys.readouterr().out) is hint
 
 
 def test_cifar10_resnet56(tmp_path):

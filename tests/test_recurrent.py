@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import ekgfx
-from ekgfx.surgery.check import check_masked, check_pruned, perturb
+from ekgfx.surgery.check import check_pruned, perturb
+from ekgfx.surgery.masked import check_masked
 
 
 class Sequence(nn.Module):

@@ -5,7 +5,8 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 import ekgfx
-from ekgfx.surgery.check import check_masked, check_pruned, perturb
+from ekgfx.surgery.check import check_pruned, perturb
+from ekgfx.surgery.masked import check_masked
 
 
 def exact(model: nn.Module, plan: dict[str, tuple[int, ...]], *shape: int) -> nn.Module:

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import ekgfx
-from ekgfx.surgery.check import check_masked, check_pruned, perturb
+from ekgfx.surgery.check import check_pruned, perturb
+from ekgfx.surgery.masked import check_masked
 
 from .zeroed import distance, zeroed
 

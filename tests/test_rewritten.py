@@ -196,3 +196,60 @@ def test_training_runs_on_what_it_ran_on() -> None:
     assert len(ekgfx.replaced(pruned)) == 1
     for training in (False, True):
         assert distance(pruned, zeroed(traced, plan), (x[:2],), training=training) < 1e-12
+
+
+class Attention(nn.Module):
+    """Queries, keys and values of one width, which its Python knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 4
+        self.query, self.key, self.value = (nn.Linear(6, 8) for _ in range(3))
+        self.out = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (
+            layer(x).view(*x.shape[:2], -1, self.width).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Masked(nn.Module):
+    """Leaves a mask out that hides nothing but what lies ahead, unless it is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.attention, self.head = nn.Linear(3, 6), Attention(), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        padding = tokens == 0
+        fake = isinstance(padding, torch._subclasses.FakeTensor)
+        if not fake and not torch.compiler.is_compiling() and 0 not in tokens and not padding.any():
+            mask = None
+        else:
+            causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+            mask = causal & ~padding[:, None, None]
+        return self.head(self.attention(self.stem(x), mask))
+
+
+def test_a_forward_takes_the_way_that_a_run_takes_and_the_one_that_a_trace_takes() -> None:
+    torch.manual_seed(0)
+    model = Masked().double().eval()
+    x, tokens = torch.randn(2, 5, 3, dtype=torch.float64), torch.ones(2, 5, dtype=torch.long)
+    traced = ekgfx.trace(model, (x, tokens))
+    assert not traced.unknown_ops
+    plan = ekgfx.Plan({"attention.value": (0, 2)})
+    assert {p.parameter for p in traced.groups["attention.value"].places} == {
+        "attention.value.weight",
+        "attention.value.bias",
+        "attention.out.weight",
+    }
+    pruned = ekgfx.prune(model, plan, traced, graphs="allow")
+    assert [replacement.module for replacement in ekgfx.replaced(pruned)] == ["attention"]
+    hidden = tokens.clone()
+    hidden[1, 1] = 0
+    for ids in (tokens, hidden):
+        for length in (5, 3):
+            given = (x[:, :length], ids[:, :length])
+            assert distance(pruned, zeroed(traced, plan), given) < 1e-12

@@ -11,7 +11,8 @@ import ekgfx
 from ekgfx.errors import RuleError
 from ekgfx.rules import Call, Effect, Rule, lookup, rule
 from ekgfx.rules.registry import _RULES
-from ekgfx.surgery.check import check_masked, check_pruned, perturb
+from ekgfx.surgery.check import check_pruned, perturb
+from ekgfx.surgery.masked import check_masked
 
 
 @torch.library.custom_op("ekgfx_test::swap_halves", mutates_args=())

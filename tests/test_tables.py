@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 import ekgfx
-from ekgfx.surgery.check import check_masked, perturb
+from ekgfx.surgery.check import perturb
+from ekgfx.surgery.masked import check_masked
 
 
 def positions(length: int, width: int) -> Tensor:

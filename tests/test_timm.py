@@ -8,7 +8,8 @@ import timm
 import torch
 
 import ekgfx
-from ekgfx.surgery.check import check_masked, check_pruned, perturb
+from ekgfx.surgery.check import check_pruned, perturb
+from ekgfx.surgery.masked import check_masked
 
 NAMED = [
     "resnet18",

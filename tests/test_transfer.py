@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ekgfx
-from ekgfx.surgery.check import mask_tensor
+from ekgfx.surgery.masked import mask_tensor
 
 PLAN = ekgfx.Plan({"stem.0": (0, 2, 3, 6), "wide.0": (1, 2, 5, 7, 8)})
 

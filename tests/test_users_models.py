@@ -11,7 +11,8 @@ from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from torch.utils import _pytree as pytree
 
 import ekgfx
-from ekgfx.surgery.check import MaskedNetwork, check_pruned, perturb, relative_error
+from ekgfx.surgery.check import check_pruned, perturb, relative_error
+from ekgfx.surgery.masked import MaskedNetwork
 
 from .users.language import Bert, Gpt, Multimodal, TorchEncoder
 from .users.vision import VISION

@@ -10,7 +10,8 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import ekgfx
-from ekgfx.surgery.check import mask_tensor, perturb, relative_error
+from ekgfx.surgery.check import perturb, relative_error
+from ekgfx.surgery.masked import mask_tensor
 
 
 def images(batch: int = 2, seed: int = 0) -> Tensor:

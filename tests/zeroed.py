@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import ekgfx
-from ekgfx.surgery.check import check_masked, check_pruned, mask_tensor, perturb, relative_error
+from ekgfx.surgery.check import check_pruned, perturb, relative_error
+from ekgfx.surgery.masked import check_masked, mask_tensor
 from ekgfx.tracing.trace import silently_traced
 
 

@@ -3,9 +3,11 @@
     python benchmarks/gpu/cifar10.py --data cifar10:DIR --weights FILE --output OUT --graphs --amp bf16
     python benchmarks/gpu/cifar10.py --model mobilenetv2 --data cifar10:DIR --output OUT --graphs
     python benchmarks/gpu/cifar10.py … --device cpu --samples 512 --epochs 1 --keep 0.97 --test-images 500
+    python benchmarks/gpu/cifar10.py … --plan "referee/Torch-Pruning, Taylor, global.plan.json"
 
-The last is a dry run. For resnet56, FILE is one with option-A shortcuts (safetensors), or the EKG authors' (.npz): that
-takes projection shortcuts. mobilenetv2 may do without: no weights of its CIFAR form were published, so that it is first
+The third is a dry run; the last trains, on labels alone, what another method cuts (benchmarks/referee.py writes the
+plans). For resnet56, FILE is one with option-A shortcuts (safetensors), or the EKG authors' (.npz): that takes
+projection shortcuts. mobilenetv2 may do without: no weights of its CIFAR form were published, so that it is first
 trained (`--pretrain` epochs, the rest as in the recipe cifar10-mobilenetv2), once for each seed.
 
 Every line of the output is one network: search and fine-tuning knowledge, seed, accuracy before, after the search and
@@ -30,10 +32,11 @@ from torch import nn
 import ekgfx
 from ekgfx import data as datasets
 from ekgfx.base.files import append_line, read_json, read_lines, write_json
+from ekgfx.graph.plan import Plan
 from ekgfx.models import mobilenetv2_cifar, resnet56_cifar, resnet56_cifar_projection
 from ekgfx.models.weights import read_weights
 from ekgfx.runs.checkpoint import load_tensors, save_tensors
-from ekgfx.search import Step
+from ekgfx.search import SearchResult, Step
 from ekgfx.settings import recipe
 from ekgfx.surgery.calibrate import calibrate
 from ekgfx.training.evaluation import evaluate
@@ -75,6 +78,7 @@ def experiment(asked: argparse.Namespace, seed: int, guide: str, tune: str) -> d
         "tuning_knowledge": tune,
         "seed": seed,
         **{key: getattr(asked, key) for key in kept},
+        **({"plan": Path(asked.plan).name.removesuffix(".plan.json")} if asked.plan else {}),
     }
 
 
@@ -122,7 +126,8 @@ def compiled(asked: argparse.Namespace, model: nn.Module) -> nn.Module:
 
 
 class Searched:
-    """Step 0 and the search, or what is left of them to do. accuracy: of the network before; minutes: of the parts."""
+    """Step 0 and the search, or what is left of them to do. accuracy: of the network before; minutes: of the parts;
+    result: None where the plan is another method's."""
 
     def __init__(self, asked: argparse.Namespace, seed: int, guide: Any, device: torch.device) -> None:
         torch.manual_seed(seed)
@@ -154,19 +159,25 @@ class Searched:
         _, val = self.data.search_subset(seed=seed)
         batches = [(batch.images, batch.labels) for batch in self.data.loader("train", BANKED, subset=val)]
         self.traced = ekgfx.trace(model.eval(), batches[0][0][:2])
+        self.result = None if asked.plan else self.found(asked, guide, batches)
+        self.plan = self.result.plan if self.result else Plan.from_json(Path(asked.plan).read_text())
+        self.losses = self.result.losses if self.result else []
+        searched = sum(step.seconds for step in self.result.steps) if self.result else 0.0
+        self.minutes = {"step 0": read_json(facts)["seconds"] / 60, "search": searched / 60}
+
+    def found(self, asked: argparse.Namespace, guide: Any, batches: Any) -> SearchResult:
+        """What the search finds on these batches."""
         history = self.folder / "history.jsonl"
-        self.result = ekgfx.search(
+        return ekgfx.search(
             self.traced,
             batches,
             flops=asked.keep,
             knowledge=guide,
             accept=asked.accept,
-            seed=seed,
+            seed=self.seed,
             resume_from=read_lines(history),
             on_step=lambda step: self.note(history, step),
         )
-        searched = sum(step.seconds for step in self.result.steps)
-        self.minutes = {"step 0": read_json(facts)["seconds"] / 60, "search": searched / 60}
 
     def note(self, history: Path, step: Step) -> None:
         """Keep a step of the search."""
@@ -180,8 +191,8 @@ class Searched:
 
 def tuned(asked: argparse.Namespace, search: Searched, tune: Any) -> dict[str, Any]:
     """Cut, fill the bank, fine-tune: accuracy on the test set after each, and what a figure needs beside it."""
-    traced, result, data, device = search.traced, search.result, search.data, search.device
-    pruned = ekgfx.prune(traced.model, result.plan, traced)
+    traced, plan, data, device = search.traced, search.plan, search.data, search.device
+    pruned = ekgfx.prune(traced.model, plan, traced)
     calibrate(pruned, data.loader("train", BANKED, shuffle=True, seed=search.seed), limit=20)
     after_search = evaluate(pruned, search.test).accuracy
     tuning = experiment(asked, search.seed, "", tune)
@@ -192,7 +203,7 @@ def tuned(asked: argparse.Namespace, search: Searched, tune: Any) -> dict[str, A
         before = read_json(clock) if clock.exists() else 0.0
         bank = ekgfx.build_bank(
             traced,
-            result,
+            search.result,
             rows,
             place / "bank",
             knowledge=tune,
@@ -225,10 +236,10 @@ def tuned(asked: argparse.Namespace, search: Searched, tune: Any) -> dict[str, A
             "finetuned": final,
             "epochs": [epoch.test_accuracy for epoch in epochs],
         },
-        "macs": [traced.cost().macs, traced.cost(result.plan).macs],
-        "params": [traced.cost().params, traced.cost(result.plan).params],
-        "widths": traced.groups.widths(result.plan),
-        "losses": result.losses,
+        "macs": [traced.cost().macs, traced.cost(plan).macs],
+        "params": [traced.cost().params, traced.cost(plan).params],
+        "widths": traced.groups.widths(plan),
+        "losses": search.losses,
         "minutes": {
             part: round(minutes, 3)
             for part, minutes in {**search.minutes, "bank": banked / 60, "fine-tuning": trained}.items()
@@ -255,6 +266,7 @@ def arguments() -> argparse.Namespace:
         default=["ensemble/ensemble", "ensemble/none", "none/none"],
         help="search/fine-tuning knowledge, such as ensemble/single; comma between several",
     )
+    parser.add_argument("--plan", help="a plan's JSON file to train instead of searching for one")
     parser.add_argument("--keep", type=float, default=0.45)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--schedule", choices=["multistep", "cosine"], default="multistep")
@@ -269,6 +281,8 @@ def arguments() -> argparse.Namespace:
     asked = parser.parse_args()
     if asked.model == "resnet56" and not asked.weights:
         parser.error("resnet56 needs --weights FILE")
+    if asked.plan:
+        asked.knowledge = ["none/none"]
     return asked
 
 

@@ -38,7 +38,8 @@ def measure(name: str) -> dict[str, Any]:
     """The row of one network, LIBRARY:NAME."""
 
     import ekgfx
-    from ekgfx.surgery.check import check_masked, perturb
+    from ekgfx.surgery.check import perturb
+    from ekgfx.surgery.masked import check_masked
 
     start = begun()
     library, _, short = name.partition(":")

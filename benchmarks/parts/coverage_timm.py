@@ -40,7 +40,8 @@ def measure(name: str) -> dict[str, Any]:
 
     import ekgfx
     from ekgfx.graph.cost import mac_table
-    from ekgfx.surgery.check import check_masked, check_pruned, perturb
+    from ekgfx.surgery.check import check_pruned, perturb
+    from ekgfx.surgery.masked import check_masked
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ search to its budget alone. One JSON line a search; the last line printed compar
 import argparse
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import ekgfx
 from ekgfx.data import load
 from ekgfx.models import source
 from ekgfx.models.weights import load_weights
+from ekgfx.search import SearchResult
 
 
 def main(asked: argparse.Namespace) -> None:
@@ -28,12 +30,12 @@ def main(asked: argparse.Namespace) -> None:
     tightest = min(asked.budgets)
     ways: dict[str, Any] = {"tightest": tightest, "all": tuple(asked.budgets)}
     data, built = load(asked.data), source.parse(f"ekgfx.models:{asked.network}_cifar", "none").build()
-    load_weights(built.model, asked.weights)
+    load_weights(built.model, Path(asked.weights))
     traced = ekgfx.trace(built.model.eval(), torch.randn(2, 3, 32, 32))
     order = torch.randperm(data.size("train"), generator=torch.Generator().manual_seed(asked.seed))
     seen = [(batch.images, batch.labels) for batch in data.loader("train", 160, subset=order[: asked.images])]
 
-    def search(flops: Any) -> ekgfx.SearchResult:
+    def search(flops: Any) -> SearchResult:
         return ekgfx.search(traced, seen, flops=flops, accept=asked.accept, seed=asked.seed)
 
     for turn, way in in_turn(list(ways), asked.rounds):

@@ -18,7 +18,7 @@ from ekgfx.search.problem import Computing, Problem
 from ekgfx.search.race import Outcome, evaluate_candidates
 from ekgfx.search.ranking import ranking_of
 from ekgfx.search.reward import assess
-from ekgfx.surgery.check import MaskedNetwork, mask_tensor
+from ekgfx.surgery.masked import MaskedNetwork, mask_tensor
 from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.evaluation import batch_statistics
 

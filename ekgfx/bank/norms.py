@@ -16,7 +16,8 @@ from ekgfx.axes import Axis
 from ekgfx.data.batches import Inputs
 from ekgfx.execution import averages
 from ekgfx.execution.subnetwork import BATCH_NORM, SubNetwork, slice_tensor
-from ekgfx.graph.axis_graph import AxisGraph, Operation
+from ekgfx.graph.axis_graph import AxisGraph
+from ekgfx.graph.propagation import Operation
 
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
 """Mean and variance per channel of what each BatchNorm normalizes, by the name of its operator; on the CPU."""

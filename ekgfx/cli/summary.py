@@ -1,6 +1,6 @@
 """The table at the end of a job."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,21 +81,33 @@ def show(path: Path) -> None:
         change_of = f"{quality} {percent(first[quality])} → {percent(last[quality])}"
         left = last["macs"] / first["macs"]
         out.print(f"\ngained: {speed}; {change_of} at {left:.1%} of the MACs")
-        _hint(max(ratios.values()), left, manifest["settings"]["search"])
+        widths = [len(kept) for kept in read_json(path / "plan.json")["kept"].values()]
+        said = advice(max(ratios.values()), left, manifest["settings"]["search"], widths)
+        if said is not None:
+            out.print(said, soft_wrap=True)
     if str(manifest["settings"]["model"]).startswith("ekgfx.models:"):
         out.print(
             "your own model: ekgfx prune my_model.py:factory --weights FILE --data folder:DIR --flops 0.55 --epochs 20"
         )
 
 
-def _hint(faster: float, left: float, search: Mapping[str, Any]) -> None:
-    """What to try where the milliseconds did not follow the MACs by half. left: share of the MACs."""
-    if search["latency"] is None and search["align"] in (None, 1) and faster < (1 + 1 / left) / 2:
-        out.print(
-            "fewer MACs brought little speed: odd widths leave hardware idle; search with --align 8 (or auto) to keep "
-            "them even, or with --latency 0.6 --target cpu:fp32:batch=1 for milliseconds",
-            soft_wrap=True,
+def advice(faster: float, left: float, search: Mapping[str, Any], widths: Collection[int]) -> str | None:
+    """What to try where the milliseconds did not follow the MACs by half; None where they did.
+
+    left: share of the MACs. search: its settings. widths: channels that each group keeps.
+    """
+    if search["latency"] is not None or faster >= (1 + 1 / left) / 2:
+        return None
+    by_time = "--latency 0.6 --target cpu:fp32:batch=1 searches by milliseconds"
+    odd = sum(width % 8 > 0 for width in widths)
+    if odd:
+        return (
+            f"fewer MACs brought little speed: {odd} of {len(widths)} widths are no multiple of 8, and leave hardware "
+            f"idle; --align 8 (or auto) keeps them even, {by_time}"
         )
+    return (
+        f"fewer MACs brought little speed, though all widths are even: {by_time}; `ekgfx report` has each layer's time"
+    )
 
 
 def _medians(path: Path) -> dict[tuple[str, str], float]:

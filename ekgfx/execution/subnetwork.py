@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from ekgfx.axes import Axis, Expr, axes, counted, positions
+from ekgfx.axes import Axis, Expr, axes, counted, positions, resolve
 from ekgfx.execution.channels_last import batch_norm
 from ekgfx.graph import opaque as leaf
 from ekgfx.graph.arguments import arranged
-from ekgfx.graph.axis_graph import AxisGraph, Operation
+from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.in_place import in_place_twin
+from ekgfx.graph.propagation import Operation
 from ekgfx.graph.sizes import check_shapes
 
 BATCH_NORM = torch.ops.aten.batch_norm.default
@@ -111,9 +112,14 @@ class GraphRunner:
         return values
 
     def counts(self, inputs: Mapping[str, Any]) -> dict[Axis, int]:
-        """Kept positions per axis for the batch at hand."""
-        first = next((t for t in inputs.values() if isinstance(t, Tensor) and t.ndim), None)
-        return {self.graph.batch: len(first)} if first is not None and self.graph.batch.size else {}
+        """Positions of the axes of the inputs at hand: the batch, and the sizes that are theirs alone."""
+        found: dict[Axis, int] = {}
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                for dim, size in zip(map(resolve, self.graph.dims[name]), value.shape, strict=True):
+                    if isinstance(dim, Axis):
+                        found.setdefault(dim, size)
+        return found
 
     def _weight(self, placeholder: str) -> Tensor:
         name = self.graph.weights.get(placeholder)

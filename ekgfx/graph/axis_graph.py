@@ -3,10 +3,8 @@
 Every operator's arguments are bound to their schema names, and the rules are run over the graph once.
 """
 
-import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
@@ -14,51 +12,26 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import flop_registry
 
-from ekgfx.axes import Axis, Dims, axes, freeze, resolve, unify
+from ekgfx.axes import Axis, Dims, axes, resolve
 from ekgfx.errors import TraceError
 from ekgfx.graph.copies import hold_copies
+from ekgfx.graph.expansion import expand
 from ekgfx.graph.functional import functionalize
 from ekgfx.graph.in_place import overwritable, overwritable_with_gradients
 from ekgfx.graph.liveness import last_reads
-from ekgfx.graph.nodes import bind, first_names, op_name, owner, rename_modules
+from ekgfx.graph.nodes import first_names, rename_modules
 from ekgfx.graph.opaque import Leaves
+from ekgfx.graph.propagation import Known, Operation, Propagation
 from ekgfx.graph.returns import Returns
 from ekgfx.graph.tables import is_table
 from ekgfx.graph.unreached import hold_unreached
 from ekgfx.graph.unseen import released, settle, unread
 from ekgfx.graph.untouched import State
 from ekgfx.graph.ways import Way
-from ekgfx.rules import Call, Effect, Rule, lookup, unknown
-from ekgfx.rules.applied import applied
-from ekgfx.rules.registry import TensorDims, ours
+from ekgfx.rules import Rule
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments of a model
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operator of the graph: its node, its arguments by schema name (tensors as fx Nodes), the call as its rule saw
-    it (tensors as dimensions), and its effect."""
-
-    node: fx.Node
-    args: Mapping[str, Any]
-    call: Call
-    effect: Effect
-
-    @property
-    def target(self) -> Any:
-        return self.node.target
-
-    @property
-    def name(self) -> str:
-        return self.node.name
-
-    @property
-    def module(self) -> str:
-        """Qualified name of the module whose forward ran this operator ('' for the model itself)."""
-        return owner(self.node)
 
 
 class AxisGraph:
@@ -115,7 +88,8 @@ class AxisGraph:
         self.state = state or {}
         self.returns = returns
         self.leaves = leaves or Leaves()
-        self.graph, program, self.decomposed = functionalize(program, decompose, way.training)
+        graph, program, self.decomposed = functionalize(program, decompose, way.training)
+        self.graph = expand(graph)
         self.example, self.way = example, way
         self.in_spec = program.call_spec.in_spec
         self.out_spec = program.call_spec.out_spec
@@ -184,128 +158,15 @@ class AxisGraph:
         other.inputs, other.rules, other.tables = self.inputs, rules, self.tables
         return other
 
-    # -- the one pass of the rules over the graph ------------------------------------------------------------------
-
     def _propagate(self, shared: dict[str, Dims]) -> None:
-        self.unknown_ops: dict[str, int] = {}
-        self.failed_rules: dict[str, str] = {}
-        self.uncounted_ops: dict[str, int] = {}
-        self.batch_assumed = False
-        self.checked_shapes: set[str] = set()  # of inputs, see sliced.check_shapes
-        self.batch = Axis(0, "batch", frozen="batch dimension", batch=True)
-        self.tensors: dict[str, list[Dims]] = {}
-        self.dims: dict[str, Dims] = {}
-        self.summed: dict[str, Dims] = {}
-        self.operations: list[Operation] = []
-        for node in self.graph.nodes:
-            if node.op == "placeholder":
-                self._returns(node, [self._placeholder(node, shared)])
-            elif node.op == "call_function":
-                self._operation(node)
-            elif node.op == "output":
-                values, updates = cast(list[Any], node.args[0]), node.meta.get("updates", {})
-                for out in values if self.returns is None else self.returns.mattering(values):
-                    if isinstance(out, fx.Node) and out not in updates:
-                        self._output(out)
-                for value, buffer in ((value, buffer) for value, buffer in updates.items() if buffer is not None):
-                    for old, new in zip(self.dims[buffer.name], self.dims[value.name], strict=True):
-                        unify(old, new, f"update of {self.weights.get(buffer.name, buffer.name)}")
-
-    def _returns(self, node: fx.Node, outputs: list[Dims], several: bool = False) -> None:
-        """What the tensors are that a node returns. several: as a list, of which others read the elements."""
-        self.tensors[node.name] = outputs
-        if not several:
-            self.dims[node.name] = outputs[0]
-
-    def _output(self, node: fx.Node) -> None:
-        for dims in self.tensors.get(node.name, ()):
-            for dim in dims:
-                freeze(dim, "output of the model" if self.way == Way() else f"output of the model in {self.way}")
-
-    def returned(self, leaves: list[Any]) -> Any:
-        """The model's output, from the values that its graph returns."""
-        if self.returns is None:
-            return pytree.tree_unflatten(leaves, self.out_spec)
-        return self.returns.frame.filled(leaves)
-
-    def _placeholder(self, node: fx.Node, shared: dict[str, Dims]) -> Dims:
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor):
-            return ()
-        shape = tuple(value.shape)
-        if node.name in self.weights:
-            name = self.weights[node.name]
-            return shared.setdefault(name, tuple(Axis(n, f"{name} dim {d}") for d, n in enumerate(shape)))
-        if node.name in self.constants:
-            return tuple(Axis(n, node.name, frozen=f"constant {node.name}") for n in shape)
-        inputs = tuple(Axis(n, node.name, frozen=f"input {node.name}", example=True) for n in shape)
-        if shape and shape[0] == self.example_batch:
-            self.batch.size = shape[0]
-            return (self.batch, *inputs[1:])
-        return inputs
-
-    def _operation(self, node: fx.Node) -> None:
-        if node.target is operator.getitem:
-            source, i = cast(tuple[fx.Node, int], node.args)
-            if source.name in self.tensors:
-                self._returns(node, [self.tensors[source.name][i]])
-            return
-        shapes = [tuple(v.shape) for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
-        args = bind(node)
-        if not shapes:
-            return
-        call = Call(
-            op=op_name(node.target),
-            args={name: self._symbolic(value) for name, value in args.items()},
-            shapes=shapes,
-            where=owner(node),
-            read=_read(node),
-        )
-        rule = self.rules.get(call.op) or lookup(node.target)
-        effect = self._effect(call, rule)
-        if effect.macs is None and rule is not None and self._multiplies(node, rule, effect):
-            self.uncounted_ops[call.op] = self.uncounted_ops.get(call.op, 0) + 1
-        self.operations.append(Operation(node, args, call, effect))
-        self.summed[node.name] = effect.summed
-        self._returns(node, effect.outputs, isinstance(node.meta["val"], list | tuple))
-
-    def _effect(self, call: Call, rule: Rule | None) -> Effect:
-        """What the operator's rule says; where there is none, or it does not hold, nothing is known.
-
-        Raises:
-            RuleError: a rule that does not come with ekgfx failed by anything but a RuleError of its own.
-        """
-        said = applied(call, rule) if rule is not None else None
-        if isinstance(said, Effect):
-            return said
-        self.unknown_ops[call.op] = self.unknown_ops.get(call.op, 0) + 1
-        if said is None:
-            return unknown(call)
-        self.failed_rules.setdefault(call.op, said)
-        return unknown(call, said)
-
-    def _multiplies(self, node: fx.Node, rule: Rule, effect: Effect) -> bool:
-        """Whether an operator is one that multiplies and adds up: by its rule, by PyTorch's own counter, or (for a rule
-        that a user wrote) because it reads a matrix of weights and is not pointwise."""
-        if effect.produces is not None or effect.sums or getattr(node.target, "overloadpacket", None) in flop_registry:
-            return True
-        weights = (n for n in node.all_input_nodes if n.name in self.weights and len(self.dims[n.name]) > 1)
-        return not ours(rule) and not effect.carries and next(weights, None) is not None
-
-    def _symbolic(self, value: Any) -> Any:
-        """An argument with every fx Node in it replaced by the dimensions of its tensor."""
-        if isinstance(value, fx.Node):
-            if value.name not in self.tensors:
-                return None
-            if value.name not in self.dims:
-                return [TensorDims(dims) for dims in self.tensors[value.name]]
-            said = TensorDims(self.dims[value.name])
-            said.summed = self.summed.get(value.name, ())
-            said.mask = getattr(value.meta.get("val"), "dtype", None) is torch.bool
-            return said
-        if isinstance(value, list | tuple):
-            return [self._symbolic(v) for v in value]
-        return value
+        """The one pass of the rules over the graph."""
+        known = Known(self.weights, self.constants, self.example_batch, self.way, self.returns, self.rules)
+        found = Propagation(self.graph, known, shared)
+        self.batch, self.tensors, self.dims, self.operations = found.batch, found.tensors, found.dims, found.operations
+        self.unknown_ops, self.failed_rules = found.unknown_ops, found.failed_rules
+        self.uncounted_ops = found.uncounted_ops
+        self.sizes_assumed = False
+        self.checked_shapes: set[str] = set()  # of inputs, see sizes.check_shapes
 
     # -- what can be asked of it -----------------------------------------------------------------------------------
 
@@ -314,6 +175,12 @@ class AxisGraph:
         """Leading size shared by all tensor inputs; 0 if they share none (then no dimension counts as the batch)."""
         sizes = {t.shape[0] if t.ndim else 0 for t in pytree.tree_leaves(self.example) if isinstance(t, Tensor)}
         return sizes.pop() if len(sizes) == 1 else 0
+
+    def returned(self, leaves: list[Any]) -> Any:
+        """The model's output, from the values that its graph returns."""
+        if self.returns is None:
+            return pytree.tree_unflatten(leaves, self.out_spec)
+        return self.returns.frame.filled(leaves)
 
     def tensor(self, name: str) -> Tensor:
         """The model's current parameter or buffer of that qualified name."""
@@ -373,12 +240,3 @@ class AxisGraph:
     def weight_dims(self) -> dict[str, Dims]:
         """Qualified name of every parameter and buffer in the graph → the expressions of its dimensions."""
         return {name: self.dims[placeholder] for placeholder, name in self.weights.items()}
-
-
-def _read(node: fx.Node) -> frozenset[int]:
-    """The positions of those of an operator's outputs that something reads."""
-    values = node.meta["val"]
-    if not isinstance(values, list | tuple):
-        return frozenset({0})
-    apart = all(user.target is operator.getitem for user in node.users) and all(isinstance(v, Tensor) for v in values)
-    return frozenset(cast(int, user.args[1]) for user in node.users) if apart else frozenset(range(len(values)))

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ekgfx.graph.axis_graph import AxisGraph, Operation
+from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.cost import mac_products, value_of
+from ekgfx.graph.propagation import Operation
 
 ADD = "aten.add.Tensor"
 IDEMPOTENT = frozenset({"aten.relu.default", "aten.hardtanh.default", "aten.relu6.default", "aten.clamp.default"})

@@ -10,7 +10,8 @@ from functools import reduce
 from operator import mul
 
 from ekgfx.axes import Axis, Expr, count
-from ekgfx.graph.axis_graph import AxisGraph, Operation
+from ekgfx.graph.axis_graph import AxisGraph
+from ekgfx.graph.propagation import Operation
 
 Products = list[tuple[Expr, ...]]
 

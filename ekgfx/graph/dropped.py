@@ -9,9 +9,10 @@ from typing import TypeVar
 from torch import fx
 
 from ekgfx.errors import PlanError
-from ekgfx.graph.axis_graph import AxisGraph, Operation
+from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.blocks import Block, find_blocks
 from ekgfx.graph.nodes import bind
+from ekgfx.graph.propagation import Operation
 
 Graph = TypeVar("Graph", bound=AxisGraph)
 

@@ -33,11 +33,11 @@ def functionalize(
         the graph, its program, and whether PyTorch's functionalization was used.
     """
     graph = inlined(program.graph_module)
-    decompose = decompose or not _replace_in_place(graph, updates)
+    decompose = decompose or not replace_in_place(graph, updates)
     if decompose:
         program = program.run_decompositions({})
         graph = inlined(program.graph_module)
-        _replace_in_place(graph)
+        replace_in_place(graph)
         if updates:
             _note_updates(graph, program)
     _canonical_batch_norm(graph)
@@ -82,7 +82,7 @@ def _aliased_arguments(node: fx.Node, write: bool) -> list[fx.Node]:
     return found
 
 
-def _replace_in_place(graph: fx.Graph, updates: bool = False) -> bool:
+def replace_in_place(graph: fx.Graph, updates: bool = False) -> bool:
     """Replace in-place operators by functional ones; False if one of them is read through another view later, or (but
     for `updates`) writes to an input or a weight."""
     written_inputs: dict[fx.Node, fx.Node] = {}  # input → its last value

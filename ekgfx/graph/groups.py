@@ -6,22 +6,19 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
-from operator import getitem
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from ekgfx.axes import Axis, axes, membership, show
+from ekgfx.axes import Axis, axes, show
 from ekgfx.base.markup import html_table
 from ekgfx.base.units import human
 from ekgfx.errors import PlanError
-from ekgfx.graph.axis_graph import AxisGraph, Operation
+from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.cost import Products, value_of
+from ekgfx.graph.gates import Gate, gates_of
 from ekgfx.graph.plan import FromMask, Plan
-
-CONVOLUTIONS = "aten.conv"
-CHANNEL_NORMS = frozenset({"aten.batch_norm.default", "aten.instance_norm.default"})
-"""Norms whose statistics are those of each channel alone."""
+from ekgfx.graph.propagation import Operation
 
 
 @dataclass(frozen=True)
@@ -31,19 +28,6 @@ class Place:
     parameter: str
     dim: int
     layout: str
-
-
-@dataclass(frozen=True)
-class Gate:
-    """An activation that carries a group once all that belongs to its producers (norm, activation, addition) is done.
-
-    node: name of the graph node; dim: the dimension that carries the group; index: for every position along `dim` the
-    channel of the group that it stands for, -1 for none.
-    """
-
-    node: str
-    dim: int
-    index: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +193,7 @@ def find_groups(graph: AxisGraph, macs_of: Mapping[str, Products]) -> Groups:
             producers=tuple(name for name, _ in producers.get(axis, ())),
             places=tuple(places[axis]),
             macs=macs.get(axis, 0),
-            gates=_gates(graph, axis, [operation for _, operation in producers.get(axis, ())]),
+            gates=gates_of(graph, axis, [operation for _, operation in producers.get(axis, ())]),
         )
         for axis in order
     )
@@ -254,72 +238,6 @@ def _governed_macs(graph: AxisGraph, macs_of: Mapping[str, Products]) -> dict[Ax
             for axis in {a for e in product for a in axes(e)}:
                 total[axis] = total.get(axis, 0) + value
     return total
-
-
-def _gates(graph: AxisGraph, axis: Axis, producers: list[Operation]) -> tuple[Gate, ...]:
-    nodes = dict.fromkeys(end for operation in producers for end in _ends_of_chain(graph, axis, operation.node))
-    gates = []
-    for node in nodes:
-        for d, dim in enumerate(graph.dims.get(node.name, ())):
-            if axis in set(axes(dim)):
-                gates.append(Gate(node.name, d, membership(dim, axis)))
-                break
-    return tuple(gates)
-
-
-def _ends_of_chain(graph: AxisGraph, axis: Axis, node: fx.Node) -> Iterator[fx.Node]:
-    """Follow a producer's value through operators that leave its channels apart, up to where others or several read it.
-
-    Where all that reads it leads to norms of single channels, the ends are behind these: such a norm takes a
-    channel's scale away, so that Σ (∂ℛ/∂y)·y, the derivative by that scale, is zero for all that comes before it.
-
-    Of a producer with several outputs (a recurrent layer) it is the first that counts.
-    """
-    if node.name not in graph.dims:
-        node = next((user for user in node.users if user.target is getitem and user.args[1] == 0), node)
-    while len(node.users) == 1:
-        (user,) = node.users
-        operation = graph.operation(user)
-        own = operation is not None and (operation.effect.carries or str(operation.target).startswith(CONVOLUTIONS))
-        if not own or not _leaves_apart(graph, axis, node, user):
-            break
-        node = user
-    norms = _norms_behind(graph, axis, node)
-    for norm in norms:
-        yield from _ends_of_chain(graph, axis, norm)
-    if not norms:
-        yield node
-
-
-def _leaves_apart(graph: AxisGraph, axis: Axis, value: fx.Node, node: fx.Node) -> bool:
-    """Whether each channel of a value goes on by itself in an operator that reads it. A convolution may have kernels of
-    their own for the channels (a depthwise one, or one of as many groups)."""
-    operation = graph.operation(node)
-    if operation is None or node.name not in graph.dims:
-        return False
-    weight = operation.args.get("weight")
-    if str(operation.target).startswith(CONVOLUTIONS) and isinstance(weight, fx.Node):
-        summed = set(axes(graph.dims[weight.name][1]))
-        return operation.args["input"] is value and axis not in summed
-    return operation.effect.produces is None and any(axis in set(axes(dim)) for dim in graph.dims[node.name])
-
-
-def _norms_behind(graph: AxisGraph, axis: Axis, node: fx.Node) -> list[fx.Node]:
-    """The norms of single channels that a value leads to, channel by channel; none where it leads elsewhere, too."""
-    norms, seen, left = dict[fx.Node, None](), {node}, [node]
-    while left:
-        value = left.pop()
-        if not value.users:
-            return []
-        for user in value.users:
-            if not _leaves_apart(graph, axis, value, user):
-                return []
-            if str(user.target) in CHANNEL_NORMS:
-                norms[user] = None
-            elif user not in seen:
-                seen.add(user)
-                left.append(user)
-    return list(norms)
 
 
 def _prunable_share(graph: AxisGraph, places: Mapping[Axis, list[Place]]) -> float:

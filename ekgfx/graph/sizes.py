@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ekgfx.axes import Axis, Dims, axes, unify
+from ekgfx.axes import Axis, Dims, axes, identify
 from ekgfx.base.containers import tensors_by_place
 from ekgfx.errors import PlanError
 from ekgfx.graph import opaque as leaf
@@ -40,36 +40,37 @@ GIVEN_SIZES = frozenset(
 """Operators that make dimensions of sizes that the program gives as numbers."""
 
 
-def assume_batch(graph: AxisGraph) -> bool:
-    """Take all sizes for the batch's that may be (see `unmet`); whether there were any."""
+def assume(graph: AxisGraph) -> bool:
+    """Take all sizes for the inputs' that may be (see `unmet`); whether there were any."""
     found = unmet(graph)
-    for axis in found:
-        unify(axis, graph.batch)
-    graph.batch_assumed = graph.batch_assumed or bool(found)
+    for axis, known in found.items():
+        identify(axis, known)
+    graph.sizes_assumed = graph.sizes_assumed or bool(found)
     return bool(found)
 
 
-def unmet(graph: AxisGraph) -> set[Axis]:
-    """Dimensions that may be one of the batch: the program gave their size as a number equal to it, and they met
-    nothing else. The rows of a table, a tensor of zeros, copies."""
-    if graph.batch.size < 2:
-        return set()
+def unmet(graph: AxisGraph) -> dict[Axis, Axis]:
+    """Dimensions that may be one of the inputs', with that one, by their size alone: the program gave it as a number,
+    and they met nothing else (the rows of a table, a tensor of zeros, copies), or nothing but an input. Of equal ones
+    the batch goes before, then the first."""
     others = [*graph.weights, *graph.constants, *graph.inputs]
     known = {axis for name in others for dim in graph.dims[name] for axis in axes(dim)} | {graph.batch}
+    inputs = [axis for name in graph.inputs for dim in graph.dims[name] for axis in axes(dim)]
+    by_size = {axis.size: axis for axis in (*reversed(inputs), graph.batch) if axis.size > 1}
     return {
-        axis
+        axis: by_size[axis.size]
         for operation in graph.operations
-        if op_name(operation.target).split(".")[1:2][0] in GIVEN_SIZES
         for dims in operation.effect.outputs
         for dim in dims
         for axis in axes(dim)
-        if axis.frozen and axis.size == graph.batch.size and axis not in known
+        if axis.frozen and axis.size in by_size and axis not in known
+        if axis.example or op_name(operation.target).split(".")[1:2][0] in GIVEN_SIZES
     }
 
 
 def settle(graph: AxisGraph, network: Callable[[], Callable[..., Any]]) -> None:
     """Find out by the example twice over whether what may be the batch's size is, where there is any such."""
-    if not unmet(graph):
+    if graph.batch not in unmet(graph).values():
         return
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]), graph.example)
     try:
@@ -101,8 +102,9 @@ def check_shapes(
     """The first time that inputs come whose shapes are not the example's, compare the whole graph with the model.
 
     A number in the graph may be one of the example's sizes, though its rule does not know: the graph would then give
-    other values, or those of too few samples. Where numbers that nothing tells apart from the example's batch are in
-    fact the batch's, they are so from now on. Batch sizes are looked at once, other sizes each time that they are new.
+    other values, or those of too few samples. Where numbers that nothing tells apart from the example's sizes are in
+    fact those of the inputs, they are so from now on. Batch sizes are looked at once, other sizes each time that they
+    are new.
 
     Args:
         network: makes the whole graph as a function.
@@ -120,7 +122,7 @@ def check_shapes(
         return
     graph.checked_shapes.add(known)
     problem = _problem(graph, args, kwargs, network())
-    if problem is not None and assume_batch(graph):
+    if problem is not None and assume(graph):
         problem = _problem(graph, args, kwargs, network()) and problem
     if problem is None:
         return

@@ -14,8 +14,9 @@ from functools import cached_property
 from torch import fx
 
 from ekgfx.axes import Axis, axes
-from ekgfx.graph.axis_graph import AxisGraph, Operation
+from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.cost import Products, mac_products, value_of
+from ekgfx.graph.propagation import Operation
 
 START = ""
 """The segment of what is computed before the first layer with weights."""

@@ -36,7 +36,7 @@ class Repair:
     """What a repair did. before, after: on held-out images; batch_norm: share of new statistics that was taken;
     statistics: how they were found, "corrected" or "re-estimated" (`ekgfx.calibrate`), None where none were taken;
     kept: whether the network was changed at all. `after` is measured with statistics of the fitted images alone; the
-    network has those of all images, unless they are worse."""
+    network has those of all images, unless they are worse on the held-out ones."""
 
     before: Judgement
     after: Judgement

@@ -1,6 +1,6 @@
 """Second moments of what an operator reads and of what it lacks: all that a least-squares refit needs to know."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -59,6 +59,26 @@ class Moments:
         self.target += t.sum(0)
         self.target_squares += t.square().sum(0)
         self.count += len(x)
+
+    def lacking_otherwise(self) -> "Moments":
+        """Of the same inputs and targets, to add up something else that is lacking."""
+        return replace(
+            self,
+            cross=torch.zeros_like(self.cross),
+            rest=torch.zeros_like(self.rest),
+            squares=torch.zeros_like(self.squares),
+        )
+
+    def add_lack(self, x: Tensor, r: Tensor) -> None:
+        """What is lacking at S positions: inputs S×G×D, lacks S×G×O."""
+        self.cross += r.permute(1, 2, 0) @ (x - self.shift.to(x.dtype)).permute(1, 0, 2)
+        self.rest += r.sum(0)
+        self.squares += r.square().sum(0)
+
+    def in_share(self, share: Tensor) -> None:
+        """What is lacking of each output, G×O, becomes as much larger as its share is small; its squares do not."""
+        self.cross /= share[:, :, None]
+        self.rest /= share
 
     def shift_rest(self, change: Tensor, offset: Tensor | None) -> None:
         """What is lacking after the weight has changed by `change` and the output by `offset`."""

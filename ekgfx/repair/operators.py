@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from ekgfx.axes import axes
 from ekgfx.execution.subnetwork import BATCH_NORM, SubNetwork, resize
 from ekgfx.graph import opaque as leaf
-from ekgfx.graph.axis_graph import AxisGraph, Operation
+from ekgfx.graph.axis_graph import AxisGraph
+from ekgfx.graph.propagation import Operation
 from ekgfx.repair.forms import FORMS, Form
 from ekgfx.repair.rearranged import Rearranged, rearranged, weight_nodes
 

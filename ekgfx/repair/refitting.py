@@ -3,11 +3,18 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
 
 from ekgfx.repair.operators import LinearOperator, shifted
 from ekgfx.repair.progress import Progress
-from ekgfx.repair.solve import Refit, refit
-from ekgfx.repair.walk import LayerRepair, Pair, Walk
+from ekgfx.repair.rows import Look, Pair
+from ekgfx.repair.solve import Change, Refit, refit, step
+from ekgfx.repair.walk import LayerRepair, Walk
+
+SHARES = (1.0, 0.5)
+"""Of the step towards what an activation passes on, that are tried."""
 
 
 def repair_operators(
@@ -29,9 +36,10 @@ def repair_operators(
     for number in range(first, len(operators)):
         operator, start = operators[number], time.monotonic()
         shared = uses[operator]
-        pair = walk.measure(operator, number, pending.pop(shared[0], None))
+        look = walk.look(operator, number)
+        pair = walk.measure(look, pending.pop(shared[0], None))
         if not pair.exact:
-            found = refit(pair.fit, pair.held, operator.offset is not None)
+            found = fitted(walk, look, pair, alone=len(shared) == 1)
             if found is not None:
                 walk.take(shifted(operator, walk.pruned.weights, found.change, found.offset))
             if len(shared) > 1 and found is not None:
@@ -45,6 +53,50 @@ def repair_operators(
         if not pending:
             progress.save(number + 1, done, walk.pruned.weights)
     return done
+
+
+def fitted(walk: Walk, look: Look, pair: Pair, alone: bool) -> Refit | None:
+    """The operator's refit.
+
+    Where an activation behind hides a part of what is lacking, a step is taken to the rest, from the solution or from
+    the weight as it was, and the images that were not fitted choose how much of it. alone: no other operator has the
+    same weight.
+    """
+    asked = look.operator.offset is not None
+    found = refit(pair.fit, pair.held, asked)
+    if found is None:
+        return None
+    own = found.change, found.offset
+    if not alone or found.ridge == math.inf or look.clamp is None:
+        return found
+
+    def error(change: Change | None) -> float:
+        return float(walk.passed_on(look, pair, change, held=True).held.squares.sum())
+
+    nothing = torch.zeros_like(found.change), None if found.offset is None else torch.zeros_like(found.offset)
+    before, lacking = error(None), walk.passed_on(look, pair, own, held=False)
+    best = float(lacking.held.squares.sum())
+    start = new = own
+    if not best < before:
+        best, start, new = before, nothing, nothing
+        lacking = walk.passed_on(look, pair, None, held=False)
+    more = step(lacking.fit, found.ridge, asked, start[0])
+    for share in SHARES:
+        tried = _sum(start, more, share)
+        judged = error(tried)
+        if judged < best:
+            best, new = judged, tried
+    if new is nothing:
+        return None
+    scale, (change, offset) = pair.held.scale or 1.0, new
+    return replace(found, change=change, offset=offset, held_before=before / scale, held_after=best / scale)
+
+
+def _sum(change: Change, more: Change | None, share: float) -> Change:
+    if more is None:
+        return change
+    offset = None if change[1] is None or more[1] is None else change[1] + share * more[1]
+    return change[0] + share * more[0], offset
 
 
 def _record(name: str, pair: Pair, found: Refit | None, seconds: float) -> LayerRepair:

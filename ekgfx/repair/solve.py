@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ekgfx.repair.moments import Moments
 
+Change = tuple[Tensor, Tensor | None]
+"""Of an operator: G×O×D, added to its weight; G×O, to its output."""
 STEP = 10.0
 LEAST, MOST = 1e-13, 1e3
 EXACT = 1e-13
@@ -80,6 +82,21 @@ def refit(fit: Moments, held: Moments, offset: bool) -> Refit | None:
         start / (held.scale or 1),
         after / (held.scale or 1),
     )
+
+
+def step(moments: Moments, ridge: float, offset: bool, change: Tensor | None = None) -> Change | None:
+    """What is best added to a weight that was changed by `change`, and to the output, for what is lacking then; the
+    ridge holds to the weight of before. None: there is no solution in floating point.
+
+    ridge: λ; infinite for the offset alone.
+    """
+    if ridge == math.inf:
+        nothing = torch.zeros_like(moments.cross)
+        return nothing, _offset(moments, nothing)
+    gram, cross, _ = moments.centered() if offset else moments.raw()
+    ridges = ridge * gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    found = _solve(gram, cross if change is None else cross - ridges[:, :, None] * change, ridges)
+    return None if found is None else (found, _offset(moments, found) if offset else None)
 
 
 def _first(moments: Moments) -> float:

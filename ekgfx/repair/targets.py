@@ -33,18 +33,41 @@ class Stream:
 
 def find_stream(graph: AxisGraph, node: fx.Node, constant: set[fx.Node], order: Mapping[fx.Node, int]) -> Stream | None:
     """The sum that an operator's output goes into; None where there is none, or its other summand is not known yet."""
+    chain, end = affine_chain(graph, node, constant)
+    other = known_summand(graph, end, chain[-1] if chain else node, node, constant, order)
+    return None if other is None else Stream(tuple(chain), other)
+
+
+def known_summand(
+    graph: AxisGraph,
+    end: fx.Node | None,
+    at: fx.Node,
+    node: fx.Node,
+    constant: set[fx.Node],
+    order: Mapping[fx.Node, int],
+) -> fx.Node | None:
+    """What `end` adds to `at`, if it does, and if that is computed before `node`, and is of one shape with both."""
+    operation = None if end is None else graph.operation(end)
+    if end is None or operation is None or str(operation.target) != "aten.add.Tensor" or operation.args["alpha"] != 1:
+        return None
+    others = [source for source in end.all_input_nodes if source is not at and source not in constant]
+    if len(others) != 1 or not order[others[0]] < order[node]:
+        return None
+    shape = end.meta["val"].shape
+    return others[0] if others[0].meta["val"].shape == at.meta["val"].shape == shape else None
+
+
+def affine_chain(graph: AxisGraph, node: fx.Node, constant: set[fx.Node]) -> tuple[list[fx.Node], fx.Node | None]:
+    """The affine operators that alone read a node, one after the other; and what alone reads the last of them."""
     chain: list[fx.Node] = []
     at = node
     while len(at.users) == 1:
         (user,) = at.users
         operation = graph.operation(user)
         if operation is None:
-            return None
+            return chain, None
         others = [source for source in user.all_input_nodes if source is not at and source not in constant]
         name, args = str(operation.target), operation.args
-        if name == "aten.add.Tensor" and args["alpha"] == 1 and len(others) == 1:
-            known = order[others[0]] < order[node] and others[0].meta["val"].shape == user.meta["val"].shape
-            return Stream(tuple(chain), others[0]) if known and at.meta["val"].shape == user.meta["val"].shape else None
         affine = (
             name in MOVES
             or (name == "aten.dropout.default" and not args["train"])
@@ -53,10 +76,10 @@ def find_stream(graph: AxisGraph, node: fx.Node, constant: set[fx.Node], order: 
             or (name in ("aten.mul.Tensor", "aten.add.Tensor") and args["other"] is at)
         )
         if others or not affine or not isinstance(user.meta.get("val"), Tensor):
-            return None
+            return chain, user
         chain.append(user)
         at = user
-    return None
+    return chain, None
 
 
 def lacking(
@@ -81,7 +104,7 @@ def lacking(
         return missing * gains[missing.shape[1:]]
     start = torch.zeros_like(y).requires_grad_()
     with torch.enable_grad():
-        out = _through(stream, node, network, start, values, inputs)
+        out = through(stream, node, network, start, values, inputs)
     known = gains.get(start.shape)
     if known is None:
         unit = _unit(stream, node, network, start.detach(), values, inputs)
@@ -95,7 +118,7 @@ def _unit(
     stream: Stream, node: fx.Node, network: SubNetwork, y: Tensor, values: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> Tensor:
     """The gains: what the operators between make of one, less what they make of zero."""
-    ends = (_through(stream, node, network, torch.full_like(y, end), values, inputs) for end in (1.0, 0.0))
+    ends = (through(stream, node, network, torch.full_like(y, end), values, inputs) for end in (1.0, 0.0))
     one, zero = ends
     return one - zero
 
@@ -105,8 +128,9 @@ def _inverse(gain: Tensor) -> Tensor:
     return torch.where(enough, 1 / torch.where(enough, gain, 1), 0)
 
 
-def _through(
+def through(
     stream: Stream, node: fx.Node, network: SubNetwork, y: Tensor, values: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> Tensor:
+    """What the operators between make of `y`."""
     found = network.follow(stream.chain, inputs, {**values, node.name: y}, {})
     return found[stream.chain[-1].name]

@@ -15,19 +15,26 @@ from torch import Tensor, fx
 from ekgfx.axes import Axis
 from ekgfx.data.batches import Inputs
 from ekgfx.execution.subnetwork import SubNetwork, slice_tensor
-from ekgfx.graph.axis_graph import AxisGraph, Operation
+from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.liveness import last_reads
+from ekgfx.graph.propagation import Operation
+from ekgfx.repair.clamped import asked, find_clamp, line
 from ekgfx.repair.forms import of_positions
-from ekgfx.repair.moments import Moments
 from ekgfx.repair.operators import LinearOperator
 from ekgfx.repair.rearranged import weight_nodes
-from ekgfx.repair.targets import Stream, find_stream, lacking
+from ekgfx.repair.rows import Look, Pair, Rows
+from ekgfx.repair.solve import Change
+from ekgfx.repair.targets import find_stream, lacking
 
 CHUNK = 16_000_000
 """Elements of a matrix of inputs that is in memory at a time."""
 ELEMENTS = 200_000_000
 LEAST_PER_INPUT = 20
-EXACT = {torch.float64: 1e-24}
+KEPT = 100_000_000
+"""Elements of the rows of one operator that stay in memory while it is looked at several times. Those of images that
+are not fitted stay in any case: they are asked for most."""
+LEAST_SHOWN = 0.05
+"""Share of the positions at which an activation shows an output: where it shows fewer, little is known of it."""
 
 
 @dataclass(frozen=True)
@@ -156,40 +163,73 @@ class Walk:
 
     # -- one operator ----------------------------------------------------------------------------------------------
 
-    def measure(self, operator: LinearOperator, number: int, pair: "Pair | None" = None) -> "Pair":
+    def look(self, operator: LinearOperator, number: int) -> Look:
+        """Where the operator is, and what it is asked for."""
+        constant = set(self.constant)
+        stream = find_stream(self.graph, operator.node, constant, self.order)
+        clamp = find_clamp(self.graph, operator.node, constant, self.order)
+        matrix = operator.form.matrix(self.constants[self.pruned][operator.weight.name])
+        fits = sum(not batch.held for batch in self.batches)
+        limit = max(ELEMENTS // matrix[:, 0].numel(), LEAST_PER_INPUT * matrix.shape[2])
+        return Look(operator, number, stream, clamp, matrix, -(-min(self.positions, limit) // fits), KEPT)
+
+    def measure(self, look: Look, pair: Pair | None = None) -> Pair:
         """Moments of what the operator reads and lacks, added to those of other uses of its weight.
 
         Where it lacks nothing on the first batch, the others are not looked at.
         """
-        stream = find_stream(self.graph, operator.node, set(self.constant), self.order)
-        matrix = operator.form.matrix(self.constants[self.pruned][operator.weight.name])
-        gains: dict[Any, Tensor] = {}
-        fits = sum(not batch.held for batch in self.batches)
-        limit = max(ELEMENTS // matrix[:, 0].numel(), LEAST_PER_INPUT * matrix.shape[2])
-        most = -(-min(self.positions, limit) // fits)
         alone = pair is None
         for i, batch in enumerate(self.batches):
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) * 1_000_003 + i)
-            for x, r, t in self._rows(operator, batch, stream, matrix, most, generator, gains):
+            for rows in self._rows(look, i):
                 if pair is None:
-                    pair = Pair.empty(x, r, stream is not None)
-                (pair.held if batch.held else pair.fit).add(x, r, t)
+                    pair = Pair.empty(rows.x, rows.r, look.stream is not None)
+                (pair.held if batch.held else pair.fit).add(rows.x, rows.r, rows.t)
             if alone and i == 0 and pair is not None and pair.exact:
                 break
         assert pair is not None  # there is a batch
         return pair
 
-    def _rows(
-        self,
-        operator: LinearOperator,
-        batch: Batch,
-        stream: Stream | None,
-        matrix: Tensor,
-        most: int,
-        generator: torch.Generator,
-        gains: dict[Any, Tensor],
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Inputs, lacks and targets at some positions of a batch, piece by piece."""
+    def passed_on(self, look: Look, pair: Pair, refit: Change | None, held: bool) -> Pair:
+        """Moments of what is lacking behind the activation, once the operator is changed so.
+
+        Of an output that is hidden at a part of the positions, what is lacking is taken in the share of the others: its
+        Gram matrix is about as much smaller. pair: what `measure` found; held: only on images that are never fitted.
+        """
+        found = Pair(pair.fit.lacking_otherwise(), pair.held.lacking_otherwise(), pair.stream, pair.precision)
+        change, offset = (None, None) if refit is None else refit
+        shown = torch.zeros_like(pair.fit.rest)
+        for i, batch in enumerate(self.batches):
+            for rows in self._rows(look, i) if batch.held or not held else ():
+                r = rows.r if change is None else rows.r - (rows.x.movedim(1, 0) @ change.to(rows.r).mT).movedim(0, 1)
+                r = r if offset is None else r - offset.to(r)
+                assert look.clamp is not None and rows.gain is not None and rows.rest is not None  # it hides something
+                lacks, passed = asked(look.clamp, r, rows.t, rows.gain, rows.rest)
+                (found.held if batch.held else found.fit).add_lack(rows.x, lacks)
+                shown += 0 if batch.held else passed.sum(0)
+        if not held:
+            share = (shown / found.fit.count).clamp(min=LEAST_SHOWN)
+            found.fit.in_share(share)
+            found.held.in_share(share)
+        return found
+
+    def _rows(self, look: Look, index: int) -> Iterator[Rows]:
+        """What there is at some positions of a batch, piece by piece; the same ones each time."""
+        if index in look.known:
+            yield from look.known[index]
+            return
+        batch = self.batches[index]
+        found: list[Rows] = []
+        for rows in self._computed(look, batch, index):
+            if look.clamp is not None and (batch.held or look.room > 0):
+                found.append(rows)
+                look.room -= rows.size
+            yield rows
+        if look.clamp is not None and (batch.held or look.room > 0):
+            look.known[index] = found
+
+    def _computed(self, look: Look, batch: Batch, index: int) -> Iterator[Rows]:
+        operator, stream, matrix, gains = look.operator, look.stream, look.matrix, look.gains
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + look.number) * 1_000_003 + index)
         form, node, kept, dims = operator.form, operator.node, self.kept, self.graph.dims
         end, constants = self.order[node], self.constants[self.pruned]
         self.advance(batch.dense, end + 1)
@@ -203,28 +243,11 @@ class Walk:
         wide = torch.promote_types(matrix.dtype, torch.float32)  # of half precision nothing would be left
         matrix = matrix.to(wide)
         bias = 0 if operator.bias is None else constants[operator.bias.name].reshape(len(matrix), -1)
-        picks = of_positions(grid, most, generator).to(target.device)
+        picks = of_positions(grid, look.most, generator).to(target.device)
+        behind: tuple[Tensor, ...] = ()
+        if look.clamp is not None:
+            behind = line(look.clamp, node, self.pruned, target, constants, batch.pruned.values)
         for piece in picks.split(max(CHUNK // matrix[:, 0].numel(), 16)):
             x, t = form.inputs(source, grid, piece).to(wide), form.outputs(target, piece).to(wide)
-            yield x, t - (x.movedim(1, 0) @ matrix.mT).movedim(0, 1) - bias, t
-
-
-@dataclass(eq=False)
-class Pair:
-    """Moments to fit on and moments to judge by. stream: the target is a residual sum's; precision: the network's."""
-
-    fit: Moments
-    held: Moments
-    stream: bool
-    precision: torch.dtype
-
-    @classmethod
-    def empty(cls, x: Tensor, r: Tensor, stream: bool) -> "Pair":
-        """For rows such as these."""
-        shift, outputs = x.mean(0), r.shape[2]
-        return cls(Moments.empty(shift, outputs), Moments.empty(shift, outputs), stream, x.dtype)
-
-    @property
-    def exact(self) -> bool:
-        """Whether nothing is lacking."""
-        return float(self.fit.squares.sum()) <= EXACT.get(self.precision, 1e-10) * float(self.fit.target_squares.sum())
+            r = t - (x.movedim(1, 0) @ matrix.mT).movedim(0, 1) - bias
+            yield Rows(x, r, t, *(form.outputs(each, piece).to(wide) for each in behind))

@@ -33,6 +33,7 @@ from ekgfx.graph.quiet import quiet
 from ekgfx.graph.returns import tensors_returned
 from ekgfx.graph.tables import is_table
 from ekgfx.graph.untouched import deep_copy, untouched
+from ekgfx.rewriting.told import told
 
 
 @torch.library.custom_op("ekgfx::mark", mutates_args=())
@@ -141,13 +142,19 @@ def hollow(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return twin
 
 
-def calls_of(model: nn.Module, example: Example, leaves: Leaves, exported: bool = True, most: str = "sizes") -> Calls:
+def calls_of(
+    model: nn.Module,
+    example: Example,
+    leaves: Leaves,
+    exported: bool = True,
+    decisions: Sequence[bool] = (),
+    most: str = "sizes",
+) -> Calls:
     """The calls that one forward of a (hollow) model makes, in the modes that its modules are in.
 
-    exported: what Python is told that asks `torch.compiler.is_exporting()`. Some leaves out a mask that hides nothing,
-    but not where it is exported.
-    most: how much of the inputs' sizes is left free at most, as in `Calls.free`: what could not be had in another mode
-    is not tried again, for it takes long.
+    exported: what Python is told that asks whether it is exported. decisions: what a run decided by values, where it
+    is told that it is not. most: how much of the inputs' sizes is left free at most, as in `Calls.free`: what could not
+    be had in another mode is not tried again, for it takes long.
 
     Raises:
         PruneError: the forward cannot be exported.
@@ -159,9 +166,16 @@ def calls_of(model: nn.Module, example: Example, leaves: Leaves, exported: bool 
         asked: list[None] = []
         operators, returned = as_operators(model, leaves), tensors_returned(model, ())
         marked = _marked(model, recorded)
-        kept = untouched(model)  # what its forward keeps would have no values
-        told, masks = _told(exported, asked), masks_taken_as_they_are()
-        with kept, torch.no_grad(), operators, returned, masks, marked, told, quiet():
+        with (
+            untouched(model),  # what its forward keeps would have no values
+            torch.no_grad(),
+            operators,
+            returned,
+            masks_taken_as_they_are(),
+            marked,
+            told(exported, asked, decisions),
+            quiet(),
+        ):
             try:
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
                 return replace(_read(model, program, recorded, free), asked=bool(asked))
@@ -197,22 +211,6 @@ def _dynamic(model: nn.Module, args: tuple, kwargs: dict[str, Any], most: str) -
 def _free(shape: Sequence[int]) -> dict[int, Any]:
     """The dimensions that the exporter may leave free; it takes sizes of 1 as they are, and warns of them if asked."""
     return {number: Dim.AUTO for number, size in enumerate(shape) if size > 1}
-
-
-@contextlib.contextmanager
-def _told(exported: bool, asked: list[None]) -> Iterator[None]:
-    """While this is open, `torch.compiler.is_exporting()` says so; `asked` grows with every question."""
-    own = torch.compiler.is_exporting
-
-    def answer() -> bool:
-        asked.append(None)
-        return exported
-
-    torch.compiler.is_exporting = answer
-    try:
-        yield
-    finally:
-        torch.compiler.is_exporting = own
 
 
 @contextlib.contextmanager

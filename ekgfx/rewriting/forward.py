@@ -38,8 +38,11 @@ def rewrite(path: str, versions: Sequence[Version], inline: Iterable[str], reaso
     """
     objects: dict[str, Any] = {}
     writers: list[_Writer] = []
-    for recorded, widths in versions:
-        found = _writers(path, recorded, widths, set(inline), objects)
+    every = [_writers(path, recorded, widths, set(inline), objects) for recorded, widths in versions]
+    left_out = {name for found in every for writer in found for name in writer.head.left_out()}
+    for found in every:
+        for writer in found:
+            writer.conditions |= writer.head.given(left_out)
         ours: list[_Writer] = []
         for writer in found:
             twin = next((other for other in ours if not other.excludes(writer)), None)

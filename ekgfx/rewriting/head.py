@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +93,15 @@ class Head:
                 found[name] = f"{name} is {value}"
             elif isinstance(value, str | int | float):
                 found[name] = f"{name} == {value!r}"
-        return found | {name: f"isinstance({name}, torch.Tensor)" for name in self._tensors()}
+        return found | self.given(self._tensors())
+
+    def given(self, names: Iterable[str]) -> dict[str, str]:
+        """Of these parameters, those that were given tensors, with the condition for it as Python."""
+        return {name: f"isinstance({name}, torch.Tensor)" for name in names if name in self._held()}
+
+    def left_out(self) -> list[str]:
+        """What is None in this call."""
+        return [name for name, value in self._constants().items() if value is None]
 
     def values(self) -> str:
         """The same, for people."""
@@ -100,11 +109,20 @@ class Head:
         return ", ".join([*values, *(f"a tensor as {name}" for name in self._tensors())])
 
     def _tensors(self) -> list[str]:
-        """Parameters that may be left out, and were given tensors."""
-        optional = {p.name for p in self.parameters if p.default is None}
+        """Parameters that may be left out, or None, and were given tensors."""
+        optional = {p.name for p in self.parameters if p.default is None or _may_be_none(p.annotation)}
+        return [name for name in self._held() if name in optional]
+
+    def _held(self) -> list[str]:
+        """Where this call was given tensors."""
         given = zip(self.call.given.leaves, self.call.given.paths, strict=True)
-        held = (self.accessor(path) for leaf, path in given if isinstance(leaf, fx.Node) and _is_tensor(leaf))
-        return [name for name in held if name in optional]
+        return [self.accessor(path) for leaf, path in given if isinstance(leaf, fx.Node) and _is_tensor(leaf)]
+
+
+def _may_be_none(annotation: Any) -> bool:
+    """Whether a parameter is said to take None."""
+    said = annotation if isinstance(annotation, str) else str(annotation)
+    return "None" in said or "Optional[" in said
 
 
 def _is_tensor(node: fx.Node) -> bool:

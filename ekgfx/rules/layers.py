@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from ekgfx.axes import ONE, Axis, Dims, Expr, Prod, fixed
 from ekgfx.rules.pointwise import broadcast
-from ekgfx.rules.registry import FRESH, Call, Effect, rule
+from ekgfx.rules.registry import FRESH, Call, Effect, rule, unknown
 
 
 @rule("aten.linear.default", memory=FRESH)
@@ -44,6 +44,18 @@ def matmul(call: Call) -> Effect:
     names = list(call.args)
     made = (names[1], columns[0]) if columns else None
     return Effect(out, produces=made, sums=[(names[0], None, -1)], macs=[(*out, a[-1])])
+
+
+@rule("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
+def grouped_mm(call: Call) -> Effect:
+    """Rows (s, k), the groups one behind the other, each times a matrix of its own of (e, k, m) → (s, m): experts."""
+    (name, x), (matrices, weight), *others = call.args.items()
+    if len(x) != 2 or len(weight) != 3 or any(value is not None for key, value in others if key == "bias"):
+        return unknown(call, "groups of another kind")
+    call.unify(x[1], weight[1])
+    call.freeze(weight[0], why="one matrix for each group")
+    out = (x[0], weight[2])
+    return Effect(out, produces=(matrices, weight[2]), sums=[(name, None, -1)], macs=[(*out, weight[1])])
 
 
 @rule("aten.baddbmm.default")

@@ -175,12 +175,19 @@ def index_put(call: Call) -> Effect:
 
 
 def _masked_put(call: Call, at: int, mask: Dims) -> Effect:
-    """x[mask] = value: the mask has as many of the dimensions of x, from `at` on, as its own."""
-    if any(dim.size > 1 for dim in call["values"]):
+    """x[mask] = values: the mask has as many of the dimensions of x, from `at` on, as its own; what comes behind them
+    is filled by the positions of `values`."""
+    x, values = call["self"], call["values"]
+    behind = x[at + len(mask) :]
+    before = values[: max(0, len(values) - len(behind))]
+    if any(dim.size > 1 for dim in before):
         return opaque(call, "filled in where a mask is true")
-    for a, b in zip(call["self"][at:], mask, strict=False):
+    for a, b in zip(x[at:], mask, strict=False):
         call.unify(a, b)
-    return Effect(call["self"], carries=True)
+    for a, b in zip(reversed(behind), reversed(values), strict=False):
+        if b.size > 1:
+            call.unify(a, b)
+    return Effect(x, carries=True)
 
 
 @rule("aten.index_add.default", "aten.index_copy.default", "aten.index_reduce.default")

@@ -79,6 +79,14 @@ def pointwise(call: Call) -> Effect:
     return Effect([out] * len(call.shapes) if len(call.shapes) > 1 else out, carries=True)
 
 
+@rule(*(f"aten.__{name}__.{kind}" for name in ("and", "or", "xor") for kind in ("Tensor", "Scalar")))
+@rule(*(f"aten.{name}.{kind}" for name in ("multiply", "subtract") for kind in ("Tensor", "Scalar")))
+@rule("aten.true_divide.Tensor", "aten.true_divide.Scalar")
+def another_name(call: Call) -> Effect:
+    """Python's operators and other names of pointwise operators, which PyTorch does not tag."""
+    return pointwise(call)
+
+
 @rule("aten.div.Tensor")
 def divide(call: Call) -> Effect:
     """A sum divided by the number of its terms is a mean: of those that are kept, or that the batch has."""

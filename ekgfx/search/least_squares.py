@@ -20,8 +20,8 @@ from torch import Tensor, fx
 
 from ekgfx.axes import Axis, axes, membership, positions
 from ekgfx.execution.subnetwork import SubNetwork
-from ekgfx.graph.axis_graph import Operation
 from ekgfx.graph.plan import Plan
+from ekgfx.graph.propagation import Operation
 from ekgfx.repair.forms import of_positions
 from ekgfx.repair.moments import PRECISION, Moments
 from ekgfx.repair.operators import LinearOperator, find_operators

@@ -22,6 +22,7 @@ from ekgfx.rewriting.calls import hollow
 from ekgfx.rewriting.patched import replaced
 from ekgfx.surgery.calibrate import estimated
 from ekgfx.surgery.carried import carry, like
+from ekgfx.surgery.comparison import Prediction, repeatable
 from ekgfx.surgery.configured import configuration_of, configure
 from ekgfx.surgery.declared_widths import attributes_of, declare
 from ekgfx.surgery.described import told
@@ -30,7 +31,7 @@ from ekgfx.surgery.dropped import drop
 from ekgfx.surgery.integers import correct, guess
 from ekgfx.surgery.memory import TOLD as NO_CACHE
 from ekgfx.surgery.memory import switched_off, without_memory
-from ekgfx.surgery.settle import Prediction, repeatable, settle
+from ekgfx.surgery.settle import settle
 from ekgfx.tracing.trace import trace
 from ekgfx.tracing.traced import TracedModel, check_traced
 

@@ -16,11 +16,13 @@ from torch.utils import _pytree as pytree
 
 from ekgfx.axes import Axis, Expr, Prod, count, resolve
 from ekgfx.errors import EkgfxError
-from ekgfx.graph.axis_graph import AxisGraph, Operation
+from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.nodes import bind
 from ekgfx.graph.opaque import evaluation_mode
+from ekgfx.graph.propagation import Operation
 from ekgfx.rewriting.calls import Calls, ModuleCall, Values, calls_of, hollow, whole
 from ekgfx.rewriting.terms import Recorded
+from ekgfx.rewriting.told import decisions_of
 from ekgfx.surgery.check import operator_name, takes_all
 from ekgfx.tracing.traced import TracedModel
 
@@ -30,17 +32,20 @@ def record(source: TracedModel, twin: nn.Module | None = None, exported: bool = 
     the model's) in training. twin: the uncut model without its weights, where that of `source` has been cut itself.
     exported: as in `calls_of`."""
     model = twin or hollow(source.model)
+    known = not exported and twin is None  # of a model that was cut itself there is no run
     floats = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     with evaluation_mode(model):
-        evaluation = calls_of(model, source.example, source.leaves, exported)
+        seen = decisions_of(source.model, source.way, source.example) if known else []
+        evaluation = calls_of(model, source.example, source.leaves, exported, seen)
     other = torch.float32 if floats in (torch.bfloat16, torch.float16) else torch.bfloat16
     training = None
+    seen = decisions_of(source.model, replace(source.way, training=True), source.example) if known else []
     for dtype in (other, floats):
         twin = hollow(model, dtype)
         twin.train()
         example = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.dtype == floats else t, source.example)  # noqa: B023
         try:
-            training = calls_of(twin, example, source.leaves, exported, evaluation.free)
+            training = calls_of(twin, example, source.leaves, exported, seen, evaluation.free)
             break
         except (EkgfxError, RuntimeError):
             continue

@@ -6,6 +6,7 @@ traced.cost(plan)                       # what a plan leaves, without running an
 traced.subnetwork(plan)(images)         # what the pruned network computes, without cutting anything
 """
 
+import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from ekgfx.errors import EkgfxError, EkgfxWarning, TraceError
 from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph import sizes, unseen
 from ekgfx.graph.axis_graph import AxisGraph, Example
+from ekgfx.graph.draws import NothingDropped
 from ekgfx.graph.hints import masks_taken_as_they_are
 from ekgfx.graph.opaque import Leaves, as_operators, find_leaves, record
 from ekgfx.graph.quiet import quiet
@@ -114,8 +116,8 @@ def retrace(model: nn.Module, source: TracedModel, state: State | None = None) -
     again = TracedModel(model, **{**first, "others": graphs, "unused": source.unused})
     again.trains = source.trains
     for new, old in zip(again.graphs, source.graphs, strict=True):
-        if old.batch_assumed:
-            sizes.assume_batch(new)
+        if old.sizes_assumed:
+            sizes.assume(new)
     return again
 
 
@@ -194,9 +196,10 @@ def _graph(
         try:
             leaves, returns, program = _exported(model, names, example, outputs, way == Way())
         except TraceError:
-            if not _fills_caches(model, *example):
+            if not _fills_caches(model, *example) and not way.training:
                 raise
-            leaves, returns, program = _exported(model, names, example, outputs, way == Way())
+            with NothingDropped() if way.training else contextlib.nullcontext():
+                leaves, returns, program = _exported(model, names, example, outputs, way == Way())
         return {
             "program": program,
             "example": example,

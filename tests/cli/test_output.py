@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from ekgfx.cli import render
+from ekgfx.cli.summary import advice
 from ekgfx.rules.registry import _RULES
 from ekgfx.settings import recipe
 from ekgfx.settings.recipe import Recipe
@@ -167,3 +168,17 @@ def test_every_training_setting_is_a_recipe_key():
     ours = {f.name: f.type for f in fields(recipe.Training)}
     theirs = {f.name: f.type for f in fields(Training) if f.name != "seed"}  # the recipe has one seed for everything
     assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("faster", "left", "latency", "widths", "says"),
+    [
+        (1.1, 0.5, None, [13, 16, 21], "2 of 3 widths are no multiple of 8, and leave hardware idle; --align 8"),
+        (1.1, 0.5, None, [8, 16, 24], "though all widths are even: --latency 0.6"),
+        (1.5, 0.5, None, [13, 16, 21], None),  # half of what 2 would be
+        (1.1, 0.5, 0.6, [13, 16, 21], None),
+    ],
+)
+def test_advice_where_the_milliseconds_did_not_follow(faster, left, latency, widths, says):
+    found = advice(faster, left, {"latency": latency}, widths)
+    assert found is None if says is None else found is not None and says in found

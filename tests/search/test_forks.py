@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ekgfx.execution.subnetwork import SubNetwork
-from ekgfx.graph.axis_graph import Operation
 from ekgfx.graph.plan import Plan
+from ekgfx.graph.propagation import Operation
 from ekgfx.search.forks import Forks, Keeper, Walk, storages_of
 from ekgfx.search.importance import taylor
 from ekgfx.search.problem import Problem

@@ -7,7 +7,14 @@ import pytest
 from benchmarks.common import apart
 from benchmarks.parts.coverage_libraries import measure
 
-LIGHT = {"open_clip:ViT": "open_clip"}
+LIGHT = {
+    "open_clip:ViT": "open_clip",
+    "torchvision:ConvNeXt": "torchvision",
+    "smp:unet-labels": "segmentation_models_pytorch",
+    "monai:AttentionUnet": "monai",
+    "ultralytics:yolov8n-cls": "ultralytics",
+    "torchaudio:ConvTasNet": "torchaudio",
+}
 
 
 @pytest.mark.parametrize("name", LIGHT)

@@ -97,7 +97,7 @@ def flow(name: str) -> Make:
 
         two = tensors(*[((3, 128, 128), (3, 128, 160))] * 2, single=True)  # it makes its grids in float32
         model = torchvision.models.get_model(name, weights=None)
-        return Network(model, lambda batch, another: (*two(batch, another), 2), double=False)
+        return Network(model, lambda batch, another: (*two(batch, another), 2), double=False, exports=False)
 
     return make
 

@@ -51,18 +51,18 @@ def test_a_second_forward_splits_by_the_width_that_is_left() -> None:
 
 
 class Attention(nn.Module):
-    """Scales by its width and keeps the grid of the last size that it saw: no integer expresses its cut."""
+    """Scales by its width and keeps, in a list, the grid of the last size that it saw: no integer expresses its cut."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.width, self.shape, self.grid = width, None, torch.empty(0)
+        self.width, self.shape, self.kept = width, None, [torch.empty(0)]
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.shape != x.shape:
-            self.shape, self.grid = x.shape, torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+            self.shape, self.kept = x.shape, [torch.arange(x.shape[1], dtype=x.dtype)[:, None]]
         q, k, v = self.qkv(x).split([self.width] * 3, -1)
-        return self.proj((q @ k.transpose(-2, -1) * self.width**-0.5).softmax(-1) @ v + 0.1 * self.grid)
+        return self.proj((q @ k.transpose(-2, -1) * self.width**-0.5).softmax(-1) @ v + 0.1 * self.kept[0])
 
 
 class Blocks(nn.Module):

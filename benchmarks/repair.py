@@ -42,6 +42,7 @@ from ekgfx.data import Data
 from ekgfx.graph.plan import Plan
 from ekgfx.models import resnet56_cifar_projection
 from ekgfx.models.weights import load_weights
+from ekgfx.repair import refitting
 from ekgfx.surgery.calibrate import calibrate
 from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.evaluation import evaluate
@@ -163,10 +164,13 @@ def main() -> None:
     if asked.train:
         train_vit(asked)
         return
+    if asked.enough is not None:
+        refitting.ENOUGH = asked.enough
     subject = NETWORKS[asked.network](asked)
     lines = Lines(asked.output)
     for name in asked.plans:
         row = {"plan": name, **chosen(asked, "network", "keep", "count", "seed")}
+        row |= {} if asked.enough is None else {"enough": asked.enough}
         if row in lines:
             continue
         if not any("before" in line and line["network"] == asked.network for line in lines):
@@ -185,6 +189,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=float, default=0.55)
     parser.add_argument("--count", type=int, help="images to repair on")
     parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument(
+        "--enough",
+        type=float,
+        help="look at activations where an input has so many positions; inf: never  [default: the repair's]",
+    )
     parser.add_argument("--test-images", type=int, default=250)
     parser.add_argument("--plans", type=lambda text: text.split(";"), default=list(PLANS))
     parser.add_argument("--seed", type=int, default=0)

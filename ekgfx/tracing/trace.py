@@ -215,6 +215,7 @@ def _graph(
 def _exported(
     model: nn.Module, names: list[str], example: Example, outputs: tuple[str, ...], strict: bool
 ) -> tuple[Leaves, Returns, torch.export.ExportedProgram]:
+    failure: Exception
     with untouched(model):
         try:
             leaves = record(model, names, *example)
@@ -223,12 +224,15 @@ def _exported(
                 program = torch.export.export(model, *example, strict=False)
         except EkgfxError:
             raise
-        except Exception as error:  # torch.export raises many types, all of them about the user's model
-            raise explained(model, error, *example, alone=strict) from error
-        problem = unknown_sizes(model, program)
-        if problem is not None:
-            raise problem
-        return leaves, returns[-1], program
+        except Exception as error:  # noqa: BLE001  torch.export raises many types, all of them about the user's model
+            failure = error
+        else:
+            problem = unknown_sizes(model, program)
+            if problem is not None:
+                raise problem
+            return leaves, returns[-1], program
+    with untouched(model):  # what the export left in it is gone now
+        raise explained(model, failure, *example, alone=strict) from failure
 
 
 def _fills_caches(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

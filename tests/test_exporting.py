@@ -52,7 +52,7 @@ class Attention(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Makes a mask that hides nothing where it is exported, as transformers does; its training takes random ways."""
+    """Makes a mask that hides nothing where it is exported, as transformers does; its training takes ways by values."""
 
     def __init__(self, drops: bool = False) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Encoder(nn.Module):
         if torch.compiler.is_exporting():
             mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device)
         x = self.embed(x)
-        if not (self.drops and self.training and torch.rand([]) < 0.5):
+        if not (self.drops and self.training and x.sum() < torch.rand([])):
             x = x + self.attention(x, mask)
         return self.head(x)
 

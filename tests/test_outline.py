@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import ekgfx
 from ekgfx.graph.ways import Way
-from ekgfx.surgery import settle
+from ekgfx.surgery import comparison
 from ekgfx.surgery.assignments import nearest_first
 from ekgfx.surgery.outline import otherwise, outline_of
 
@@ -48,13 +48,13 @@ def test_few_choices_of_integers_are_traced(monkeypatch: pytest.MonkeyPatch, ali
     traced = ekgfx.trace(model, x)
     plan = ekgfx.Plan({"stem": range(9), "blocks.0.up#1": (1, 2, 6), "blocks.1.up#1": (1, 2, 6) if alike else (0, 7)})
     count = [0]
-    own = settle.retrace
+    own = comparison.retrace
 
     def counted(*args: object, **kwargs: object) -> ekgfx.TracedModel:
         count[0] += 1
         return own(*args, **kwargs)
 
-    monkeypatch.setattr(settle, "retrace", counted)
+    monkeypatch.setattr(comparison, "retrace", counted)
     pruned = ekgfx.prune(model, plan, traced, graphs="allow")
     assert count[0] <= 3, f"{count[0]} traces"
     assert bool(ekgfx.replaced(pruned)) is not alike

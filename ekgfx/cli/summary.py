@@ -96,7 +96,7 @@ def advice(faster: float, left: float, search: Mapping[str, Any], widths: Collec
 
     left: share of the MACs. search: its settings. widths: channels that each group keeps.
     """
-    if search["latency"] is not None or faster >= (1 + 1 / left) / 2:
+    if search["latency"] is not None or search["align"] not in (None, 1) or faster >= (1 + 1 / left) / 2:
         return None
     by_time = "--latency 0.6 --target cpu:fp32:batch=1 searches by milliseconds"
     odd = sum(width % 8 > 0 for width in widths)

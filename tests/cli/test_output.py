@@ -197,14 +197,15 @@ def test_every_training_setting_is_a_recipe_key():
 
 
 @pytest.mark.parametrize(
-    ("faster", "left", "latency", "widths", "says"),
+    ("faster", "left", "latency", "align", "widths", "says"),
     [
-        (1.1, 0.5, None, [13, 16, 21], "2 of 3 widths are no multiple of 8, and leave hardware idle; --align 8"),
-        (1.1, 0.5, None, [8, 16, 24], "though all widths are even: --latency 0.6"),
-        (1.5, 0.5, None, [13, 16, 21], None),  # half of what 2 would be
-        (1.1, 0.5, 0.6, [13, 16, 21], None),
+        (1.1, 0.5, None, 1, [13, 16, 21], "2 of 3 widths are no multiple of 8, and leave hardware idle; --align 8"),
+        (1.1, 0.5, None, None, [8, 16, 24], "though all widths are even: --latency 0.6"),
+        (1.5, 0.5, None, 1, [13, 16, 21], None),  # half of what 2 would be
+        (1.1, 0.5, 0.6, None, [13, 16, 21], None),
+        (1.1, 0.5, None, 16, [5, 16, 32], None),  # of the five, none could be a multiple
     ],
 )
-def test_advice_where_the_milliseconds_did_not_follow(faster, left, latency, widths, says):
-    found = advice(faster, left, {"latency": latency}, widths)
+def test_advice_where_the_milliseconds_did_not_follow(faster, left, latency, align, widths, says):
+    found = advice(faster, left, {"latency": latency, "align": align}, widths)
     assert found is None if says is None else found is not None and says in found

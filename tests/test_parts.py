@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import ekgfx
 from ekgfx.errors import TraceError
+from ekgfx.tracing import trace_errors
 
 
 class Detector(nn.Module):
@@ -39,3 +40,21 @@ def test_parts_that_can_be_traced_alone_are_named_with_their_shares() -> None:
     traced = ekgfx.trace(model.backbone, torch.stack(images))
     model.backbone = ekgfx.prune(model.backbone, ekgfx.Plan({"0": tuple(range(5))}), traced)
     assert len(model(images)) == 2 and not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Anchors(nn.Module):
+    """Makes its anchors by a number that a graph does not have, anew for each size of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.size, self.anchors = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), 0, torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.size != x.shape[-1]:
+            self.size, self.anchors = x.shape[-1], torch.arange(int(x.new_ones(x.shape[-1]).sum()))
+        return self.b(self.a(x)) + self.anchors
+
+
+def test_parts_are_not_looked_for_where_a_run_before_makes_a_graph_of_the_whole(monkeypatch) -> None:
+    monkeypatch.setattr(trace_errors, "parts", lambda *_: pytest.fail("a part was exported"))
+    assert ekgfx.trace(Anchors().eval(), torch.randn(2, 3, 4, 4)).groups["a"].size == 8

@@ -194,12 +194,15 @@ def _graph(
     with untouched(model), seeded(model), way.entered(model):
         put(model, state or {})
         try:
-            leaves, returns, program = _exported(model, names, example, outputs, way == Way())
-        except TraceError:
-            if not _fills_caches(model, *example) and not way.training:
-                raise
-            with NothingDropped() if way.training else contextlib.nullcontext():
+            try:
                 leaves, returns, program = _exported(model, names, example, outputs, way == Way())
+            except (TraceError, _NoGraphError):
+                if not _fills_caches(model, *example) and not way.training:
+                    raise
+                with NothingDropped() if way.training else contextlib.nullcontext():
+                    leaves, returns, program = _exported(model, names, example, outputs, way == Way())
+        except _NoGraphError as error:  # the last one: which parts have a graph takes long to find out
+            raise explained(model, error.failure, *example, alone=way == Way()) from error.failure
         return {
             "program": program,
             "example": example,
@@ -212,10 +215,17 @@ def _graph(
         }
 
 
+class _NoGraphError(Exception):
+    """torch.export failed. It raises many types, all of them about the user's model."""
+
+    def __init__(self, failure: Exception) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+
+
 def _exported(
     model: nn.Module, names: list[str], example: Example, outputs: tuple[str, ...], strict: bool
 ) -> tuple[Leaves, Returns, torch.export.ExportedProgram]:
-    failure: Exception
     with untouched(model):
         try:
             leaves = record(model, names, *example)
@@ -224,15 +234,12 @@ def _exported(
                 program = torch.export.export(model, *example, strict=False)
         except EkgfxError:
             raise
-        except Exception as error:  # noqa: BLE001  torch.export raises many types, all of them about the user's model
-            failure = error
-        else:
-            problem = unknown_sizes(model, program)
-            if problem is not None:
-                raise problem
-            return leaves, returns[-1], program
-    with untouched(model):  # what the export left in it is gone now
-        raise explained(model, failure, *example, alone=strict) from failure
+        except Exception as error:
+            raise _NoGraphError(error) from error
+        problem = unknown_sizes(model, program)
+        if problem is not None:
+            raise problem
+        return leaves, returns[-1], program
 
 
 def _fills_caches(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -235,6 +235,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"hold no state dict \(a mapping of names to tensors\); where",
     ),
     "empty": (lambda file: file.touch(), "are no weights that are known by their content: use auto, none, or a file"),
+    "Git LFS": (
+        lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        "only Git LFS's note of them: type git lfs pull",
+    ),
+    "page": (lambda file: file.write_text("\n<!DOCTYPE html>"), "are a web page: download the file itself"),
     "Keras": (lambda file: file.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "are Keras's .HDF5., which is not read"),
     "folder": (
         lambda file: (file.mkdir(), (file / "model.safetensors").touch()),

@@ -220,6 +220,7 @@ def _settings(name: str | None, changes: dict[str, Any]) -> Recipe:
     assert asked.each  # or it raises
     named.check_model(asked.model)
     named.check_weights(asked.weights)
+    named.check_input(asked.input)
     settings = read_manifest(Path(asked.model)).get("settings", {}) if Path(asked.model).is_dir() else {}
     if settings.get("preprocessing") and asked.preprocessing == Preprocessing():
         asked = recipes.override(asked, {"preprocessing": settings["preprocessing"]})

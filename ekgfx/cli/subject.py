@@ -68,6 +68,7 @@ def look(
     named.check_model(model)
     named.check_weights(weights)
     named.check_data(data)
+    named.check_input(input)
     from dataclasses import replace
 
     from ekgfx.errors import DataError

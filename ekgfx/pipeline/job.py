@@ -25,6 +25,7 @@ from ekgfx.search import NEEDS_DATA, Step
 from ekgfx.search.effort import fitting_batch
 from ekgfx.settings.recipe import Recipe
 from ekgfx.tracing.trace import silently_traced
+from ekgfx.tracing.trace_errors import explained
 from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.evaluation import evaluate
 from ekgfx.training.keeping import Epoch
@@ -245,12 +246,19 @@ class Job:
 
 
 def open_data(spec: str, built: Built, seed: int, find: Callable[[Any], Tensor] = logits_of) -> data.Data:
-    """A data set in the form the model takes; DataError when the model takes no images or has other classes."""
+    """A data set in the form the model takes; DataError when the model takes no images or has other classes,
+    TraceError when it does not run on its example input."""
     if built.example_inputs[0].ndim != 4 or len(built.example_inputs) != 1:
         shapes = ", ".join("x".join(map(str, value.shape)) for value in built.example_inputs)
-        raise DataError(f"the model takes {shapes}, not images: use --search uniform --importance magnitude, or Python")
-    with untouched(built.model), torch.no_grad():
-        output = built.model(built.example_inputs[0])
+        raise DataError(
+            f"the model takes {shapes}, not images (N×C×H×W): no set of images can feed it. Prune it with "
+            "--search uniform --importance magnitude, or in Python"
+        )
+    try:
+        with untouched(built.model), torch.no_grad():
+            output = built.model(built.example_inputs[0])
+    except Exception as error:  # the user's forward may raise anything
+        raise explained(built.model, error, built.example_inputs, {}) from error
     found = find(output)
     classes = found.shape[1] if found.ndim == 2 else None
     channels = built.example_inputs[0].shape[1]

@@ -141,19 +141,19 @@ def test_unusable_models_are_explained(model: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("strange_net.py", "'strange_net.py' names no factory: use strange_net.py:Net or strange_net.py:make"),
-        ("strange_net.make", "unknown model 'strange_net.make': did you mean 'strange_net.py:make'?"),
+        ("odd_net.py", "'odd_net.py' names no factory: use odd_net.py:Net or odd_net.py:make"),
+        ("odd_net.make", "unknown model 'odd_net.make': did you mean 'odd_net.py:make'?"),
         (
-            "strange_net:make",
-            "cannot import 'strange_net': ModuleNotFoundError: No module named 'strange_net'; did you mean 'strange_net.py:make'?",
+            "odd_net:make",
+            "cannot import 'odd_net': ModuleNotFoundError: No module named 'odd_net'; did you mean 'odd_net.py:make'?",
         ),
-        ("nets.strange_net:make", "did you mean 'nets/strange_net.py:make'?"),
+        ("nets.odd_net:make", "did you mean 'nets/odd_net.py:make'?"),
         ("last.ckpt", "'last.ckpt' is a file, not a network: if it holds weights, MODEL is the network that they are"),
     ],
 )
 def test_what_lies_in_the_folder_is_meant(model: str, message: str, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "nets").mkdir()
-    for place in ("strange_net.py", "nets/strange_net.py"):
+    for place in ("odd_net.py", "nets/odd_net.py"):
         (tmp_path / place).write_text("class Net: ...\n\n\ndef make():\n    return Net()\n")
     (tmp_path / "last.ckpt").touch()
     monkeypatch.chdir(tmp_path)

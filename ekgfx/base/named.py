@@ -86,6 +86,14 @@ def no_function(name: str, known: Iterable[str], place: str, kind: str = "factor
     return f"no {kind} '{name}' in {place}: {hint}"
 
 
+def check_of_run(model: str, **asked: object) -> None:
+    """Raises ModelError where MODEL is a run, and something is asked for that the run has said already."""
+    typed = [name for name, value in asked.items() if value and value not in ("auto", "none")]
+    if typed and (Path(model) / "run.json").is_file():
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in typed)
+        raise ModelError(f"{model} is a run, which says what its network is: leave {flags} out")
+
+
 def check_weights(weights: str) -> None:
     """Raises ModelError for a weights file that does not exist."""
     if weights in ("auto", "none") or Path(weights).expanduser().exists():

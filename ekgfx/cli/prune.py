@@ -219,6 +219,8 @@ def _settings(name: str | None, changes: dict[str, Any]) -> Recipe:
         )
     assert asked.each  # or it raises
     named.check_model(asked.model)
+    typed = {name: getattr(asked, name) for name in ("weights", "input", "classes", "ema", "model_kwargs")}
+    named.check_of_run(asked.model, **typed)
     named.check_weights(asked.weights)
     named.check_input(asked.input)
     settings = read_manifest(Path(asked.model)).get("settings", {}) if Path(asked.model).is_dir() else {}

@@ -45,6 +45,11 @@ class ImageSource(ABC):
     def labels(self) -> Tensor | None:
         """int64 labels of all images; None where there are none."""
 
+    @property
+    def identity(self) -> Sequence[int | str]:
+        """See `ekgfx.data.base.Split.identity`."""
+        return ()
+
 
 @dataclass(frozen=True)
 class FileImages(ImageSource):
@@ -62,6 +67,10 @@ class FileImages(ImageSource):
 
     def labels(self) -> Tensor | None:
         return None if self.file_labels is None else torch.tensor(self.file_labels, dtype=torch.int64)
+
+    @property
+    def identity(self) -> Sequence[int | str]:
+        return [*("/".join(Path(file).parts[-2:]) for file in self.files), *(self.file_labels or ())]
 
     def take(self, index: Tensor) -> "FileImages":
         chosen = index.tolist()

@@ -179,6 +179,7 @@ def parse(
         folder = Path(model.partition(":")[2]).expanduser()
         model = f"hf:{folder.absolute()}" if model.startswith("hf:") and folder.is_dir() else model
     elif Path(model).is_dir():
+        named.check_of_run(model, weights=weights, input=input, classes=classes, ema=ema, model_kwargs=model_kwargs)
         model = str(Path(model).absolute())
     elif place.endswith(".py"):
         model = f"{Path(place).expanduser().absolute()}:{factory}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ekgfx import bank, data
 from ekgfx.base.units import human, percent
-from ekgfx.distributed.team import local_device
+from ekgfx.distributed.team import local_device, team
 from ekgfx.errors import DataError, RecipeError, TrainingError
 from ekgfx.graph.plan import Plan
 from ekgfx.graph.untouched import untouched
@@ -21,6 +21,7 @@ from ekgfx.models.source import Built
 from ekgfx.repair.walk import LayerRepair
 from ekgfx.runs import checkpoint
 from ekgfx.runs.directory import Run, verify
+from ekgfx.runs.scores import Score
 from ekgfx.search import NEEDS_DATA, Step
 from ekgfx.search.effort import fitting_batch
 from ekgfx.settings.recipe import Recipe
@@ -94,19 +95,6 @@ class Labelled:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._report, name)
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a network is worth and costs. accuracy: fraction of right classes on the test split; agreement: where there
-    are no labels, the fraction of test images for which it says what the (trained) unpruned network says. macs: per
-    sample."""
-
-    accuracy: float | None
-    loss: float | None
-    agreement: float | None
-    macs: int
-    params: int
 
 
 @dataclass(eq=False)
@@ -188,6 +176,7 @@ class Job:
             return None
         opened = open_data(self.recipe.data or LABEL_FREE, self.built, self.recipe.seed, self.logits).to(self.device)
         self.report.note(preprocessing_of(opened, self.built))
+        recognize(opened, self.run, self.report)
         return opened
 
     @property
@@ -263,6 +252,23 @@ def open_data(spec: str, built: Built, seed: int, find: Callable[[Any], Tensor] 
     classes = found.shape[1] if found.ndim == 2 else None
     channels = built.example_inputs[0].shape[1]
     return data.load(spec, classes=classes, seed=seed, **{**built.data_options, "channels": channels})
+
+
+def recognize(opened: data.Data, run: Run, report: Report) -> None:
+    """Records which images a run works on, and says so where they are no longer those of before."""
+    now = {split: f"{opened.size(split)}, {opened.digest(split)}" for split in data.SPLITS} | {"spec": opened.spec}
+    then = run.manifest.get("data", {})
+    if then == now or not team().first:
+        return
+    if then.get("spec") == opened.spec:
+        before, after = (
+            " and ".join(those.get(split, "?").partition(",")[0] for split in data.SPLITS) for those in (then, now)
+        )
+        report.note(
+            f"the images of {opened.spec} have changed since this run began: then {before} to train and to test on, "
+            f"now {after}; what was measured then is of those"
+        )
+    run.update(data=now)
 
 
 def preprocessing_of(opened: data.Data, built: Built) -> str:

@@ -131,6 +131,8 @@ def check_data(spec: str | None) -> None:
     kind, _, rest = spec.partition(":")
     if kind not in DATA_KINDS:
         raise DataError(_unknown_data(spec, kind))
+    if kind not in (*_IN_FOLDERS, "timm") and spec != kind:
+        raise DataError(f"data '{spec}': {kind} comes with scikit-learn, and from no folder; write {kind}")
     if kind in _IN_FOLDERS and (not rest or not Path(rest).expanduser().is_dir()):
         raise DataError(f"no such folder: '{rest}' (in --data {spec})")
 

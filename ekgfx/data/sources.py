@@ -281,7 +281,8 @@ def open_timm(name: str, root: str | None, split: str) -> ImageSource:
         dataset = create_dataset(name, root, split=split)
     # timm asserts, and passes on what torchvision and datasets raise about names, roots and missing files
     except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise DataError(f"timm cannot open '{name}' ({split}) in {root or 'no folder'}: {error}") from error
+        install = "; pip install datasets" if name.startswith("hfds") and isinstance(error, ImportError) else ""
+        raise DataError(f"timm cannot open '{name}' ({split}) in {root or 'no folder'}: {error}{install}") from error
     if isinstance(dataset, IterableImageDataset):
         raise DataError(f"timm:{name} is read as a stream, but samples are needed by index: use hfds/… or folder:DIR")
     if not isinstance(dataset, ImageDataset):

@@ -112,6 +112,17 @@ DIGITS = ("ekgfx.models:digits_cnn", "--data", "digits")
         (["export"], "no run under runs/"),
         (["export", "nowhere", "--batch", "1,x"], "'1,x': use whole numbers with commas"),
         (["recipes", "nothing"], "no recipe 'nothing'"),
+        (
+            ["eval", *DIGITS[:1], "--data", "digits:x"],
+            "digits comes with scikit-learn, and from no folder; write digits",
+        ),
+        (
+            ["landscape", *DIGITS, "--loss", "nets.py:raises"],
+            "--loss raises takes (), and is called with (output, labels",
+        ),
+        (["landscape", *DIGITS, "--span", "0"], "Invalid value for '--span': 0.0 is not in the range x>0"),
+        (["landscape", *DIGITS, "--tolerance", "-1"], "Invalid value for '--tolerance': -1.0 is not in the range x>0"),
+        (["groups", *DIGITS[:1], "--svg", ""], "cannot write '.': it names no file"),
         (["grops"], "no command 'grops': did you mean groups? (see ekgfx --help)"),
         (["quantize"], "no command 'quantize': use compare, eval, export, "),
         (["report", "--browser"], "No such option '--browser' (see ekgfx report --help)"),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import ekgfx
-from ekgfx.data.batches import Inputs, unpacked
+from ekgfx.data.batches import Inputs, unpacked, views_of
 from ekgfx.data.numbered import numbered
 from ekgfx.errors import DataError, RecipeError
 from ekgfx.training.evaluation import evaluate
@@ -190,3 +190,29 @@ def test_fine_tuning_with_a_bank_takes_a_plain_loader() -> None:
     expected = ekgfx.finetune(told, batches, bank=Fixed(), views=1, epochs=1, lr=0.01)
     assert found[0].loss == expected[0].loss
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), told.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("as_mappings", [False, True])
+def test_batches_of_one_view_need_no_word_of_views(as_mappings: bool) -> None:
+    """A bank asks for two views of an image; plain loaders have one, and their batch is no number of views."""
+    from tests.test_finetune import Fixed, small
+
+    draw = torch.Generator().manual_seed(3)
+    images, labels = torch.randn(24, 1, 8, 8, generator=draw), torch.arange(24) % 4
+    batches = [(images[part], labels[part], part) for part in torch.arange(24).split(8)]
+    told: Any = [{"x": x, "labels": y, "index": i} for x, y, i in batches] if as_mappings else batches
+    networks = small(), small()
+    for network, views in zip(networks, (None, 1), strict=True):
+        ekgfx.finetune(network, told, bank=Fixed(), views=views, epochs=1, lr=0.01)
+    assert all(torch.equal(a, b) for a, b in zip(*(network.parameters() for network in networks), strict=True))
+    with pytest.raises(DataError, match="views=2, but the batches hold one view of each image: give images as views"):
+        ekgfx.finetune(small(), told, bank=Fixed(), views=2, epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "samples", "views"),
+    [((8, 1, 5, 5), 8, 1), ((2, 8, 1, 5, 5), 8, 2), ((2, 2, 1, 5, 5), 2, 2), ((8, 8, 5, 5), 8, 1), ((8, 3), 0, 2)],
+)
+def test_a_first_dimension_of_the_samples_is_no_number_of_views(shape, samples: int, views: int) -> None:
+    assert views_of(torch.zeros(shape), samples, 2) == views
+    assert views_of({"x": torch.zeros(shape)}, samples, 2) == views

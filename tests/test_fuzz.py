@@ -27,7 +27,7 @@ from PIL import Image
 
 import ekgfx
 from ekgfx.data.arrays import read_npz
-from ekgfx.data.sources import decode
+from ekgfx.data.decoding import decode
 from ekgfx.graph.plan import Plan
 from ekgfx.models import digits_cnn
 from ekgfx.models.weight_files import read_file

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,12 @@ def test_a_run_is_left_to_the_checkpoint(tmp_path: Path) -> None:
         ("timm:resnet50.a9_in1k", "timm has no weights 'a9_in1k' for resnet50: use one of a1_in1k, "),
         ("nowhere/net.py:net", "no such file: 'nowhere/net.py'"),
         ("net.py", "'net.py' names no factory: use net.py:FACTORY"),
+        ("resnet50.a1_in1k", "did you mean 'timm:resnet50.a1_in1k'?"),
+        ("torch.nn.Linear", "unknown model 'torch.nn.Linear': did you mean 'torch.nn:Linear'?"),
+        ("microsoft/resnet-50", "did you mean 'hf:microsoft/resnet-50'?"),
+        ("huggingface:bert", "No module named 'huggingface'; did you mean 'hf:bert'?"),
+        ("tim:resnet18", "No module named 'tim'; did you mean 'timm:resnet18'?"),
+        ("net.onnx", "is ONNX, of which nothing can be pruned: name the PyTorch model"),
         ("ekgfx.models:resnet57_cifar", "no factory 'resnet57_cifar' in ekgfx.models: did you mean resnet56_cifar or"),
         ("ekgfx.nothing:net", "cannot import 'ekgfx.nothing': ModuleNotFoundError"),
         ("torch.nn:Identity", "torch.nn:Identity does not say what input it takes: use --input"),
@@ -129,6 +136,30 @@ def test_a_run_is_left_to_the_checkpoint(tmp_path: Path) -> None:
 def test_unusable_models_are_explained(model: str, message: str) -> None:
     with pytest.raises(ModelError, match=re.escape(message)):
         parse(model).build()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("odd_net.py", "'odd_net.py' names no factory: use odd_net.py:Net or odd_net.py:make"),
+        ("odd_net.make", "unknown model 'odd_net.make': did you mean 'odd_net.py:make'?"),
+        (
+            "odd_net:make",
+            "cannot import 'odd_net': ModuleNotFoundError: No module named 'odd_net'; did you mean 'odd_net.py:make'?",
+        ),
+        ("nets.odd_net:make", "did you mean 'nets/odd_net.py:make'?"),
+        ("last.ckpt", "'last.ckpt' is a file, not a network: if it holds weights, MODEL is the network that they are"),
+    ],
+)
+def test_what_lies_in_the_folder_is_meant(model: str, message: str, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "nets").mkdir()
+    for place in ("odd_net.py", "nets/odd_net.py"):
+        (tmp_path / place).write_text("class Net: ...\n\n\ndef make():\n    return Net()\n")
+    (tmp_path / "last.ckpt").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])  # as the command has it
+    with pytest.raises(ModelError, match=re.escape(message)):
+        parse(model)
 
 
 @pytest.mark.parametrize(
@@ -157,3 +188,7 @@ def test_an_error_of_ours_in_a_factory_passes_unchanged(model_file) -> None:
 def test_an_input_that_is_no_shape_is_refused(shape: str) -> None:
     with pytest.raises(ModelError, match=f"input '{shape}' is no shape"):
         parse("timm:resnet18", input=shape)
+    with pytest.raises(ModelError, match="'1,3,32,32' is 4 inputs of one dimension: write 1x3x32x32 for one"):
+        parse("timm:resnet18", input="1,3,32,32")
+    with pytest.raises(ModelError, match="classes 0: use at least 1"):
+        parse("timm:resnet18", classes=0)

@@ -78,7 +78,7 @@ KINDS: dict[str, tuple[Any, str]] = {
             "callbacks": {"best": {"score": torch.tensor(0.5)}},
             "optimizer_states": [torch.optim.SGD(OWN.parameters(), 0.1, momentum=0.9).state_dict()],
         },
-        "took 'state_dict', names after 'model.'; left 1 others out: criterion.weight; objects of datetime.date, ",
+        "took 'state_dict', names after 'model.'; left 1 other out: criterion.weight; objects of datetime.date, ",
     ),
     "another name in Lightning": (
         {"state_dict": under("classifier._orig_mod.")},
@@ -97,7 +97,7 @@ KINDS: dict[str, tuple[Any, str]] = {
         "took 'state_dict', names after 'student.'; 'state_dict', names after 'teacher.' fits too; left ",
     ),
     "an average alone": ({"ema": STATE}, "took 'ema'"),
-    "swa_utils": (AveragedModel(OWN).state_dict(), f"{TOP}; left 1 others out: n_averaged"),
+    "swa_utils": (AveragedModel(OWN).state_dict(), f"{TOP}; left 1 other out: n_averaged"),
     "parameters and buffers": ({"model": dict(OWN.named_parameters()) | dict(OWN.named_buffers())}, "took 'model'"),
     "profiled by thop": (STATE | {"total_ops": torch.zeros(1), "stem.0.total_params": torch.zeros(1)}, ""),
     "deep inside": ({"a": {"b": {"weights": under("module.")}}}, "took 'a.b.weights', names after 'module.'"),
@@ -235,6 +235,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"hold no state dict \(a mapping of names to tensors\); where",
     ),
     "empty": (lambda file: file.touch(), "are no weights that are known by their content: use auto, none, or a file"),
+    "Git LFS": (
+        lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        "only Git LFS's note of them: type git lfs pull",
+    ),
+    "page": (lambda file: file.write_text("\n<!DOCTYPE html>"), "are a web page: download the file itself"),
     "Keras": (lambda file: file.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "are Keras's .HDF5., which is not read"),
     "folder": (
         lambda file: (file.mkdir(), (file / "model.safetensors").touch()),

@@ -29,6 +29,8 @@ def replacing(path: Path, before_rename: Callable[[Path], None] = lambda _: None
     before_rename: called with the finished file. Raises RunError when the disk refuses (no space, no permission);
     `path` then is as it was.
     """
+    if not path.name:
+        raise RunError(f"cannot write '{path}': it names no file")
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:
         partial.touch()

@@ -40,9 +40,8 @@ def check_model(model: str) -> None:
     if not place or not factory:
         raise ModelError(_unknown_form(model))
     if not place.endswith(".py"):
-        package = place.partition(".")[0]
-        if package not in sys.modules and (not package or importlib.util.find_spec(package) is None):
-            raise ModelError(f"cannot import '{place}': ModuleNotFoundError: No module named '{package}'")
+        if _is_missing(place):
+            raise ModelError(_no_package(model, place, factory))
         return None
     file = Path(place).expanduser()
     if not file.is_file():
@@ -87,10 +86,42 @@ def no_function(name: str, known: Iterable[str], place: str, kind: str = "factor
     return f"no {kind} '{name}' in {place}: {hint}"
 
 
+def check_of_run(model: str, **asked: object) -> None:
+    """Raises ModelError where MODEL is a run, and something is asked for that the run has said already."""
+    typed = [name for name, value in asked.items() if value and value not in ("auto", "none")]
+    if typed and (Path(model) / "run.json").is_file():
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in typed)
+        raise ModelError(f"{model} is a run, which says what its network is: leave {flags} out")
+
+
 def check_weights(weights: str) -> None:
     """Raises ModelError for a weights file that does not exist."""
-    if weights not in ("auto", "none") and not Path(weights).expanduser().exists():
-        raise ModelError(f"weights '{weights}': no such file (else use auto or none)")
+    if weights in ("auto", "none") or Path(weights).expanduser().exists():
+        return
+    if "://" in weights:
+        raise ModelError(f"weights '{weights}' are not fetched: download the file, and name it")
+    raise ModelError(f"weights '{weights}': no such file (else use auto or none)")
+
+
+def check_input(text: str | None) -> None:
+    """Raises ModelError for an `--input` that is no shape."""
+    if text is not None:
+        shapes(text)
+
+
+def shapes(text: str) -> list[tuple[int, ...]]:
+    """Shapes of inputs: "1x3x32x32,1x10" → [(1, 3, 32, 32), (1, 10)]. ModelError for what is none."""
+    try:
+        found = [tuple(int(side) for side in shape.split("x")) for shape in text.split(",")]
+    except ValueError:
+        found = []
+    if len(found) > 1 and all(len(shape) == 1 for shape in found):
+        raise ModelError(
+            f"input '{text}' is {len(found)} inputs of one dimension: write {text.replace(',', 'x')} for one"
+        )
+    if not found or any(side < 1 for shape in found for side in shape):
+        raise ModelError(f"input '{text}' is no shape: write 1x3x32x32, and more inputs after commas")
+    return found
 
 
 def check_data(spec: str | None) -> None:
@@ -100,6 +131,8 @@ def check_data(spec: str | None) -> None:
     kind, _, rest = spec.partition(":")
     if kind not in DATA_KINDS:
         raise DataError(_unknown_data(spec, kind))
+    if kind not in (*_IN_FOLDERS, "timm") and spec != kind:
+        raise DataError(f"data '{spec}': {kind} comes with scikit-learn, and from no folder; write {kind}")
     if kind in _IN_FOLDERS and (not rest or not Path(rest).expanduser().is_dir()):
         raise DataError(f"no such folder: '{rest}' (in --data {spec})")
 
@@ -132,12 +165,55 @@ def _defined(file: Path) -> set[str] | None:
     return None if {"*", "__getattr__"} & names else names
 
 
+def _is_missing(module: str) -> bool:
+    """Whether there is no such package; of a module inside one, importing it tells."""
+    package = module.partition(".")[0]
+    return package not in sys.modules and (not package or importlib.util.find_spec(package) is None)
+
+
+def _no_package(model: str, place: str, factory: str) -> str:
+    file = Path(f"{place.replace('.', '/')}.py")
+    libraries = {"timm": "timm", "huggingface": "hf", **{name: name for name in (*LIBRARIES, *plugins())}}
+    close = get_close_matches(place, libraries, n=1)
+    guess = f"{file}:{factory}" if file.is_file() else f"{libraries[close[0]]}:{factory}" if close else None
+    hint = "" if guess is None else f"; did you mean '{guess}'?"
+    return f"cannot import '{place}': ModuleNotFoundError: No module named '{place.partition('.')[0]}'{hint}"
+
+
 def _unknown_form(model: str) -> str:
-    if model in timm_names():
-        return f"unknown model '{model}': did you mean 'timm:{model}'?"
     if model.endswith(".py"):
-        return f"'{model}' names no factory: use {model}:FACTORY"
-    return f"unknown model '{model}': {_FORMS}"
+        known = _functions(Path(model).expanduser())
+        return f"'{model}' names no factory: use {' or '.join(f'{model}:{name}' for name in known or ['FACTORY'])}"
+    if model.endswith(".onnx"):
+        return f"'{model}' is ONNX, of which nothing can be pruned: name the PyTorch model that it was exported from"
+    if Path(model).expanduser().is_file():
+        return (
+            f"'{model}' is a file, not a network: if it holds weights, MODEL is the network that they are of, "
+            f"then --weights {model}"
+        )
+    guess = _meant(model)
+    return f"unknown model '{model}': {_FORMS if guess is None else 'did you mean ' + repr(guess) + '?'}"
+
+
+def _meant(model: str) -> str | None:
+    """What a MODEL without a colon was probably to be."""
+    if model.partition(".")[0] in timm_names():
+        return f"timm:{model}"
+    place, dot, name = model.rpartition(".")
+    if dot and name.isidentifier() and Path(f"{place.replace('.', '/')}.py").is_file():
+        return f"{place.replace('.', '/')}.py:{name}"
+    if dot and name.isidentifier() and "/" not in place and not _is_missing(place):
+        return f"{place}:{name}"
+    return f"hf:{model}" if re.fullmatch(r"[\w.-]+/[\w.-]+", model) else None
+
+
+def _functions(file: Path) -> list[str]:
+    """The first functions and classes that a file defines."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError, RecursionError):
+        return []
+    return [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)][:3]
 
 
 def _check_timm(name: str) -> None:

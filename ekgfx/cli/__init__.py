@@ -4,6 +4,7 @@ import io
 import logging
 import re
 import sys
+from difflib import get_close_matches
 
 import click
 
@@ -40,7 +41,17 @@ _NOTES = _Notes()
 
 
 class _Group(click.Group):
-    """Lists its commands with the whole first sentence of each."""
+    """Lists its commands with the whole first sentence of each, and says which was probably meant."""
+
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = arguments[0]
+        if name not in self.commands and not name.startswith("-"):
+            close = get_close_matches(name, self.commands, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"use {', '.join(sorted(self.commands))}"
+            raise click.UsageError(f"no command {name[:80]!r}: {hint}", context)
+        return super().resolve_command(context, arguments)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -72,7 +83,8 @@ for command in (groups, prune, repair, finetune, evaluate, export, landscape, re
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command line and exits: 0 done, 2 bad input or an error with advice (one line on stderr), 130 Ctrl-C."""
+    """Runs the command line and exits: 0 done, 2 bad input or an error with advice, 1 what nobody foresaw (each one
+    line on stderr), 130 Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show an arrow shows a question mark
@@ -80,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
         cli.main(arguments, prog_name="ekgfx", standalone_mode=False)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "ekgfx"
-        _fail(f"{error.format_message()} (see {command} --help)")
+        _fail(f"{error.format_message().rstrip('.')} (see {command} --help)")
     except click.ClickException as error:
         _fail(error.format_message())
     except EkgfxError as error:
@@ -91,9 +103,13 @@ def main(arguments: list[str] | None = None) -> None:
         told = error.__cause__ if isinstance(error.__cause__, KeyboardInterrupt) else error  # click makes it an Abort
         print("; ".join(["ekgfx: stopped", *map(str, told.args)]), file=sys.stderr)
         sys.exit(130)
+    except Exception as error:  # noqa: BLE001  of a user's network, a library, or a fault of ours
+        from ekgfx.cli.unforeseen import unforeseen
+
+        _fail(unforeseen(error), 1)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> None:
     plain = " ".join(_COLOURS.sub("", message).split())  # a library's message may be coloured, a name endless
     print(f"ekgfx: {plain if len(plain) <= LONGEST else f'{plain[:700]} … {plain[-250:]}'}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

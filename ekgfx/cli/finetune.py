@@ -6,12 +6,13 @@ from typing import Any
 import click
 
 from ekgfx.base import named
-from ekgfx.cli.options import at_budget, given, logs, setting, training
+from ekgfx.cli.options import as_the_run_has_it, at_budget, given, logs, setting, training
 from ekgfx.runs import directory
 from ekgfx.runs.directory import Run, read_manifest
 
 
 @click.command()
+@as_the_run_has_it
 @click.argument("run", type=click.Path(path_type=Path))
 @setting("data", "--data", metavar="SPEC", help="Other data than the run's.")
 @setting("finetune.epochs", "--epochs", help="Epochs to train for.")
@@ -32,7 +33,10 @@ def finetune(
     latency: float | str | None,
     **flags: Any,
 ) -> None:
-    """Fine-tune the network of RUN with its memory bank, or go on where that was interrupted."""
+    """Fine-tune the network of RUN with its memory bank, or go on where that was interrupted.
+
+    What is not given stays as RUN has it.
+    """
     changes = given(flags)
     read_manifest(run)
     run = directory.at_budget(run, {"flops": flops, "params": params, "latency": latency})

@@ -59,6 +59,7 @@ def groups(
     images. --svg draws what was found.
     """
     named.check_model(model)
+    named.check_input(input)
     if sensitivity.wanted(flags):
         if why:
             raise click.UsageError("--why and --sensitivity are two questions: ask one", click.get_current_context())

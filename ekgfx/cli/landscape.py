@@ -21,6 +21,9 @@ def _picture(context: click.Context, parameter: click.Parameter, value: Path | N
     return value
 
 
+POSITIVE = click.FloatRange(0, min_open=True)
+
+
 @click.command()
 @parameters
 @click.option("--loss", metavar="FILE.py:FUNCTION", help="loss(output, labels), mean over a batch  [default: CE]")
@@ -35,9 +38,9 @@ def _picture(context: click.Context, parameter: click.Parameter, value: Path | N
     show_default=True,
     help="Most Hessian-vector products; each keeps a vector as large as the weights.",
 )
-@click.option("--tolerance", type=float, default=1e-3, show_default=True, help="Error, as part of the largest.")
+@click.option("--tolerance", type=POSITIVE, default=1e-3, show_default=True, help="Error, as part of the largest.")
 @click.option("--points", type=click.IntRange(2), default=21, show_default=True, help="Points of the surface per side.")
-@click.option("--span", type=float, default=1.0, show_default=True, help="Largest offset; 1: as long as the filters.")
+@click.option("--span", type=POSITIVE, default=1.0, show_default=True, help="Largest offset; 1: that of the filters.")
 @click.option("--no-surface", is_flag=True, help="Eigenvalues only.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
@@ -74,8 +77,11 @@ def landscape(
     from ekgfx.cli.render import out
     from ekgfx.errors import DataError
     from ekgfx.models import factories
+    from ekgfx.search.own import check_takes
 
     judge = None if loss is None else factories.find_function(loss)
+    if judge is not None:
+        check_takes(judge, "--loss", "output", "labels")
     typed: dict[str, Any] = {
         "data": data,
         "weights": weights,

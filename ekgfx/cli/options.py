@@ -85,6 +85,14 @@ def training(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def as_the_run_has_it(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Takes the recipe's defaults out of the help of the flags below: what is not typed stays as the run has it."""
+    for parameter in getattr(command, "__click_params__", ()):
+        if isinstance(parameter, click.Option) and parameter.help:
+            parameter.help = parameter.help.partition("  [default: ")[0]
+    return command
+
+
 def logs(command: Callable[..., Any]) -> Callable[..., Any]:
     """The flags for where figures are logged to besides the run's own files."""
     for name, help in (

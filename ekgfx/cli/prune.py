@@ -218,8 +218,12 @@ def _settings(name: str | None, changes: dict[str, Any]) -> Recipe:
             "no budget: give --flops, --params or --latency, the fraction to keep (0.55 removes 45%) or an amount"
         )
     assert asked.each  # or it raises
+    recipes.check_place(asked.search)
     named.check_model(asked.model)
+    typed = {name: getattr(asked, name) for name in ("weights", "input", "classes", "ema", "model_kwargs")}
+    named.check_of_run(asked.model, **typed)
     named.check_weights(asked.weights)
+    named.check_input(asked.input)
     settings = read_manifest(Path(asked.model)).get("settings", {}) if Path(asked.model).is_dir() else {}
     if settings.get("preprocessing") and asked.preprocessing == Preprocessing():
         asked = recipes.override(asked, {"preprocessing": settings["preprocessing"]})

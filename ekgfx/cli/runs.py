@@ -9,7 +9,7 @@ import click
 
 from ekgfx.base.units import human, percent
 from ekgfx.errors import EkgfxError, RunError
-from ekgfx.runs.directory import MANIFEST, STAGES, read_manifest
+from ekgfx.runs.directory import MANIFEST, STAGES, in_use, read_manifest
 from ekgfx.settings.budgets import BUDGETS
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -90,12 +90,12 @@ def _read(path: Path) -> dict[str, Any]:
     search = settings.get("search") or {}
     asked = {BUDGETS[key]: search[key] for key in BUDGETS if search.get(key) is not None}
     said = [f"{_amount(keep)} {unit}" for unit, keep in asked.items()]
-    times = (manifest.get("latency") or {}).get("milliseconds")
+    times, status = (manifest.get("latency") or {}).get("milliseconds"), manifest.get("status", "–")
     return {
         "made": str(manifest.get("created", ""))[:16].replace("T", " "),
         "model": settings.get("model"),
         "budget": ", ".join(said) or "–",
-        "status": manifest.get("status", "–"),
+        "status": "interrupted" if status == "running" and not in_use(path) else status,  # by a kill
         "results": manifest.get("results", {}),
         "latency": f"{times['dense']:.3g} → {times['pruned']:.3g} ms" if times else None,
     }

@@ -66,8 +66,11 @@ def look(
     """Builds the model, or loads the run, and opens the data; `otherwise` is taken where neither names any. DataError
     where that is None; what the run and the sources of models and data refuse."""
     named.check_model(model)
+    kwargs = flags["model_kwargs"]
+    named.check_of_run(model, weights=weights, input=input, classes=classes, ema=ema, model_kwargs=kwargs)
     named.check_weights(weights)
     named.check_data(data)
+    named.check_input(input)
     from dataclasses import replace
 
     from ekgfx.errors import DataError

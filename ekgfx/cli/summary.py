@@ -24,7 +24,7 @@ def show_frontier(path: Path) -> None:
         said = [network.label + (" (knee)" if number == found.knee else ""), percent(network.quality) + reach]
         said += [f"{human(network.macs)} ({network.macs / first.macs:.1%})", human(network.params)]
         if timed:
-            said.append("–" if network.milliseconds is None else f"{network.milliseconds:.3g} ms")
+            said.append(_milliseconds(network.milliseconds))
         rows.append(tuple(said))
     columns = ["budget", f"{found.measures} (95%)", "MACs", "parameters", *([found.target] if timed else [])]
     out.print()
@@ -46,7 +46,7 @@ def show(path: Path) -> None:
     for name, title in STAGES.items():
         if name in results:
             score, network = results[name], "dense" if name == "before" else "pruned"
-            times = [f"{latency[case, network]:.3g} ms" for case in cases]
+            times = [_milliseconds(latency.get((case, network))) for case in cases]
             if kept:
                 times.insert(0, f"{kept[network]:.3g} ms")
             rows.append((title, percent(score[quality]), human(score["macs"]), human(score["params"]), *times))
@@ -75,8 +75,9 @@ def show(path: Path) -> None:
     if "finetuned" not in results:
         out.print(f"not fine-tuned; to do so: ekgfx finetune {path} --epochs N")
     out.print(f"run {path}")
-    if cases:
-        ratios = {case: latency[case, "dense"] / latency[case, "pruned"] for case in cases}
+    both = [case for case in cases if {(case, "dense"), (case, "pruned")} <= set(latency)]
+    if both:
+        ratios = {case: latency[case, "dense"] / latency[case, "pruned"] for case in both}
         speed = ", ".join(f"{ratio:.2f} times as fast on {case}" for case, ratio in ratios.items())
         change_of = f"{quality} {percent(first[quality])} → {percent(last[quality])}"
         left = last["macs"] / first["macs"]
@@ -108,6 +109,10 @@ def advice(faster: float, left: float, search: Mapping[str, Any], widths: Collec
     return (
         f"fewer MACs brought little speed, though all widths are even: {by_time}; `ekgfx report` has each layer's time"
     )
+
+
+def _milliseconds(time: float | None) -> str:
+    return "–" if time is None else f"{time:.3g} ms"
 
 
 def _medians(path: Path) -> dict[tuple[str, str], float]:

@@ -26,6 +26,11 @@ def work(run: Run, job: Callable[[Terminal], Any], *, logger: str | None = None)
         if run.manifest.get("status") == "running":  # else it was refused before anything of the run was changed
             run.fail(str(error))
         raise
+    except OSError:
+        raise
+    except Exception as error:  # of a user's network, a library, or a fault of ours
+        run.update(status="failed", error=f"{type(error).__name__}: {error}")
+        raise
     show(run.path)
 
 

@@ -31,6 +31,10 @@ class ArraySplit(Split):
     def all_labels(self) -> Tensor | None:
         return self.labels
 
+    @property
+    def identity(self) -> Sequence[int | str]:
+        return [] if self.labels is None else self.labels.tolist()
+
     def to(self, device: torch.device) -> "ArraySplit":
         return replace(self, images=self.images.to(device))
 

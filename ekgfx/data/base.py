@@ -1,5 +1,7 @@
 """What every data set gives: splits, deterministic re-iterable loaders, and the subsets that the search works on."""
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -53,6 +55,11 @@ class Split(ABC):
     @abstractmethod
     def all_labels(self) -> Tensor | None:
         """int64 labels of all samples, in order, on the CPU; None where there are none."""
+
+    @property
+    def identity(self) -> Sequence[int | str]:
+        """What tells the samples apart, as far as it is known without opening them: labels, names of files."""
+        return ()
 
     @abstractmethod
     def batches(self, chunks: Sequence[Tensor], views: Views) -> Iterator[Batch]:
@@ -176,6 +183,13 @@ class Data:
     def labels(self, split: str) -> Tensor | None:
         """int64 labels of the split's samples in order, on the CPU; None where there are none."""
         return self.split(split).all_labels()
+
+    def digest(self, split: str) -> str:
+        """Tells whether a split holds the same samples in the same order as another time, as far as names and labels
+        say so."""
+        of = self.split(split)
+        told = json.dumps([len(of), *of.identity])
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def to(self, device: torch.device | str) -> "Data":
         """The same data with batches on `device`; sets that are held in memory are moved there as a whole."""

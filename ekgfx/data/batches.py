@@ -176,6 +176,16 @@ def _length(images: Mapping[str, Any]) -> int:
     return min(len(value) for value in images.values())
 
 
+def views_of(images: Any, samples: int, views: int) -> int:
+    """How many views of each image a batch holds where `views` are expected: 1 where its first dimension is that of its
+    `samples` (as labels and indices count them; 0: unknown), else `views`."""
+    parts = list(images.values()) if isinstance(images, Mapping) else [images]
+    shape = next((part.shape for part in parts if isinstance(part, Tensor) and part.ndim), None)
+    if shape is None or shape[0] != samples or (shape[0] == views and shape[1:2] == (samples,)):
+        return views
+    return 1
+
+
 def of_view(output: Any, samples: int, view: int) -> Any:
     """One view's part of every tensor in an output."""
 
@@ -195,7 +205,7 @@ def own_share(batch: Any, views: int, mates: Team) -> tuple[Any, Any, Tensor]:
 
         return pytree.tree_map_only(Tensor, cut, value)
 
-    stacked = views > 1 and isinstance(images, Tensor | Mapping)
+    stacked = isinstance(images, Tensor | Mapping) and views_of(images, len(index), views) > 1
     return part(images, 1 if stacked else 0), part(labels), part(index)
 
 

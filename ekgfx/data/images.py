@@ -151,6 +151,10 @@ class ImageSplit(Split):
     def all_labels(self) -> Tensor | None:
         return self._labels
 
+    @property
+    def identity(self) -> Sequence[int | str]:
+        return self.source.identity
+
     def to(self, device: torch.device) -> "ImageSplit":
         return replace(self, device=device)
 

@@ -12,18 +12,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_dataset
 from timm.data.dataset import ImageDataset, IterableImageDataset
-from timm.data.readers.reader_image_folder import ReaderImageFolder, find_images_and_targets
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ekgfx.data.decoding import decode, in_rgb
+from ekgfx.data.folders import ENDINGS, find_images, is_hidden, told_order
 from ekgfx.data.tables import numbers_of, read_table
 from ekgfx.errors import DataError
 
@@ -44,13 +45,10 @@ class ImageSource(ABC):
     def labels(self) -> Tensor | None:
         """int64 labels of all images; None where there are none."""
 
-
-def decode(file: str | Path | IO[bytes], name: str) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except Exception as error:  # Pillow has many decoders, and what they make of damaged bytes may be anything
-        raise DataError(f"cannot read the image {name}: {' '.join(str(error).split())[:300]}") from error
+    @property
+    def identity(self) -> Sequence[int | str]:
+        """See `ekgfx.data.base.Split.identity`."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,10 @@ class FileImages(ImageSource):
 
     def labels(self) -> Tensor | None:
         return None if self.file_labels is None else torch.tensor(self.file_labels, dtype=torch.int64)
+
+    @property
+    def identity(self) -> Sequence[int | str]:
+        return [*("/".join(Path(file).parts[-2:]) for file in self.files), *(self.file_labels or ())]
 
     def take(self, index: Tensor) -> "FileImages":
         chosen = index.tolist()
@@ -107,8 +109,8 @@ class PairImages(ImageSource):
     def read(self, index: int) -> tuple[Image.Image, int]:
         try:
             image, label = self.dataset[index]
-            return image.convert("RGB"), int(label)
-        except OSError as error:
+            return in_rgb(image), int(label)
+        except (OSError, ValueError) as error:
             raise DataError(f"cannot read image {index} of {self.name}: {error}") from error
 
     def labels(self) -> Tensor:
@@ -134,14 +136,17 @@ def open_folder(folder: Path, classes: int | None) -> tuple[dict[str, FileImages
 
     Labels in a table: `labels.csv`, or a .csv for each set, see `ekgfx.data.tables`.
 
-    Labels, the same way in every set: from class folders, numbered in natural order of their names as timm does, or by
-    ImageNet's class index if they are all ImageNet ids (n01440764) and the model has 1000 outputs; else from the number
-    before the first underscore of each file's name (0012_anything.jpg is class 12); else there are none.
+    Labels, the same way in every set: from class folders, numbered by ImageNet's class index if they are all ImageNet
+    ids (n01440764) and the model has 1000 outputs, in the order of `classes.txt` in the folder where it names them,
+    else in natural order of their names as timm does; else from the number before the first underscore of each file's
+    name (0012_anything.jpg is class 12); else there are none.
     """
     _check_extent(folder)
     if tables := _tables(folder):
         return _open_tables(tables, classes)
-    inside = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir() and _counts(path)}
+    inside = {
+        path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir() and not is_hidden(path.name)
+    }
     trains = [inside[name] for name in _TRAIN_FOLDERS if name in inside]
     tests = [inside[name] for name in _TEST_FOLDERS if name in inside]
     if len(inside) == 1 and not (trains or tests):  # as an archive is unpacked
@@ -150,11 +155,11 @@ def open_folder(folder: Path, classes: int | None) -> tuple[dict[str, FileImages
             return open_folder(within, classes)
     if not (trains and tests):
         only = [*trains, *tests]
-        images, count, _ = _list_images(only[0] if len(only) == len(inside) == 1 else folder, classes, None)
+        images, count, _ = _list_images(only[0] if len(only) == len(inside) == 1 else folder, folder, classes, None)
         return {"all": images}, count
     train, test = trains[0], tests[0]
-    train_images, count, class_to_index = _list_images(train, classes, None)
-    test_images, test_count, _ = _list_images(test, classes, class_to_index)
+    train_images, count, class_to_index = _list_images(train, folder, classes, None)
+    test_images, test_count, _ = _list_images(test, folder, classes, class_to_index)
     if count is not None and test_count is not None:
         count = max(count, test_count)
     elif count != test_count:
@@ -181,11 +186,6 @@ def _check_extent(folder: Path) -> None:
         if not said and time.monotonic() - start > LONG:
             log.info("%s: looking through it for images, %d folders so far", folder, count)
             said = True
-
-
-def _counts(folder: Path) -> bool:
-    """Whether a folder is one of the user's: not what systems and editors leave behind."""
-    return not folder.name.startswith((".", "__"))
 
 
 def _tables(folder: Path) -> dict[str, Path]:
@@ -217,15 +217,12 @@ def _open_tables(tables: dict[str, Path], classes: int | None) -> tuple[dict[str
 
 
 def _list_images(
-    folder: Path, classes: int | None, class_to_index: dict[str, int] | None
+    folder: Path, root: Path, classes: int | None, class_to_index: dict[str, int] | None
 ) -> tuple[FileImages, int | None, dict[str, int] | None]:
-    """Images of one set, number of classes, and the numbers of its class folders (None where it has none)."""
-    try:
-        samples, found = find_images_and_targets(str(folder))
-    except OSError as error:
-        raise DataError(f"cannot list {folder}: {error}") from error
+    """Images of one set below `root`, number of classes, and its class folders' numbers (None where it has none)."""
+    samples, found = find_images(folder)
     if not samples:
-        raise DataError(f"no images in {folder} or its folders; use .jpg, .jpeg or .png files")
+        raise DataError(f"no images in {folder} or its folders; use {', '.join(sorted(ENDINGS))} files")
     files = [file for file, _ in samples]
     if set(found) == {""}:
         labels = _labels_of_names(files)
@@ -236,11 +233,13 @@ def _list_images(
         raise DataError(
             f"{folder} has images of its own beside class folders, such as {loose}: move them or the folders"
         )
+    if class_to_index is None and classes == ImageNetInfo().num_classes():
+        class_to_index = _imagenet_index(found)
+    if class_to_index is None:
+        class_to_index = told_order(root, found)
     if class_to_index is None and classes is not None and len(found) < classes:
         class_to_index = _with_empty(folder, found, classes)
-    if class_to_index is None:
-        class_to_index = _imagenet_index(found) if classes == ImageNetInfo().num_classes() else None
-        class_to_index = class_to_index or found
+    class_to_index = class_to_index or found
     unknown = sorted(set(found) - set(class_to_index))
     if unknown:
         raise DataError(f"class folder '{unknown[0]}' of {folder} is none of the training set's")
@@ -251,7 +250,7 @@ def _list_images(
 
 def _with_empty(folder: Path, found: dict[str, int], classes: int) -> dict[str, int] | None:
     """The numbers of all class folders, where those without images are just what the model's outputs have more."""
-    inside = {path.name for path in folder.iterdir() if path.is_dir() and _counts(path)}
+    inside = {path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)}
     empty = inside - set(found)
     if not set(found) <= inside or len(inside) != classes:
         return None
@@ -282,7 +281,8 @@ def open_timm(name: str, root: str | None, split: str) -> ImageSource:
         dataset = create_dataset(name, root, split=split)
     # timm asserts, and passes on what torchvision and datasets raise about names, roots and missing files
     except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise DataError(f"timm cannot open '{name}' ({split}) in {root or 'no folder'}: {error}") from error
+        install = "; pip install datasets" if name.startswith("hfds") and isinstance(error, ImportError) else ""
+        raise DataError(f"timm cannot open '{name}' ({split}) in {root or 'no folder'}: {error}{install}") from error
     if isinstance(dataset, IterableImageDataset):
         raise DataError(f"timm:{name} is read as a stream, but samples are needed by index: use hfds/… or folder:DIR")
     if not isinstance(dataset, ImageDataset):

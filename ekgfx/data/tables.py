@@ -7,12 +7,13 @@ from pathlib import Path
 
 from timm.utils.misc import natural_key
 
+from ekgfx.data.folders import ENDINGS
 from ekgfx.errors import DataError
 
 FILE_COLUMNS = ("file", "filename", "file_name", "image", "path", "filepath", "image_path", "img", "image_id", "id")
 LABEL_COLUMNS = ("label", "class", "target", "category", "class_id", "label_id", "class_name", "y")
 SPLIT_COLUMNS = ("split", "set", "subset", "fold")
-ENDINGS = ("", ".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+_ENDINGS = sorted(ENDINGS | {ending.upper() for ending in ENDINGS})
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _column(names: Sequence[str], known: Sequence[str]) -> int | None:
 
 def _find(name: str, folders: Sequence[Path]) -> str | None:
     for folder in folders:
-        for ending in ENDINGS:
+        for ending in ("", *_ENDINGS):
             try:
                 if name and (folder / f"{name}{ending}").is_file():
                     return str(folder / f"{name}{ending}")

@@ -133,7 +133,7 @@ class Source:
             options["in_chans"] = asked.in_chans
         config = get_pretrained_cfg(self.model.removeprefix("timm:"))
         if self.input is not None and config is not None:
-            _, channels, *size = (*_shapes(self.input)[0], 0, 0)[:4]
+            _, channels, *size = (*named.shapes(self.input)[0], 0, 0)[:4]
             if channels != config.input_size[0]:
                 options["in_chans"] = channels
             if config.fixed_input_size and tuple(size) != config.input_size[1:]:
@@ -164,10 +164,11 @@ def parse(
     """Reads a MODEL argument; paths become absolute.
 
     Raises:
-        ModelError: an unknown name, form or file, or an input that is no shape; says what was probably meant.
+        ModelError: an unknown name, form or file, an input that is no shape, no classes; says what was probably meant.
     """
-    if input is not None:
-        _shapes(input)
+    named.check_input(input)
+    if classes is not None and classes < 1:
+        raise ModelError(f"classes {classes}: use at least 1")
     if weights not in ("auto", "none"):
         weights = str(Path(weights).expanduser().absolute())
     named.check_model(model)
@@ -178,6 +179,7 @@ def parse(
         folder = Path(model.partition(":")[2]).expanduser()
         model = f"hf:{folder.absolute()}" if model.startswith("hf:") and folder.is_dir() else model
     elif Path(model).is_dir():
+        named.check_of_run(model, weights=weights, input=input, classes=classes, ema=ema, model_kwargs=model_kwargs)
         model = str(Path(model).absolute())
     elif place.endswith(".py"):
         model = f"{Path(place).expanduser().absolute()}:{factory}"
@@ -217,7 +219,7 @@ def _example_inputs(source: Source, inputs: tuple[Tensor, ...] | None, config: M
     asked = source.preprocessing
     resized = asked.img_size is not None or asked.in_chans is not None
     if source.input is not None:
-        shapes = _shapes(source.input)
+        shapes = named.shapes(source.input)
     elif inputs is not None:
         if not resized:
             return inputs
@@ -236,14 +238,3 @@ def _example_inputs(source: Source, inputs: tuple[Tensor, ...] | None, config: M
         shapes = [(batch, asked.in_chans or channels, *size), *shapes[1:]]
     draw = torch.Generator().manual_seed(0)
     return tuple(torch.randn(shape, generator=draw) for shape in shapes)
-
-
-def _shapes(text: str) -> list[tuple[int, ...]]:
-    """ "1x3x32x32,1x10" → [(1, 3, 32, 32), (1, 10)]"""
-    try:
-        shapes = [tuple(int(side) for side in shape.split("x")) for shape in text.split(",")]
-    except ValueError:
-        shapes = []
-    if not shapes or any(side < 1 for shape in shapes for side in shape):
-        raise ModelError(f"input '{text}' is no shape: write 1x3x32x32, and more inputs after commas")
-    return shapes

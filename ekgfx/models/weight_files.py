@@ -112,6 +112,10 @@ def _read(file: Path) -> Contents:
         raise ModelError(
             f"weights '{file}' are Keras's (HDF5), which is not read: convert them, as examples/resnet50_keras.py says"
         )
+    if start.startswith(b"version https://"):
+        raise ModelError(f"weights '{file}' are not there yet, only Git LFS's note of them: type git lfs pull")
+    if start.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+        raise ModelError(f"weights '{file}' are a web page: download the file itself")
     raise ModelError(
         f"weights '{file}' are no weights that are known by their content: use auto, none, or a file that was written "
         "by torch.save, safetensors or numpy.savez"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ekgfx import bank, data
 from ekgfx.base.units import human, percent
-from ekgfx.distributed.team import local_device
+from ekgfx.distributed.team import local_device, team
 from ekgfx.errors import DataError, RecipeError, TrainingError
 from ekgfx.graph.plan import Plan
 from ekgfx.graph.untouched import untouched
@@ -21,10 +21,12 @@ from ekgfx.models.source import Built
 from ekgfx.repair.walk import LayerRepair
 from ekgfx.runs import checkpoint
 from ekgfx.runs.directory import Run, verify
+from ekgfx.runs.scores import Score
 from ekgfx.search import NEEDS_DATA, Step
 from ekgfx.search.effort import fitting_batch
 from ekgfx.settings.recipe import Recipe
 from ekgfx.tracing.trace import silently_traced
+from ekgfx.tracing.trace_errors import explained
 from ekgfx.tracing.traced import TracedModel
 from ekgfx.training.evaluation import evaluate
 from ekgfx.training.keeping import Epoch
@@ -93,19 +95,6 @@ class Labelled:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._report, name)
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a network is worth and costs. accuracy: fraction of right classes on the test split; agreement: where there
-    are no labels, the fraction of test images for which it says what the (trained) unpruned network says. macs: per
-    sample."""
-
-    accuracy: float | None
-    loss: float | None
-    agreement: float | None
-    macs: int
-    params: int
 
 
 @dataclass(eq=False)
@@ -187,6 +176,7 @@ class Job:
             return None
         opened = open_data(self.recipe.data or LABEL_FREE, self.built, self.recipe.seed, self.logits).to(self.device)
         self.report.note(preprocessing_of(opened, self.built))
+        recognize(opened, self.run, self.report)
         return opened
 
     @property
@@ -245,16 +235,40 @@ class Job:
 
 
 def open_data(spec: str, built: Built, seed: int, find: Callable[[Any], Tensor] = logits_of) -> data.Data:
-    """A data set in the form the model takes; DataError when the model takes no images or has other classes."""
+    """A data set in the form the model takes; DataError when the model takes no images or has other classes,
+    TraceError when it does not run on its example input."""
     if built.example_inputs[0].ndim != 4 or len(built.example_inputs) != 1:
         shapes = ", ".join("x".join(map(str, value.shape)) for value in built.example_inputs)
-        raise DataError(f"the model takes {shapes}, not images: use --search uniform --importance magnitude, or Python")
-    with untouched(built.model), torch.no_grad():
-        output = built.model(built.example_inputs[0])
+        raise DataError(
+            f"the model takes {shapes}, not images (N×C×H×W): no set of images can feed it. Prune it with "
+            "--search uniform --importance magnitude, or in Python"
+        )
+    try:
+        with untouched(built.model), torch.no_grad():
+            output = built.model(built.example_inputs[0])
+    except Exception as error:  # the user's forward may raise anything
+        raise explained(built.model, error, built.example_inputs, {}) from error
     found = find(output)
     classes = found.shape[1] if found.ndim == 2 else None
     channels = built.example_inputs[0].shape[1]
     return data.load(spec, classes=classes, seed=seed, **{**built.data_options, "channels": channels})
+
+
+def recognize(opened: data.Data, run: Run, report: Report) -> None:
+    """Records which images a run works on, and says so where they are no longer those of before."""
+    now = {split: f"{opened.size(split)}, {opened.digest(split)}" for split in data.SPLITS} | {"spec": opened.spec}
+    then = run.manifest.get("data", {})
+    if then == now or not team().first:
+        return
+    if then.get("spec") == opened.spec:
+        before, after = (
+            " and ".join(those.get(split, "?").partition(",")[0] for split in data.SPLITS) for those in (then, now)
+        )
+        report.note(
+            f"the images of {opened.spec} have changed since this run began: then {before} to train and to test on, "
+            f"now {after}; what was measured then is of those"
+        )
+    run.update(data=now)
 
 
 def preprocessing_of(opened: data.Data, built: Built) -> str:

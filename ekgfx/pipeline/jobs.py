@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ekgfx.data import SPLITS, Data
 from ekgfx.distributed.team import team
 from ekgfx.errors import DataError, RecipeError, RunError
 from ekgfx.pipeline import delivery, frontier, timing
@@ -85,9 +86,14 @@ def finetune_job(run: Run, report: Report, changes: Mapping[str, Any]) -> None:
         (run.path / TUNING).unlink(missing_ok=True)
     stale = set(results) if asked.data != job.recipe.data else {"finetuned"}
     kept = {name: score for name, score in results.items() if name not in stale}
+    status = run.manifest["status"]
     run.update(settings=asked.to_json(), results=kept, status="running")
     run.drop(*delivery.FILES, frontier.FILE)  # they are of the network before
-    prune_job(run, report)
+    try:
+        prune_job(run, report)
+    except DataError:  # an image that cannot be read: the run goes on with its own
+        run.update(settings=job.recipe.to_json(), results=results, status=status)
+        raise
 
 
 def check_finetune(job: Job, asked: Recipe) -> None:
@@ -95,12 +101,18 @@ def check_finetune(job: Job, asked: Recipe) -> None:
     wanted = asked.finetune
     if wanted.epochs < 1:
         raise RecipeError(f"no epochs to fine-tune for ({wanted.epochs}): give --epochs")
-    pick_device(asked.device)
-    images = open_data(asked.data or LABEL_FREE, job.built, asked.seed)
-    for split in ("train", "test"):
-        images.size(split)
+    images = check_images(job, asked)
     if images.classes is None and (wanted.knowledge == "none" or not wanted.teachers):
         raise DataError(NO_TEACHERS)
+
+
+def check_images(job: Job, asked: Recipe) -> Data:
+    """The data that a run would go on with; refuses those, and the device, that it could not."""
+    pick_device(asked.device)
+    images = open_data(asked.data or LABEL_FREE, job.built, asked.seed, job.logits)
+    for split in SPLITS:
+        images.size(split)
+    return images
 
 
 def repair_job(run: Run, report: Report, changes: Mapping[str, Any]) -> None:
@@ -118,6 +130,7 @@ def repair_job(run: Run, report: Report, changes: Mapping[str, Any]) -> None:
     if job.recipe.data is None and not job.needs_data and "data" not in changes:
         raise DataError(f"the run at {run.path} has no images to repair on; give --data")
     asked = override(job.recipe, {"repair.enabled": True, **changes})
+    check_images(job, asked)
     fresh = set(results) - {"repaired"} if asked.data == job.recipe.data else set()
     kept = {name: score for name, score in results.items() if name in fresh}
     run.update(settings=asked.to_json(), results=kept, status="running")

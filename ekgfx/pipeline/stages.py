@@ -181,9 +181,10 @@ def fill_bank(job: Job, result: SearchResult) -> KnowledgeSource:
     assert job.data is not None  # fine-tuning needs data
     asked, folder = job.recipe.finetune, job.run.path / BANK
     wanted = {"data": job.data.spec, "knowledge": asked.knowledge, "teachers": asked.teachers, "top_k": asked.top_k}
-    wanted["statistics"] = f"averages corrected on {bank.STATISTICS} samples"
+    wanted |= {"statistics": f"averages corrected on {bank.STATISTICS} samples", "images": job.data.digest("train")}
     if job.run.manifest.get("bank") != wanted:
         shutil.rmtree(folder, ignore_errors=True)
+        (job.run.path / TUNING).unlink(missing_ok=True)  # a training with what another bank taught
         job.run.update(bank=wanted)
     job.report.stage("build the memory bank")
     samples = job.data.size("train")

@@ -25,7 +25,7 @@ from ekgfx.search.ignore import ignored_groups
 from ekgfx.search.latency import VERSION, LayerTable, Price
 from ekgfx.search.problem import width_rules
 from ekgfx.search.widths import WidthRule
-from ekgfx.settings.recipe import Search
+from ekgfx.settings.recipe import Search, check_place
 from ekgfx.tracing.traced import TracedModel
 
 FILE = "latency_table.json"
@@ -180,11 +180,7 @@ def _times(job: Job, pruned: nn.Module, target: Target) -> Mapping[str, float]:
 
 def check_settings(asked: Search) -> None:
     """RecipeError for settings of the latency budget that cannot go together."""
-    if asked.latency is not None and asked.target is None and asked.latency_table is None:
-        raise RecipeError(
-            "a latency budget needs the place that it holds for: give --target, such as cuda:fp16:batch=64 or "
-            "cpu:fp32:batch=1, or --latency-table FILE from another machine"
-        )
+    check_place(asked)
     if asked.target is not None:
         target = Target.parse(asked.target)
         if asked.latency is not None and asked.latency_table is None:

@@ -114,10 +114,13 @@ def load_run(path: Path) -> Built:
 
 
 def build(source: Source) -> Built:
-    """The model of a source, which may be a run."""
+    """The model of a source, which may be a run. ModelError for images of another kind than a run's network takes."""
     if not source.is_run:
         return source.build()
-    built = load_run(Path(source.model))
+    built, asked = load_run(Path(source.model)), source.preprocessing
+    shape = tuple(built.example_inputs[0].shape)
+    if asked.img_size not in (None, *shape[2:]) or asked.in_chans not in (None, *shape[1:2]):
+        raise ModelError(f"{source.model} takes {'×'.join(map(str, shape))}: leave --img-size and --in-chans out")
     return built if source.preprocessing == AS_THE_MODEL_SAYS else replace(built, asked=source.preprocessing)
 
 

@@ -31,6 +31,7 @@ from ekgfx.base.files import (
 from ekgfx.base.schema import read
 from ekgfx.base.units import budget_of
 from ekgfx.errors import RunError
+from ekgfx.runs.scores import Score
 from ekgfx.settings.budgets import BUDGETS, label_of, which
 
 FORMAT = 1
@@ -46,7 +47,8 @@ _ENTRIES: dict[str, Any] = {
     "status": str,
     "error": str | None,
     "files": Mapping[str, Mapping[str, Any]],
-    "results": Mapping[str, Mapping[str, Any]],
+    "settings": Mapping[str, Any] | None,
+    "results": Mapping[str, Score],
     "source": Mapping[str, Any] | None,
     "ancestors": tuple[str, ...],
     "points": tuple[Mapping[str, float | str], ...],
@@ -55,8 +57,9 @@ _ENTRIES: dict[str, Any] = {
     "named_inputs": Mapping[str, tuple[Any, ...]],
     "weights": str,
     "device": str,
+    "data": Mapping[str, str],
 }
-"""The types of run.json's entries; settings are a recipe, and checked as one."""
+"""The types of run.json's entries; what settings hold is a recipe, and checked as one."""
 _LOCK = ".lock"
 _PACKAGES = ("ekgfx", "torch", "torchvision", "timm", "torch-pruning", "onnx", "onnxruntime-gpu", "onnxruntime")
 
@@ -287,6 +290,18 @@ def _acquire(path: Path) -> filelock.FileLock:
     except OSError as error:
         raise RunError(f"cannot lock the run at {path}: {error.strerror or error}; {advice(error)}") from error
     return lock
+
+
+def in_use(path: Path) -> bool:
+    """Whether a process is working on the run; nothing is written."""
+    lock = filelock.FileLock(path / _LOCK)
+    try:
+        if (path / _LOCK).exists():
+            lock.acquire(timeout=0)
+            lock.release()
+        return False
+    except (filelock.Timeout, OSError):
+        return True
 
 
 def _refuse_links(path: Path) -> None:

@@ -21,11 +21,12 @@ from ekgfx.search.criteria import IMPORTANCE, NEEDS_DATA, of_weights
 from ekgfx.search.details import AUTHORS, PAPER, Details, authors_cost
 from ekgfx.search.ignore import as_patterns, enclosing, ignored_groups
 from ekgfx.search.latency import LayerTable, Price
+from ekgfx.search.own import check_takes, name_of
 from ekgfx.search.problem import DROP, Budget, Computing, Problem, quicker_channels_last, tied_rules
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.result import Candidate, Measure, Point, SearchResult, Step, as_steps
 from ekgfx.search.reward import Objective, Reward, assess, label_free, validation_batches
-from ekgfx.search.settings import STRATEGIES, SearchOptions, SearchSettings, check_known, name_of
+from ekgfx.search.settings import STRATEGIES, SearchOptions, SearchSettings, check_known
 from ekgfx.settings.budgets import label_of
 from ekgfx.surgery.configured import description
 from ekgfx.surgery.dropped import check_droppable
@@ -109,6 +110,9 @@ def search(
     check_traced(traced, "search")
     check_known(options)
     asked = replace(settings or SearchSettings(), **options)
+    if reward is not None:
+        check_takes(reward, "reward", "logits", "target", "knowledge")
+    lead, criterion = asked.lead, asked.criterion
     history = as_steps(resume_from or ())
     points = asked.points
     limits = [find_budget(traced, **point, table=table, cost=cost, budget=budget) for point in points]
@@ -129,9 +133,9 @@ def search(
         check_mixed(problem, given)
         others = dict(zip(map(label_of, points[:-1]), limits, strict=False))
         recorder = Recorder(problem, on_step, history, others)
-        asked.lead(problem, asked.criterion, recorder)
+        lead(problem, criterion, recorder)
         for label in others.keys() - recorder.ways.keys():  # of a strategy that does not know them
-            asked.lead(replace(problem, budget=others[label]), asked.criterion, recorder.leave(label, 0))
+            lead(replace(problem, budget=others[label]), criterion, recorder.leave(label, 0))
     return SearchResult(
         full=problem.full(),
         sizes={name: group.size for name, group in traced.groups.items()},

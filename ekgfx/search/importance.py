@@ -15,6 +15,7 @@ from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.groups import ChannelGroup
 from ekgfx.graph.plan import Plan
 from ekgfx.search.forks import Keeper
+from ekgfx.search.own import check_gradient
 from ekgfx.search.problem import Problem
 from ekgfx.search.reward import Knowledge
 
@@ -169,6 +170,7 @@ def changes_at(
 
     ends = [value for value in values.values() if value.is_leaf]
     hooks = [value.register_hook(partial(look, value)) for value in values.values() if not value.is_leaf]
+    check_gradient(negative)
     gradients = torch.autograd.grad(negative, [*ends, *others], allow_unused=True)
     for hook in hooks:
         hook.remove()  # it holds the value that holds it

@@ -21,6 +21,7 @@ from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.groups import ChannelGroup
 from ekgfx.graph.plan import Plan
 from ekgfx.search.importance import Criterion, Scores, channel_index, differentiable
+from ekgfx.search.own import check_gradient
 from ekgfx.search.problem import Problem
 from ekgfx.search.reward import Knowledge
 
@@ -83,6 +84,7 @@ def hessian(problem: Problem, plan: Plan, knowledge: Knowledge | None) -> Scores
             with torch.enable_grad():
                 one = [_sample(value, sample) for value in (output, batch.target, target)]
                 negative = problem.objective.terms(*one)[1]
+            check_gradient(negative)
             for square, gradient in zip(
                 squares, torch.autograd.grad(negative, weights, retain_graph=True, allow_unused=True), strict=True
             ):

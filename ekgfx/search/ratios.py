@@ -12,6 +12,7 @@ from ekgfx.search.candidates import important_first
 from ekgfx.search.criteria import IMPORTANCE, NEEDS_DATA
 from ekgfx.search.ignore import Ignored, as_patterns, enclosing, ignored_groups
 from ekgfx.search.importance import Criterion
+from ekgfx.search.own import checked_criterion
 from ekgfx.search.problem import Problem, width_rules
 from ekgfx.search.reward import Objective
 from ekgfx.tracing.traced import TracedModel, check_traced
@@ -51,13 +52,18 @@ def plan(
         >>> pruned = ekgfx.prune(model, plan, traced)
     """
     check_traced(traced, "plan")
+    if not isinstance(ratios, Mapping):
+        kind = type(ratios).__name__
+        raise RecipeError(f'ratios are a mapping of names to what is kept, such as {{"*": 0.5}}, and no {kind}')
     if isinstance(importance, str):
         if importance not in OF_WEIGHTS:
             raise RecipeError(
                 f"importance {importance!r}: a plan from ratios takes {', '.join(OF_WEIGHTS)}, or a function; `search` "
                 "has those that look at data"
             )
-        importance = OF_WEIGHTS[importance]
+        criterion = OF_WEIGHTS[importance]
+    else:
+        criterion = checked_criterion(importance)
     if align < 1:
         raise RecipeError(f"align {align}: use at least 1 channel")
     rules = width_rules(traced, ignored_groups(traced.groups, as_patterns(traced, ignore)), align, 0.0)
@@ -73,7 +79,7 @@ def plan(
         rescale=False,
         seed=seed,
     )
-    scores = importance(problem, problem.full(), None)
+    scores = criterion(problem, problem.full(), None)
     made = problem.full()
     for name, rule in problem.rules.items():
         count = rule.kept(_share(name, asked[name], rule.size))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ekgfx.data.batches import Inputs, device_of, each_batch, to_device, unpacked
 from ekgfx.errors import DataError, TrainingError
+from ekgfx.search.own import mean_of
 from ekgfx.training.loss import at_least_single, check_classes, cross_entropy, is_classes, label_loss
 from ekgfx.training.outputs import logits_of
 
@@ -68,7 +69,7 @@ class Objective:
         """Label loss, and −ℛ = CE(labels, O) + CE(softmax(T), O), each the mean over this batch (eq. 4)."""
         loss = label_loss(self.loss, self.logits)(output, target)
         if self.reward is not None:
-            return loss, -self.reward(self.logits(output), target, knowledge)
+            return loss, -mean_of(self.reward, self.logits(output), target, knowledge)
         if knowledge is None:
             return loss, loss
         return loss, loss + cross_entropy(self.logits(output), knowledge.softmax(1))

@@ -21,9 +21,9 @@ from ekgfx.search.criteria import IMPORTANCE
 from ekgfx.search.cuts import Key, OnCut, Worth, judged, repaired
 from ekgfx.search.ignore import Ignored, as_patterns, ignored_groups
 from ekgfx.search.importance import Criterion
+from ekgfx.search.own import checked_criterion, name_of
 from ekgfx.search.problem import Computing, Problem, quicker_channels_last, tied_rules
 from ekgfx.search.reward import Objective, ValidationBatch, assess, label_free, validation_batches
-from ekgfx.search.settings import name_of
 from ekgfx.surgery.tied import ties_of
 from ekgfx.tracing.traced import TracedModel, check_traced
 from ekgfx.training.loss import cross_entropy
@@ -179,7 +179,7 @@ def sensitivity(
     asked = _shares(shares)
     if isinstance(importance, str) and importance not in IMPORTANCE:
         raise RecipeError(f"unknown importance {importance!r}; use one of {', '.join(IMPORTANCE)}")
-    criterion = IMPORTANCE[importance] if isinstance(importance, str) else importance
+    criterion = IMPORTANCE[importance] if isinstance(importance, str) else checked_criterion(importance)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         problem = _problem(traced, Objective(loss, finder(logits)), ignore, seed)

@@ -13,6 +13,7 @@ from ekgfx.search.criteria import IMPORTANCE, NEEDS_DATA
 from ekgfx.search.details import PAPER, Details
 from ekgfx.search.ignore import Ignored
 from ekgfx.search.importance import Criterion
+from ekgfx.search.own import check_takes, checked_criterion, name_of
 from ekgfx.search.problem import Problem
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.reward import KnowledgeMode
@@ -126,13 +127,14 @@ class SearchSettings(recipe.SearchSettings):
 
     @property
     def criterion(self) -> Criterion:
-        """What scores the channels."""
-        return IMPORTANCE[self.importance] if isinstance(self.importance, str) else self.importance
+        """What scores the channels; RecipeError for a function that cannot."""
+        return IMPORTANCE[self.importance] if isinstance(self.importance, str) else checked_criterion(self.importance)
 
     @property
     def lead(self) -> Strategy:
         """What leads the search."""
         if not isinstance(self.strategy, str):
+            check_takes(self.strategy, "strategy", "problem", "criterion", "recorder")
             return self.strategy
         pace = ekg.Pace(self.step, self.accept)
         named: dict[str, Strategy] = {
@@ -160,11 +162,6 @@ def check_known(options: Iterable[str]) -> None:
     for name in options:
         if name not in known:
             raise RecipeError(f"the search has no setting {name!r}{_hint(name, known)}")
-
-
-def name_of(chosen: Any) -> str:
-    """A choice as the record names it: by its name, or by that of the user's function or class."""
-    return chosen if isinstance(chosen, str) else getattr(chosen, "__qualname__", type(chosen).__qualname__)
 
 
 def _check(name: str, value: Any, known: Iterable[Any]) -> None:

@@ -73,5 +73,6 @@ def which(points: Sequence[Mapping[str, float | str]], wanted: Mapping[str, floa
     for number, asked in enumerate(points):
         if all(key in asked and budget_of(key, asked[key]) == size for key, size in goal.items()):
             return number
-    there = "; ".join(map(label_of, points)) or "none but its own"
-    raise BudgetError(f"no budget {label_of(wanted)} was asked for; there is {there}")
+    if not points:
+        raise BudgetError(f"the run has one network, that of its own budget: leave {label_of(wanted)} out")
+    raise BudgetError(f"no budget {label_of(wanted)} was asked for; there is {'; '.join(map(label_of, points))}")

@@ -255,6 +255,19 @@ class Recipe:
         return recipe
 
 
+def check_place(asked: Search) -> None:
+    """RecipeError for a latency budget that holds nowhere, or a table of timings that is not there."""
+    if asked.latency is not None and asked.target is None and asked.latency_table is None:
+        raise RecipeError(
+            "a latency budget needs the place that it holds for: give --target, such as cuda:fp16:batch=64 or "
+            "cpu:fp32:batch=1, or --latency-table FILE from another machine"
+        )
+    if asked.latency_table is not None and not Path(asked.latency_table).expanduser().exists():
+        raise RecipeError(
+            f"cannot read the latency table {asked.latency_table}: no such file; measure one with --latency"
+        )
+
+
 def _with_fractions(settings: object) -> object:
     """The settings with budgets written as 55% as numbers."""
     if not isinstance(settings, Mapping) or not isinstance(asked := settings.get("search"), Mapping):

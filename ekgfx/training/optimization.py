@@ -23,7 +23,8 @@ class Training(recipe.Training):
     epochs; batch_size; lr; momentum; weight_decay (on all parameters). optimizer: any name that timm knows ("sgd" is
     with Nesterov momentum). schedule: "multistep" (×0.2 after 30, 60 and 80% of the epochs), "cosine" (to 0) or
     "constant". warmup: epochs of linear warm-up. augment: flips, crops and, with two views, colours. views: augmented
-    views per image; None takes 2 with a bank and 1 without. amp: None, or the half precision to compute in.
+    views per image; None takes 2 with a bank and 1 without, or as many as batches of your own hold. amp: None, or the
+    half precision to compute in.
     channels_last: memory format of images and weights. workers: processes that decode images. seed: of shuffle,
     augmentation and dropout.
 

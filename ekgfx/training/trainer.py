@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ekgfx.base.schema import read
-from ekgfx.data.batches import Inputs, device_of, half_of, of_view, side_by_side, to_device, unpacked
+from ekgfx.data.batches import Inputs, device_of, half_of, of_view, side_by_side, to_device, unpacked, views_of
 from ekgfx.distributed.parallel import SharedNorms, add_gradients
 from ekgfx.distributed.team import ALONE, Team
 from ekgfx.errors import DataError, RecipeError, RunError, TrainingError
@@ -107,7 +107,8 @@ class Trainer:
 
     def _update(self, batch: Any, check: bool) -> Tensor:
         images, labels, index = unpacked(batch)
-        if self.views == 1:
+        views = self._views(images, labels, index)
+        if views == 1:
             shown, samples = Inputs.of(images).onto(self.model), None
         else:
             shown, samples = side_by_side(images, self.model)
@@ -117,7 +118,7 @@ class Trainer:
         labels = to_device(labels, self.device)
         with self._precision():
             output = shown.into(self.model)
-        outputs = [output] if samples is None else [of_view(output, samples, view) for view in range(self.views)]
+        outputs = [output] if samples is None else [of_view(output, samples, view) for view in range(views)]
         if check:
             check_classes(self.logits(outputs[0]), labels)
         loss = mixed_loss(self.objective, outputs, labels, index, part) * self._share(outputs[0])
@@ -131,6 +132,17 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.model, self.updates)
         return loss.detach()
+
+    def _views(self, images: Any, labels: Any, index: Tensor) -> int:
+        """How many views of each image a batch holds; DataError where more were asked for."""
+        samples = len(index) or (len(labels) if isinstance(labels, Tensor) and labels.ndim else 0)
+        found = views_of(images, samples, self.views)
+        if found != self.views and self.training.views is not None:
+            raise DataError(
+                f"views={self.views}, but the batches hold one view of each image: give images as views × batch × …, "
+                "or leave views out"
+            )
+        return found
 
     def _share(self, output: Any) -> float:
         """This process's part of the samples of a batch: what its mean weighs in the mean over all of them."""

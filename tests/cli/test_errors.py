@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import tempfile
 import textwrap
 
 import pytest
@@ -30,6 +31,17 @@ def not_a_number():
 def raises():
     raise ValueError("no such luck")
 
+def wants_two():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(10))
+        def forward(self, x):
+            if len(x) > 2:
+                raise KeyError("wide")
+            return x.mean((1, 2, 3))[:, None] * self.scale
+    return Net(), (torch.randn(2, 1, 8, 8),)
+
 def data_dependent():
     class Net(nn.Module):
         def forward(self, x):
@@ -56,7 +68,6 @@ DIGITS = ("ekgfx.models:digits_cnn", "--data", "digits")
         (["groups", "nets.py:data_dependent"], "Net could not be traced"),
         (["groups", "nets.py"], "names no factory"),
         (["groups"], "Missing argument 'MODEL'"),
-        (["grops", "timm:resnet18"], "No such command 'grops'"),
         (["prune"], "nothing to prune: name a MODEL"),
         (["prune", *DIGITS], "no budget: give --flops, --params or --latency"),
         (["prune", *DIGITS, "--flops", "55"], "flops is the fraction to keep, between 0 and 1"),
@@ -101,6 +112,25 @@ DIGITS = ("ekgfx.models:digits_cnn", "--data", "digits")
         (["export"], "no run under runs/"),
         (["export", "nowhere", "--batch", "1,x"], "'1,x': use whole numbers with commas"),
         (["recipes", "nothing"], "no recipe 'nothing'"),
+        (
+            ["eval", *DIGITS[:1], "--data", "digits:x"],
+            "digits comes with scikit-learn, and from no folder; write digits",
+        ),
+        (
+            ["landscape", *DIGITS, "--loss", "nets.py:raises"],
+            "--loss raises takes (), and is called with (output, labels",
+        ),
+        (["landscape", *DIGITS, "--span", "0"], "Invalid value for '--span': 0.0 is not in the range x>0"),
+        (["landscape", *DIGITS, "--tolerance", "-1"], "Invalid value for '--tolerance': -1.0 is not in the range x>0"),
+        (["groups", *DIGITS[:1], "--svg", ""], "cannot write '.': it names no file"),
+        (["grops"], "no command 'grops': did you mean groups? (see ekgfx --help)"),
+        (["quantize"], "no command 'quantize': use compare, eval, export, "),
+        (["report", "--browser"], "No such option '--browser' (see ekgfx report --help)"),
+        (["eval", *DIGITS, "--input", "1x3x8x8"], "DigitsCNN does not run on the example inputs: "),
+        (["landscape", *DIGITS, "--input", "1x3x8x8"], "DigitsCNN does not run on the example inputs: "),
+        (["groups", *DIGITS, "--input", "1x3x8x8", "--sensitivity"], "DigitsCNN does not run on the example inputs: "),
+        (["eval", *DIGITS, "--input", "4x8x8"], "the model takes 4x8x8, not images (N×C×H×W)"),
+        (["eval", *DIGITS, "--weights", "https://x.org/net.pth"], "are not fetched: download the file, and name it"),
     ],
 )
 def test_one_line_and_nothing_left_behind(refused, tmp_path, arguments, says):
@@ -114,6 +144,20 @@ def test_a_real_process_prints_no_traceback(ekgfx_process):
     assert done.out == ""
     assert done.err.count("\n") == 1
     assert done.err.startswith("ekgfx: timm has no model")
+
+
+def test_what_nobody_foresaw_is_one_line_and_a_file(ekgfx, tmp_path, monkeypatch):
+    """Of a user's forward that fails on larger batches: where, what, and the traceback for whoever mends it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    done = ekgfx("eval", "nets.py:wants_two", "--data", "digits")
+    line = done.err.splitlines()[-1]
+    assert done.code == 1 and "Traceback" not in done.said
+    place = next(number for number, text in enumerate(NETS.splitlines(), 1) if "wide" in text)
+    assert line.startswith(f"ekgfx: KeyError: 'wide' (at {tmp_path}/nets.py:{place}), which ekgfx did not expect")
+    (file,) = tmp_path.glob("ekgfx-*.txt")
+    assert str(file) in line and "Traceback" in file.read_text() and 'raise KeyError("wide")' in file.read_text()
+    done = ekgfx("prune", "nets.py:wants_two", "--data", "digits", "--flops", 0.5, "-o", "run")
+    assert done.code in (1, 2) and "Traceback" not in done.said
 
 
 def test_an_unreadable_image_is_named(refused, tmp_path):

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from ekgfx.cli import render
-from ekgfx.cli.summary import advice
+from ekgfx.cli.summary import advice, show
 from ekgfx.rules.registry import _RULES
+from ekgfx.runs.directory import Run
 from ekgfx.settings import recipe
 from ekgfx.settings.recipe import Recipe
 from tests.cli.conftest import environment
@@ -209,3 +210,20 @@ def test_every_training_setting_is_a_recipe_key():
 def test_advice_where_the_milliseconds_did_not_follow(faster, left, latency, align, widths, says):
     found = advice(faster, left, {"latency": latency, "align": align}, widths)
     assert found is None if says is None else found is not None and says in found
+
+
+def test_a_network_that_was_not_timed_in_some_precision_leaves_a_gap(tmp_path, capsys):
+    """What is left out because it is slower (fp16, INT8) is no reason to say nothing of the rest."""
+    score = {"accuracy": 0.5, "agreement": None, "macs": 1000, "params": 10}
+    results = {"before": score, "searched": {**score, "macs": 500}}
+    with Run.create(tmp_path / "run", settings=Recipe(model="m").to_json(), results=results) as run:
+        run.write_json("plan.json", {"kept": {}})
+        timing = {"provider": "cpu", "batch": 1, "median_ms": 1.0}
+        timings = [timing | {"precision": "fp32", "network": "dense", "median_ms": 2.0}]
+        timings += [timing | {"precision": precision, "network": "pruned"} for precision in ("fp32", "int8")]
+        run.write_json("export.json", {"latency": {"timings": timings}})
+    show(tmp_path / "run")
+    shown = capsys.readouterr().out
+    assert "2.00 times as fast on cpu fp32 batch 1;" in " ".join(shown.split())
+    (before,) = (line for line in shown.splitlines() if line.startswith("before"))
+    assert [cell.strip() for cell in before.split("│")[-2:]] == ["2 ms", "–"]

@@ -25,6 +25,16 @@ def test_a_run_without_repair_is_repaired_later_as_one_that_had_it(ekgfx, refuse
 
     done = ekgfx("prune", "--recipe", "recipe.yaml", "--no-repair", "-o", "without")
     assert "after repair" not in done.out and not (tmp_path / "without" / "repair.json").exists()
+    before = {file: file.read_bytes() for file in (tmp_path / "without").rglob("*") if file.is_file()}
+    for option, says in {
+        ("--data", "folder:nowhere"): "no such folder: 'nowhere'",
+        ("--data", "digit"): "did you mean 'digits'?",
+        ("--data", "cifar10:with"): "no cifar10 in",
+        ("--device", "cuda:77"): "device 'cuda:77' cannot be used",
+        ("--images", "-1"): "repair.images -1: use at least 1",
+    }.items():
+        assert says in refused("repair", "without", *option)
+        assert {file: file.read_bytes() for file in (tmp_path / "without").rglob("*") if file.is_file()} == before
     done = ekgfx("repair", "without")
     assert "after repair" in done.out
     results = [read_manifest(tmp_path / name)["results"] for name in ("with", "without")]

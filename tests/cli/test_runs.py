@@ -3,6 +3,7 @@ known to be right, and a wrong command is answered at once."""
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from ekgfx import data
 from ekgfx.cli import cli
 from ekgfx.models import digits_cnn
 from ekgfx.pipeline.job import Silent
@@ -22,6 +25,7 @@ from ekgfx.settings import recipe
 from ekgfx.settings.recipe import Recipe
 from tests.cli.conftest import environment
 
+DIGITS = ("ekgfx.models:digits_cnn", "--weights", "none")
 SETTINGS = {
     "model": "ekgfx.models:digits_cnn",
     "data": "digits",
@@ -103,6 +107,21 @@ def test_finetune_changes_nothing_before_all_is_right(runs, refused, tmp_path) -
         assert content(run) == before, options
 
 
+def test_an_image_that_cannot_be_read_leaves_the_runs_own_data(runs, refused, ekgfx, tmp_path) -> None:
+    """It is met long after the check, in the middle of the work."""
+    run, _ = runs
+    for number in range(60):
+        place = tmp_path / "images" / f"{number % 10}_{number}.png"
+        place.parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8), number).save(place)
+    file = Path(data.load(f"folder:{tmp_path}/images", classes=10, channels=1).split("test").source.files[-1])
+    file.write_bytes(file.read_bytes()[:20])
+    before = read_manifest(run)
+    assert f"cannot read the image {file}" in refused("finetune", run, "--epochs", 1, "--data", "folder:images")
+    assert all(read_manifest(run)[key] == before[key] for key in ("settings", "results", "status", "files"))
+    assert ekgfx("eval", run).code == 0
+
+
 def test_finetune_remembers_where_its_data_are(runs, ekgfx, tmp_path, monkeypatch) -> None:
     """Named from one folder, found from another."""
     run, _ = runs
@@ -125,6 +144,53 @@ def test_prune_a_run_keeps_its_data(runs, ekgfx, tmp_path) -> None:
     assert "accuracy" in done.out
     done = ekgfx("prune", "runs/first", *further, "--dry-run")
     assert "search uniform on digits" in done.out
+
+
+def test_a_run_says_itself_what_its_network_is(runs, refused) -> None:
+    """What a run could not obey is refused, and not passed over."""
+    budget = ("--flops", "0.8")
+    for option in (("--classes", "4"), ("--input", "1x1x9x9"), ("--ema",), ("--model-kwargs", "width=3")):
+        for command in (("eval", "runs/first"), ("groups", "runs/first"), ("prune", "runs/first", *budget)):
+            said = refused(*command, *option)
+            assert f"runs/first is a run, which says what its network is: leave {option[0]} out" in said
+    assert "takes 1×1×8×8: leave --img-size and --in-chans out" in refused("eval", "runs/first", "--img-size", "16")
+    assert "the run has one network, that of its own budget: leave flops=0.7 out" in refused(
+        "export", "runs/first", "--flops", "0.7"
+    )
+
+
+def test_images_that_changed_under_a_run_are_told_of_and_taught_anew(ekgfx, tmp_path) -> None:
+    """Rows of the memory bank belong to images by number: one file less, and they would be those of its neighbours."""
+    draw = np.random.default_rng(0)
+    for number in range(60):
+        place = tmp_path / "images" / f"{number % 10}_{number}.png"
+        place.parent.mkdir(exist_ok=True)
+        Image.fromarray(draw.integers(0, 255, (8, 8), np.uint8)).save(place)
+    short = ("--search", "uniform", "--epochs", "1", "--batch-size", "16", "--no-augment")
+    done = ekgfx("prune", *DIGITS, "--flops", "0.7", *short, "--data", "folder:images", "-o", "run")
+    assert done.code == 0 and "have changed" not in done.err, done.err
+    before = json.loads((tmp_path / "run" / "bank" / "bank.json").read_text())
+    assert "have changed" not in ekgfx("finetune", "run", "--epochs", "2").err
+    assert json.loads((tmp_path / "run" / "bank" / "bank.json").read_text()) == before
+    (tmp_path / "images" / "3_3.png").unlink()
+    done = ekgfx("finetune", "run", "--epochs", "1")
+    assert done.code == 0
+    sizes = [data.load(f"folder:{tmp_path}/images").size(split) for split in data.SPLITS]
+    (counts,) = re.findall(r"have changed since this run began: (.*?);", " ".join(done.err.split()))
+    assert counts == f"then 48 and 12 to train and to test on, now {sizes[0]} and {sizes[1]}" and sum(sizes) == 59
+    assert json.loads((tmp_path / "run" / "bank" / "bank.json").read_text()) != before
+    assert "have changed" not in ekgfx("finetune", "run", "--epochs", "1").err
+
+
+def test_a_run_with_another_kind_of_content_is_one_line(runs, refused) -> None:
+    for number, change in enumerate(({"settings": []}, {"results": {"before": {"accuracy": "x"}}}, {"results": [1]})):
+        file = runs[0] / "run.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        for command in ("eval", "report", "compare", "groups", "export", "finetune"):
+            said = refused(command, runs[0], *(("--epochs", "1") if command == "finetune" else ()))
+            assert "runs/first/run.json" in said, (number, command)
+        shutil.rmtree(runs[0])
+        shutil.copytree(runs[1], runs[0])
 
 
 def test_groups_takes_weights_and_says_whether_they_fit(ekgfx, refused, tmp_path) -> None:
@@ -158,6 +224,17 @@ def test_runs_beside_each_other(runs, ekgfx, refused, tmp_path) -> None:
     assert "run.json is damaged" in refused("compare", "runs/broken")
 
 
+def test_a_run_that_nobody_works_on_any_more_is_interrupted(runs, ekgfx) -> None:
+    """What a kill leaves says that it is running, which the lock knows better."""
+    file = runs[0] / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "running"}))
+    before = content(runs[0])
+    assert [run["status"] for run in json.loads(ekgfx("list", "--json").out)] == ["interrupted", "done"]
+    assert content(runs[0]) == before
+    with Run.reopen(runs[0]):
+        assert [run["status"] for run in json.loads(ekgfx("list", "--json").out)] == ["running", "done"]
+
+
 def test_no_summary_is_cut(ekgfx) -> None:
     shown = " ".join(ekgfx("-h").out.split())
     for name, command in cli.commands.items():
@@ -179,6 +256,13 @@ WRONG = [
     "prune nowhere/net.py:net --flops 0.5",
     "prune net.py:nte --flops 0.5",
     "prune no_such_package:net --flops 0.5",
+    "prune timm:resnet50 --latency 0.6",
+    "prune timm:resnet50 --latency 0.6 --latency-table gone.json",
+    "prune timm:resnet50 --flops 0.5 --input 1x3x",
+    "prune timm:resnet50 --flops 0.5 --data digits:x",
+    "prune last.ckpt --flops 0.5",
+    "eval timm:resnet50 --data digits --input 1,3,32,32",
+    "repair nowhere",
     "prune --recipe quickstrat",
     "prune --resume nowhere",
     "prune --resume nowhere --flops 0.5",

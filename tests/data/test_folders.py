@@ -1,12 +1,19 @@
 """Folders of images: labels by folders or names, views, and errors that name the file."""
 
+import errno
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from ekgfx import data
+from ekgfx.data.decoding import decode
 from ekgfx.data.images import seeded
+from ekgfx.data.sources import open_folder
 from ekgfx.errors import DataError
 
 
@@ -90,7 +97,7 @@ def test_seeding_puts_the_generators_back() -> None:
 @pytest.mark.parametrize(
     ("places", "classes", "message"),
     [
-        ([], None, "no images in .*; use .jpg"),
+        ([], None, "no images in .*; use .bmp, .jpeg"),
         (["a/1.jpg", "b/1.jpg", "loose.jpg"], None, r"images of its own beside class folders, such as .*loose\.jpg"),
         (["1_a.jpg", "2_b.jpg", "c.jpg"], None, r"c\.jpg has no label"),
         ([f"{name}/{i}.jpg" for name in "ab" for i in range(5)], 10, "has 2 classes, but the model has 10 outputs"),
@@ -172,3 +179,90 @@ def test_parquet_is_read_through_timm(tmp_path: Path) -> None:
         (batch,) = opened.loader(split, 8, subset=range(len(labels)))
         expected = torch.stack([torch.from_numpy(image).movedim(2, 0) / 255 for image in pixels])
         torch.testing.assert_close(batch.images, expected, atol=1e-5, rtol=0)
+
+
+SIXTEEN = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+"""Grey values over all of 16 bits: each is one of 0 … 255, in both bytes."""
+
+
+@pytest.mark.parametrize(
+    ("name", "image"),
+    [
+        ("grey.png", Image.fromarray(SIXTEEN)),
+        ("grey.tif", Image.fromarray(SIXTEEN)),
+        ("big_endian.tif", Image.frombytes("I;16B", (16, 16), SIXTEEN.astype(">u2").tobytes())),
+        ("grey.pgm", Image.fromarray(SIXTEEN)),
+        ("eight.webp", Image.fromarray(np.stack([SIXTEEN >> 8] * 3, 2).astype(np.uint8))),
+        ("palette.png", Image.fromarray((SIXTEEN >> 8).astype(np.uint8)).convert("P")),
+        ("alpha.png", Image.fromarray((SIXTEEN >> 8).astype(np.uint8)).convert("LA")),
+    ],
+)
+def test_every_depth_of_grey_is_the_same_grey(name: str, image: Image.Image, tmp_path: Path, recwarn) -> None:
+    options = (
+        {"lossless": True} if name.endswith("webp") else {"transparency": bytes(256)} if name == "palette.png" else {}
+    )
+    image.save(tmp_path / name, **options)
+    read = np.asarray(decode(tmp_path / name, name))
+    assert read.shape == (16, 16, 3) and (read == (SIXTEEN >> 8)[..., None]).all()
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_whose_white_is_unknown_are_refused(mode: str, tmp_path: Path) -> None:
+    Image.new(mode, (4, 4), 1).save(tmp_path / "0.tif")
+    with pytest.raises(DataError, match=r"cannot read the image 0\.tif: its pixels are .*; save it with 8 or 16 bits"):
+        decode(tmp_path / "0.tif", "0.tif")
+
+
+def test_what_a_system_leaves_behind_is_no_image_and_no_class(photos_of, tmp_path: Path, caplog) -> None:
+    places = ["a/0.jpg", "a/1.JPG", "b/0.jpg", "b/.ipynb_checkpoints/0.jpg", ".cache/0.jpg", "__MACOSX/b/0.jpg"]
+    photos_of(*places)
+    Image.new("RGB", (8, 8)).save(tmp_path / "b" / "1.webp")
+    for name in ("a/._0.jpg", "a/.DS_Store", "b/Thumbs.db", "b/x.heic", "b/README"):
+        (tmp_path / name).write_bytes(b"\0")
+    with caplog.at_level("INFO", "ekgfx"):
+        folder = data.load(f"folder:{tmp_path}", image_size=8)
+    assert folder.classes == 2 and folder.size("train") + folder.size("test") == 4
+    assert list(folder.loader("train", 4)) and list(folder.loader("test", 4))
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "ekgfx"]
+    assert said.startswith(f"{tmp_path}: 4 images; other files are left out: ")
+    assert set(said.partition("out: ")[2].split(", ")) == {"1 hidden", "1 .db", "1 .heic", "1 without an ending"}
+
+
+def test_the_order_of_classes_can_be_told(photos_of, tmp_path: Path, caplog) -> None:
+    """torchvision's ImageFolder sorts names as text; where that differs, it is said, with what to do about it."""
+    names = ("dog 10", "dog 2", "cat")
+    photos_of(*(f"{split}/{name}/{number}.jpg" for split in ("train", "val") for name in names for number in range(2)))
+
+    def of(name: str) -> set[int]:
+        found, _ = open_folder(tmp_path, 3)
+        files = zip(found["test"].files, found["test"].file_labels, strict=True)
+        return {label for file, label in files if Path(file).parent.name == name}
+
+    assert of("dog 10") == {2}
+    (warning,) = caplog.messages
+    assert (
+        "class 1 is 'dog 2', in natural order" in warning and "torchvision's ImageFolder has 'dog 10' there" in warning
+    )
+    (tmp_path / "classes.txt").write_text("\n".join(ImageFolder(tmp_path / "train").classes), encoding="utf-8")
+    assert [of(name) for name in ("cat", "dog 10", "dog 2")] == [{0}, {1}, {2}]
+    assert len(caplog.messages) == 1
+    (tmp_path / "classes.txt").write_text("cat\ndog 2\n")
+    with pytest.raises(DataError, match=r"classes\.txt does not name the class folder 'dog 10': add it, or move"):
+        of("cat")
+    (tmp_path / "classes.txt").write_text("1 cat\n2 dog\n")  # some other tool's
+    assert of("dog 10") == {2}
+
+
+def test_a_folder_that_cannot_be_listed_is_named(photos_of, tmp_path: Path, monkeypatch) -> None:
+    photos_of(*(f"{name}/{number}.jpg" for name in "ab" for number in range(3)))
+    scandir = os.scandir
+
+    def refusing(path):
+        if Path(path).name == "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match=r"cannot list .*b: Permission denied"):
+        data.load(f"folder:{tmp_path}")

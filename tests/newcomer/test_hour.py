@@ -246,7 +246,7 @@ def test_python_shows_what_it_has_and_takes_plain_loaders(stranger: Stranger) ->
     assert result.widths["one.0"][0] == 32 and "MACs kept" in repr(result)
     smaller = library.prune(stranger.network, result.plan, traced, calibrate=loader)
     bank = library.build_bank(traced, result, loader)
-    history = library.finetune(smaller, loader, bank=bank, views=1, val=loader, epochs=1, lr=0.01)
+    history = library.finetune(smaller, loader, bank=bank, val=loader, epochs=1, lr=0.01)
     assert str(history).startswith("kept ")
 
 

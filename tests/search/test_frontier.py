@@ -122,7 +122,7 @@ def test_what_cannot_be_asked() -> None:
     ):
         with pytest.raises(BudgetError, match=says):
             found.at(**wrong)
-    with pytest.raises(BudgetError, match="there is none but its own"):
+    with pytest.raises(BudgetError, match="the run has one network, that of its own budget: leave "):
         asked(flops=0.9).at(flops=0.9)
     for budgets, says in (
         ({"flops": (0.9, 0.7), "params": (0.9, 0.7)}, "flops and params each name several budgets"),

@@ -65,6 +65,12 @@ def test_wrong_ratios_are_refused_in_a_line(traced: ekgfx.TracedModel) -> None:
     for ratio in (0.0, 1.5, 21, 0, -1):
         with pytest.raises(RecipeError, match=r"of stage.b \(20 channels\): use the fraction to keep"):
             ekgfx.plan(traced, {"stage.b": ratio})
+    with pytest.raises(RecipeError, match="ratios are a mapping of names to what is kept.*and no float"):
+        ekgfx.plan(traced, 0.5)
+    with pytest.raises(
+        RecipeError, match=r"importance .* takes \(rows\), and is called with \(problem, plan, knowledge\)"
+    ):
+        ekgfx.plan(traced, {"*": 0.5}, importance=lambda rows: rows)
     with pytest.raises(RecipeError, match="'taylor': a plan from ratios takes magnitude"):
         ekgfx.plan(traced, {"*": 0.5}, importance="taylor")
 

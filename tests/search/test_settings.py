@@ -1,5 +1,6 @@
 """The settings of a search as one value, and criteria, rewards and strategies of the user's own."""
 
+import math
 import typing
 from collections.abc import Iterable
 from dataclasses import fields
@@ -139,3 +140,58 @@ def test_a_strategy_of_ones_own_is_recorded_and_resumed(data: Iterable[Any]) -> 
         traced, data, flops=0.5, strategy=Halve(), importance="magnitude", resume_from=found.to_json()["steps"][:1]
     )
     assert (again.plan, untimed(again)) == (found.plan, untimed(found))
+
+
+def tens(problem, plan, knowledge):
+    return {name: [1.0] * problem.traced.groups[name].size for name in problem.groups}
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (
+            {"importance": lambda traced, group: 1},
+            r"importance .*takes \(traced, group\), and is called with \(",
+        ),
+        (
+            {"importance": lambda *_: "high"},
+            r"importance .* returned str: return a mapping, each group's",
+        ),
+        ({"importance": lambda *_: {}}, "has no values for the group '.*': give [0-9]+ numbers"),
+        (
+            {"importance": lambda p, *_: {n: [1.0] for n in p.groups}},
+            r"gave \(1,\) values for the group",
+        ),
+        ({"importance": lambda *a: {n: [math.nan] * len(v) for n, v in tens(*a).items()}}, "gave nan for the group"),
+        (
+            {"reward": lambda logits, target: 1},
+            r"reward .* takes \(logits, target\), and is called with \(logits, ta",
+        ),
+        ({"reward": lambda x, y, t: None}, "returned NoneType: return one number"),
+        ({"reward": lambda x, y, t: x.mean(1)}, r"returned \([0-9]+,\) values: return their mean over the batch"),
+        (
+            {"reward": lambda x, y, t: (x.argmax(1) == y).float().mean()},
+            "has none: write it without argmax",
+        ),
+        (
+            {"strategy": lambda problem: None},
+            r"strategy .* takes \(problem\), and is called with \(problem, c",
+        ),
+    ],
+)
+def test_functions_of_ones_own_that_cannot_be_used_are_told_of(option: dict[str, Any], says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        search(nets.cnn(), nets.batches(), flops=0.7, **option)
+
+
+def test_plain_numbers_will_do() -> None:
+    """Scores as lists, and a reward as a float: the accuracy, which no gradient can follow."""
+    found = search(
+        nets.cnn(),
+        nets.batches(),
+        flops=0.7,
+        importance=tens,
+        reward=lambda logits, labels, knowledge: float((logits.argmax(1) == labels).float().mean()),
+    )
+    assert found.kept_fraction <= 0.7
+    assert all(0 <= step.measure.reward <= 1 for step in found.steps)

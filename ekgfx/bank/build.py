@@ -74,9 +74,16 @@ def build_bank(
         parallel: all processes of torchrun call this together and share the batches out; the first writes the bank, the
             same bytes as if it had been alone, and all open it (so its folder must be one that they all see).
 
+    Returns:
+        The bank, memory-mapped where it has a folder.
+
     Raises:
         RunError: the folder holds the bank of another search, or cannot be written.
         DataError: the batches are missing, or not in index order.
+
+    Example:
+        >>> bank = ekgfx.build_bank(traced, result, data.loader("train", 256), teachers=3)
+        >>> ekgfx.finetune(pruned, data, bank=bank, epochs=1, batch_size=64, lr=0.01)
     """
     check_traced(traced, "build_bank")
     if isinstance(batches, Iterator):

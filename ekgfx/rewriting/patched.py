@@ -61,6 +61,12 @@ class Forward:
 def replaced(model: nn.Module) -> list[Replacement]:
     """The modules of a pruned model whose forward was replaced, since their own Python could not express the cut.
 
+    Args:
+        model: what `prune` returned, or any module.
+
+    Returns:
+        One entry for each such module, in the order of `named_modules`; none where every forward is the user's own.
+
     Example:
         >>> for replacement in ekgfx.replaced(pruned):
         ...     print(replacement)

@@ -64,12 +64,17 @@ def trace(
             the model, alone (with the example inputs) or followed by its arguments: `("project", features)`.
         unused: parameters or modules, by name or glob, that nothing uses: what was not seen of them holds nothing back.
 
+    Returns:
+        The traced model: its channel groups, what a plan costs, and the network that it leaves.
+
     Raises:
         TraceError: the model's forward cannot be turned into a graph; the message says where. A call of `also` cannot,
             or `unused` names what is used.
 
     Example:
-        >>> traced = trace(model, images, also=[{"task": "depth"}, ("project", features)])
+        >>> traced = ekgfx.trace(model, images)
+        >>> print(traced.groups)
+        >>> traced = ekgfx.trace(model, images, also=[(images[:1],)], leaf=["head.select"])  # doctest: +SKIP
     """
     traced = silently_traced(model, example_inputs, kwargs, leaf=leaf, also=also, unused=unused, outputs=outputs)
     for note in traced.notes:

@@ -70,11 +70,15 @@ def finetune(
         checkpoint: file to save to after every epoch, and to go on from where it exists: training that was interrupted
             ends as if it had not been.
         csv: file for a table of the epochs, written after each.
-        on_epoch, on_batch: called after every epoch, and after every batch (`ekgfx.training.trainer.Progress`).
+        on_epoch: called after every epoch.
+        on_batch: called after every batch (`ekgfx.training.trainer.Progress`).
         parallel: all processes of torchrun call this together and train as one: each takes its part of every batch, and
             a step is what one process would compute on the whole batch, up to rounding (see
             `ekgfx.distributed.parallel`). Only the first writes the checkpoint and evaluates.
         settings: the fields of `ekgfx.training.optimization.Training`.
+
+    Returns:
+        The epochs, and which of them was kept.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -82,6 +86,10 @@ def finetune(
         RecipeError: an unknown setting, or more processes than samples in a batch.
         RunError: the checkpoint is damaged, belongs to another training, or cannot be written.
         TeamError: another process died.
+
+    Example:
+        >>> history = ekgfx.finetune(pruned, data, bank=bank, epochs=1, batch_size=64, lr=0.01)
+        >>> print(history)
     """
     training = Training.of(settings)
     mates = team() if parallel else ALONE

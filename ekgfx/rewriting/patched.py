@@ -100,7 +100,7 @@ _numbers = itertools.count()
 
 def _class(base: Any, forward: Forward) -> type:
     file = f"<forward of {base.__qualname__} replaced by ekgfx, {next(_numbers)}>"
-    space = name_space(forward)
+    space = {**name_space(forward), "own_forward": base.forward}
     linecache.cache[file] = (len(forward.source), None, forward.source.splitlines(True), file)
     exec(compile(forward.source, file, "exec"), space)  # our own code, made from the exported graph
     function = space["forward"]

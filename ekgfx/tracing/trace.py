@@ -22,7 +22,7 @@ from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph import sizes, unseen
 from ekgfx.graph.axis_graph import AxisGraph, Example
 from ekgfx.graph.draws import NothingDropped
-from ekgfx.graph.hints import masks_taken_as_they_are
+from ekgfx.graph.hints import by_operators
 from ekgfx.graph.opaque import Leaves, as_operators, find_leaves, record
 from ekgfx.graph.quiet import quiet
 from ekgfx.graph.returns import Returns, as_choice, tensors_returned
@@ -235,7 +235,7 @@ def _exported(
         try:
             leaves = record(model, names, *example)
             returned = tensors_returned(model, outputs, strict)
-            with torch.no_grad(), as_operators(model, leaves), returned as returns, masks_taken_as_they_are(), quiet():
+            with torch.no_grad(), as_operators(model, leaves), returned as returns, by_operators(), quiet():
                 program = torch.export.export(model, *example, strict=False)
         except EkgfxError:
             raise

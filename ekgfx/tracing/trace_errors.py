@@ -18,7 +18,8 @@ from ekgfx.errors import TraceError
 from ekgfx.graph.nodes import owner
 from ekgfx.tracing.parts import parts
 
-_OWN = (*(f"{path}{os.sep}" for path in torch.__path__), f"{Path(__file__).parent}{os.sep}")
+_HERE = Path(__file__).parent
+_OWN = tuple(f"{path}{os.sep}" for path in (*torch.__path__, _HERE, _HERE.parent / "graph"))
 _STANDARD = sysconfig.get_paths()["stdlib"] + os.sep
 
 

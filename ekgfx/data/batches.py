@@ -176,6 +176,31 @@ def _length(images: Mapping[str, Any]) -> int:
     return min(len(value) for value in images.values())
 
 
+def views_in(batch: Any, views: int, asked: bool) -> int:
+    """How many views of each sample a batch shows: `views`, or one where it is no stack of so many.
+
+    asked: the caller named that number.
+
+    Raises:
+        DataError: it did, and the batch shows another one.
+    """
+    images, labels, index = unpacked(batch)
+    samples = len(index) or (len(labels) if isinstance(labels, Tensor) and labels.ndim else None)
+    stacked = isinstance(images, Tensor | Mapping)
+    tensors = [leaf for leaf in pytree.tree_leaves(images) if isinstance(leaf, Tensor) and leaf.ndim]
+    count = len(tensors[0]) if stacked and tensors else len(images)
+    each = {tensor.shape[stacked] if tensor.ndim > stacked else 0 for tensor in tensors}
+    if count == views and (samples is None or each <= {samples}):
+        return views
+    if asked and views > 1:
+        shown = f"images of {tuple(tensors[0].shape)}" if stacked and tensors else f"{count} images"
+        raise DataError(
+            f"a batch has {shown}, which are not {views} views of each sample: stack as many augmented ones, "
+            "V × B × …, or train with views=1"
+        )
+    return 1
+
+
 def of_view(output: Any, samples: int, view: int) -> Any:
     """One view's part of every tensor in an output."""
 

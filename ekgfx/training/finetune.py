@@ -55,10 +55,11 @@ def finetune(
     Args:
         model: trained on the device it is on; left in evaluation mode.
         data: a data set (`ekgfx.data.load`), or batches to iterate once per epoch: `(images, labels, index)`, where
-            images are B × …, or with `views=V` V × B × … or a tuple of V; a tuple of inputs, or a mapping of them by
-            name (also with the labels and the index in it, as the data sets of transformers give it). Labels may be
-            None with a bank. With a bank, a DataLoader of `(images, labels)` will do, shuffled or
-            not: which samples its batches hold is found out (as positions in its data set, as `build_bank` took them).
+            images are B × …, or V × B × … or a tuple of V where they are V views of each sample (two with a bank, else
+            `views=V`); a tuple of inputs, or a mapping of them by name (also with the labels and the index in it, as
+            the data sets of transformers give it). Labels may be None with a bank. With a bank, a DataLoader of
+            `(images, labels)` will do, shuffled or not: which samples its batches hold is found out (as positions in
+            its data set, as `build_bank` took them).
         bank: the memory bank; None trains on the labels alone.
         temperature: T of the guidance; 4 below 1000 classes and 10 from there on.
         loss: label loss of one view, `loss(output, labels)`; cross-entropy is that of the logits.
@@ -210,7 +211,7 @@ def _batches(
     if not isinstance(data, Data):
         count = len(data) if isinstance(data, Sized) else None
         if mates.size > 1:
-            return lambda epoch: (own_share(batch, trainer.views, mates) for batch in each_batch(data)), count
+            return lambda epoch: (own_share(batch, trainer.views_in(batch), mates) for batch in each_batch(data)), count
         labels = lambda batch: unpacked(batch)[1]  # noqa: E731
         return lambda epoch: each_batch(data if epoch > 1 else watched(data, labels, "training batches")), count
     training = trainer.training

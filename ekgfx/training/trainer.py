@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ekgfx.base.schema import read
-from ekgfx.data.batches import Inputs, device_of, half_of, of_view, side_by_side, to_device, unpacked
+from ekgfx.data.batches import Inputs, device_of, half_of, of_view, side_by_side, to_device, unpacked, views_in
 from ekgfx.distributed.parallel import SharedNorms, add_gradients
 from ekgfx.distributed.team import ALONE, Team
 from ekgfx.errors import DataError, RecipeError, RunError, TrainingError
@@ -107,7 +107,8 @@ class Trainer:
 
     def _update(self, batch: Any, check: bool) -> Tensor:
         images, labels, index = unpacked(batch)
-        if self.views == 1:
+        views = self.views if self.views == 1 else self.views_in(batch)
+        if views == 1:
             shown, samples = Inputs.of(images).onto(self.model), None
         else:
             shown, samples = side_by_side(images, self.model)
@@ -117,7 +118,7 @@ class Trainer:
         labels = to_device(labels, self.device)
         with self._precision():
             output = shown.into(self.model)
-        outputs = [output] if samples is None else [of_view(output, samples, view) for view in range(self.views)]
+        outputs = [output] if samples is None else [of_view(output, samples, view) for view in range(views)]
         if check:
             check_classes(self.logits(outputs[0]), labels)
         loss = mixed_loss(self.objective, outputs, labels, index, part) * self._share(outputs[0])
@@ -131,6 +132,10 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.model, self.updates)
         return loss.detach()
+
+    def views_in(self, batch: Any) -> int:
+        """How many views a batch shows. Raises DataError where the settings name another number."""
+        return views_in(batch, self.views, self.training.views is not None)
 
     def _share(self, output: Any) -> float:
         """This process's part of the samples of a batch: what its mean weighs in the mean over all of them."""

@@ -155,3 +155,36 @@ def test_a_module_that_does_the_same_in_training_has_one_forward_for_both() -> N
     pruned, _ = trained_as_its_own(Around())
     (replacement,) = ekgfx.replaced(pruned)
     assert replacement.module == "inner" and "own_forward" not in replacement.source
+
+
+class Bootstrap(nn.Module):
+    """As BYOL: a method that the training loop calls lets the target follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online, self.target, self.head = encoder(), encoder(), nn.Linear(4, 2)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for ours, theirs in zip(self.online.parameters(), self.target.parameters(), strict=True):
+            written_to(theirs, ours)
+
+    def loss(self, x: Tensor) -> Tensor:
+        return (self.online(x) - self.target(x.flip(-1)).detach()).square().sum(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.online(x))
+
+
+def test_a_call_that_writes_to_weights_ties_what_it_writes_with_what_it_reads() -> None:
+    torch.manual_seed(0)
+    model, x = Bootstrap().double().eval(), images(3)
+    perturb(model)
+    traced = ekgfx.trace(model, x, also=[("loss", x), ("update",)])
+    assert [group.size for group in traced.groups.values()] == [8, 6, 4]
+    plan = ekgfx.Plan({group.name: range(1, group.size, 2) for group in traced.groups.values()})
+    pruned, twin = ekgfx.prune(model, plan, traced), zeros(model, traced, plan)
+    for network in (pruned, twin):
+        network.update()
+    assert pruned.target[0].out_channels == 4
+    assert relative_error(pruned.loss(x), twin.loss(x)) < 1e-12

@@ -16,6 +16,10 @@ from torch.overrides import TorchFunctionMode
 _ASKED = "_detect_is_causal_mask"
 
 
+_DATA: Any = torch.Tensor.data
+_READ, _WRITTEN = _DATA.__get__, _DATA.__set__
+
+
 @contextlib.contextmanager
 def by_operators() -> Iterator[None]:
     """While this is open, a model can be exported that compares masks, or reads and writes `tensor.data`."""
@@ -27,9 +31,9 @@ class _DataByOperators(TorchFunctionMode):
     """`tensor.data` is `tensor.detach()`, and what is assigned to it is copied into the tensor."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func == torch.Tensor.data.__get__:
+        if func == _READ:
             return args[0].detach()
-        if func == torch.Tensor.data.__set__ and _fits(*args):
+        if func == _WRITTEN and _fits(*args):
             with torch.no_grad():
                 args[0].copy_(args[1])
             return None

@@ -38,9 +38,8 @@ class Head:
     @property
     def passed_on(self) -> str:
         """Its parameters, as arguments of its own forward."""
-        stars = {inspect.Parameter.VAR_POSITIONAL: "*{0}", inspect.Parameter.VAR_KEYWORD: "**{0}"}
-        stars[inspect.Parameter.KEYWORD_ONLY] = "{0}={0}"
-        return ", ".join(stars.get(p.kind, "{0}").format(p.name) for p in self.parameters)
+        forms = {"VAR_POSITIONAL": "*{0}", "VAR_KEYWORD": "**{0}", "KEYWORD_ONLY": "{0}={0}"}
+        return ", ".join(forms.get(p.kind.name, "{0}").format(p.name) for p in self.parameters)
 
     def accessor(self, path: tuple[Any, ...]) -> str:
         """How the forward reads what its caller passed at this place of (args, kwargs)."""

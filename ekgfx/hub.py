@@ -31,7 +31,16 @@ ARCHITECTURE = "ekgfx_pruned"
 def save(run: str | Path, folder: str | Path) -> None:
     """Writes the pruned model of a run to `folder`: config.json and model.safetensors, as timm's `save_for_hf` does.
 
-    Raises ModelError when the run's model is none of timm's.
+    Args:
+        run: the run's folder.
+        folder: where to write; it is made.
+
+    Raises:
+        ModelError: the run's model is none of timm's.
+
+    Example:
+        >>> ekgfx.hub.save("runs/r50", "small")  # doctest: +SKIP
+        >>> again = timm.create_model("local-dir:small", pretrained=True)  # doctest: +SKIP
     """
     told = arguments(run)
     save_for_hf(checkpoint.load(run), str(folder), safe_serialization=True, **told)
@@ -40,7 +49,11 @@ def save(run: str | Path, folder: str | Path) -> None:
 def arguments(run: str | Path) -> dict[str, Any]:
     """What timm's `save_for_hf` and `push_to_hf_hub` must know besides the model: model_config and model_args.
 
-    `timm.models.push_to_hf_hub(ekgfx.load(run), "me/small", **ekgfx.hub.arguments(run))`
+    Args:
+        run: the run's folder.
+
+    Example:
+        >>> timm.models.push_to_hf_hub(ekgfx.load(run), "me/small", **ekgfx.hub.arguments(run))  # doctest: +SKIP
     """
     path = Path(run)
     manifest = read_manifest(path)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ekgfx.errors import ExportError
-from ekgfx.graph.hints import masks_taken_as_they_are
+from ekgfx.graph.hints import by_operators
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.graph.untouched import differing, state_of, untouched
 
@@ -72,7 +72,7 @@ def capture(
 
 
 def _exported(model: nn.Module, example: tuple[Tensor, ...], shapes: dict[str, Any]) -> torch.export.ExportedProgram:
-    with untouched(model), masks_taken_as_they_are():
+    with untouched(model), by_operators():
         return torch.export.export(_Named(model), example, dynamic_shapes=shapes, strict=False)
 
 

@@ -102,14 +102,20 @@ def to_int8(
         most: images that are used at most.
         threads: CPU threads; 0 for all.
         output: name of the output that is judged by; by default all.
-        methods, scopes: what to choose from, see `int8.METHODS` and `int8.SCOPES`.
+        methods: how ranges may be found, of `int8.METHODS`.
+        scopes: which operators may become INT8, of `int8.SCOPES`.
         on_trial: called with each quantization, for progress.
 
-    Raises ExportError when there are no two images, when onnxruntime cannot quantize the file or run the result, or
-    when no quantization gives numbers.
+    Returns:
+        What was chosen, how many answers are those of the fp32 file, and what was tried.
+
+    Raises:
+        ExportError: there are no two images, onnxruntime cannot quantize the file or run the result, or no quantization
+            gives numbers.
 
     Example:
-        >>> to_int8("net.onnx", "net-int8.onnx", images)  # doctest: +SKIP
+        >>> made = ekgfx.export.to_int8("net.onnx", "net-int8.onnx", images, methods=["min-max"], scopes=["products"])
+        >>> print(made.agreement)
     """
     file, path = Path(file), Path(path)
     fit, held, notes = _halves(images, most)

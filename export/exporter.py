@@ -57,11 +57,18 @@ def to_onnx(
         translations: operator → onnxscript function, for operators that the exporter does not know
             (torch.onnx.export's custom_translation_table).
 
-    Returns the path. Inputs are named as in the model's forward, outputs as in `io.named_tensors`, nodes after the
-    module that they come from. Files of more than 2 GB keep their weights in PATH.data beside the file.
+    Inputs are named as in the model's forward, outputs as in `io.named_tensors`, nodes after the module that they come
+    from. Files of more than 2 GB keep their weights in PATH.data beside the file.
 
-    Raises ExportError, naming the operator where there is one, when the model cannot be captured or translated, when
-    the result is no valid ONNX, or when the file cannot be written.
+    Returns:
+        The path.
+
+    Raises:
+        ExportError: the model cannot be captured or translated (the message names the operator where there is one),
+            the result is no valid ONNX, or the file cannot be written.
+
+    Example:
+        >>> ekgfx.export.to_onnx(pruned, images, "net.onnx")
     """
     path = Path(path)
     inputs = as_inputs(example_inputs)

@@ -112,7 +112,16 @@ def measure_latency(
     The networks take turns, run by run, and who goes first alternates, so that a machine that slows down slows all of
     them. Inputs and outputs stay in the provider's memory.
 
-    Raises ExportError for a provider that is not here, a precision it lacks, a file it cannot run.
+    Returns:
+        Median and 95th percentile of each network in each setting, and ratios with their 95% range.
+
+    Raises:
+        ExportError: a provider is not here, lacks a precision, or cannot run a file.
+
+    Example:
+        >>> files = {"dense": "dense.onnx", "pruned": "net.onnx"}
+        >>> table = ekgfx.export.measure_latency(files, images, batches=(1,), seconds=0.1)
+        >>> print(table.speedups[0].ratio.verdict)
     """
     inputs = as_inputs(example_inputs)
     count = available_cpus() if threads is None else threads

@@ -71,15 +71,24 @@ def check_parity(
 ) -> Parity:
     """Compare an ONNX file with the model it was made from, on real inputs, in onnxruntime on the CPU.
 
-    inputs: one tensor or a tuple, B×…; compared as they are and with another batch size (1, or 2 where B is 1), which
-    catches a file that has the batch size of its example built in. tolerance: on the relative difference; by default
-    1e-4 for an fp32 file and 1e-2 for an fp16 one. The model runs in evaluation mode, without TF32, where it is, and is
-    left as it was.
+    onnxruntime's CPU kernels compute much of an fp16 file in fp32: its differences show what rounding the weights does,
+    not all that a GPU's fp16 arithmetic adds.
 
-    Note that onnxruntime's CPU kernels compute much of an fp16 file in fp32: its differences show what rounding the
-    weights does, not all that a GPU's fp16 arithmetic adds.
+    Args:
+        model: it runs in evaluation mode, without TF32, on its device, and is left as it was.
+        path: the ONNX file.
+        inputs: one tensor or a tuple, B×…; compared as they are and with another batch size (1, or 2 where B is 1),
+            which catches a file that has the batch size of its example built in.
+        tolerance: on the relative difference; by default 1e-4 for an fp32 file and 1e-2 for an fp16 one.
 
-    Raises ExportError when an output is missing, has another shape, or differs by more than the tolerance.
+    Returns:
+        Every difference, none of which exceeds the tolerance.
+
+    Raises:
+        ExportError: an output is missing, has another shape, or differs by more than the tolerance.
+
+    Example:
+        >>> print(ekgfx.export.check_parity(pruned, "net.onnx", images).relative)
     """
     path = Path(path)
     values = as_inputs(inputs)

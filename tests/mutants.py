@@ -84,6 +84,18 @@ MUTANTS = [
         "tests/test_views.py tests/test_replaced.py tests/test_rewritten.py",
     ),
     Mutant(
+        "a forward that is written anew trains as it evaluates, where nobody saw its training",
+        "    if leaves_training:",
+        "    if False:",
+        "tests/test_training_alone.py -k users_own",
+    ),
+    Mutant(
+        "parameters that training writes to are outputs",
+        "if spec.kind not in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION):",
+        "if spec.kind is not OutputKind.BUFFER_MUTATION:",
+        "tests/test_training_alone.py -k written_to",
+    ),
+    Mutant(
         "norms without parameters keep their width",
         "        _bare_norms(root, view, counts)",
         "        pass",

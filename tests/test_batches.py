@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import ekgfx
-from ekgfx.data.batches import Inputs, unpacked, views_of
+from ekgfx.data.batches import Inputs, unpacked, views_in
 from ekgfx.data.numbered import numbered
 from ekgfx.errors import DataError, RecipeError
 from ekgfx.training.evaluation import evaluate
@@ -205,14 +205,15 @@ def test_batches_of_one_view_need_no_word_of_views(as_mappings: bool) -> None:
     for network, views in zip(networks, (None, 1), strict=True):
         ekgfx.finetune(network, told, bank=Fixed(), views=views, epochs=1, lr=0.01)
     assert all(torch.equal(a, b) for a, b in zip(*(network.parameters() for network in networks), strict=True))
-    with pytest.raises(DataError, match="views=2, but the batches hold one view of each image: give images as views"):
+    with pytest.raises(DataError, match="which are not 2 views of each sample"):
         ekgfx.finetune(small(), told, bank=Fixed(), views=2, epochs=1)
 
 
 @pytest.mark.parametrize(
     ("shape", "samples", "views"),
-    [((8, 1, 5, 5), 8, 1), ((2, 8, 1, 5, 5), 8, 2), ((2, 2, 1, 5, 5), 2, 2), ((8, 8, 5, 5), 8, 1), ((8, 3), 0, 2)],
+    [((8, 1, 5, 5), 8, 1), ((2, 8, 1, 5, 5), 8, 2), ((2, 2, 1, 5, 5), 2, 2), ((8, 8, 5, 5), 8, 1), ((2, 3), 0, 2)],
 )
 def test_a_first_dimension_of_the_samples_is_no_number_of_views(shape, samples: int, views: int) -> None:
-    assert views_of(torch.zeros(shape), samples, 2) == views
-    assert views_of({"x": torch.zeros(shape)}, samples, 2) == views
+    labels = torch.zeros(samples) if samples else None
+    assert views_in((torch.zeros(shape), labels), 2, asked=False) == views
+    assert views_in(({"x": torch.zeros(shape)}, labels), 2, asked=False) == views

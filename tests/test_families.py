@@ -6,14 +6,11 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import ekgfx
-from ekgfx.graph.cost import mac_table, value_of
-from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.surgery.check import check_pruned, perturb
 from ekgfx.surgery.masked import check_masked
+from tests.costs import counted_macs, said_macs
 
 from .families import attention, channels, convolutions, mixing, whole  # noqa: F401  (importing registers them)
 from .families.base import FAMILIES, Family, expected
@@ -52,19 +49,6 @@ def test_norms_without_parameters_know_their_width() -> None:
     model = family.build().double().eval()
     pruned = ekgfx.prune(model, ekgfx.Plan({"stem": (0, 3, 4)}), example_inputs=family.example(2))
     assert (pruned.body[0].num_features, pruned.body[1].num_channels) == (3, 3)
-
-
-def said_macs(traced: ekgfx.TracedModel, plan: ekgfx.Plan, batch: int) -> int:
-    """What the rules say of a whole batch."""
-    counts = {axis: len(kept) for axis, kept in traced.groups.kept(plan).items()} | {traced.batch: batch}
-    return sum(value_of(products, counts) for products in mac_table(traced).values())
-
-
-def counted_macs(model: nn.Module, inputs: tuple) -> int:
-    """What PyTorch counts, with attention as the two products that it is (the CPU's own kernel is not counted)."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), evaluation_mode(model):
-        model(*inputs)
-    return counter.get_total_flops() // 2
 
 
 def trains(pruned: nn.Module, inputs: tuple) -> None:

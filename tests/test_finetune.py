@@ -250,3 +250,14 @@ def test_the_whole_method_on_real_digits(digits: datasets.Data) -> None:
     assert traced.cost(result.plan).macs <= 0.5 * traced.cost().macs
     assert history[-1].test_accuracy is not None and history[-1].test_accuracy > dense.accuracy - 0.02
     assert history[-1].loss < history[0].loss
+
+
+@pytest.mark.parametrize("form", ["a tensor", "a mapping"])
+def test_batches_without_views_are_trained_on_as_they_come_with_a_bank(form: str) -> None:
+    plain = batches()
+    shown = [({"x": x}, y, i) for x, y, i in plain] if form == "a mapping" else plain
+    found = finetune(small(), shown, bank=Fixed(), epochs=1, lr=0.05)
+    expected = finetune(small(), plain, bank=Fixed(), epochs=1, lr=0.05, views=1)
+    assert found[0].loss == expected[0].loss
+    with pytest.raises(DataError, match=r"which are not 2 views of each sample: stack as many .* views=1"):
+        finetune(small(), shown, bank=Fixed(), epochs=1, lr=0.05, views=2)

@@ -57,7 +57,18 @@ def test_hidden_units_are_one_group(
     assert check_pruned(traced, plan, pruned, (torch.randn(3, 7, 6, dtype=torch.float64),)) < 1e-12
 
 
-def test_a_projected_layer_stays_as_it_is() -> None:
-    traced = ekgfx.trace(Sequence(nn.LSTM, 1, False, True, proj_size=4), torch.randn(2, 7, 6))
-    assert not len(traced.groups)
-    assert any("projected" in place.reason for place in traced.groups.frozen)
+@pytest.mark.parametrize(("layers", "bidirectional"), [(1, False), (2, True)])
+def test_projected_units_are_a_group_of_their_own(layers: int, bidirectional: bool) -> None:
+    model = Sequence(nn.LSTM, layers, bidirectional, True, proj_size=4).double().eval()
+    perturb(model)
+    x = torch.randn(2, 7, 6, dtype=torch.float64)
+    traced = ekgfx.trace(model, x)
+    assert sorted(group.size for group in traced.groups.values()) == [4, 8, 10]
+    ways = 2 if bidirectional else 1
+    cells = sum(7 * (4 * 8 * (width + 4) + 4 * 8) * ways for width in [10] + [4 * ways] * (layers - 1))
+    assert traced.cost().macs == 7 * 6 * 10 + cells + 7 * 4 * ways * 5
+    plan = ekgfx.Plan({group.name: range(1, group.size, 2) for group in traced.groups.values()})
+    assert check_masked(traced, plan, (x,)) < 1e-12
+    pruned = ekgfx.prune(model, plan, traced)
+    assert (pruned.rnn.input_size, pruned.rnn.hidden_size, pruned.rnn.proj_size) == (5, 4, 2)
+    assert check_pruned(traced, plan, pruned, (torch.randn(3, 7, 6, dtype=torch.float64),)) < 1e-12

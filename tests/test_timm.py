@@ -10,6 +10,7 @@ import torch
 import ekgfx
 from ekgfx.surgery.check import check_pruned, perturb
 from ekgfx.surgery.masked import check_masked
+from tests.costs import counted_macs, said_macs
 
 NAMED = [
     "resnet18",
@@ -61,6 +62,8 @@ def test_random_plans_are_exact(name: str) -> None:
     assert all(type(a) is type(b) for a, b in zip(pruned.modules(), model.modules(), strict=True))
     fresh = torch.randn(3, *shape, dtype=torch.float64)
     assert check_pruned(traced, plan, pruned, (fresh,)) < 1e-10
+    assert said_macs(traced, ekgfx.Plan(), 2) == counted_macs(model, (x,))
+    assert said_macs(traced, plan, 2) == counted_macs(pruned, (x,))
     assert sum(p.numel() for p in pruned.parameters()) == traced.cost(plan).params
 
     pruned.train()
@@ -71,6 +74,18 @@ def test_random_plans_are_exact(name: str) -> None:
     twin.load_state_dict(pruned.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(twin(x), pruned.eval()(x), rtol=0, atol=0)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", timm.list_models("test_*"))
+def test_macs_are_those_that_pytorch_counts(name: str) -> None:
+    """One small model of each of timm's own for tests; cut to half of every group as well."""
+    model, x = timm.create_model(name).eval(), torch.randn(2, 3, *timm.get_pretrained_cfg(name).input_size[1:])
+    traced = ekgfx.trace(model, x)
+    assert said_macs(traced, ekgfx.Plan(), 2) == counted_macs(model, (x,))
+    plan = ekgfx.Plan({n: range(max(1, group.size // 2)) for n, group in traced.groups.items()})
+    pruned = ekgfx.prune(model, plan, traced)
+    assert said_macs(traced, plan, 2) == counted_macs(pruned, (x,))
 
 
 def test_an_attention_that_assumes_the_streams_width_gets_another_forward() -> None:

@@ -22,7 +22,7 @@ from ekgfx.base.schema import read
 from ekgfx.data import Loader
 from ekgfx.data.numbered import numbered
 from ekgfx.distributed.team import ALONE, Team, team
-from ekgfx.errors import DataError, RunError
+from ekgfx.errors import DataError, PlanError, RunError
 from ekgfx.search.result import SearchResult
 from ekgfx.tracing.traced import TracedModel, check_traced
 from ekgfx.training.loss import default_temperature
@@ -74,11 +74,24 @@ def build_bank(
         parallel: all processes of torchrun call this together and share the batches out; the first writes the bank, the
             same bytes as if it had been alone, and all open it (so its folder must be one that they all see).
 
+    Returns:
+        The bank, memory-mapped where it has a folder.
+
     Raises:
         RunError: the folder holds the bank of another search, or cannot be written.
         DataError: the batches are missing, or not in index order.
+        PlanError: `result` is no result of a search.
+
+    Example:
+        >>> bank = ekgfx.build_bank(traced, result, data.loader("train", 256), teachers=3)
+        >>> ekgfx.finetune(pruned, data, bank=bank, epochs=1, batch_size=64, lr=0.01)
     """
     check_traced(traced, "build_bank")
+    if not isinstance(result, SearchResult):
+        raise PlanError(
+            f"the bank is built of a search's result, whose steps are the teachers, not of a {type(result).__name__}: "
+            "result = ekgfx.search(…)"
+        )
     if isinstance(batches, Iterator):
         raise DataError("the bank reads the batches once per teacher; give a list or a DataLoader, not an iterator")
     picked = pick_teachers(result.losses[:-1] or result.losses, teachers) if knowledge == "ensemble" else [0]

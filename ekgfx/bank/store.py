@@ -26,6 +26,9 @@ class Bank:
         row: how a sample's logits are stored.
         teachers: K descriptions, the best teacher first: step, loss, infidelity (mean KL_T of what is stored).
         samples: N.
+
+    Example:
+        >>> print(bank.logits(torch.tensor([0, 5])).shape)
     """
 
     def __init__(self, row: RowFormat, teachers: Sequence[Mapping[str, Any]], rows: Sequence[Rows]) -> None:
@@ -36,9 +39,13 @@ class Bank:
         self._known = None if whole else np.array(rows[0]["sample"])
 
     def logits(self, index: Tensor) -> Tensor:
-        """Logits of the K teachers for the samples `index` (B): B × K × C × …, on the CPU.
+        """Logits of the K teachers for some samples: B × K × C × …, float32 on the CPU.
 
-        Raises DataError for a sample that the teachers were not asked about.
+        Args:
+            index: B numbers of samples in the training set.
+
+        Raises:
+            DataError: the teachers were not asked about one of them.
         """
         wanted = index.cpu().numpy()
         places = wanted if self._known is None else np.searchsorted(self._known, wanted)
@@ -69,10 +76,14 @@ class Bank:
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = True) -> Self:
-        """The bank in the folder `path`, memory-mapped.
+        """A bank that was written before, memory-mapped.
 
-        verify: compare the files with their checksums (reads all of them once). Raises RunError when the bank is
-        unfinished, damaged, or written by a newer version.
+        Args:
+            path: its folder.
+            verify: compare the files with their checksums, which reads all of them once.
+
+        Raises:
+            RunError: the bank is unfinished, damaged, or written by a newer version.
         """
         path = Path(path)
         manifest = read_manifest(path)

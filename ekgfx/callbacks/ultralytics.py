@@ -14,12 +14,13 @@ def keep(yolo: Any, pruned: nn.Module | None = None) -> None:
         yolo: an `ultralytics.YOLO`, or another of Ultralytics' models.
         pruned: what `ekgfx.prune` made of `yolo.model`; None where it is in its place already.
 
-    Raises RecipeError, when the training begins, for several GPUs (they train in processes that know nothing of this
-    one), and for data of another number of classes than the network has.
+    Raises:
+        RecipeError: when the training begins, for several GPUs (they train in processes that know nothing of this one),
+            and for data of another number of classes than the network has.
 
     Example:
-        >>> keep(yolo, ekgfx.prune(yolo.model, plan, traced))
-        >>> yolo.train(data="my.yaml", epochs=50)
+        >>> keep(yolo, ekgfx.prune(yolo.model, plan, traced))  # doctest: +SKIP
+        >>> yolo.train(data="my.yaml", epochs=50)  # doctest: +SKIP
     """
     if pruned is not None:
         yolo.model, yolo.predictor = pruned, None

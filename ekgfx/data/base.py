@@ -151,7 +151,13 @@ class Loader:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: two splits (opened at first use), the number of classes, and the shape of one normalized image."""
+    """A data set: two splits (opened at first use), the number of classes, and the shape of one normalized image.
+
+    Example:
+        >>> data = ekgfx.data.load("digits")
+        >>> for images, labels, index in data.loader("test", 256):
+        ...     print(images.shape)
+    """
 
     name: str
     spec: str
@@ -170,6 +176,7 @@ class Data:
     _opened: dict[str, Split] = field(default_factory=dict, repr=False, compare=False)
 
     def split(self, name: str) -> Split:
+        """The split "train" or "test". Raises DataError for any other name."""
         if name not in SPLITS:
             raise DataError(f"no split '{name}': use {' or '.join(SPLITS)}")
         if name not in self._opened:

@@ -176,13 +176,28 @@ def _length(images: Mapping[str, Any]) -> int:
     return min(len(value) for value in images.values())
 
 
-def views_of(images: Any, samples: int, views: int) -> int:
-    """How many views of each image a batch holds where `views` are expected: 1 where its first dimension is that of its
-    `samples` (as labels and indices count them; 0: unknown), else `views`."""
-    parts = list(images.values()) if isinstance(images, Mapping) else [images]
-    shape = next((part.shape for part in parts if isinstance(part, Tensor) and part.ndim), None)
-    if shape is None or shape[0] != samples or (shape[0] == views and shape[1:2] == (samples,)):
+def views_in(batch: Any, views: int, asked: bool) -> int:
+    """How many views of each sample a batch shows: `views`, or one where it is no stack of so many.
+
+    asked: the caller named that number.
+
+    Raises:
+        DataError: it did, and the batch shows another one.
+    """
+    images, labels, index = unpacked(batch)
+    samples = len(index) or (len(labels) if isinstance(labels, Tensor) and labels.ndim else None)
+    stacked = isinstance(images, Tensor | Mapping)
+    tensors = [leaf for leaf in pytree.tree_leaves(images) if isinstance(leaf, Tensor) and leaf.ndim]
+    count = len(tensors[0]) if stacked and tensors else len(images)
+    each = {tensor.shape[stacked] if tensor.ndim > stacked else 0 for tensor in tensors}
+    if count == views and (samples is None or each <= {samples}):
         return views
+    if asked and views > 1:
+        shown = f"images of {tuple(tensors[0].shape)}" if stacked and tensors else f"{count} images"
+        raise DataError(
+            f"a batch has {shown}, which are not {views} views of each sample: stack as many augmented ones, "
+            "V × B × …, or train with views=1"
+        )
     return 1
 
 
@@ -205,7 +220,7 @@ def own_share(batch: Any, views: int, mates: Team) -> tuple[Any, Any, Tensor]:
 
         return pytree.tree_map_only(Tensor, cut, value)
 
-    stacked = isinstance(images, Tensor | Mapping) and views_of(images, len(index), views) > 1
+    stacked = isinstance(images, Tensor | Mapping) and views > 1
     return part(images, 1 if stacked else 0), part(labels), part(index)
 
 

@@ -87,19 +87,28 @@ def load(
     """Opens a data set.
 
     Args:
-        spec: `folder:DIR`, `cifar10:DIR`, `cifar100:DIR`, `npz:DIR`, `timm:NAME[@ROOT]`, `digits` or `photos`
-        image_size: side, or (H, W), of the images given; the data set's own size (224 for files) if None
-        mean, std: normalization per channel of images on [0, 1]; the data set's own if None
-        classes: number of the model's outputs; the data must have as many classes (numbered file names: at most)
+        spec: `folder:DIR`, `cifar10:DIR`, `cifar100:DIR`, `npz:DIR`, `timm:NAME[@ROOT]`, `digits` or `photos`.
+        image_size: side, or (H, W), of the images given; the data set's own size (224 for files) if None.
+        mean: of each channel of images on [0, 1], subtracted; the data set's own if None.
+        std: of each channel of images on [0, 1], divided by; the data set's own if None.
+        classes: number of the model's outputs; the data must have as many classes (numbered file names: at most).
         channels: of the images given, 1 or 3 for image files; with 1, coloured ones are made grey; the data set's own
-            (3 for files) if None
-        crop_pct, interpolation: of timm's evaluation transform, for image files. None: 0.875, but all of files that
-            have the size asked for already
+            (3 for files) if None.
+        crop_pct: share of the short side that timm's evaluation transform keeps of image files. None: 0.875, but all
+            of files that have the size asked for already.
+        interpolation: of timm's evaluation transform, for image files.
         seed: of photos' crops. A set that comes without a split always has the same fifth of each class as its test
-            set, so that no run trains on what another one is tested on
+            set, so that no run trains on what another one is tested on.
+
+    Returns:
+        The data set; its splits are read at first use.
 
     Raises:
         DataError: an unknown spec, a missing folder, unusable files, labels or class count.
+
+    Example:
+        >>> data = ekgfx.data.load("digits", classes=10)
+        >>> loader = data.loader("train", 64, shuffle=True, augment=True)
     """
     named.check_data(spec)
     kind, _, rest = spec.partition(":")

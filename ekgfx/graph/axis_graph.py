@@ -88,7 +88,7 @@ class AxisGraph:
         self.state = state or {}
         self.returns = returns
         self.leaves = leaves or Leaves()
-        graph, program, self.decomposed = functionalize(program, decompose, way.training)
+        graph, program, self.decomposed = functionalize(program, decompose, updates=way != Way())
         self.graph = expand(graph)
         self.example, self.way = example, way
         self.in_spec = program.call_spec.in_spec

@@ -152,7 +152,7 @@ def _note_updates(graph: fx.Graph, program: ExportedProgram) -> None:
     inputs = {spec.target: node for spec, node in zip(signature.input_specs, placeholders, strict=True)}
     updates, outputs = {}, []
     for spec, value in zip(signature.output_specs, output.args[0], strict=True):
-        if spec.kind is not OutputKind.BUFFER_MUTATION:
+        if spec.kind not in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION):
             outputs.append(value)
         elif value.meta["val"].ndim and getattr(value.args[0], "target", None) is not BATCH_NORM_TRAINING:
             updates[value] = inputs[spec.target]

@@ -32,6 +32,10 @@ class Plan:
 
     Raises:
         PlanError: indices that are no whole numbers.
+
+    Example:
+        >>> plan = ekgfx.Plan({"fuse.0": range(32)})
+        >>> print(traced.cost(plan))
     """
 
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -61,7 +65,12 @@ class Plan:
         return f"Plan({kept} channels kept{gone})"
 
     def with_kept(self, name: str, indices: Iterable[int]) -> "Plan":
-        """The same plan with other indices for one group."""
+        """The same plan with other indices for one group.
+
+        Args:
+            name: the group.
+            indices: the channels of it that stay.
+        """
         made = copy.copy(self)  # not `replace`: a search makes many, and the other groups' indices are right
         found = _indices(name, indices)
         object.__setattr__(
@@ -74,6 +83,9 @@ class Plan:
 
         Pruning by it is pruning by both in turn: `prune(model, first.then(second))` has the weights of
         `prune(prune(model, first), second)`, where nothing was trained in between.
+
+        Args:
+            later: the second plan, in the indices of the channels that this one leaves.
 
         Raises:
             PlanError: the second plan names other channels than the first one leaves, or they differ in `rescale`.
@@ -100,6 +112,9 @@ class Plan:
     def of(cls, pruned: object) -> "Plan":
         """The plan by which `prune` made a module, of all rounds together: in the indices of the original's channels.
 
+        Args:
+            pruned: what `prune` returned.
+
         Raises:
             PlanError: the module was not made by `prune`, or its rounds make no single plan (see `then`).
         """
@@ -120,6 +135,7 @@ class Plan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
+        """The plan as text, which `from_json` reads; the same plan gives the same text."""
         kept = {name: list(indices) for name, indices in sorted(self.kept.items())}
         data = {"version": VERSION, "structure": self.structure, "rescale": self.rescale, "kept": kept}
         for name in ("leaf", "unused", "outputs", "dropped"):
@@ -132,6 +148,9 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         """Read a plan back.
+
+        Args:
+            text: what `to_json` gave.
 
         Raises:
             PlanError: not a plan, a malformed one, or one of a newer format.

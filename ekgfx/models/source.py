@@ -117,6 +117,7 @@ class Source:
 
     @property
     def is_run(self) -> bool:
+        """Whether the model is that of a run, which is pruned already."""
         return (Path(self.model) / "run.json").is_file()
 
     def without_weights(self) -> "Source":
@@ -148,6 +149,7 @@ class Source:
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> "Source":
+        """What `describe` told of. Raises ModelError where it tells something else."""
         source: Source = read(cls, description, "the source", ModelError)
         return source
 
@@ -163,8 +165,26 @@ def parse(
 ) -> Source:
     """Reads a MODEL argument; paths become absolute.
 
+    Args:
+        model: `timm:NAME`, `hf:NAME|DIR`, `torchvision:NAME`, `package.module:factory`, `path/file.py:factory`, or a
+            run's folder.
+        weights: "auto" (those that are published), "none" (random ones), or a file.
+        input: the shape of the example input, such as `1x3x32x32`; of several inputs joined by commas. None takes what
+            the model or its factory says.
+        classes: number of the model's outputs, where it is built with another one than its own.
+        ema: take the moving average of the weights, where the file has both.
+        preprocessing: what of the images' preparation differs from what the model says.
+        model_kwargs: further arguments of the factory.
+
+    Returns:
+        The source; `build()` makes the model.
+
     Raises:
         ModelError: an unknown name, form or file, an input that is no shape, no classes; says what was probably meant.
+
+    Example:
+        >>> built = ekgfx.models.source.parse("ekgfx.models:digits_cnn").build()
+        >>> traced = ekgfx.trace(built.model, built.example_inputs)
     """
     named.check_input(input)
     if classes is not None and classes < 1:

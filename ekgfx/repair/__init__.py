@@ -68,6 +68,7 @@ class Repair:
         return "; ".join((*self.notes, said))
 
     def to_json(self) -> dict[str, Any]:
+        """JSON values of all fields."""
         return asdict(self)
 
 
@@ -107,7 +108,7 @@ def repair(
         on_layer: called after every operator with what was done, its number and their count.
 
     Returns:
-        what was done, and what it brought, in figures that need no labels.
+        What was done, and what it brought, in figures that need no labels.
 
     Raises:
         PlanError: the plan does not fit the traced model.
@@ -115,8 +116,8 @@ def repair(
         DataError: the model does not take such inputs.
 
     Example:
-        pruned = ekgfx.prune(model, plan, traced)
-        print(ekgfx.repair(pruned, traced, plan, images))
+        >>> pruned = ekgfx.prune(model, plan, traced)
+        >>> print(ekgfx.repair(pruned, traced, plan, images))
     """
     start = time.monotonic()
     kept = traced.groups.kept(plan)

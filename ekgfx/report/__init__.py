@@ -12,10 +12,20 @@ FILE = "report.html"
 
 
 def write(run: Path, file: Path | None = None) -> Path:
-    """Writes the page of the run at `run` to `file` (RUN/report.html by default) and returns where it is.
+    """Writes a run as one HTML page that needs no network. The same run gives the same page, to the byte.
 
-    The run may be under way. The same run gives the same page, to the byte. Raises RunError when a file of the run is
-    damaged, or the page cannot be written.
+    Args:
+        run: the run's folder; it may be under way.
+        file: the page; RUN/report.html if None.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        RunError: a file of the run is damaged, or the page cannot be written.
+
+    Example:
+        >>> page = ekgfx.report.write(run)
     """
     target = run / FILE if file is None else file
     write_text(target, page(Facts.of(run)))

@@ -26,7 +26,7 @@ from ekgfx.base.containers import Frame
 from ekgfx.errors import PruneError
 from ekgfx.graph.axis_graph import Example
 from ekgfx.graph.functional import inlined
-from ekgfx.graph.hints import masks_taken_as_they_are
+from ekgfx.graph.hints import by_operators
 from ekgfx.graph.nodes import bind
 from ekgfx.graph.opaque import Leaves, as_operators, wrapped_forwards
 from ekgfx.graph.quiet import quiet
@@ -171,7 +171,7 @@ def calls_of(
             torch.no_grad(),
             operators,
             returned,
-            masks_taken_as_they_are(),
+            by_operators(),
             marked,
             told(exported, asked, decisions),
             quiet(),

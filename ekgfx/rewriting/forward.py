@@ -54,7 +54,8 @@ def rewrite(path: str, versions: Sequence[Version], inline: Iterable[str], reaso
     free = "" if "" in frees else "batch" if "batch" in frees else "sizes"
     fixed = any(writer.fixed for writer in writers)
     sizes = "any" if free == "sizes" and not fixed else "batch" if free == "batch" and not fixed else "example"
-    return Forward(_source(path, writers), tuple(objects.items()), reason, sizes)
+    left = any(writer.leaves_training for writer in writers)
+    return Forward(_source(path, writers, left), tuple(objects.items()), reason, sizes)
 
 
 def _writers(
@@ -76,8 +77,9 @@ def _writers(
     ]
 
 
-def _source(path: str, writers: Sequence["_Writer"]) -> str:
-    """The forward: a body for every kind of call that was seen; others are refused."""
+def _source(path: str, writers: Sequence["_Writer"], leaves_training: bool) -> str:
+    """The forward: a body for every kind of call that was seen; others are refused. leaves_training: that is left to
+    the module's own forward."""
     values = " or ".join(dict.fromkeys(writer.head.values() for writer in writers))
     refusal = (
         f"ekgfx replaced the forward of {path or 'the model'} when it pruned, for {values} as in the example: "
@@ -85,6 +87,8 @@ def _source(path: str, writers: Sequence["_Writer"]) -> str:
     )
     raising = f"raise NotImplementedError({refusal!r})"
     lines = [writers[0].head.line]
+    if leaves_training:
+        lines += ["    if self.training:", f"        return own_forward(self, {writers[0].head.passed_on})"]
     guards = [" and ".join(writer.conditions.values()) for writer in writers]
     if len(writers) == 1:
         lines += [f"    if not ({guards[0]}):", f"        {raising}"] if guards[0] else []
@@ -128,6 +132,12 @@ class _Writer:
         self.head = Head(module, path, call)
         self.conditions = self.head.conditions()
         self.lines = self._lines()
+
+    @property
+    def leaves_training(self) -> bool:
+        """Whether the module, or one whose operators stand here, does something else in training that nobody saw."""
+        inside = {name for name in self.inline if name.startswith(f"{self.path}.".lstrip("."))}
+        return bool(self.recorded.others & {self.path, *inside})
 
     def excludes(self, other: "_Writer") -> bool:
         """Whether no call is like both."""

@@ -35,6 +35,12 @@ class Head:
         """`def forward(…):`."""
         return f"def forward({', '.join(['self', *self._texts()])}):"
 
+    @property
+    def passed_on(self) -> str:
+        """Its parameters, as arguments of its own forward."""
+        forms = {"VAR_POSITIONAL": "*{0}", "VAR_KEYWORD": "**{0}", "KEYWORD_ONLY": "{0}={0}"}
+        return ", ".join(forms.get(p.kind.name, "{0}").format(p.name) for p in self.parameters)
+
     def accessor(self, path: tuple[Any, ...]) -> str:
         """How the forward reads what its caller passed at this place of (args, kwargs)."""
         parameters = self.parameters

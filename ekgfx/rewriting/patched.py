@@ -61,6 +61,12 @@ class Forward:
 def replaced(model: nn.Module) -> list[Replacement]:
     """The modules of a pruned model whose forward was replaced, since their own Python could not express the cut.
 
+    Args:
+        model: what `prune` returned, or any module.
+
+    Returns:
+        One entry for each such module, in the order of `named_modules`; none where every forward is the user's own.
+
     Example:
         >>> for replacement in ekgfx.replaced(pruned):
         ...     print(replacement)
@@ -94,7 +100,7 @@ _numbers = itertools.count()
 
 def _class(base: Any, forward: Forward) -> type:
     file = f"<forward of {base.__qualname__} replaced by ekgfx, {next(_numbers)}>"
-    space = name_space(forward)
+    space = {**name_space(forward), "own_forward": base.forward}
     linecache.cache[file] = (len(forward.source), None, forward.source.splitlines(True), file)
     exec(compile(forward.source, file, "exec"), space)  # our own code, made from the exported graph
     function = space["forward"]

@@ -21,7 +21,7 @@ from ekgfx.rewriting.spelling import attribute, literal, scaled, spelled
 
 _SIZES = {"size", "shape", "sizes", "output_size", "start", "end", "length", "split_size", "split_sizes", "repeats"}
 """Arguments that are sizes."""
-RESERVED = {"self", "torch", "math", "operator", "pytree", "tensors_in"}
+RESERVED = {"self", "torch", "math", "operator", "pytree", "tensors_in", "own_forward"}
 
 
 class Widths(Protocol):
@@ -45,13 +45,17 @@ class Widths(Protocol):
 
 @dataclass(frozen=True)
 class Recorded:
-    """The calls of one model in evaluation, and in training where that could be recorded (with floats of `dtype`)."""
+    """The calls of one model in evaluation, and in training where that could be recorded (with floats of `dtype`).
+
+    others: where it could not, the modules that do something else there.
+    """
 
     model: nn.Module
     evaluation: Calls
     training: Calls | None
     floats: torch.dtype
     dtype: torch.dtype
+    others: frozenset[str] = frozenset()
 
 
 class InexpressibleError(PruneError):

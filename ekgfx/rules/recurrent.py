@@ -37,36 +37,38 @@ def recurrent(call: Call) -> Effect:
     biases (gates·η) → output (B, T, directions·η), final states.
 
     A unit whose weights are zero stays at zero, since its candidate value does, so cutting it is exact. Both directions
-    of a layer must have the same number of units, and so must all layers: one η serves them all. A projection
-    (`proj_size`) makes the output's units other ones than the cell's: frozen.
+    of a layer must have the same number of units, and so must all layers: one η serves them all. With a projection
+    (`proj_size`), a weight (π, η) more for each, π units take the place of η in the output, the first state, and what
+    comes back.
     """
     x, hx, params = call["input"], call["hx"], call["params"]
     states: list[Dims] = hx if isinstance(hx, list) else [hx]
-    tensors_each = len(params) // (call["num_layers"] * (2 if call["bidirectional"] else 1))
+    directions = 2 if call["bidirectional"] else 1
+    tensors_each = len(params) // (call["num_layers"] * directions)
     cells = [params[i : i + tensors_each] for i in range(0, len(params), tensors_each)]
-    if tensors_each not in (2, 4) or any(s[-1].size != cells[0][1][1].size for s in states):
-        for dims in call.tensors():
-            call.freeze(*dims, why="its units are projected")
-        macs = [(*x[:-1], *weight) for weight in params if len(weight) == 2]
-        return Effect([call.constants(shape) for shape in call.shapes], macs=macs)
-    eta = call.fresh(states[0][-1].size)
+    eta = call.fresh(states[-1][-1].size)
+    projected = tensors_each in (3, 5)
+    out = call.fresh(states[0][-1].size) if projected else eta
     gates = call.constant(cells[0][1][0].size // eta.size, "gates")
-    directions = [eta] * (2 if call["bidirectional"] else 1)
     below: Expr = x[-1]
-    for number, (weight_in, weight_hidden, *biases) in enumerate(cells):
-        if number and number % len(directions) == 0:
-            below = Prod((call.constant(len(directions), "directions"), eta))
+    for number, (weight_in, weight_hidden, *others) in enumerate(cells):
+        if number and number % directions == 0:
+            below = Prod((call.constant(directions, "directions"), out))
         call.unify(weight_in[1], below)
-        call.unify(weight_hidden[1], eta)
-        for dims in (weight_in, weight_hidden, *biases):
+        call.unify(weight_hidden[1], out)
+        if projected:
+            projection = others.pop()
+            call.unify(projection[0], out)
+            call.unify(projection[1], eta)
+        for dims in (weight_in, weight_hidden, *others):
             call.unify(dims[0], Prod((gates, eta)))
     time = 1 if call["batch_first"] and len(x) == 3 else 0
     call.freeze(x[time], why="steps of the sequence")
-    for state in states:
+    for state, units in zip(states, (out, eta), strict=False):
         call.freeze(state[0], why="layers and directions")
-        call.unify(state[-1], eta)
+        call.unify(state[-1], units)
         if len(x) == 3:
             call.unify(x[1 - time], state[1])
-    out = (*x[:-1], Prod((call.constant(len(directions), "directions"), eta)))
     macs = [(*x[:-1], *weight) for weight in params if len(weight) == 2]
-    return Effect([out, *states], produces=("params", eta), macs=macs)
+    output = (*x[:-1], Prod((call.constant(directions, "directions"), out)))
+    return Effect([output, *states], produces=("params", eta), macs=macs)

@@ -160,8 +160,17 @@ def rule(*ops: OpOverload | str, replace: bool = False, memory: Memory | None = 
         replace: they may have a rule already.
         memory: how they use memory; None where it is not known that their result is a tensor of its own.
 
+    Returns:
+        A decorator for the rule: a function of the `Call` that returns its `Effect`.
+
     Raises:
         ValueError: an operator already has a rule and `replace` is not given.
+
+    Example:
+        >>> from ekgfx.rules import Call, Effect
+        >>> @ekgfx.rule("mylib.smooth.default")
+        ... def smooth(call: Call) -> Effect:
+        ...     return Effect(call["x"], carries=True)
     """
 
     def register(function: Rule) -> Rule:

@@ -47,6 +47,7 @@ def save(
 
     Args:
         pruned: what `prune(model, plan)` returned, in any state of training.
+        path: the folder.
         plan: the plan it was pruned by, which a pruned module knows itself, with those of earlier rounds. Where it does
             not (its weights were loaded into another instance, say), a series of plans tells several rounds.
         source: how to build the original model (`ekgfx.models.source.parse`); without it `load` needs `model=`.
@@ -56,6 +57,9 @@ def save(
     Raises:
         RunError: the folder is used by another process, holds other files, or cannot be written.
         PlanError: the module was pruned by another plan, or says nothing of it and none is given.
+
+    Example:
+        >>> ekgfx.save(pruned, "out")
     """
     path = Path(path)
     *earlier, last = _rounds(pruned, plan)
@@ -99,10 +103,17 @@ def load(
         budget: of a run of several budgets the one whose network is loaded, such as `flops=0.75`; the tightest's by
             default.
 
+    Returns:
+        The pruned module, of the original's class, in evaluation mode.
+
     Raises:
         BudgetError: the run has no such budget.
         RunError: a file is missing, was changed or cut short, is of a newer format, or its weights do not fit.
         PlanError: the plan belongs to another model.
+
+    Example:
+        >>> ekgfx.save(pruned, "out")
+        >>> again = ekgfx.load("out", model=ekgfx.models.digits_cnn, example_inputs=images)
     """
     path = at_budget(Path(path), budget)
     return _rebuild(path, _recorded(path) if model is None else _called(path, model, example_inputs), also).model

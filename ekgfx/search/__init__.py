@@ -83,8 +83,9 @@ def search(
             `uniform` and `global` with an importance of the weights alone need none.
         settings: how to search, and the budget; the defaults are the paper's.
         table: under a budget of `latency`, the layers' timings (`ekgfx.export.measure_layers`).
-        cost, budget: instead of the settings' budgets or beside them: any function of a plan, and the fraction of it
-            that is kept. At least one budget; of several, all must hold.
+        cost: any function of a plan, for a budget instead of the settings' or beside them. There must be one budget at
+            least; of several, all must hold.
+        budget: the fraction of `cost` that is kept.
         loss: label loss, `loss(output, target)` → mean over the batch; cross-entropy is that of the logits.
         logits: where the logits B × K × …, which the knowledge is compared with, are in a model's output: a function of
             it, or a key, a field or an index. By default they are found, where it is clear
@@ -95,6 +96,9 @@ def search(
         on_step: called after every step.
         resume_from: the steps of an interrupted search (or their JSON) to go on after.
         options: fields of `SearchSettings`, which replace those of `settings`: `flops=0.55, importance="magnitude"`.
+
+    Returns:
+        The plan, and every step to it.
 
     Raises:
         BudgetError: nothing can be pruned, or the budget cannot be reached; says how far it can go.

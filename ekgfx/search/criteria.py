@@ -36,7 +36,8 @@ def of_weights(score: Callable[[Tensor], Tensor]) -> Criterion:
             parameters that hold a part of it.
 
     Example:
-        >>> ekgfx.search(traced, batches, flops=0.55, importance=of_weights(lambda rows: rows.norm(dim=1)))
+        >>> from ekgfx.search import of_weights
+        >>> result = ekgfx.search(traced, batches, flops=0.55, importance=of_weights(lambda rows: rows.norm(dim=1)))
     """
 
     def criterion(problem: Problem, plan: Plan, knowledge: Knowledge | None) -> Scores:

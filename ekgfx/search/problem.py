@@ -200,6 +200,11 @@ class Problem:
     def check_reachable(self) -> None:
         """BudgetError when nothing can shrink, or when shrinking everything is not enough; says how far it can go."""
         if not (self.rules or self.blocks):
+            if self.traced.groups:
+                raise BudgetError(
+                    f"ignore leaves nothing to prune of the {len(self.traced.groups)} groups: a group is ignored where "
+                    "one of its layers is, also one that reads it; `ekgfx groups MODEL` lists the layers of each"
+                )
             reasons = sorted({place.reason for place in self.traced.groups.frozen})
             why = f" (frozen: {'; '.join(reasons[:3])})" if reasons else ""
             raise BudgetError(f"nothing can be pruned in this model{why}; `ekgfx groups MODEL --why` shows every axis")

@@ -47,8 +47,11 @@ def plan(
         PlanError: a pattern matches nothing; the message has the nearest names.
         RecipeError: a ratio that is no fraction and no number of channels, or an unknown importance.
 
+    Returns:
+        The plan; `traced.cost(plan)` says what it leaves.
+
     Example:
-        >>> plan = ekgfx.plan(traced, {"layer3.*": 0.5, "layer4.*": 0.25, "layer4.0.conv1": 64})
+        >>> plan = ekgfx.plan(traced, {"*": 0.75, "fuse.*": 32})
         >>> pruned = ekgfx.prune(model, plan, traced)
     """
     check_traced(traced, "plan")

@@ -162,7 +162,8 @@ def sensitivity(
             Without, BatchNorm takes the batch's statistics, as in a search; that takes a fraction of the time.
         importance: which channels stay, as in `search`.
         ignore: groups, parameters or modules that are left alone.
-        loss, logits: as in `search`.
+        loss: the label loss, as in `search`.
+        logits: where the logits are in the model's output, as in `search`.
         seed: of networks that draw random numbers, of "random", and of repairs.
         on_cut: called with the number of cuts that are done, and of all.
 
@@ -171,8 +172,11 @@ def sensitivity(
         PlanError: nothing can be cut, or an ignore pattern matches nothing.
         RecipeError: a share that is no fraction, or an unknown importance.
 
+    Returns:
+        The cost of each cut of each group; printed, a table with the group that costs most first.
+
     Example:
-        >>> print(ekgfx.sensitivity(traced, train, test))
+        >>> print(ekgfx.sensitivity(traced, batches, shares=(0.5,)))
     """
     began = time.monotonic()
     check_traced(traced, "sensitivity")

@@ -101,6 +101,7 @@ class SearchSettings(recipe.SearchSettings):
         RecipeError: an option has an unknown value.
 
     Example:
+        >>> from ekgfx.search import SearchSettings
         >>> settings = SearchSettings(flops=0.55, importance="magnitude", align=8)
         >>> result = ekgfx.search(traced, batches, settings)
     """

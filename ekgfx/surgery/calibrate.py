@@ -54,7 +54,7 @@ def calibrate(
 
     Example:
         >>> pruned = ekgfx.prune(model, plan, traced)
-        >>> ekgfx.calibrate(pruned, train_loader, traced=traced, limit=16)
+        >>> ekgfx.calibrate(pruned, data.loader("train", 256), traced=traced, limit=4)
     """
     if traced is not None:
         check_traced(traced, "calibrate")

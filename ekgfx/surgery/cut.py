@@ -77,6 +77,13 @@ def prune(
         DataError: the batches to calibrate on cannot be used.
         PlanError: the plan, or the traced model, does not fit the model.
         PruneError: the result is not what was predicted, or a forward would have to be replaced and graphs="forbid".
+
+    Returns:
+        The pruned module, in the mode and on the device of `model`.
+
+    Example:
+        >>> result = ekgfx.search(traced, batches, flops=0.55)
+        >>> pruned = ekgfx.prune(model, result.plan, traced, calibrate=batches)
     """
     plan, rounds = as_plan(plan), rounds_of(model)
     if traced is None:

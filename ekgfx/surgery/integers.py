@@ -60,6 +60,8 @@ def _prelu(module: Any) -> None:
 
 def _recurrent(module: Any) -> None:
     module.input_size, module.hidden_size = module.weight_ih_l0.shape[1], module.weight_hh_l0.shape[1]
+    if module.proj_size:  # what comes back is the projection
+        module.proj_size, module.hidden_size = module.weight_hr_l0.shape
 
 
 def _cell(module: Any) -> None:

@@ -108,7 +108,17 @@ def stays(expr: Expr, kept: Mapping[Axis, Tensor], counts: Mapping[Axis, int]) -
 
 
 def check_masked(traced: TracedModel, plan: Plan, inputs: tuple) -> float:
-    """Relative error between the sliced graph and the masked original, on the given inputs."""
+    """Relative error between the sliced graph and the masked original, on the given inputs.
+
+    Args:
+        traced: the traced model, in float64 for an error that is rounding alone.
+        plan: the plan that both follow.
+        inputs: what the model is called with.
+
+    Example:
+        >>> from ekgfx.verify import check_masked
+        >>> check_masked(traced, plan, (images,))
+    """
     with torch.no_grad():
         return relative_error(
             traced.subnetwork(plan)(*inputs), MaskedNetwork(traced.left_by(plan), traced.groups.kept(plan))(*inputs)

@@ -21,6 +21,7 @@ from ekgfx.graph.nodes import bind
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.graph.propagation import Operation
 from ekgfx.rewriting.calls import Calls, ModuleCall, Values, calls_of, hollow, whole
+from ekgfx.rewriting.modes import others_in_training
 from ekgfx.rewriting.terms import Recorded
 from ekgfx.rewriting.told import decisions_of
 from ekgfx.surgery.check import operator_name, takes_all
@@ -31,8 +32,8 @@ def record(source: TracedModel, twin: nn.Module | None = None, exported: bool = 
     """The calls of the uncut model, in evaluation and (with floats of another type, so that one sees which types follow
     the model's) in training. twin: the uncut model without its weights, where that of `source` has been cut itself.
     exported: as in `calls_of`."""
-    model = twin or hollow(source.model)
-    known = not exported and twin is None  # of a model that was cut itself there is no run
+    model, entire = twin or hollow(source.model), twin is None
+    known = not exported and entire  # of a model that was cut itself there is no run
     floats = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     with evaluation_mode(model):
         seen = decisions_of(source.model, source.way, source.example) if known else []
@@ -49,7 +50,11 @@ def record(source: TracedModel, twin: nn.Module | None = None, exported: bool = 
             break
         except (EkgfxError, RuntimeError):
             continue
-    return Recorded(model, evaluation, training, floats, dtype)
+    others: frozenset[str] = frozenset()
+    if training is None:
+        every = frozenset(name for name, _ in model.named_modules())
+        others = others_in_training(source.model, source.way, source.example) if entire else every
+    return Recorded(model, evaluation, training, floats, dtype, others)
 
 
 class TracedWidths:

@@ -76,7 +76,13 @@ class _Settling:
         self._limit()
 
     def _error(self, problem: Problem) -> PruneError:
-        return PruneError(f"the pruned {type(self.pruned).__name__} is not what was predicted: {problem.text}")
+        text = f"the pruned {type(self.pruned).__name__} is not what was predicted: {problem.text}"
+        if self.recorded is not None and problem.module in self.recorded[0][0].others:
+            text += (
+                "; in training it does something else, which has no graph and so stays its own Python: keep the widths "
+                "that it cannot express (ignore=), or let it read them from a tensor or an attribute"
+            )
+        return PruneError(text)
 
     # -- integers ---------------------------------------------------------------------------------------------------
 

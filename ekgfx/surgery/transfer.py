@@ -47,14 +47,19 @@ def transfer(
         traced: the traced model.
         model: the module whose parameters the optimizer holds, where `traced` is of another one built the same way.
 
+    Returns:
+        The subject; of an average without a wrapper, its successor.
+
     Raises:
         PruneError: `pruned` is not what the plan leaves, a state's shape follows from the parameter's in no known way
             (the message names both; nothing has been changed then), or an average is not of this model.
 
     Example:
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> average = torch.optim.swa_utils.AveragedModel(model)
         >>> pruned = ekgfx.prune(model, plan, traced)
         >>> ekgfx.transfer(optimizer, pruned, plan, traced)
-        >>> ekgfx.transfer(ema, pruned, plan, traced)
+        >>> ekgfx.transfer(average, pruned, plan, traced)
     """
     source = traced if model is None or traced.model is model else traced.rebound(model)
     kept, gone = source.groups.kept(plan), source.left_by(plan).gone

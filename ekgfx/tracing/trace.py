@@ -22,7 +22,7 @@ from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph import sizes, unseen
 from ekgfx.graph.axis_graph import AxisGraph, Example
 from ekgfx.graph.draws import NothingDropped
-from ekgfx.graph.hints import masks_taken_as_they_are
+from ekgfx.graph.hints import by_operators
 from ekgfx.graph.opaque import Leaves, as_operators, find_leaves, record
 from ekgfx.graph.quiet import quiet
 from ekgfx.graph.returns import Returns, as_choice, tensors_returned
@@ -64,12 +64,17 @@ def trace(
             the model, alone (with the example inputs) or followed by its arguments: `("project", features)`.
         unused: parameters or modules, by name or glob, that nothing uses: what was not seen of them holds nothing back.
 
+    Returns:
+        The traced model: its channel groups, what a plan costs, and the network that it leaves.
+
     Raises:
         TraceError: the model's forward cannot be turned into a graph; the message says where. A call of `also` cannot,
             or `unused` names what is used.
 
     Example:
-        >>> traced = trace(model, images, also=[{"task": "depth"}, ("project", features)])
+        >>> traced = ekgfx.trace(model, images)
+        >>> print(traced.groups)
+        >>> traced = ekgfx.trace(model, images, also=[(images[:1],)], leaf=["head.select"])  # doctest: +SKIP
     """
     traced = silently_traced(model, example_inputs, kwargs, leaf=leaf, also=also, unused=unused, outputs=outputs)
     for note in traced.notes:
@@ -230,7 +235,7 @@ def _exported(
         try:
             leaves = record(model, names, *example)
             returned = tensors_returned(model, outputs, strict)
-            with torch.no_grad(), as_operators(model, leaves), returned as returns, masks_taken_as_they_are(), quiet():
+            with torch.no_grad(), as_operators(model, leaves), returned as returns, by_operators(), quiet():
                 program = torch.export.export(model, *example, strict=False)
         except EkgfxError:
             raise

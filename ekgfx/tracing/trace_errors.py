@@ -19,7 +19,8 @@ from ekgfx.graph.nodes import owner
 from ekgfx.tracing.parts import parts
 
 _PACKAGE = Path(__file__).parents[1]
-_OWN = tuple(f"{path}{os.sep}" for path in (*torch.__path__, _PACKAGE / "tracing", _PACKAGE / "pipeline"))
+_OURS = (_PACKAGE / part for part in ("tracing", "graph", "pipeline"))
+_OWN = tuple(f"{path}{os.sep}" for path in (*torch.__path__, *_OURS))
 _STANDARD = sysconfig.get_paths()["stdlib"] + os.sep
 
 

@@ -25,9 +25,14 @@ MOST_WITHOUT = 64
 class TracedModel(AxisGraph):
     """A traced model: its axis graphs, and the questions that can be asked of it.
 
-    notes: what a user should know of what was not seen, one sentence each.
-    trains: the model was seen to run in training mode.
-    dropped: residual blocks that are identities here.
+    Attributes:
+        notes: what a user should know of what was not seen, one sentence each.
+        trains: the model was seen to run in training mode.
+        dropped: residual blocks that are identities here.
+
+    Example:
+        >>> traced = ekgfx.trace(model, images)
+        >>> print(traced.groups, traced.cost(plan), traced.subnetwork(plan)(images).shape)
     """
 
     notes: tuple[str, ...] = ()
@@ -62,7 +67,14 @@ class TracedModel(AxisGraph):
         return {op: self.assuming({op: passing}).prunable_parameters() - here for op in self.unknown_ops}
 
     def cost(self, plan: Plan | None = None) -> Cost:
-        """MACs per sample and parameters of the (sub-)network, from the expressions alone."""
+        """MACs per sample and parameters of the (sub-)network, from the expressions alone.
+
+        Args:
+            plan: what is kept; None for the whole network.
+
+        Raises:
+            PlanError: the plan is for another model.
+        """
         left = self.left_by(plan)
         counts = {axis: len(kept) for axis, kept in self.groups.kept(plan).items()}
         return cost_of(left, left._mac_table, counts)
@@ -156,7 +168,16 @@ class TracedModel(AxisGraph):
         return mac_table(self)
 
     def subnetwork(self, plan: Plan | None = None, *, batch_stats: bool = False, rescale: bool = False) -> SubNetwork:
-        """The network that `plan` leaves, as the graph on sliced weights; see `SubNetwork`."""
+        """The network that a plan leaves, as the graph on sliced weights, without a cut (`SubNetwork`).
+
+        Args:
+            plan: what is kept; None for the whole network.
+            batch_stats: whether BatchNorm takes the statistics of each batch instead of its running averages.
+            rescale: whether cut kernels keep the Frobenius norm of the uncut ones.
+
+        Raises:
+            PlanError: the plan is for another model.
+        """
         return SubNetwork(self.left_by(plan), self.groups.kept(plan), batch_stats=batch_stats, rescale=rescale)
 
 

@@ -55,10 +55,11 @@ def finetune(
     Args:
         model: trained on the device it is on; left in evaluation mode.
         data: a data set (`ekgfx.data.load`), or batches to iterate once per epoch: `(images, labels, index)`, where
-            images are B × …, or with `views=V` V × B × … or a tuple of V; a tuple of inputs, or a mapping of them by
-            name (also with the labels and the index in it, as the data sets of transformers give it). Labels may be
-            None with a bank. With a bank, a DataLoader of `(images, labels)` will do, shuffled or
-            not: which samples its batches hold is found out (as positions in its data set, as `build_bank` took them).
+            images are B × …, or V × B × … or a tuple of V where they are V views of each sample (two with a bank, else
+            `views=V`); a tuple of inputs, or a mapping of them by name (also with the labels and the index in it, as
+            the data sets of transformers give it). Labels may be None with a bank. With a bank, a DataLoader of
+            `(images, labels)` will do, shuffled or not: which samples its batches hold is found out (as positions in
+            its data set, as `build_bank` took them).
         bank: the memory bank; None trains on the labels alone.
         temperature: T of the guidance; 4 below 1000 classes and 10 from there on.
         loss: label loss of one view, `loss(output, labels)`; cross-entropy is that of the logits.
@@ -70,11 +71,15 @@ def finetune(
         checkpoint: file to save to after every epoch, and to go on from where it exists: training that was interrupted
             ends as if it had not been.
         csv: file for a table of the epochs, written after each.
-        on_epoch, on_batch: called after every epoch, and after every batch (`ekgfx.training.trainer.Progress`).
+        on_epoch: called after every epoch.
+        on_batch: called after every batch (`ekgfx.training.trainer.Progress`).
         parallel: all processes of torchrun call this together and train as one: each takes its part of every batch, and
             a step is what one process would compute on the whole batch, up to rounding (see
             `ekgfx.distributed.parallel`). Only the first writes the checkpoint and evaluates.
         settings: the fields of `ekgfx.training.optimization.Training`.
+
+    Returns:
+        The epochs, and which of them was kept.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -82,6 +87,10 @@ def finetune(
         RecipeError: an unknown setting, or more processes than samples in a batch.
         RunError: the checkpoint is damaged, belongs to another training, or cannot be written.
         TeamError: another process died.
+
+    Example:
+        >>> history = ekgfx.finetune(pruned, data, bank=bank, epochs=1, batch_size=64, lr=0.01)
+        >>> print(history)
     """
     training = Training.of(settings)
     mates = team() if parallel else ALONE
@@ -202,7 +211,7 @@ def _batches(
     if not isinstance(data, Data):
         count = len(data) if isinstance(data, Sized) else None
         if mates.size > 1:
-            return lambda epoch: (own_share(batch, trainer.views, mates) for batch in each_batch(data)), count
+            return lambda epoch: (own_share(batch, trainer.views_in(batch), mates) for batch in each_batch(data)), count
         labels = lambda batch: unpacked(batch)[1]  # noqa: E731
         return lambda epoch: each_batch(data if epoch > 1 else watched(data, labels, "training batches")), count
     training = trainer.training

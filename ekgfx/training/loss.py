@@ -136,6 +136,11 @@ class EKGLoss(nn.Module):
             default they are found (`ekgfx.training.outputs.logits_of`).
         parallel: whether all processes of torchrun compute it together, each on its part of the batch.
 
+    Example:
+        >>> criterion = ekgfx.EKGLoss(bank)
+        >>> batch = next(iter(data.loader("train", 32)))
+        >>> loss = criterion([pruned(batch.images)], batch.labels, batch.index)
+
     `outputs`: what the model gave for each augmented view of the same images (a list, or a tensor V × B × C).
     `labels`: what `loss` takes (B classes), or None for data without labels: then only the bank teaches.
     `index`: B sample indices into the bank.

@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from ekgfx.base.schema import read
-from ekgfx.data.batches import Inputs, device_of, half_of, of_view, side_by_side, to_device, unpacked, views_of
+from ekgfx.data.batches import Inputs, device_of, half_of, of_view, side_by_side, to_device, unpacked, views_in
 from ekgfx.distributed.parallel import SharedNorms, add_gradients
 from ekgfx.distributed.team import ALONE, Team
 from ekgfx.errors import DataError, RecipeError, RunError, TrainingError
@@ -107,7 +107,7 @@ class Trainer:
 
     def _update(self, batch: Any, check: bool) -> Tensor:
         images, labels, index = unpacked(batch)
-        views = self._views(images, labels, index)
+        views = self.views if self.views == 1 else self.views_in(batch)
         if views == 1:
             shown, samples = Inputs.of(images).onto(self.model), None
         else:
@@ -133,16 +133,9 @@ class Trainer:
             self.average.update(self.model, self.updates)
         return loss.detach()
 
-    def _views(self, images: Any, labels: Any, index: Tensor) -> int:
-        """How many views of each image a batch holds; DataError where more were asked for."""
-        samples = len(index) or (len(labels) if isinstance(labels, Tensor) and labels.ndim else 0)
-        found = views_of(images, samples, self.views)
-        if found != self.views and self.training.views is not None:
-            raise DataError(
-                f"views={self.views}, but the batches hold one view of each image: give images as views × batch × …, "
-                "or leave views out"
-            )
-        return found
+    def views_in(self, batch: Any) -> int:
+        """How many views a batch shows. Raises DataError where the settings name another number."""
+        return views_in(batch, self.views, self.training.views is not None)
 
     def _share(self, output: Any) -> float:
         """This process's part of the samples of a batch: what its mean weighs in the mean over all of them."""

@@ -11,7 +11,7 @@ import ekgfx
 from ekgfx.bank import Bank, Progress, build_bank, pick_teachers
 from ekgfx.bank.rows import RowFormat
 from ekgfx.data.base import Loader, Views
-from ekgfx.errors import DataError, RunError, TrainingError
+from ekgfx.errors import DataError, PlanError, RunError, TrainingError
 from ekgfx.search import SearchResult, search
 from ekgfx.tracing.traced import TracedModel
 from tests.bank.asked import Known, answers, training_batches
@@ -164,6 +164,12 @@ def test_the_order_of_the_files_does_not_matter() -> None:
     )
     torch.testing.assert_close(shuffled, in_files[order], rtol=2e-3, atol=2e-3)
     assert abs((in_files[:, 0].argmax(1) == labels).float().mean() - right) <= 0.01
+
+
+def test_a_plan_is_no_result(searched: tuple[TracedModel, SearchResult]) -> None:
+    traced, result = searched
+    with pytest.raises(PlanError, match="the bank is built of a search's result, .* not of a Plan"):
+        build_bank(traced, result.plan, [])
 
 
 def test_errors(searched: tuple[TracedModel, SearchResult], tmp_path: Path) -> None:

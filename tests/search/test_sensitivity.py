@@ -186,7 +186,7 @@ def test_it_prints_as_a_table_and_is_plain_data():
         ({"shares": ()}, RecipeError, "no shares"),
         ({"importance": "tailor"}, RecipeError, "unknown importance 'tailor'"),
         ({"ignore": "nothing"}, PlanError, "nothing"),
-        ({"ignore": "*"}, BudgetError, "nothing can be pruned"),
+        ({"ignore": "*"}, BudgetError, "ignore leaves nothing"),
         ({"test": []}, DataError, "test holds no batch"),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ekgfx.graph.asserted import checks_hold
 from ekgfx.graph.quiet import quiet
 from ekgfx.graph.untouched import untouched
 
@@ -61,7 +62,7 @@ def _tensors(call: Any) -> Iterator[Tensor]:
 
 def _has_graph(module: nn.Module, args: Any, kwargs: Any) -> bool:
     try:
-        with torch.no_grad(), untouched(module), quiet():
+        with torch.no_grad(), untouched(module), checks_hold([]), quiet():
             torch.export.export(module, args, kwargs, strict=False)
     except Exception:  # noqa: BLE001  torch.export raises many types
         return False

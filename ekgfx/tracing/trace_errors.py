@@ -45,9 +45,12 @@ def _alone(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> s
     found = parts(model, args, kwargs)
     if not found:
         return ""
-    told = ", ".join(f"{name} ({share:.0%} of the parameters)" for name, share in found.items())
-    first = next(iter(found))
-    return f"; what can be traced alone: {told}: prune model.{first} by itself, and put the cut one in its place"
+    told = ", ".join(f"{name} ({part.share:.0%} of the parameters)" for name, part in found.items())
+    first, part = next(iter(found.items()))
+    return (
+        f"; what can be traced alone: {told}: type traced = ekgfx.trace(model.{first}, {part.example()}), and, with a "
+        f"plan of that, model.{first} = ekgfx.prune(model.{first}, plan, traced)"
+    )
 
 
 def unknown_sizes(model: nn.Module, program: torch.export.ExportedProgram) -> TraceError | None:

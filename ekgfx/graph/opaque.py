@@ -31,8 +31,8 @@ from ekgfx.rules.registry import Call, Effect, opaque, rule
 def leaf(inputs: list[Tensor], state: list[Tensor], module: str, number: int, results: str, macs: int) -> list[Tensor]:
     """Call `number` (per forward) of the module of that name. results: types and shapes of its tensors, as JSON."""
     raise NotImplementedError(
-        f"leaf {module!r} is given nothing that depends on the model's inputs, and its results would be constants: name "
-        "the module around it as leaf"
+        f"leaf {module!r} is given nothing that depends on the model's inputs, so that its results would be constants: "
+        "name the module around it as leaf"
     )
 
 

@@ -14,7 +14,7 @@ from ekgfx.errors import RecipeError
 from ekgfx.models import digits_cnn
 from ekgfx.training.evaluation import Metrics, evaluate
 from ekgfx.training.finetune import finetune
-from ekgfx.training.keeping import Epoch, History, rank
+from ekgfx.training.keeping import Best, Epoch, History, rank
 from ekgfx.training.mixup import Mixing, mixed_loss
 from ekgfx.training.trainer import Progress
 from tests.processes import together
@@ -44,8 +44,8 @@ HELD = [batch[:2] for batch in batches(count=5)[3:]]
 
 @pytest.mark.parametrize("lr", [0.002, 0.05])
 def test_the_epoch_with_the_best_validation_accuracy_is_kept(lr: float) -> None:
-    """Accuracy first, the loss where it is equal, the network before training unless accuracy rose; judged here by
-    evaluating the weights after every epoch."""
+    """Accuracy first, the loss where it is equal, the network before training among them; judged here by evaluating the
+    weights after every epoch."""
     model, history, seen = recorded(epochs=6, lr=lr, val=HELD, schedule="constant")
     judged = []
     for weights in seen:
@@ -53,8 +53,7 @@ def test_the_epoch_with_the_best_validation_accuracy_is_kept(lr: float) -> None:
         twin.load_state_dict(weights)
         found = evaluate(twin, HELD)
         judged.append((found.accuracy, -found.loss))
-    best = max(range(1, len(judged)), key=judged.__getitem__)
-    best = best if judged[best][0] > judged[0][0] else 0
+    best = max(range(len(judged)), key=judged.__getitem__)
     assert history.kept == best
     assert same(model, seen[best])
     assert [epoch.val_accuracy for epoch in history] == [accuracy for accuracy, _ in judged[1:]]
@@ -73,6 +72,22 @@ def test_training_that_harms_delivers_the_network_from_before_and_says_so(caplog
     (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert line.startswith("kept the network as it was before training: 100.00% on the validation part")
     assert "the best of 3 epochs has" in line
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        (Epoch(1, 1.0, 0.1, 2.0, val_loss=0.25, val_accuracy=1.0), "kept epoch 1 of 1 epoch: 100.00% with loss 0.2500"),
+        (Epoch(1, 1.0, 0.1, 2.0, val_loss=0.75, val_accuracy=1.0), "before training: 100.00% with loss 0.5000"),
+        (Epoch(1, 1.0, 0.1, 2.0, val_loss=0.25, val_accuracy=0.5), "before training: 100.00% on the validation part"),
+    ],
+)
+def test_what_was_kept_is_said_with_what_decided(after: Epoch, said: str) -> None:
+    """The losses where the accuracies are equal."""
+    before, model = Metrics(0.5, 1.0, 4), small()
+    best = Best(before, model)
+    best.offer(1, Metrics(after.val_loss or 0.0, after.val_accuracy, 4), model)
+    assert said in str(History.of([after], best.number, before, stopped=False))
 
 
 def test_the_last_epoch_is_kept_where_nothing_judges() -> None:

@@ -57,18 +57,18 @@ class History(tuple[Epoch, ...]):
         last = f"{count}, stopped early" if self.stopped else count
         if self.before is None:
             return f"kept the last of {last}"
-        judged = {0: self.before} | {epoch.number: _judged(epoch) for epoch in self}
         if not self.kept:
-            best = max(self, key=lambda epoch: rank(_judged(epoch)), default=None)
-            after = "" if best is None else f"; the best of {last} has {_said(_judged(best))}"
+            best = max(map(_judged, self), key=rank, default=None)
+            after = "" if best is None else f"; the best of {last} has {_said(best, self.before)}"
             return (
-                f"kept the network as it was before training: {_said(self.before)} on the validation part of the "
+                f"kept the network as it was before training: {_said(self.before, best)} on the validation part of the "
                 f"training images{after}. A network that was trained on those images before does better on them than "
                 "on new ones: give images of its own to judge by (val=…), or keep the last epoch (val_fraction 0)"
             )
+        found = _judged(self[self.kept - 1])
         return (
-            f"kept epoch {self.kept} of {last}: {_said(judged[self.kept])} on the validation part of the training "
-            f"images ({_said(self.before)} before training)"
+            f"kept epoch {self.kept} of {last}: {_said(found, self.before)} on the validation part of the training "
+            f"images ({_said(self.before, found)} before training)"
         )
 
 
@@ -76,8 +76,13 @@ def _judged(epoch: Epoch) -> Metrics:
     return Metrics(math.nan if epoch.val_loss is None else epoch.val_loss, epoch.val_accuracy, 0)
 
 
-def _said(metrics: Metrics) -> str:
-    return f"loss {metrics.loss:.4f}" if metrics.accuracy is None else percent(metrics.accuracy)
+def _said(metrics: Metrics, beside: Metrics | None) -> str:
+    """The accuracy, and the loss where that alone tells the two apart."""
+    loss = f"loss {metrics.loss:.4f}"
+    if metrics.accuracy is None:
+        return loss
+    equal = beside is not None and beside.accuracy == metrics.accuracy
+    return f"{percent(metrics.accuracy)} with {loss}" if equal else percent(metrics.accuracy)
 
 
 def rank(metrics: Metrics) -> tuple[float, float]:
@@ -98,10 +103,8 @@ class Best:
         self.weights = _copied(model)
 
     def offer(self, number: int, metrics: Metrics, model: nn.Module) -> None:
-        """Takes the model's weights where they are better than the best so far. Those from before training give way to
-        a higher accuracy alone: as many right answers are no sign that training helped."""
-        if not self.number and metrics.accuracy == self.metrics.accuracy and metrics.accuracy is not None:
-            return
+        """Takes the model's weights where they are better than the best so far: more right answers, or as many with a
+        lower loss."""
         if rank(metrics) > rank(self.metrics):
             self.number, self.metrics, self.weights = number, metrics, _copied(model)
 

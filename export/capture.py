@@ -1,11 +1,14 @@
 """From a module to an exported program whose batch size is free."""
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import UserError
 
 from ekgfx.errors import ExportError
+from ekgfx.graph.asserted import checks_hold
 from ekgfx.graph.hints import by_operators
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.graph.untouched import differing, state_of, untouched
@@ -32,8 +35,8 @@ class _Named(nn.Module):
 
 def capture(
     model: nn.Module, inputs: tuple[Tensor, ...], *, native_attention: bool
-) -> tuple[torch.export.ExportedProgram, list[str]]:
-    """The model in evaluation mode as an exported program, and the names of its outputs.
+) -> tuple[torch.export.ExportedProgram, list[str], str]:
+    """The model in evaluation mode as an exported program, the names of its outputs, and what users should know.
 
     native_attention: keep 4-D attention as one operator (an ONNX operator from opset 23 on); all other attention is
     written out, and so are convolutions whose number of groups follows the batch size. Parameter names carry the prefix
@@ -52,11 +55,11 @@ def capture(
     with untouched(model), evaluation_mode(model), torch.no_grad():
         try:
             try:
-                program = _exported(model, example, shapes)
+                program, said = _exported(model, example, shapes)
             except Exception:
                 if not _forgets(model, inputs):
                     raise
-                program = _exported(model, example, shapes)
+                program, said = _exported(model, example, shapes)
         except ExportError:
             raise
         except Exception as error:  # torch.export raises many types, all of them about the user's model
@@ -68,12 +71,31 @@ def capture(
             written_out[_CONV2D] = _convolution_but_fixed
         if written_out:
             program = program.run_decompositions(written_out)
-        return program, list(program.call_spec.out_spec.context)
+        return program, list(program.call_spec.out_spec.context), said
 
 
-def _exported(model: nn.Module, example: tuple[Tensor, ...], shapes: dict[str, Any]) -> torch.export.ExportedProgram:
-    with untouched(model), by_operators():
-        return torch.export.export(_Named(model), example, dynamic_shapes=shapes, strict=False)
+def _exported(
+    model: nn.Module, example: tuple[Tensor, ...], shapes: dict[str, Any]
+) -> tuple[torch.export.ExportedProgram, str]:
+    def export(shapes: Any) -> torch.export.ExportedProgram:
+        with untouched(model), by_operators(), checks_hold([]):
+            return torch.export.export(_Named(model), example, dynamic_shapes=shapes, strict=False)
+
+    try:
+        return export(shapes), ""
+    except UserError as error:
+        most = _most(str(error))
+        if most is None:
+            raise
+    batch = torch.export.Dim("batch", max=most)
+    said = f"{type(model).__name__} does otherwise from a batch of {most + 1} on; the file does what it does below that"
+    return export({"inputs": tuple({0: batch} if free else {} for free in shapes["inputs"])}), said
+
+
+def _most(message: str) -> int | None:
+    """The largest batch that an export takes, where its message says that it takes all up to one."""
+    found = re.search(r"batch = Dim\('batch', max=(\d+)\)", message)
+    return int(found[1]) if found else None
 
 
 def _forgets(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:

@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata as packages
 from pathlib import Path
@@ -13,7 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from ekgfx.errors import ExportError
+from ekgfx.errors import EkgfxWarning, ExportError
 
 from .capture import capture
 from .constants import adopt_constants
@@ -79,8 +80,10 @@ def to_onnx(
         )
     native_attention = (opset or 0) >= _ATTENTION_OPSET
     with quiet():
-        program, outputs = capture(model, inputs, native_attention=native_attention)
+        program, outputs, said = capture(model, inputs, native_attention=native_attention)
         written = _translate(program, opset, translations, [value.ndim > 0 for value in inputs])
+    if said:
+        warnings.warn(said, EkgfxWarning, stacklevel=2)
     if opset is not None and written.opset_imports[""] != opset:
         raise ExportError(
             f"opset {opset} cannot be written by torch {torch.__version__}, which wrote opset "

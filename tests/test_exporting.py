@@ -201,3 +201,39 @@ def test_integers_that_nothing_reads_hide_no_other(inplace: bool) -> None:
     assert pruned.buckets == 8 and pruned.settings == model.settings
     y = torch.randn(3, 30, 5, dtype=torch.float64)
     assert relative_error(pruned(y), twin(y)) < 1e-12
+
+
+class Sorted(nn.Module):
+    """Splits by a number of its own, and looks at values where it is given no mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(6, 8)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        y = self.lin(x).view(len(x), 4, 2)
+        if mask is not None:
+            y = y * mask
+        elif (x.abs() > 9).any():
+            y = y.clamp(-9, 9)
+        return y.flip(1).reshape(len(x), 8)
+
+
+class Sorting(nn.Module):
+    """Makes a mask that hides nothing where it is exported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sorted, self.head = Sorted(), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(1, 4, 1, dtype=x.dtype) if torch.compiler.is_exporting() else None
+        return self.head(self.sorted(x, mask))
+
+
+def test_a_written_forward_says_what_it_decides_as_the_example_did() -> None:
+    torch.manual_seed(0)
+    traced = ekgfx.trace(Sorting().double().eval(), torch.randn(2, 6, dtype=torch.float64))
+    (name,) = traced.groups
+    with pytest.warns(EkgfxWarning, match=r"decides as in the example, where .*`elif .*any\(\):` is False"):
+        ekgfx.prune(traced.model, ekgfx.Plan({name: (0,)}), traced)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 import ekgfx
 from ekgfx.errors import TraceError
 from ekgfx.tracing import trace_errors
+from ekgfx.tracing.parts import Part
 
 
 class Detector(nn.Module):
@@ -37,8 +38,11 @@ def test_parts_that_can_be_traced_alone_are_named_with_their_shares() -> None:
     with pytest.raises(TraceError, match=r"what can be traced alone: backbone \(9\d% of the parameters\)") as raised:
         ekgfx.trace(model, (images,))
     assert "scale" not in str(raised.value)  # too small to be worth a word
-    traced = ekgfx.trace(model.backbone, torch.stack(images))
-    model.backbone = ekgfx.prune(model.backbone, ekgfx.Plan({"0": tuple(range(5))}), traced)
+    first, second = str(raised.value).partition("type ")[2].split(", and, with a plan of that, ")
+    known = {"ekgfx": ekgfx, "torch": torch, "model": model, "plan": ekgfx.Plan({"0": tuple(range(5))})}
+    exec(first, known)  # what the message says
+    exec(second, known)
+    assert model.backbone[0].out_channels == 5
     assert len(model(images)) == 2 and not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -58,3 +62,13 @@ class Anchors(nn.Module):
 def test_parts_are_not_looked_for_where_a_run_before_makes_a_graph_of_the_whole(monkeypatch) -> None:
     monkeypatch.setattr(trace_errors, "parts", lambda *_: pytest.fail("a part was exported"))
     assert ekgfx.trace(Anchors().eval(), torch.randn(2, 3, 4, 4)).groups["a"].size == 8
+
+
+def test_an_example_of_a_part_is_spelled_as_python() -> None:
+    given = ([torch.rand(2, 3), torch.rand(2, 3, 4)], torch.zeros(2, dtype=torch.long), None)
+    text = Part(0.5, given, {"scale": 2}).example()
+    assert text == (
+        "([torch.randn(2, 3), torch.randn(2, 3, 4)], torch.zeros(2, dtype=torch.int64), None), {'scale': 2}"
+    )
+    assert Part(0.5, (given,) * 9, {}).example() == "its own inputs"
+    assert Part(0.5, (object(),), {}).example() == "its own inputs"

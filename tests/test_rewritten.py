@@ -253,3 +253,74 @@ def test_a_forward_takes_the_way_that_a_run_takes_and_the_one_that_a_trace_takes
         for length in (5, 3):
             given = (x[:, :length], ids[:, :length])
             assert distance(pruned, zeroed(traced, plan), given) < 1e-12
+
+
+class Averaged(nn.Module):
+    """An attention that splits by numbers, and returns a map that its caller does not read."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            b, t, _ = x.shape
+            q, k, v = (f(x).view(b, t, 4, 2).transpose(1, 2).reshape(b * 4, t, 2) for f in (self.q, self.k, self.v))
+            attended = (q @ k.transpose(1, 2)).softmax(-1)
+            y = (attended @ v).view(b, 4, t, 2).transpose(1, 2).reshape(b, t, 8)
+            return self.o(y), attended.view(b, 4, t, t).mean(1)[:, None].broadcast_to(b, 4, t, t)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.attention, self.head = nn.Linear(4, 8), self.Attention(), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y, _ = self.attention(x)
+        return self.head(x + y)
+
+
+def test_what_nobody_reads_need_not_be_written() -> None:
+    torch.manual_seed(0)
+    traced = ekgfx.trace(Averaged().double().eval(), torch.randn(2, 5, 4, dtype=torch.float64))
+    plan = ekgfx.Plan({name: tuple(range(0, group.size, 2)) for name, group in traced.groups.items()})
+    with pytest.warns(EkgfxWarning, match=r"it returns None as result\[1\], which nothing here reads"):
+        pruned = ekgfx.prune(traced.model, plan, traced)
+    assert [replacement.module for replacement in ekgfx.replaced(pruned)] == ["attention"]
+    x = torch.randn(3, 7, 4, dtype=torch.float64)
+    assert check_pruned(traced, plan, pruned, (x[:, :5],)) < 1e-12
+    assert pruned(x).shape == (3, 7, 2)
+
+
+class Nodes(nn.Module):
+    """A graph of nodes and edges, of which there is one: no size is a batch."""
+
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+            y = self.lin(x).reshape(len(x), 4, 2).flip(1).reshape(len(x), 8)
+            return y + torch.zeros(len(x), 8, dtype=x.dtype).index_add_(0, edges[1], y[edges[0]])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mixing, self.head = nn.Linear(4, 8), self.Mixing(), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        return self.head(self.mixing(self.stem(x).relu(), edges))
+
+
+def test_numbers_made_of_sizes_are_read_where_there_is_no_batch() -> None:
+    torch.manual_seed(0)
+
+    def graph(nodes: int, edges: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(nodes, 4, dtype=torch.float64), torch.randint(0, nodes, (2, edges))
+
+    traced = ekgfx.trace(Nodes().double().eval(), graph(7, 11))
+    plan = ekgfx.Plan({name: tuple(range(0, group.size, 2)) for name, group in traced.groups.items()})
+    pruned = ekgfx.prune(traced.model, plan, traced, graphs="allow")
+    assert [(r.module, r.sizes) for r in ekgfx.replaced(pruned)] == [("mixing", "any")]
+    for inputs in (graph(7, 11), graph(9, 5)):
+        assert distance(pruned, zeroed(traced, plan), inputs) < 1e-12

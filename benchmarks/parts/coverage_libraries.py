@@ -48,7 +48,9 @@ def measure(name: str) -> dict[str, Any]:
     tolerance = TOLERANCE if network.double else SINGLE
     perturb(model)
     row: dict[str, Any] = {"model": name, "params": sum(p.numel() for p in model.parameters())}
-    traced = ekgfx.trace(model, network.inputs(2, False), leaf=network.leaf)
+    also = [network.inputs(2, True)] if network.also else []
+    traced = ekgfx.trace(model, network.inputs(2, False), leaf=network.leaf, also=also)
+    row["also"] = network.also
     row |= {"groups": len(traced.groups), "share": round(traced.groups.prunable_share, 3)}
     row |= {"unknown": traced.unknown_ops, "notes": [without_folders(note)[:200] for note in traced.notes]}
     row["ways"] = [str(graph.way) for graph in traced.graphs]
@@ -89,7 +91,8 @@ def behaves(network: Network, traced: Any, plan: Any, pruned: Any, tolerance: fl
     model, found = traced.model, {"batch": float(check_pruned(traced, plan, pruned, network.inputs(3, False)))}
 
     def at_another_size() -> None:
-        there = ekgfx.trace(model, network.inputs(2, True), leaf=network.leaf)
+        also = [network.inputs(2, False)] if network.also else []
+        there = ekgfx.trace(model, network.inputs(2, True), leaf=network.leaf, also=also)
         with torch.no_grad():
             off = relative_error(
                 pruned.eval()(*network.inputs(2, True)), there.subnetwork(plan)(*network.inputs(2, True))

@@ -17,7 +17,13 @@ def diffusers_networks() -> dict[str, Make]:
         with tempfile.TemporaryDirectory() as folder:
             pruned.save_pretrained(folder)
 
-    def one(build: Callable[[Any], Any], more: Callable[[int, Any], tuple[Any, ...]], channels: int, size: int) -> Make:
+    def one(
+        build: Callable[[Any], Any],
+        more: Callable[[int, Any], tuple[Any, ...]],
+        channels: int,
+        size: int,
+        also: bool = False,
+    ) -> Make:
         def make() -> Network:
             import diffusers
             import torch
@@ -26,7 +32,7 @@ def diffusers_networks() -> dict[str, Make]:
                 (image,) = images(size, size + size // 2, channels)(batch, another)
                 return image, *more(batch, torch.Generator().manual_seed(batch))
 
-            return Network(build(diffusers), inputs, saved)
+            return Network(build(diffusers), inputs, saved, also=also)
 
         return make
 
@@ -101,6 +107,7 @@ def diffusers_networks() -> dict[str, Make]:
             labels,
             4,
             8,
+            also=True,
         ),
         "PixArtTransformer2DModel": one(
             lambda d: d.PixArtTransformer2DModel(
@@ -118,6 +125,7 @@ def diffusers_networks() -> dict[str, Make]:
             lambda batch, draw: context(24)(batch, draw)[::-1],
             4,
             8,
+            also=True,
         ),
         "SD3Transformer2DModel": one(
             lambda d: d.SD3Transformer2DModel(

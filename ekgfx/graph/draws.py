@@ -10,16 +10,26 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ekgfx.base.lines import calling
+
 HIGHEST = 1 - 2**-24
 """The highest that a draw in float32 can be."""
 
 
 class NothingDropped(TorchFunctionMode):
-    """While this is open, `torch.rand` of a single number draws the highest one, as a constant."""
+    """While this is open, `torch.rand` of a single number draws the highest one, as a constant.
+
+    lines: the lines of the user's code that drew one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: dict[str, None] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.rand and _is_one(args) and not kwargs.get("out"):
+            self.lines[calling()] = None
             return torch.full(_shape(args), HIGHEST) if _shape(args) else torch.tensor(HIGHEST)
         return func(*args, **kwargs)
 

@@ -15,6 +15,10 @@ BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 BATCH_NORM_TRAINING = torch.ops.aten._native_batch_norm_legit_functional.default
 
 
+CHECKS = (torch.ops.aten._assert_scalar.default, torch.ops.aten.sym_constrain_range.default)
+"""What PyTorch writes down of numbers that it does not know: no operator reads it."""
+
+
 def functionalize(
     program: ExportedProgram, decompose: bool = False, updates: bool = False
 ) -> tuple[fx.Graph, ExportedProgram, bool]:
@@ -49,11 +53,13 @@ def functionalize(
 
 
 def inlined(module: fx.GraphModule) -> fx.Graph:
-    """A copy of the graph in which every wrapped nested graph stands in place of its call."""
+    """A copy of the graph in which every wrapped nested graph stands in place of its call, without PyTorch's checks."""
     graph = fx.Graph()
     done: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
         name = getattr(node.target, "__name__", "")
+        if node.target in CHECKS:
+            continue
         if node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), fx.GraphModule):
             continue
         if node.op == "call_function" and name in WRAPPERS:

@@ -30,7 +30,10 @@ from ekgfx.rules.registry import Call, Effect, opaque, rule
 @torch.library.custom_op("ekgfx::leaf", mutates_args=())
 def leaf(inputs: list[Tensor], state: list[Tensor], module: str, number: int, results: str, macs: int) -> list[Tensor]:
     """Call `number` (per forward) of the module of that name. results: types and shapes of its tensors, as JSON."""
-    raise NotImplementedError("the graph runs the module itself, see Leaves.run")
+    raise NotImplementedError(
+        f"leaf {module!r} is given nothing that depends on the model's inputs, so that its results would be constants: "
+        "name the module around it as leaf"
+    )
 
 
 @leaf.register_fake

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import operator
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,9 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from ekgfx.base.containers import Frame
+from ekgfx.base.lines import calling
 from ekgfx.errors import PruneError
+from ekgfx.graph.asserted import checks_hold
 from ekgfx.graph.axis_graph import Example
 from ekgfx.graph.functional import inlined
 from ekgfx.graph.hints import by_operators
@@ -114,7 +116,9 @@ class ModuleCall:
 class Calls:
     """root: the call of the model itself. weights: placeholder → qualified name; constants: placeholder → tensor.
     free: how much of the inputs' sizes is symbolic: "sizes", "batch" or nothing. numbers: sizes of the batch and of
-    space that the user's Python has made numbers of, as `len(x)` does. asked: whether it asks if it is exported."""
+    space that the user's Python has made numbers of, as `len(x)` does. asked: whether it asks if it is exported.
+    decided: module → what its own Python decided by values, as it did in the example: lines, each with the decision.
+    """
 
     root: ModuleCall
     weights: dict[str, str]
@@ -122,6 +126,7 @@ class Calls:
     free: str
     numbers: frozenset[int]
     asked: bool = False
+    decided: Mapping[str, Collection[str]] = field(default_factory=dict)
 
     def of(self, path: str) -> list[ModuleCall]:
         """The calls of one module."""
@@ -149,12 +154,13 @@ def calls_of(
     exported: bool = True,
     decisions: Sequence[bool] = (),
     most: str = "sizes",
+    drawing: contextlib.AbstractContextManager[Any] | None = None,
 ) -> Calls:
     """The calls that one forward of a (hollow) model makes, in the modes that its modules are in.
 
     exported: what Python is told that asks whether it is exported. decisions: what a run decided by values, where it
     is told that it is not. most: how much of the inputs' sizes is left free at most, as in `Calls.free`: what could not
-    be had in another mode is not tried again, for it takes long.
+    be had in another mode is not tried again, for it takes long. drawing: is open meanwhile.
 
     Raises:
         PruneError: the forward cannot be exported.
@@ -164,8 +170,16 @@ def calls_of(
     for free, shapes in _dynamic(model, args, kwargs, most):
         recorded: list[tuple[str, bool, list[Any], pytree.TreeSpec]] = []
         asked: list[None] = []
+        decided: dict[str, dict[str, None]] = {}
+        running: list[str] = []
         operators, returned = as_operators(model, leaves), tensors_returned(model, ())
-        marked = _marked(model, recorded)
+        marked = _marked(model, recorded, running)
+
+        checks: list[str] = []
+
+        def deciding(decision: bool) -> None:
+            decided.setdefault(running[-1] if running else "", {})[f"{calling()} is {decision}"] = None  # noqa: B023
+
         with (
             untouched(model),  # what its forward keeps would have no values
             torch.no_grad(),
@@ -173,12 +187,14 @@ def calls_of(
             returned,
             by_operators(),
             marked,
-            told(exported, asked, decisions),
+            checks_hold(checks),
+            told(exported, asked, decisions, deciding),
+            drawing or contextlib.nullcontext(),
             quiet(),
         ):
             try:
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-                return replace(_read(model, program, recorded, free), asked=bool(asked))
+                return replace(_read(model, program, recorded, free), asked=bool(asked), decided=decided)
             except Exception as error:  # noqa: BLE001  torch.export raises many types; fewer free sizes may pass
                 problem = error
     raise PruneError(f"the calls of {type(model).__name__} could not be recorded: {problem}") from problem
@@ -214,8 +230,9 @@ def _free(shape: Sequence[int]) -> dict[int, Any]:
 
 
 @contextlib.contextmanager
-def _marked(model: nn.Module, recorded: list[Any]) -> Iterator[None]:
-    """While this is open, every forward begins and ends with a mark; `recorded` gets what marks cannot hold."""
+def _marked(model: nn.Module, recorded: list[Any], running: list[str]) -> Iterator[None]:
+    """While this is open, every forward begins and ends with a mark; `recorded` gets what marks cannot hold. running:
+    the modules whose forward runs, the innermost last."""
 
     def around(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
@@ -223,7 +240,12 @@ def _marked(model: nn.Module, recorded: list[Any]) -> Iterator[None]:
             if not path:
                 recorded.clear()  # the exporter may run the model more than once
             args, kwargs = note(path, True, (args, kwargs))
-            return note(path, False, forward(*args, **kwargs))
+            running.append(path)
+            try:
+                result = forward(*args, **kwargs)
+            finally:
+                running.pop()
+            return note(path, False, result)
 
         return marking
 

@@ -7,7 +7,7 @@ its values are called is in `terms`. Where training runs the same operators with
 
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ekgfx.graph.nodes import bind
 from ekgfx.rewriting.calls import Calls, Held, ModuleCall, Values, whole
 from ekgfx.rewriting.head import Head
+from ekgfx.rewriting.lost import lost
 from ekgfx.rewriting.patched import Forward
 from ekgfx.rewriting.spelling import access, attribute, plain, released, variable, written
 from ekgfx.rewriting.terms import InexpressibleError, Recorded, Terms, Widths
@@ -27,18 +28,20 @@ Step = tuple[str, Any, Any]
 """("op", None, node), ("call", name of the module in the one that calls it, call) or ("is", node, node)."""
 
 
-def rewrite(path: str, versions: Sequence[Version], inline: Iterable[str], reason: str) -> Forward:
+def rewrite(
+    path: str, versions: Sequence[Version], inline: Iterable[str], reason: str, by_size: bool = False
+) -> Forward:
     """A forward for the cut version of the module at `path`.
 
     versions: the calls that were recorded of the model, and what their sizes are after the cut; in a further version it
-    took another way. inline: modules in it whose own forward cannot be used.
+    took another way. inline: modules in it whose own forward cannot be used. by_size: as in `Terms`.
 
     Raises:
         PruneError: the module's part of the model cannot be written as a function of its arguments.
     """
     objects: dict[str, Any] = {}
     writers: list[_Writer] = []
-    every = [_writers(path, recorded, widths, set(inline), objects) for recorded, widths in versions]
+    every = [_writers(path, recorded, widths, set(inline), objects, by_size) for recorded, widths in versions]
     left_out = {name for found in every for writer in found for name in writer.head.left_out()}
     for found in every:
         for writer in found:
@@ -55,11 +58,12 @@ def rewrite(path: str, versions: Sequence[Version], inline: Iterable[str], reaso
     fixed = any(writer.fixed for writer in writers)
     sizes = "any" if free == "sizes" and not fixed else "batch" if free == "batch" and not fixed else "example"
     left = any(writer.leaves_training for writer in writers)
-    return Forward(_source(path, writers, left), tuple(objects.items()), reason, sizes)
+    said = dict.fromkeys(note for writer in writers for note in writer.notes)
+    return Forward(_source(path, writers, left), tuple(objects.items()), "; ".join((reason, *said)), sizes)
 
 
 def _writers(
-    path: str, recorded: Recorded, widths: Widths, inline: set[str], objects: dict[str, Any]
+    path: str, recorded: Recorded, widths: Widths, inline: set[str], objects: dict[str, Any], by_size: bool
 ) -> list["_Writer"]:
     """One for every call of the module."""
     module = recorded.model.get_submodule(path)
@@ -72,7 +76,7 @@ def _writers(
     if len(trained) != len(calls):
         trained = []
     return [
-        _Writer(module, path, recorded, widths, inline, call, trained[i] if trained else None, objects)
+        _Writer(module, path, recorded, widths, inline, call, trained[i] if trained else None, objects, by_size)
         for i, call in enumerate(calls)
     ]
 
@@ -113,11 +117,12 @@ class _Writer:
         call: ModuleCall,
         trained: ModuleCall | None,
         objects: dict[str, Any],
+        by_size: bool,
     ) -> None:
         self.module, self.path, self.recorded, self.widths, self.inline = module, path, recorded, widths, inline
         self.call, self.trained = call, trained
         self.calls = recorded.evaluation
-        self.objects = objects
+        self.objects, self.by_size = objects, by_size
         self.fixed = False
         plain = [
             (f"{place}.{name}".lstrip("."), value)
@@ -131,7 +136,9 @@ class _Writer:
         self.modules = {id(m): name for name, m in reversed([*module.named_modules(remove_duplicate=False)])}
         self.head = Head(module, path, call)
         self.conditions = self.head.conditions()
+        self.notes: dict[str, None] = {}
         self.lines = self._lines()
+        self._note_decisions()
 
     @property
     def leaves_training(self) -> bool:
@@ -160,6 +167,18 @@ class _Writer:
             self.calls = self.recorded.evaluation
             others = None
         return lines + self._body(self.call, steps, others)
+
+    def _note_decisions(self) -> None:
+        """What of its own Python, and of what is run in its place, is fixed as it was in the example."""
+        fixed = {
+            line: None
+            for calls in (self.recorded.evaluation, self.recorded.training)
+            for path, lines in (calls.decided.items() if calls is not None else ())
+            if path == self.path or (path in self.inline and f"{path}.".startswith(f"{self.path}." * bool(self.path)))
+            for line in lines
+        }
+        if fixed:
+            self.notes[f"it decides as in the example, where {'; '.join(fixed)}"] = None
 
     # -- the body ---------------------------------------------------------------------------------------------------
 
@@ -197,14 +216,17 @@ class _Writer:
 
     def _body(self, call: ModuleCall, steps: list[Step], others: list[Step] | None) -> list[str]:
         taken = [parameter.name for parameter in self.head.parameters]
-        terms = Terms(self.path, self.recorded, self.widths, self.calls, self.own, self.objects, taken)
+        terms = Terms(self.path, self.recorded, self.widths, self.calls, self.own, self.objects, taken, self.by_size)
         self.terms = terms
+        unread = lost(call, steps, self.widths)
         lines: list[str] = []
         for leaf, path in zip(call.given.leaves, call.given.paths, strict=True):
             terms.name_all(leaf, self.head.accessor(path) if isinstance(leaf, fx.Node | Held) else "")
         terms.settle(self.module)
         for i, (kind, place, what) in enumerate(steps):
             twin = others[i] if others is not None else None
+            if (what if kind == "op" else place) in unread:
+                continue
             if kind == "is":
                 if isinstance(place, fx.Node) and isinstance(what, fx.Node) and _is_tensor(place):
                     terms.name(place, terms.load(what))
@@ -215,7 +237,7 @@ class _Writer:
             else:
                 lines.append(self._assign(what, self._operator(what, twin[2] if twin else None)))
         assert call.returned is not None
-        lines.append(f"return {self._built(call.returned)}")
+        lines.append(f"return {self._built(call.returned, unread)}")
         self.fixed |= terms.fixed
         return released(lines, terms.names.values(), terms.taken)
 
@@ -261,8 +283,11 @@ class _Writer:
             texts.append(f"{name}={self.terms.argument(node, name, value, other)}")
         return f"torch.ops.{target}({', '.join(texts)})"
 
-    def _built(self, values: Values) -> str:
-        texts = [self.terms.value(v) for v in values.leaves]
+    def _built(self, values: Values, unread: Collection[fx.Node]) -> str:
+        texts = ["None" if isinstance(v, fx.Node) and v in unread else self.terms.value(v) for v in values.leaves]
+        for leaf, path in zip(values.leaves, values.paths, strict=True):
+            if isinstance(leaf, fx.Node) and leaf in unread:
+                self.notes[f"it returns None as result{''.join(map(access, path))}, which nothing here reads"] = None
         if plain(values.spec):
             return written(pytree.tree_unflatten(texts, values.spec))
         return f"pytree.tree_unflatten([{', '.join(texts)}], {self.terms.object_named('spec', values.spec)})"

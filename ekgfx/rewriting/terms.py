@@ -19,7 +19,7 @@ from ekgfx.errors import PruneError
 from ekgfx.rewriting.calls import Calls, Held, ModuleCall
 from ekgfx.rewriting.spelling import attribute, literal, scaled, spelled
 
-_SIZES = {"size", "shape", "sizes", "output_size", "start", "end", "length", "split_size", "split_sizes", "repeats"}
+SIZES = {"size", "shape", "sizes", "output_size", "start", "end", "length", "split_size", "split_sizes", "repeats"}
 """Arguments that are sizes."""
 RESERVED = {"self", "torch", "math", "operator", "pytree", "tensors_in", "own_forward"}
 
@@ -36,8 +36,18 @@ class Widths(Protocol):
     def batch_dim(self, node: fx.Node) -> int | None:
         """The dimension of a recorded value that is the batch, None where none is."""
 
+    def of_input(self, node: fx.Node, name: str, position: int | None, old: int) -> tuple[int, int] | None:
+        """Where the size that a recorded operator is given may hold one of the inputs' (not the batch): that size in
+        the example, and how often it holds it."""
+
+    def input_dims(self, node: fx.Node) -> Mapping[int, int]:
+        """The dimensions of a recorded value that are sizes of the inputs, not of the batch, with these sizes."""
+
     def knows(self, call: ModuleCall) -> bool:
         """Whether the trace has something of what runs in a call: it leaves out what has no effect on the outputs."""
+
+    def lost(self, node: fx.Node) -> bool:
+        """Whether the trace does not know a recorded operator, and may not know the sizes of what it reads."""
 
     def length(self, node: fx.Node, dim: int, old: int) -> int:
         """The new length of a dimension of a recorded value."""
@@ -82,14 +92,18 @@ class Terms:
         own: Mapping[int, str],
         objects: dict[str, Any],
         taken: Iterable[str],
+        by_size: bool = True,
     ) -> None:
-        """path: of the module. calls: those of the mode that the body is of. own: the module's tensors, by id."""
+        """path: of the module. calls: those of the mode that the body is of. own: the module's tensors, by id. by_size:
+        a number that may be a size of the inputs is read from the first of them that has it in the example."""
         self.path, self.recorded, self.widths, self.calls = path, recorded, widths, calls
         self.own, self.objects = own, objects
         self.names: dict[fx.Node, str] = {}
         self.known: dict[Any, str] = {}
+        self.inputs: dict[int, str] = {}
         self.taken = {*taken, *RESERVED}
         self.reference, self.floating, self.batch = "", "", ""
+        self.by_size = by_size
         self.fixed = False
 
     def settle(self, module: nn.Module) -> None:
@@ -128,6 +142,8 @@ class Terms:
                     expr = scaled(size.node.expr, old, self.widths.length(node, d, old))
                     if expr is not None:
                         self.known.setdefault(expr, f"{text}.shape[{d}]")
+            for d, size in self.widths.input_dims(node).items():
+                self.inputs.setdefault(size, f"{text}.shape[{d}]")
             if not self.batch and (batch := self.widths.batch_dim(node)) is not None:
                 self.batch = f"{text}.shape[{batch}]"
             if not self.reference:
@@ -187,13 +203,16 @@ class Terms:
         return literal(value)
 
     def _integer(self, node: fx.Node, name: str, position: int | None, value: int) -> str:
-        """A number that the user's Python knows, or has made of a size (`len(x)`): the batch is read where it is at
-        hand."""
+        """A number that the user's Python knows, or has made of a size (`len(x)`): the batch, and what is a size of the
+        inputs, is read where it is at hand."""
         times = self.widths.batches(node, name, position, value)
         if times and self.batch:
             return self.batch if times == 1 else f"{self.batch} * {times}"
+        found = self.widths.of_input(node, name, position, value) if self.by_size else None
+        if found is not None and found[0] in self.inputs:
+            return self.inputs[found[0]] + (f" * {found[1]}" if found[1] > 1 else "")
         new = self.widths.argument(node, name, position, value)
-        self.fixed |= bool(times) or (new == value and name in _SIZES and value in self.calls.numbers)
+        self.fixed |= bool(times) or (new == value and name in SIZES and value in self.calls.numbers)
         return str(new)
 
     def value(self, value: Any) -> Any:

@@ -6,7 +6,7 @@ others look at values, which only a run has.
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,16 @@ ASKED = ("is_exporting", "is_compiling")
 
 
 @contextlib.contextmanager
-def told(exported: bool, asked: list[None], decisions: Sequence[bool] = ()) -> Iterator[None]:
+def told(
+    exported: bool,
+    asked: list[None],
+    decisions: Sequence[bool] = (),
+    deciding: Callable[[bool], None] = lambda decision: None,
+) -> Iterator[None]:
     """While this is open, code outside of PyTorch that asks whether it is exported is told so, or that it is not.
 
     asked: grows with every question. decisions: where it is told that it is not, what was decided by values in a run,
-    in order.
+    in order; deciding: is called with each as it is taken.
     """
     own = {name: getattr(torch.compiler, name) for name in ASKED}
 
@@ -41,7 +46,7 @@ def told(exported: bool, asked: list[None], decisions: Sequence[bool] = ()) -> I
     with contextlib.ExitStack() as stack:
         if not exported:
             stack.enter_context(_no_fakes(asked))
-            stack.enter_context(_Decided(decisions))
+            stack.enter_context(_Decided(decisions, deciding))
         for name in ASKED:
             setattr(torch.compiler, name, answering(name))
             stack.callback(setattr, torch.compiler, name, own[name])
@@ -79,15 +84,17 @@ class _Deciding(TorchFunctionMode):
 class _Decided(TorchFunctionMode):
     """Decides as was decided in a run; from the beginning once that is used up: the exporter may run a model again."""
 
-    def __init__(self, decisions: Sequence[bool]) -> None:
+    def __init__(self, decisions: Sequence[bool], deciding: Callable[[bool], None]) -> None:
         super().__init__()
-        self.decisions, self.next = decisions, 0
+        self.decisions, self.deciding, self.next = decisions, deciding, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.decisions or not _decides(func, args):
             return func(*args, **(kwargs or {}))
         self.next += 1
-        return self.decisions[(self.next - 1) % len(self.decisions)]
+        decision = self.decisions[(self.next - 1) % len(self.decisions)]
+        self.deciding(decision)
+        return decision
 
 
 @contextlib.contextmanager

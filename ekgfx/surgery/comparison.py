@@ -58,10 +58,10 @@ class Comparison:
         """Run the cut module, trace it again and compare it with the prediction; empty if all agrees."""
         trained = [replace(self.source.way, training=True)] if self.trains else []
         examples = dict.fromkeys(trained, self.source.example) | {g.way: g.example for g in self.source.graphs}
-        for way, example in examples.items():
+        for number, (way, example) in enumerate(examples.items()):
             failed = failing(self.pruned, way, example)
             if failed is not None:
-                return [failed]
+                return [replace(failed, way=number)]
         try:
             again = retrace(self.pruned, self.source, self.predicted.state)
         except EkgfxError as error:  # its Python may do otherwise there than when it runs

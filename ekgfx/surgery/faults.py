@@ -1,5 +1,6 @@
 """Where a model fails that was run, and whose Python is to blame for it."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,30 +16,50 @@ from ekgfx.tracing.traced import TracedModel
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a cut module: the module whose Python does it (None if that is not known), and what."""
+    """What is wrong with a cut module: the module whose Python does it (None if that is not known), and what.
+
+    begun: where a run raises, the modules whose forward had begun, in order. way: which of the runs that is.
+    """
 
     module: str | None
     text: str
+    begun: tuple[str, ...] | None = None
+    way: int = 0
+
+    def hides(self, modules: Collection[str], before: "Problem | None") -> bool:
+        """Whether a run raises before it shows what becomes of these modules, or sooner than it did before."""
+        if self.begun is None:
+            return False
+        earlier = None if before is None or before.begun is None else (before.way, len(before.begun))
+        if earlier is not None and (self.way, len(self.begun)) < earlier:
+            return True
+        return not any(module in modules for module in self.begun)
 
 
 def failing(model: nn.Module, way: Way, example: Example) -> Problem | None:
     """The innermost module whose own forward raises when the model is run in a way, None if none does."""
     args, kwargs = example
     running: list[str] = []
+    begun: list[str] = []
+
+    def begins(name: str) -> None:
+        running.append(name)
+        begun.append(name)
 
     def ends(*_: Any) -> None:
         running.pop()
 
     with torch.no_grad(), way.entered(model), undisturbed(model):  # which also puts back what hooks collect
         for name, module in model.named_modules():
-            module.register_forward_pre_hook(lambda _, __, n=name: running.append(n))
+            module.register_forward_pre_hook(lambda _, __, n=name: begins(n))
             module.register_forward_hook(ends)
         try:
             model(*args, **kwargs)
         except Exception as error:  # noqa: BLE001  whatever the user's forward raises; its place is what is wanted
             text = " ".join(str(error).split())
             place = running[-1] if running else ""
-            return Problem(blamed(model, place), f"{place or 'its forward'} raises {type(error).__name__}: {text}")
+            text = f"{place or 'its forward'} raises {type(error).__name__}: {text}"
+            return Problem(blamed(model, place), text, tuple(begun))
     return None
 
 

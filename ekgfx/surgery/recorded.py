@@ -3,10 +3,11 @@
 The recording keeps the modules' boundaries, the trace knows the axes: each recorded operator is found in the trace.
 """
 
+import contextlib
 import difflib
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -17,9 +18,11 @@ from torch.utils import _pytree as pytree
 from ekgfx.axes import Axis, Expr, Prod, count, resolve
 from ekgfx.errors import EkgfxError
 from ekgfx.graph.axis_graph import AxisGraph
+from ekgfx.graph.draws import NothingDropped
 from ekgfx.graph.nodes import bind
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.graph.propagation import Operation
+from ekgfx.graph.sizes import GIVEN_SIZES
 from ekgfx.rewriting.calls import Calls, ModuleCall, Values, calls_of, hollow, whole
 from ekgfx.rewriting.modes import others_in_training
 from ekgfx.rewriting.terms import Recorded
@@ -39,17 +42,20 @@ def record(source: TracedModel, twin: nn.Module | None = None, exported: bool = 
         seen = decisions_of(source.model, source.way, source.example) if known else []
         evaluation = calls_of(model, source.example, source.leaves, exported, seen)
     other = torch.float32 if floats in (torch.bfloat16, torch.float16) else torch.bfloat16
-    training = None
+    training, ways = None, [None, NothingDropped()]  # as it is traced
     seen = decisions_of(source.model, replace(source.way, training=True), source.example) if known else []
     for dtype in (other, floats):
         twin = hollow(model, dtype)
         twin.train()
         example = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.dtype == floats else t, source.example)  # noqa: B023
-        try:
-            training = calls_of(twin, example, source.leaves, exported, seen, evaluation.free)
+        for drawing in tuple(ways):
+            with contextlib.suppress(EkgfxError, RuntimeError):
+                training = calls_of(twin, example, source.leaves, exported, seen, evaluation.free, drawing)
+                break
+            if drawing is not None and not drawing.lines:
+                ways.remove(drawing)
+        if training is not None:
             break
-        except (EkgfxError, RuntimeError):
-            continue
     others: frozenset[str] = frozenset()
     if training is None:
         every = frozenset(name for name, _ in model.named_modules())
@@ -100,6 +106,12 @@ class TracedWidths:
     def knows(self, call: ModuleCall) -> bool:
         return any(node in self.operations for _, node in call.operators())
 
+    def lost(self, node: fx.Node) -> bool:
+        if node in self.operations:
+            return False
+        read = [self.dims.get(each) for each in node.all_input_nodes if isinstance(each.meta.get("val"), Tensor)]
+        return any(not isinstance(dims, tuple) or any(count(d, self.counts) != d.size for d in dims) for dims in read)
+
     def argument(self, node: fx.Node, name: str, position: int | None, old: int) -> int:
         expr = self._expression(node, name, position, old)
         return old if expr is None else count(expr, self.counts)
@@ -113,10 +125,34 @@ class TracedWidths:
         return None if expr is None or count(expr, {}) != old else resolve(expr)
 
     def batches(self, node: fx.Node, name: str, position: int | None, old: int) -> int:
+        _, times = self._held(node, name, position, old, lambda axis: axis.batch)
+        return times
+
+    def of_input(self, node: fx.Node, name: str, position: int | None, old: int) -> tuple[int, int] | None:
+        given = operator_name(node.target).split(".")[1] in GIVEN_SIZES
+        axis, times = self._held(
+            node,
+            name,
+            position,
+            old,
+            lambda axis: not axis.batch and (axis.example or (given and axis.frozen is not None)),
+        )
+        return None if axis is None or axis.size == 1 else (axis.size, times)
+
+    def _held(
+        self, node: fx.Node, name: str, position: int | None, old: int, asked: Callable[[Axis], bool]
+    ) -> tuple[Axis | None, int]:
+        """The axis of a kind that the size holds which an operator is given, and how often (0 where it holds none)."""
         expr = self._expression(node, name, position, old)
         factors = expr.factors if isinstance(expr, Prod) else () if expr is None else (expr,)
-        others = [factor for factor in factors if not (isinstance(factor, Axis) and factor.batch)]
-        return math.prod(count(factor, self.counts) for factor in others) if len(others) < len(factors) else 0
+        found = [factor for factor in factors if isinstance(factor, Axis) and asked(factor)]
+        others = [factor for factor in factors if factor not in found]
+        return (found[0], math.prod(count(factor, self.counts) for factor in others)) if found else (None, 0)
+
+    def input_dims(self, node: fx.Node) -> dict[int, int]:
+        dims = self.dims.get(node)
+        exprs = map(resolve, dims) if isinstance(dims, tuple) else ()
+        return {d: e.size for d, e in enumerate(exprs) if isinstance(e, Axis) and e.example and not e.batch}
 
     def batch_dim(self, node: fx.Node) -> int | None:
         dims = self.dims.get(node)

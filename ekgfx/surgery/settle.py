@@ -46,7 +46,7 @@ class _Settling:
         self.pruned, self.predicted, self.may_replace = pruned, predicted, may_replace
         self.source = predicted.source
         self.own = {name: forward_of(module) for name, module in pruned.named_modules()}
-        self.put: set[str] = set()
+        self.put: dict[str, tuple[frozenset[str], str]] = {}  # path → what its forward was written with
         self.inline: set[str] = set()  # modules whose forward could not be written: their callers run what they run
         self.changed: list[Choice] = []
         self.open = choices_of(pruned, self.source, predicted.counts, predicted.before)
@@ -96,10 +96,10 @@ class _Settling:
             alike = self._alike(path)
             self.tried |= alike
             mine = [c for c in self.open if (c.governor in alike or c.module in alike) and c not in self.changed]
-            left = self._helped(mine, alike)
+            left = self._helped(mine, alike, problems)
             if left is not None:
                 return left
-        return self._by_others({problem.module or "" for problem in problems})
+        return self._by_others({problem.module or "" for problem in problems}, problems)
 
     def _alike(self, path: str) -> set[str]:
         """The modules of one class whose integers, and those of what they govern, had the same values and may get the
@@ -111,21 +111,25 @@ class _Settling:
         kind, own = type(self.pruned.get_submodule(path)), held(path)
         return {n for n, m in self.pruned.named_modules() if type(m) is kind and held(n) == own}
 
-    def _by_others(self, blamed: set[str]) -> list[Problem] | None:
+    def _by_others(self, blamed: set[str], problems: list[Problem]) -> list[Problem] | None:
         """What shows in one module may come from others that run before it: padding that is too wide, say. So all
         likely integers are settled anew, modules of one class alike, or each for itself where they are few. Where none
         helped another module of the class, which has got a forward since, that is not tried again."""
-        kinds = {type(self.pruned.get_submodule(name)) for name in self.put & self.cleared}
-        if all(name in self.put | self.cleared or type(self.pruned.get_submodule(name)) in kinds for name in blamed):
+        kinds = {type(self.pruned.get_submodule(name)) for name in self.put.keys() & self.cleared}
+        if all(
+            name in self.put.keys() | self.cleared or type(self.pruned.get_submodule(name)) in kinds for name in blamed
+        ):
             return None
         self.cleared |= blamed
         likely = [choice for choice in self.open if choice.likely]
-        left = self._helped(likely, self.cleared)
-        return self._helped(likely, self.cleared, apart=True) if left is None else left
+        left = self._helped(likely, self.cleared, problems)
+        return self._helped(likely, self.cleared, problems, apart=True) if left is None else left
 
-    def _helped(self, choices: list[Choice], blamed: Collection[str], apart: bool = False) -> list[Problem] | None:
+    def _helped(
+        self, choices: list[Choice], blamed: Collection[str], problems: list[Problem], apart: bool = False
+    ) -> list[Problem] | None:
         """Settle these integers so that nothing is left to blame on those modules; what is left elsewhere, None where
-        no way does that."""
+        no way does that. problems: what there was before, for a run that ends sooner than it did shows nothing."""
         if not choices:
             return None
         if any(choice.configured for choice in choices):
@@ -139,7 +143,7 @@ class _Settling:
             if traces == MOST_TRIALS:
                 break
             left, traces = self.comparison.problems(), traces + 1
-            if not any(p.module is None or p.module in blamed for p in left):
+            if not any(p.module is None or p.module in blamed or p.hides(blamed, problems[0]) for p in left):
                 self.changed += [choice for choice in choices if choice not in self.changed]
                 return left
         take(self.pruned, before)
@@ -179,7 +183,7 @@ class _Settling:
         assert path is not None
         while True:
             module = self.pruned.get_submodule(path)
-            if path not in self.put | self.inline and not isinstance(module, STANDARD):
+            if path not in self.put.keys() | self.inline and not isinstance(module, STANDARD):
                 if not self.may_replace:
                     raise PruneError(_forbidden(path, module, problem.text))
                 try:
@@ -199,7 +203,7 @@ class _Settling:
         for operation in self.source.operations:
             sizes, path = operation.effect.sizes.values(), operation.module
             follows = any(counted(size, {}) != counted(size, self.predicted.counts) for size in sizes)
-            if follows and path not in self.put | self.inline:
+            if follows and path not in self.put.keys() | self.inline:
                 if not isinstance(self.pruned.get_submodule(path), STANDARD):
                     with contextlib.suppress(PruneError):
                         return self._put(path, problem.text)
@@ -209,26 +213,44 @@ class _Settling:
     def _put(self, path: str, reason: str) -> None:
         if self.recorded is None:
             self.recorded = recorded(self.source, self.predicted.counts, self.predicted.twin)
-        forward = rewrite(path, self.recorded, self.inline, reason)
+        inline = frozenset(self.inline)
+        forward = rewrite(path, self.recorded, inline, reason, by_size=True)
         put_forward(self.pruned.get_submodule(path), forward)
-        self.put.add(path)
+        self.put[path] = (inline, reason)
         module = self.pruned.get_submodule(path)
         if isinstance(module, nn.MultiheadAttention):
             module._qkv_same_embed_dim = False  # or a TransformerEncoderLayer computes in its place what it would
 
     def _limit(self) -> None:
-        """Forwards say what sizes they take. What a list with an entry for each sample has made of one, only a run on
-        other sizes shows."""
-        model, example = self.source.model, self.source.example
-        if not self.put or model is self.pruned:
+        """Forwards say what sizes they take. What a number has made of one, only a run on other sizes shows; where one
+        was taken for a size of the inputs by chance, it stays a number."""
+        if not self.put or self.source.model is self.pruned:
             return
-        pairs = list(zip(shapes_taken(model, example), shapes_taken(self.pruned, example), strict=True))
-        wrong = [i for i, (wanted, found) in enumerate(pairs) if wanted is not None and wanted != found]
+        wrong = self._wrong()
+        if not wrong:
+            return
+        known = {path: forward_of(self.pruned.get_submodule(path)) for path in self.put}
+        for path, (inline, reason) in self.put.items():
+            if known[path] is not None:
+                put_forward(self.pruned.get_submodule(path), rewrite(path, self.recorded or [], inline, reason, False))
+        as_numbers = self._wrong()
+        if len(as_numbers) < len(wrong):
+            wrong = as_numbers
+        else:
+            for path, forward in known.items():
+                put_forward(self.pruned.get_submodule(path), forward)
         for path in self.put if wrong else ():
             module = self.pruned.get_submodule(path)
             forward = forward_of(module)
             if forward is not None and forward.sizes != "example":
                 put_forward(module, replace(forward, sizes="example" if 0 in wrong else "batch"))
+
+    def _wrong(self) -> list[int]:
+        """On which of the other sizes the cut model gives other shapes than the uncut one."""
+        pairs = zip(
+            *(shapes_taken(each, self.source.example) for each in (self.source.model, self.pruned)), strict=True
+        )
+        return [i for i, (wanted, found) in enumerate(pairs) if wanted is not None and wanted != found]
 
 
 def _forbidden(path: str, module: nn.Module, text: str) -> str:

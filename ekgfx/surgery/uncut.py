@@ -79,5 +79,5 @@ class Uncut:
         found = outline_of(self.pruned, self.source.way, self.source.example)
         if found is None:
             problem = failing(self.pruned, self.source.way, self.source.example)
-            return problem is not None and problem.module in modules
+            return problem is not None and (problem.module in modules or problem.hides(modules, None))
         return any(blamed(self.pruned, module) in modules for module in otherwise(found, self.wanted))

@@ -1,12 +1,14 @@
 """Which parts of a model can be traced alone, where the whole has no graph: the backbone of a detector, say."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ekgfx.graph.asserted import checks_hold
 from ekgfx.graph.quiet import quiet
 from ekgfx.graph.untouched import untouched
 
@@ -14,13 +16,31 @@ SMALL = 0.1
 """Share of the parameters under which a part is not worth a word."""
 MOST = 8
 """Parts that are tried."""
+LONG = 120
+"""Characters beyond which nobody types an example."""
 
 
-def parts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
-    """The largest sub-modules that have a graph of their own, with the share of the parameters that each holds."""
+@dataclass(frozen=True)
+class Part:
+    """A sub-module that has a graph of its own: the share of the parameters that it holds, and what it was given."""
+
+    share: float
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def example(self) -> str:
+        """Python for inputs like those that it was given; "its own inputs" where that is long."""
+        one = len(self.args) == 1 and isinstance(self.args[0], Tensor)
+        text = _spelled(self.args[0] if one else self.args)
+        text += f", {_spelled(self.kwargs)}" if self.kwargs else ""
+        return text if len(text) <= LONG and "<" not in text else "its own inputs"
+
+
+def parts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Part]:
+    """The largest sub-modules that have a graph of their own."""
     total = sum(p.numel() for p in model.parameters())
     calls = _calls(model, args, kwargs)
-    found: dict[str, float] = {}
+    found: dict[str, Part] = {}
     tried = 0
     waiting = [name for name, _ in model.named_children()]
     while waiting and tried < MOST:
@@ -32,7 +52,7 @@ def parts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
         if name in calls:
             tried += 1
             if _has_graph(module, *calls[name]):
-                found[name] = share
+                found[name] = Part(share, *calls[name])
                 continue
         waiting += [f"{name}.{child}" for child, _ in module.named_children()]
     return found
@@ -61,8 +81,23 @@ def _tensors(call: Any) -> Iterator[Tensor]:
 
 def _has_graph(module: nn.Module, args: Any, kwargs: Any) -> bool:
     try:
-        with torch.no_grad(), untouched(module), quiet():
+        with torch.no_grad(), untouched(module), checks_hold([]), quiet():
             torch.export.export(module, args, kwargs, strict=False)
     except Exception:  # noqa: BLE001  torch.export raises many types
         return False
     return True
+
+
+def _spelled(value: Any) -> str:
+    """Python for a value, tensors by their shapes."""
+    if isinstance(value, Tensor):
+        shape = ", ".join(map(str, value.shape))
+        if value.is_floating_point():
+            return f"torch.randn({shape})" if shape else "torch.randn(())"
+        return f"torch.zeros({shape or '()'}, dtype={value.dtype})"
+    if type(value) in (list, tuple):
+        inside = ", ".join(map(_spelled, value)) + "," * (type(value) is tuple and len(value) == 1)
+        return f"[{inside}]" if type(value) is list else f"({inside})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_spelled(each)}" for key, each in value.items()) + "}"
+    return repr(value)

@@ -20,6 +20,7 @@ from ekgfx.data.batches import Inputs
 from ekgfx.errors import EkgfxError, EkgfxWarning, TraceError
 from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph import sizes, unseen
+from ekgfx.graph.asserted import checks_hold
 from ekgfx.graph.axis_graph import AxisGraph, Example
 from ekgfx.graph.draws import NothingDropped
 from ekgfx.graph.hints import by_operators
@@ -175,7 +176,7 @@ def _traced(
             notes.append(f"{training} was not traced: {_short(there.error)}")
         elif not there.same(here):
             try:
-                made.append(_graph(model, training, example, names, outputs=outputs))
+                made.append(_graph(model, training, example, names, outputs=outputs, notes=notes))
             except TraceError as error:
                 notes.append(f"{training} was not traced: {error}")
     first, *others = made
@@ -194,8 +195,10 @@ def _graph(
     decompose: bool = False,
     state: State | None = None,
     outputs: tuple[str, ...] = (),
+    notes: list[str] | None = None,
 ) -> dict[str, Any]:
-    """What an `AxisGraph` of the model in one of its ways is made from, beside the model."""
+    """What an `AxisGraph` of the model in one of its ways is made from, beside the model. notes: grows by what a user
+    should know of how."""
     with untouched(model), seeded(model), way.entered(model):
         put(model, state or {})
         try:
@@ -204,8 +207,10 @@ def _graph(
             except (TraceError, _NoGraphError):
                 if not _fills_caches(model, *example) and not way.training:
                     raise
-                with NothingDropped() if way.training else contextlib.nullcontext():
+                with NothingDropped() if way.training else contextlib.nullcontext() as drawing:
                     leaves, returns, program = _exported(model, names, example, outputs, way == Way())
+                if notes is not None and drawing is not None and drawing.lines:
+                    notes.append(_all_kept(way, [*drawing.lines]))
         except _NoGraphError as error:  # the last one: which parts have a graph takes long to find out
             raise explained(model, error.failure, *example, alone=way == Way()) from error.failure
         return {
@@ -220,6 +225,14 @@ def _graph(
         }
 
 
+def _all_kept(way: Way, lines: Sequence[str]) -> str:
+    """What to say where layers are left out by chance."""
+    return (
+        f"{way} was traced with every layer that is left out by chance there (a single random number decides, at "
+        f"{'; '.join(lines[:3])})"
+    )
+
+
 class _NoGraphError(Exception):
     """torch.export failed. It raises many types, all of them about the user's model."""
 
@@ -231,12 +244,17 @@ class _NoGraphError(Exception):
 def _exported(
     model: nn.Module, names: list[str], example: Example, outputs: tuple[str, ...], strict: bool
 ) -> tuple[Leaves, Returns, torch.export.ExportedProgram]:
+    checks: list[str] = []
     with untouched(model):
         try:
             leaves = record(model, names, *example)
             returned = tensors_returned(model, outputs, strict)
-            with torch.no_grad(), as_operators(model, leaves), returned as returns, by_operators(), quiet():
+            operators, hints = as_operators(model, leaves), by_operators()
+            with torch.no_grad(), operators, returned as returns, hints, checks_hold(checks), quiet():
                 program = torch.export.export(model, *example, strict=False)
+            if checks:
+                with torch.no_grad():
+                    model(*example[0], **example[1])  # whether they hold on the example
         except EkgfxError:
             raise
         except Exception as error:

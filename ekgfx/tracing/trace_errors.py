@@ -1,11 +1,7 @@
 """Why a model has no graph: the line of the user's code, the module it stands in, and what to do about it."""
 
-import linecache
-import os
 import re
-import sysconfig
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -14,14 +10,11 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from ekgfx.base.lines import is_users, shown
 from ekgfx.errors import TraceError
+from ekgfx.graph.functional import inlined
 from ekgfx.graph.nodes import owner
 from ekgfx.tracing.parts import parts
-
-_PACKAGE = Path(__file__).parents[1]
-_OURS = (_PACKAGE / part for part in ("tracing", "graph", "pipeline"))
-_OWN = tuple(f"{path}{os.sep}" for path in (*torch.__path__, *_OURS))
-_STANDARD = sysconfig.get_paths()["stdlib"] + os.sep
 
 
 def explained(
@@ -32,7 +25,7 @@ def explained(
     alone: say also which of its parts can be traced.
     """
     frames = list(_frames(error))
-    own = [(path, line) for path, line, _ in frames if _is_users(path)]
+    own = [(path, line) for path, line, _ in frames if is_users(path)]
     module = _module_of(model, [frame for *_, frame in frames])
     where = _place(model, own[-1] if own else None, module)
     what = _first_lines(error)
@@ -52,31 +45,40 @@ def _alone(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> s
     found = parts(model, args, kwargs)
     if not found:
         return ""
-    told = ", ".join(f"{name} ({share:.0%} of the parameters)" for name, share in found.items())
-    first = next(iter(found))
-    return f"; what can be traced alone: {told}: prune model.{first} by itself, and put the cut one in its place"
+    told = ", ".join(f"{name} ({part.share:.0%} of the parameters)" for name, part in found.items())
+    first, part = next(iter(found.items()))
+    return (
+        f"; what can be traced alone: {told}: type traced = ekgfx.trace(model.{first}, {part.example()}), and, with a "
+        f"plan of that, model.{first} = ekgfx.prune(model.{first}, plan, traced)"
+    )
 
 
 def unknown_sizes(model: nn.Module, program: torch.export.ExportedProgram) -> TraceError | None:
     """What to say of a graph in which a size or a number depends on values; None where there is none."""
-    for node in program.graph.nodes:
-        values = pytree.tree_leaves(node.meta.get("val"))
-        numbers = [n for v in values for n in (v.shape if isinstance(v, Tensor) else [v])]
-        if node.users and any(isinstance(n, torch.SymInt | torch.SymFloat | torch.SymBool) for n in numbers):
+    if not any(map(_unknown, program.graph.nodes)):
+        return None
+    graph = inlined(program.graph_module)
+    graph.eliminate_dead_code()  # what only a check reads
+    for node in graph.nodes:
+        if node.users and _unknown(node):
             line, advice = _place(model, _line_of(node), owner(node))
             what = "a size or a number depends on values of tensors there"
             return TraceError(f"{type(model).__name__} could not be traced: {line}{what}: {advice}")
     return None
 
 
+def _unknown(node: fx.Node) -> bool:
+    """Whether a node makes a number, or a tensor with a size, that depends on values."""
+    values = pytree.tree_leaves(node.meta.get("val"))
+    numbers = [n for v in values for n in (v.shape if isinstance(v, Tensor) else [v])]
+    return any(isinstance(n, torch.SymInt | torch.SymFloat | torch.SymBool) for n in numbers)
+
+
 def _place(model: nn.Module, line: tuple[str, int] | None, module: str) -> tuple[str, str]:
     """Where it is, as the beginning of a sentence, and what can be done."""
     where = ""
     if line is not None:
-        path, number = line
-        short = os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path
-        code = linecache.getline(path, number).strip()
-        where = f"{short}:{number} `{code}`" + (f" in {module!r}" if module else "")
+        where = shown(*line) + (f" in {module!r}" if module else "")
     elif module:
         where = repr(module)
     if module:
@@ -85,12 +87,6 @@ def _place(model: nn.Module, line: tuple[str, int] | None, module: str) -> tuple
     else:
         advice = f"move what has no graph out of {type(model).__name__} into a sub-module, and name that as leaf"
     return (f"{where}: " if where else ""), f"{advice}, or write it with tensor operators such as torch.where"
-
-
-def _is_users(path: str) -> bool:
-    if path.startswith(("<", *_OWN)):
-        return False
-    return not path.startswith(_STANDARD) or "site-packages" in path
 
 
 def _frames(error: BaseException) -> Iterator[tuple[str, int, FrameType]]:
@@ -112,7 +108,7 @@ def _module_of(model: nn.Module, frames: list[FrameType]) -> str:
 
 def _line_of(node: fx.Node) -> tuple[str, int] | None:
     places = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [(path, int(line)) for path, line in places if _is_users(path)]
+    own = [(path, int(line)) for path, line in places if is_users(path)]
     return own[-1] if own else None
 
 

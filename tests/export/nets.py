@@ -74,6 +74,19 @@ class FixedBatch(nn.Module):
         return x.reshape(2, -1).relu()
 
 
+class Contiguous(nn.Module):
+    """Checks its values, and lays large batches out otherwise, as diffusers' upsampling does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.isfinite().all()
+        x = self.lin(x)
+        return x.contiguous() if x.shape[0] >= 64 else x
+
+
 @torch.library.custom_op("ekgfx_tests::mystery", mutates_args=())
 def mystery(x: Tensor) -> Tensor:
     return x.clone()

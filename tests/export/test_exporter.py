@@ -15,10 +15,10 @@ from ekgfx.export import check_parity, exporter, to_fp16, to_onnx
 from timm.models.nest import Nest
 from torch import nn
 
-from ekgfx.errors import ExportError
+from ekgfx.errors import EkgfxWarning, ExportError
 from tests.test_containers import Named, Registered
 
-from .nets import Classifier, Detector, FixedBatch, LearnedBias, Mystery, Windows, mystery
+from .nets import Classifier, Contiguous, Detector, FixedBatch, LearnedBias, Mystery, Windows, mystery
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +262,13 @@ def test_bounds_that_are_tensors(fp16, tmp_path):
 def test_fixed_batch_size_is_named(tmp_path):
     with pytest.raises(ExportError, match="FixedBatch fixes its batch size"):
         to_onnx(FixedBatch(), torch.randn(2, 4), tmp_path / "net.onnx")
+
+
+def test_a_model_that_does_otherwise_with_large_batches_is_exported_for_small_ones(tmp_path):
+    model, path = Contiguous(), tmp_path / "net.onnx"
+    with pytest.warns(EkgfxWarning, match="Contiguous does otherwise from a batch of 64 on"):
+        to_onnx(model, torch.randn(2, 4), path)
+    assert check_parity(model, path, torch.randn(3, 4)).batches == (1, 3)
 
 
 def test_opset_out_of_reach(tmp_path):

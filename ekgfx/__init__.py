@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ekgfx.search.sensitivity import sensitivity
     from ekgfx.surgery.calibrate import calibrate
     from ekgfx.surgery.cut import prune
+    from ekgfx.surgery.restored import restore_statistics
     from ekgfx.surgery.transfer import transfer
     from ekgfx.tracing.trace import trace
     from ekgfx.tracing.traced import TracedModel
@@ -36,6 +37,7 @@ __all__ = [
     "sensitivity",
     "prune",
     "calibrate",
+    "restore_statistics",
     "transfer",
     "replaced",
     "Replacement",
@@ -62,6 +64,7 @@ _HOMES = {
     "sensitivity": "search.sensitivity",
     "prune": "surgery.cut",
     "calibrate": "surgery.calibrate",
+    "restore_statistics": "surgery.restored",
     "transfer": "surgery.transfer",
     "replaced": "rewriting.patched",
     "Replacement": "rewriting.patched",

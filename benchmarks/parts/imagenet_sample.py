@@ -138,6 +138,7 @@ def prepare(asked: argparse.Namespace) -> Setting:
     data = whole(folder)
     order = torch.randperm(data.size("train"), generator=torch.Generator().manual_seed(asked.seed))
     half = len(order) // 2
+    ekgfx.restore_statistics(built.model, data.loader("train", asked.batch, subset=order[:half]))
     traced = ekgfx.trace(built.model, built.example_inputs)
     return Setting(asked, traced, data, order[:half], order[half:][: asked.test_images])
 

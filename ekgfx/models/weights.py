@@ -91,11 +91,13 @@ def _warn_of_strange(file: Path, state: Mapping[str, Tensor], built: Mapping[str
         if (words := _strange(value)) and not (name in built and torch.equal(value, built[name]))
     }
     if found:
+        averages = any(name.rpartition(".")[2] in ("running_mean", "running_var") for name in found)
         log.warning(
             "weights %s give values that are not finite, which are taken as they are: %s; half precision ends at "
-            "65504, and a training that diverged leaves NaN",
+            "65504, and a training that diverged leaves NaN%s",
             file.name,
             "; ".join(f"{name} ({words})" for name, words in found.items()),
+            "; ekgfx prune estimates running statistics on images, as ekgfx.restore_statistics does" * averages,
         )
 
 

@@ -22,6 +22,7 @@ from ekgfx.search import SearchResult
 from ekgfx.settings.recipe import Training
 from ekgfx.surgery.calibrate import calibrate
 from ekgfx.surgery.cut import needs_forward, prune
+from ekgfx.surgery.restored import restore_statistics
 from ekgfx.training import step_zero
 from ekgfx.training.finetune import finetune
 from ekgfx.training.keeping import History
@@ -63,6 +64,7 @@ def prepare(job: Job) -> None:
     if job.dense is not None:
         job.keep_score("before", model, None)  # on other data than before, where fine-tuning changed them
         return
+    restore(job)
     if recipe.pretrain.epochs:
         job.report.stage("train the model")
         if job.data is None or not job.labelled:
@@ -77,6 +79,20 @@ def prepare(job: Job) -> None:
     with job.run.replacing(DENSE) as partial:
         checkpoint.save_tensors(model, partial)
     (job.run.path / PRETRAINING).unlink(missing_ok=True)
+
+
+def restore(job: Job) -> None:
+    """Statistics that the weights' file could not hold are estimated on the training images, and that is said."""
+    if job.data is None:
+        return
+    batches = job.data.loader("train", job.batch_size, shuffle=True, seed=job.recipe.seed)
+    try:
+        found = restore_statistics(job.built.model, batches, limit=-(-NORM_SAMPLES // 4 // job.batch_size))
+    except DataError as error:
+        job.report.note(f"statistics that are not finite stay so: {error}")
+        return
+    if found:
+        job.report.note(f"estimated on training images, since the weights' file holds no number: {', '.join(found)}")
 
 
 def cut(job: Job, result: SearchResult) -> nn.Module:

@@ -1,7 +1,7 @@
 """BatchNorm's running statistics for a network that was cut: corrected by what the cut changed, or estimated anew."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, TypeVar
@@ -77,9 +77,15 @@ def estimated(
     source: TracedModel | None = None,
     kept: Mapping[Axis, Tensor] | None = None,
     limit: int | None = None,
+    among: Collection[str] | None = None,
 ) -> int:
-    """As `calibrate`, where the kept positions of the uncut model are at hand. Returns the number of norms."""
-    averaging = {name: module for name, module in model.named_modules() if _averages(module)}
+    """As `calibrate`, where the kept positions of the uncut model are at hand. Returns the number of norms.
+
+    among: modules that alone are looked at.
+    """
+    averaging = {
+        name: module for name, module in model.named_modules() if averages(module) and (among is None or name in among)
+    }
     norms = {name: module for name, module in averaging.items() if hasattr(module, "momentum")}
     _say_kept([name for name in averaging if name not in norms], "have no momentum to estimate them by")
     if not norms:
@@ -111,7 +117,7 @@ def estimated(
     return sum(map(bool, seen.values()))
 
 
-def _averages(module: nn.Module) -> dict[str, Tensor]:
+def averages(module: nn.Module) -> dict[str, Tensor]:
     """The running averages that a module keeps itself."""
     return {name: value for name in AVERAGES if (value := module._buffers.get(name)) is not None}
 
@@ -178,5 +184,5 @@ def _averaging(norms: Mapping[str, nn.Module]) -> Iterator[Mapping[str, int]]:
 
 def _check_finite(norms: Mapping[str, nn.Module]) -> None:
     for name, norm in norms.items():
-        if not all(value.isfinite().all() for value in _averages(norm).values()):
+        if not all(value.isfinite().all() for value in averages(norm).values()):
             raise DataError(f"the statistics of {name} are not finite; check the images and the weights for NaN")

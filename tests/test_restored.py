@@ -85,7 +85,7 @@ def test_a_network_that_diverged_is_left_as_it_was() -> None:
 
 
 def test_the_command_restores_them_before_it_measures_anything(tmp_path: Path) -> None:
-    """A variance beyond half precision: the network is nearly the one whose file could hold it, which it is not without."""
+    """A variance beyond half precision: the network comes near the one whose file could hold it."""
     torch.manual_seed(0)
     model = digits_cnn()
     ekgfx.finetune(model, ekgfx.data.load("digits"), epochs=2, batch_size=64, lr=0.05, val_fraction=0)

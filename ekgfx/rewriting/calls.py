@@ -7,12 +7,10 @@ is a constant. Weights are not needed for that: a hollow twin is exported, whose
 """
 
 import contextlib
-import functools
 import inspect
-import itertools
 import operator
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +20,6 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from ekgfx.base.containers import Frame
 from ekgfx.base.lines import calling
 from ekgfx.errors import PruneError
 from ekgfx.graph.asserted import checks_hold
@@ -30,54 +27,13 @@ from ekgfx.graph.axis_graph import Example
 from ekgfx.graph.functional import inlined
 from ekgfx.graph.hints import by_operators
 from ekgfx.graph.nodes import bind
-from ekgfx.graph.opaque import Leaves, as_operators, wrapped_forwards
+from ekgfx.graph.opaque import Leaves, as_operators
 from ekgfx.graph.quiet import quiet
 from ekgfx.graph.returns import tensors_returned
 from ekgfx.graph.tables import is_table
 from ekgfx.graph.untouched import deep_copy, untouched
+from ekgfx.rewriting.marks import MARK, Values, filled, marked
 from ekgfx.rewriting.told import told
-
-
-@torch.library.custom_op("ekgfx::mark", mutates_args=())
-def mark(tensors: list[Tensor], sizes: list[int], module: str, begins: bool) -> list[Tensor]:
-    """The values with which a module's forward begins, or which it returns."""
-    raise NotImplementedError("marks are in exported graphs only")
-
-
-@mark.register_fake
-def _(tensors: list[Tensor], sizes: list[int], module: str, begins: bool) -> list[Tensor]:
-    return [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in tensors]
-
-
-MARK = torch.ops.ekgfx.mark.default
-fx.node.has_side_effect(MARK)  # a call is kept whose result nobody reads: it may change what it is given
-
-
-@dataclass(frozen=True)
-class Held:
-    """A value of a class that PyTorch does not know as a container, with the nodes of the tensors in it."""
-
-    frame: Frame
-    nodes: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Values:
-    """Nested containers as they were passed: tensors and integers as nodes (or constants), other values that hold
-    tensors as `Held`, anything else as it is."""
-
-    leaves: tuple[Any, ...]
-    spec: pytree.TreeSpec
-
-    @property
-    def flat(self) -> list[Any]:
-        """The leaves, with what is held by some of them in their place."""
-        return [each for leaf in self.leaves for each in (leaf.nodes if isinstance(leaf, Held) else (leaf,))]
-
-    @property
-    def paths(self) -> list[pytree.KeyPath]:
-        """Where in the containers each leaf is."""
-        return [path for path, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten(self.leaves, self.spec))[0]]
 
 
 @dataclass
@@ -173,9 +129,7 @@ def calls_of(
         decided: dict[str, dict[str, None]] = {}
         running: list[str] = []
         operators, returned = as_operators(model, leaves), tensors_returned(model, ())
-        marked = _marked(model, recorded, running)
-
-        checks: list[str] = []
+        marks = marked(model, recorded, running)
 
         def deciding(decision: bool) -> None:
             decided.setdefault(running[-1] if running else "", {})[f"{calling()} is {decision}"] = None  # noqa: B023
@@ -186,8 +140,8 @@ def calls_of(
             operators,
             returned,
             by_operators(),
-            marked,
-            checks_hold(checks),
+            marks,
+            checks_hold([]),
             told(exported, asked, decisions, deciding),
             drawing or contextlib.nullcontext(),
             quiet(),
@@ -229,76 +183,6 @@ def _free(shape: Sequence[int]) -> dict[int, Any]:
     return {number: Dim.AUTO for number, size in enumerate(shape) if size > 1}
 
 
-@contextlib.contextmanager
-def _marked(model: nn.Module, recorded: list[Any], running: list[str]) -> Iterator[None]:
-    """While this is open, every forward begins and ends with a mark; `recorded` gets what marks cannot hold. running:
-    the modules whose forward runs, the innermost last."""
-
-    def around(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(forward)
-        def marking(*args: Any, **kwargs: Any) -> Any:
-            if not path:
-                recorded.clear()  # the exporter may run the model more than once
-            args, kwargs = note(path, True, (args, kwargs))
-            running.append(path)
-            try:
-                result = forward(*args, **kwargs)
-            finally:
-                running.pop()
-            return note(path, False, result)
-
-        return marking
-
-    def note(path: str, begins: bool, value: Any) -> Any:
-        leaves, spec = pytree.tree_flatten(value)
-        frames = {id(leaf): Frame.of(leaf) for leaf in leaves if not isinstance(leaf, _KNOWN)}
-        inside = [tensor for _, held in frames.values() for tensor in held]
-        given = [*(leaf for leaf in leaves if isinstance(leaf, Tensor)), *inside]
-        tensors = {id(tensor): tensor for tensor in given}  # what is the same stays the same
-        sizes = [leaf for leaf in leaves if _is_size(leaf)]
-        made = dict(zip(tensors, torch.ops.ekgfx.mark([*tensors.values()], sizes, path, begins), strict=True))
-        numbers, places = {key: i for i, key in enumerate(tensors)}, itertools.count()
-        kinds: list[Any] = []
-        passed: list[Any] = []
-        for leaf in leaves:
-            frame, held = frames.get(id(leaf), (None, []))
-            if frame is not None and held:
-                kinds.append(Held(frame, tuple(_Tensor(numbers[id(tensor)]) for tensor in held)))
-                passed.append(frame.filled([made[id(tensor)] for tensor in held]))
-            else:
-                size = _Size(next(places)) if _is_size(leaf) else leaf
-                kinds.append(_Tensor(numbers[id(leaf)]) if isinstance(leaf, Tensor) else size)
-                passed.append(made.get(id(leaf), leaf))
-        recorded.append((path, begins, kinds, spec))
-        return pytree.tree_unflatten(passed, spec)
-
-    not_run = torch.jit.ScriptModule | nn.ModuleList | nn.ModuleDict
-    paths = [path for path, module in model.named_modules() if not isinstance(module, not_run)]
-    with wrapped_forwards(model, paths, around):
-        yield
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """Stands for the tensor of that number in a mark."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class _Size:
-    """Stands for the integer of that number in a mark."""
-
-    number: int
-
-
-_KNOWN = (Tensor, int, float, complex, str, bytes, torch.SymInt, torch.SymFloat, torch.SymBool, type(None))
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
-
-
 def _read(model: nn.Module, program: torch.export.ExportedProgram, recorded: list[Any], free: str) -> Calls:
     graph, weights, constants = inlined(program.graph_module), {}, {}
     placeholders = graph.find_nodes(op="placeholder")
@@ -330,7 +214,7 @@ def _read(model: nn.Module, program: torch.export.ExportedProgram, recorded: lis
         inside = {user.args[1]: user for user in node.users if user.target is operator.getitem}
         taken.update(inside.values())
         before, after = (
-            Values(tuple(_filled(kinds, tensors, node.args[1])), spec)
+            Values(tuple(filled(kinds, tensors, node.args[1])), spec)
             for tensors in (node.args[0], [inside.get(i) for i in range(len(node.args[0]))])
         )
         if begins:
@@ -341,16 +225,6 @@ def _read(model: nn.Module, program: torch.export.ExportedProgram, recorded: lis
             call = running.pop()
             call.returned, call.results = before, after
     return Calls(top[0], weights, constants, free, frozenset(numbers))
-
-
-def _filled(kinds: list[Any], tensors: Sequence[Any], sizes: Any) -> Iterator[Any]:
-    for kind in kinds:
-        if isinstance(kind, Held):
-            yield Held(kind.frame, tuple(_filled(list(kind.nodes), tensors, sizes)))
-        elif isinstance(kind, _Tensor):
-            yield tensors[kind.number]
-        else:
-            yield sizes[kind.number] if isinstance(kind, _Size) else kind
 
 
 def whole(node: fx.Node) -> bool:

@@ -16,9 +16,10 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from ekgfx.graph.nodes import bind
-from ekgfx.rewriting.calls import Calls, Held, ModuleCall, Values, whole
+from ekgfx.rewriting.calls import Calls, ModuleCall, whole
 from ekgfx.rewriting.head import Head
 from ekgfx.rewriting.lost import lost
+from ekgfx.rewriting.marks import Held, Values
 from ekgfx.rewriting.patched import Forward
 from ekgfx.rewriting.spelling import access, attribute, plain, released, variable, written
 from ekgfx.rewriting.terms import InexpressibleError, Recorded, Terms, Widths

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ekgfx.rewriting.calls import Held, ModuleCall
+from ekgfx.rewriting.calls import ModuleCall
+from ekgfx.rewriting.marks import Held
 from ekgfx.rewriting.spelling import access
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from torch import fx
 
 from ekgfx.errors import PruneError
-from ekgfx.rewriting.calls import Calls, Held, ModuleCall, Values
+from ekgfx.rewriting.calls import Calls, ModuleCall
+from ekgfx.rewriting.marks import Held, Values
 
 
 @dataclass(frozen=True)

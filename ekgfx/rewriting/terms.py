@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ekgfx.errors import PruneError
-from ekgfx.rewriting.calls import Calls, Held, ModuleCall
+from ekgfx.rewriting.calls import Calls, ModuleCall
+from ekgfx.rewriting.marks import Held
 from ekgfx.rewriting.spelling import attribute, literal, scaled, spelled
 
 SIZES = {"size", "shape", "sizes", "output_size", "start", "end", "length", "split_size", "split_sizes", "repeats"}

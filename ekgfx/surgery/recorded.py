@@ -23,7 +23,8 @@ from ekgfx.graph.nodes import bind
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.graph.propagation import Operation
 from ekgfx.graph.sizes import GIVEN_SIZES
-from ekgfx.rewriting.calls import Calls, ModuleCall, Values, calls_of, hollow, whole
+from ekgfx.rewriting.calls import Calls, ModuleCall, calls_of, hollow, whole
+from ekgfx.rewriting.marks import Values
 from ekgfx.rewriting.modes import others_in_training
 from ekgfx.rewriting.terms import Recorded
 from ekgfx.rewriting.told import decisions_of
@@ -142,12 +143,14 @@ class TracedWidths:
     def _held(
         self, node: fx.Node, name: str, position: int | None, old: int, asked: Callable[[Axis], bool]
     ) -> tuple[Axis | None, int]:
-        """The axis of a kind that the size holds which an operator is given, and how often (0 where it holds none)."""
+        """The axis of a kind that the size holds which an operator is given, and how often; None and 0 where it holds
+        none, or more than one."""
         expr = self._expression(node, name, position, old)
         factors = expr.factors if isinstance(expr, Prod) else () if expr is None else (expr,)
         found = [factor for factor in factors if isinstance(factor, Axis) and asked(factor)]
-        others = [factor for factor in factors if factor not in found]
-        return (found[0], math.prod(count(factor, self.counts) for factor in others)) if found else (None, 0)
+        if len(found) != 1:
+            return None, 0
+        return found[0], math.prod(count(factor, self.counts) for factor in factors if factor is not found[0])
 
     def input_dims(self, node: fx.Node) -> dict[int, int]:
         dims = self.dims.get(node)

@@ -214,7 +214,7 @@ def test_advice_where_the_milliseconds_did_not_follow(faster, left, latency, ali
 
 def test_a_network_that_was_not_timed_in_some_precision_leaves_a_gap(tmp_path, capsys):
     """What is left out because it is slower (fp16, INT8) is no reason to say nothing of the rest."""
-    score = {"accuracy": 0.5, "agreement": None, "macs": 1000, "params": 10}
+    score = {"accuracy": 0.5, "loss": 1.5, "agreement": None, "macs": 1000, "params": 10}
     results = {"before": score, "searched": {**score, "macs": 500}}
     with Run.create(tmp_path / "run", settings=Recipe(model="m").to_json(), results=results) as run:
         run.write_json("plan.json", {"kept": {}})

@@ -95,7 +95,7 @@ def parity_text(parity: Parity) -> str:
 
 def _title(measured: LatencyTable) -> str:
     facts = measured.environment
-    places = [f"{facts['cpu']}, {facts['threads']} threads"]
+    places = [f"{facts['cpu']}, {facts['threads']} thread{'s' * (facts['threads'] != 1)}"]
     if "gpu" in facts:
         places.append(facts["gpu"])
     return f"Latency · {' · '.join(places)} · onnxruntime {facts['onnxruntime']}"

@@ -41,7 +41,7 @@ def test_both_networks_in_every_precision(made, ekgfx, tmp_path) -> None:
     assert done.code == 0, done.err
     assert (tmp_path / "net.onnx").read_bytes() == (run / "model-int8.onnx").read_bytes()
     onnx.checker.check_model(tmp_path / "net.onnx", full_check=True)
-    assert "1 threads" in " ".join(done.out.split()) and "accuracy" in done.out and "INT8: " in done.err
+    assert "1 thread " in " ".join(done.out.split()) and "accuracy" in done.out and "INT8: " in done.err
     told = json.loads((run / "export.json").read_text())
     found = {variant["name"]: variant for variant in told["precisions"]["variants"]}
     assert {"dense", "dense int8", "pruned", "pruned int8"} <= set(found)

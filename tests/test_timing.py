@@ -151,10 +151,12 @@ def test_settings_that_cannot_be_met(asked, says):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_absent_target_names_the_way_out():
+def test_absent_target_names_the_way_out(tmp_path):
+    table = tmp_path / "table.json"
+    table.write_text("{}")
     with pytest.raises(RecipeError, match=r"'cuda' cannot be used: .*; a table measured elsewhere .* --latency-table"):
         timing.check_settings(Search(latency=0.5, target="cuda:fp16:batch=64"))
-    timing.check_settings(Search(latency=0.5, target="cuda:fp16:batch=64", latency_table="table.json"))
+    timing.check_settings(Search(latency=0.5, target="cuda:fp16:batch=64", latency_table=str(table)))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system says it in another way")

@@ -70,6 +70,25 @@ def test_a_norm_behind_a_restored_one_keeps_its_own() -> None:
     assert torch.equal(model[3].running_var, second.running_var) and model[3].num_batches_tracked == 0
 
 
+class Frozen(nn.Module):
+    """A norm that keeps running statistics, and has no momentum to estimate them by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_var", torch.tensor([1.0, float("inf")]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.running_var.sqrt()[:, None, None]
+
+
+def test_what_cannot_be_estimated_is_not_said_to_be(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), Frozen()).eval()
+    model[1].running_var[0] = float("inf")
+    assert ekgfx.restore_statistics(model, images()) == ("1.running_var (1 of 2)",)
+    assert model[2].running_var[1].isinf()
+    assert "have no momentum to estimate them by: 2" in caplog.text
+
+
 def test_where_nothing_is_lost_no_image_is_read() -> None:
     assert ekgfx.restore_statistics(small(), Unread()) == ()  # type: ignore[arg-type]
 

@@ -141,6 +141,7 @@ def test_training_without_a_graph_stays_the_users_own() -> None:
     pruned, _ = trained_as_its_own(Decides(expresses=True))
     (replacement,) = ekgfx.replaced(pruned)
     assert replacement.module == "" and "own_forward(self, x)" in replacement.source
+    assert replacement.reason.endswith("; its training has no graph and stays its own")
     again = copy.deepcopy(pruned)
     x = images(2)
     assert torch.equal(again(x), pruned(x))

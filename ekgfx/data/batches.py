@@ -220,7 +220,7 @@ def own_share(batch: Any, views: int, mates: Team) -> tuple[Any, Any, Tensor]:
 
         return pytree.tree_map_only(Tensor, cut, value)
 
-    stacked = isinstance(images, Tensor | Mapping) and views > 1
+    stacked = views > 1 and isinstance(images, Tensor | Mapping)
     return part(images, 1 if stacked else 0), part(labels), part(index)
 
 

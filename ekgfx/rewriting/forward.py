@@ -140,12 +140,19 @@ class _Writer:
         self.notes: dict[str, None] = {}
         self.lines = self._lines()
         self._note_decisions()
+        if self.leaves_training:
+            self.notes["its training has no graph and stays its own"] = None
 
     @property
     def leaves_training(self) -> bool:
         """Whether the module, or one whose operators stand here, does something else in training that nobody saw."""
-        inside = {name for name in self.inline if name.startswith(f"{self.path}.".lstrip("."))}
-        return bool(self.recorded.others & {self.path, *inside})
+        return bool(self.recorded.others & self.written_here)
+
+    @property
+    def written_here(self) -> set[str]:
+        """The module, and those in it whose operators stand here."""
+        within = f"{self.path}." if self.path else ""
+        return {self.path, *(name for name in self.inline if name.startswith(within))}
 
     def excludes(self, other: "_Writer") -> bool:
         """Whether no call is like both."""
@@ -175,7 +182,7 @@ class _Writer:
             line: None
             for calls in (self.recorded.evaluation, self.recorded.training)
             for path, lines in (calls.decided.items() if calls is not None else ())
-            if path == self.path or (path in self.inline and f"{path}.".startswith(f"{self.path}." * bool(self.path)))
+            if path in self.written_here
             for line in lines
         }
         if fixed:

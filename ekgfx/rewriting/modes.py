@@ -1,7 +1,5 @@
 """Which modules do something else in training than in evaluation, found out by running the model in both."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ekgfx.graph.axis_graph import Example
+from ekgfx.graph.running import running_modules
 from ekgfx.graph.ways import Way, undisturbed
 
 Steps = dict[str, list[Any]]
@@ -29,41 +28,31 @@ def others_in_training(model: nn.Module, way: Way, example: Example) -> frozense
 
 
 def _steps(model: nn.Module, way: Way, example: Example) -> Steps | None:
-    steps: Steps = {}
-    running: list[str] = []
     args, kwargs = example
     try:
-        with torch.no_grad(), way.entered(model), undisturbed(model), _followed(model, running), _Noted(steps, running):
+        with (
+            torch.no_grad(),
+            way.entered(model),
+            undisturbed(model),
+            running_modules(model) as (running, _),
+            _Noted(running) as noted,
+        ):
             model(*args, **kwargs)
     except Exception:  # noqa: BLE001  whatever the user's forward raises
         return None
-    return steps
-
-
-@contextmanager
-def _followed(model: nn.Module, running: list[str]) -> Iterator[None]:
-    """While this is open, `running` ends with the module whose forward runs."""
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda _, __, n=name: running.append(n)))
-        handles.append(module.register_forward_hook(lambda *_: running.pop() and None))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return noted.steps
 
 
 class _Noted(TorchFunctionMode):
-    def __init__(self, steps: Steps, running: list[str]) -> None:
+    def __init__(self, running: list[str]) -> None:
         super().__init__()
-        self.steps, self.running = steps, running
+        self.running, self.steps = running, Steps()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") != "__get__":
             given = map(_described, pytree.tree_leaves((args, kwargs)))
-            self.steps.setdefault(self.running[-1] if self.running else "", []).append((func, *given))
+            self.steps.setdefault(self.running[-1], []).append((func, *given))
         return func(*args, **kwargs)
 
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from ekgfx.graph.axis_graph import Example
+from ekgfx.graph.running import running_modules
 from ekgfx.graph.ways import Way, undisturbed
 from ekgfx.surgery.check import trains
 from ekgfx.surgery.integers import STANDARD
@@ -39,25 +39,11 @@ class Problem:
 def failing(model: nn.Module, way: Way, example: Example) -> Problem | None:
     """The innermost module whose own forward raises when the model is run in a way, None if none does."""
     args, kwargs = example
-    running: list[str] = []
-    begun: list[str] = []
-
-    def begins(name: str) -> None:
-        running.append(name)
-        begun.append(name)
-
-    def ends(*_: Any) -> None:
-        running.pop()
-
-    with torch.no_grad(), way.entered(model), undisturbed(model):  # which also puts back what hooks collect
-        for name, module in model.named_modules():
-            module.register_forward_pre_hook(lambda _, __, n=name: begins(n))
-            module.register_forward_hook(ends)
+    with torch.no_grad(), way.entered(model), undisturbed(model), running_modules(model) as (running, begun):
         try:
             model(*args, **kwargs)
         except Exception as error:  # noqa: BLE001  whatever the user's forward raises; its place is what is wanted
-            text = " ".join(str(error).split())
-            place = running[-1] if running else ""
+            text, place = " ".join(str(error).split()), running[-1]
             text = f"{place or 'its forward'} raises {type(error).__name__}: {text}"
             return Problem(blamed(model, place), text, tuple(begun))
     return None

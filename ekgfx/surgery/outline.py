@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ekgfx.graph.axis_graph import Example
+from ekgfx.graph.running import running_modules
 from ekgfx.graph.ways import Way, undisturbed
 
 PRODUCTS = frozenset(f"aten::{name}" for name in ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "dot", "linear"))
@@ -36,16 +37,8 @@ class Step:
 
 def outline_of(model: nn.Module, way: Way, example: Example) -> list[Step] | None:
     """Of a module that runs in a way; None where it raises. Nothing of it is changed afterwards."""
-    running = [""]
-
-    def ends(*_: Any) -> None:
-        running.pop()
-
     args, kwargs = example
-    with way.entered(model), undisturbed(model):  # which also takes the hooks away
-        for name, module in model.named_modules():
-            module.register_forward_pre_hook(lambda _, __, n=name: running.append(n))
-            module.register_forward_hook(ends)
+    with way.entered(model), undisturbed(model), running_modules(model) as (running, _):
         return outlined(lambda: model(*args, **kwargs), running)
 
 

@@ -4,7 +4,6 @@ Half precision ends at 65504. A larger variance is infinite in such a file, and 
 network that runs, and is less often right than it was.
 """
 
-import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ekgfx.surgery.calibrate import averages, estimated
-
-log = logging.getLogger("ekgfx")
 
 
 def restore_statistics(model: nn.Module, batches: Iterable[Any], *, limit: int | None = None) -> tuple[str, ...]:
@@ -46,11 +43,10 @@ def restore_statistics(model: nn.Module, batches: Iterable[Any], *, limit: int |
     for name, norm in norms.items():
         for key, value in _buffers(norm).items():
             old = before[name][key]
-            lost = ~old.isfinite()
-            value.copy_(torch.where(lost, value, old))
-            if bool(lost.any()):
-                found.append(f"{name}.{key}".lstrip(".") + f" ({int(lost.sum())} of {lost.numel()})")
-    log.info("estimated on images, since they were not finite: %s", ", ".join(found))
+            new = ~old.isfinite() & value.isfinite()  # a norm without momentum keeps what it has
+            value.copy_(torch.where(new, value, old))
+            if bool(new.any()):
+                found.append(f"{name}.{key}".lstrip(".") + f" ({int(new.sum())} of {new.numel()})")
     return tuple(found)
 
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from ekgfx.base.units import several
 from ekgfx.data.batches import Inputs
 from ekgfx.errors import ExportError
 from ekgfx.repair.images import gather
@@ -64,7 +65,7 @@ class Int8:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        said = f"INT8: {self.scope}, ranges by {self.method}, from {self.images} images"
+        said = f"INT8: {self.scope}, ranges by {self.method}, from {several(self.images, 'image')}"
         if self.kept:
             said += f"; in floating point: {', '.join(self.kept)}"
         if self.agreement is not None:

@@ -30,6 +30,7 @@ from onnxruntime.quantization.calibrate import TensorsData
 from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 from torch import Tensor
 
+from ekgfx.base.units import several
 from ekgfx.errors import ExportError
 
 from .half import WIDE
@@ -89,7 +90,7 @@ class Recipe:
     keep: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
-        kept = f", {len(self.keep)} layers in floating point" if self.keep else ""
+        kept = f", {several(len(self.keep), 'layer')} in floating point" if self.keep else ""
         return f"{self.scope}, {self.method}{kept}"
 
 

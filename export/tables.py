@@ -3,7 +3,7 @@
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ekgfx.base.units import human, percent
+from ekgfx.base.units import human, percent, several
 
 from .latency import LatencyTable, Speedup
 from .parity import Parity
@@ -95,7 +95,7 @@ def parity_text(parity: Parity) -> str:
 
 def _title(measured: LatencyTable) -> str:
     facts = measured.environment
-    places = [f"{facts['cpu']}, {facts['threads']} thread{'s' * (facts['threads'] != 1)}"]
+    places = [f"{facts['cpu']}, {several(int(facts['threads']), 'thread')}"]
     if "gpu" in facts:
         places.append(facts["gpu"])
     return f"Latency · {' · '.join(places)} · onnxruntime {facts['onnxruntime']}"

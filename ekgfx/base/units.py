@@ -89,3 +89,15 @@ def bytes_of(size: str | int) -> int:
     if match is None or match[2].lower() not in units:
         raise RecipeError(f"{str(size)[:80]!r} is no size of memory; write it as 2GiB, 500MiB or 0")
     return int(float(match[1]) * units[match[2].lower()])
+
+
+def several(count: int, thing: str, many: str = "") -> str:
+    """A number of things in words.
+
+    many: more than one of them, where that is not thing with an s.
+
+    Example:
+        >>> several(1, "image"), several(1200, "image"), several(0, "class", "classes")
+        ('1 image', '1,200 images', '0 classes')
+    """
+    return f"{count:,} {thing if count == 1 else many or thing + 's'}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ekgfx.base import named
+from ekgfx.base.units import several
 from ekgfx.cli import sensitivity
 from ekgfx.cli.options import images, preprocessing_of
 
@@ -138,7 +139,7 @@ def _show(model: str, traced: "TracedModel", why: bool) -> None:
     columns = ("group", "channels", "producers", "parameters cut", "MACs governed", "of all")
     show_table(table(None, columns, rows, numbers=range(1, 6)))
     out.print(
-        f"\n{model}: {len(rows)} groups, {human(cost.macs)} MACs, {human(cost.params)} parameters; "
+        f"\n{model}: {several(len(rows), 'group')}, {human(cost.macs)} MACs, {human(cost.params)} parameters; "
         f"{100 * traced.groups.prunable_share:.1f}% of the parameters lie in tensors that some group cuts"
     )
     for op, uses in traced.unknown_ops.items():

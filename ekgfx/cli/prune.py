@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ekgfx.base import named
+from ekgfx.base.units import several
 from ekgfx.cli.options import given, images, logs, setting, training
 from ekgfx.errors import RecipeError
 from ekgfx.runs.directory import Run, fresh_path, read_manifest
@@ -257,8 +258,10 @@ def _preview(asked: Recipe) -> None:
     if asked.data is not None:
         images = job.open_data(asked.data, built, asked.seed)
         out.print(job.preprocessing_of(images, built), markup=False)
-        classes = "no labels" if images.classes is None else f"{images.classes} classes"
-        out.print(f"data: {images.size('train')} images to train on, {images.size('test')} to test on; {classes}\n")
+        classes = "no labels" if images.classes is None else several(images.classes, "class", "classes")
+        out.print(
+            f"data: {several(images.size('train'), 'image')} to train on, {images.size('test')} to test on; {classes}\n"
+        )
     table_here = timing.known_table(asked.search, traced) if asked.search.latency is not None else None
     if asked.search.latency is not None and table_here is None:
         out.print(f"the layers would be timed on {asked.search.target} first; how far the budget can go is known then")

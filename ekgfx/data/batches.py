@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ekgfx.base.containers import mapped
+from ekgfx.base.units import several
 from ekgfx.distributed.team import Team
 from ekgfx.errors import DataError
 from ekgfx.execution.channels_last import channels_last
@@ -193,7 +194,7 @@ def views_in(batch: Any, views: int, asked: bool) -> int:
     if count == views and (samples is None or each <= {samples}):
         return views
     if asked and views > 1:
-        shown = f"images of {tuple(tensors[0].shape)}" if stacked and tensors else f"{count} images"
+        shown = f"images of {tuple(tensors[0].shape)}" if stacked and tensors else several(count, "image")
         raise DataError(
             f"a batch has {shown}, which are not {views} views of each sample: stack as many augmented ones, "
             "V × B × …, or train with views=1"

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ekgfx.base import named
+from ekgfx.base.units import several
 from ekgfx.data.arrays import Arrays, ArraySplit, in_grey, read_cifar_binary, read_digits, read_npz, read_photos
 from ekgfx.data.augment import Augmentation
 from ekgfx.data.base import Data, Split, check_labels, holdout
@@ -60,7 +61,7 @@ class Request:
         mean, std = (self._per_channel(asked, channels) for asked in (self.mean or default[0], self.std or default[1]))
         if not len(mean) == len(std) == channels:
             raise DataError(
-                f"the images of {self.spec} have {channels} channels, but the model is fed {len(mean)} "
+                f"the images of {self.spec} have {several(channels, 'channel')}, but the model is fed {len(mean)} "
                 f"(mean {mean}, std {std}): use other data or a model for {channels}-channel images"
             )
         return mean, std
@@ -128,13 +129,14 @@ def load(
     data = OPENERS[kind](request)
     if classes is not None and data.classes is not None and classes != data.classes:
         raise DataError(
-            f"{spec} has {data.classes} classes, but the model has {classes} outputs: use a model with {data.classes} "
+            f"{spec} has {several(data.classes, 'class', 'classes')}, but the model has "
+            f"{several(classes, 'output')}: use a model with {data.classes} "
             "(--classes), or other data"
         )
     if channels is not None and data.input_shape[0] != channels:
         raise DataError(
-            f"the images of {spec} have {data.input_shape[0]} channels, but the model takes {channels}: use other "
-            f"data, or a model for {data.input_shape[0]}-channel images (--in-chans)"
+            f"the images of {spec} have {several(data.input_shape[0], 'channel')}, but the model takes "
+            f"{channels}: use other data, or a model for {data.input_shape[0]}-channel images (--in-chans)"
         )
     return data
 

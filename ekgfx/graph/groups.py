@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ekgfx.axes import Axis, axes, show
 from ekgfx.base.markup import html_table
-from ekgfx.base.units import human
+from ekgfx.base.units import human, several
 from ekgfx.errors import PlanError
 from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.cost import Products, value_of
@@ -102,7 +102,8 @@ class Groups(Mapping[str, ChannelGroup]):
         return "\n".join(rows) or "no channel groups"
 
     def __repr__(self) -> str:
-        return f"Groups({len(self)} groups, {self.prunable_share:.0%} of the parameters in tensors that they cut)"
+        number = several(len(self), "group")
+        return f"Groups({number}, {self.prunable_share:.0%} of the parameters in tensors that they cut)"
 
     def _repr_html_(self) -> str:
         rows = [(g.name, g.size, len(g.producers), len(g.places), human(g.macs)) for g in self.values()]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ekgfx.base.units import several
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -131,9 +133,7 @@ def told(fit: Fit, as_well: Sequence[Fit], others: Sequence[str]) -> str:
     words += [f"{other} fits too{' (--ema)' if other.averaged and not fit.averaged else ''}" for other in as_well[:3]]
     if fit.left:
         more = " …" if len(fit.left) > 3 else ""
-        words.append(
-            f"left {len(fit.left)} other{'' if len(fit.left) == 1 else 's'} out: {', '.join(fit.left[:3])}{more}"
-        )
+        words.append(f"left {several(len(fit.left), 'other')} out: {', '.join(fit.left[:3])}{more}")
     if others:
         words.append(f"objects of {', '.join(others[:3])}{' …' if len(others) > 3 else ''} were not read")
     return "; ".join(words)

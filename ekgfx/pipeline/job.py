@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ekgfx import bank, data
-from ekgfx.base.units import human, percent
+from ekgfx.base.units import human, percent, several
 from ekgfx.distributed.team import local_device, team
 from ekgfx.errors import DataError, RecipeError, TrainingError
 from ekgfx.graph.plan import Plan
@@ -282,8 +282,8 @@ def preprocessing_of(opened: data.Data, built: Built) -> str:
     mean, std = (" ".join(f"{value:.3g}" for value in values) for values in (opened.mean, opened.std))
     crop = f" ({origins['crop_pct']})" if "crop_pct" in origins and "middle" in opened.resized else ""
     return (
-        f"images: {height}×{width} ({whose('image_size')}), {opened.resized}{crop}; {channels} "
-        f"channel{'' if channels == 1 else 's'}; mean {mean} ({whose('mean')}), std {std} ({whose('std')})"
+        f"images: {height}×{width} ({whose('image_size')}), {opened.resized}{crop}; {several(channels, 'channel')}; "
+        f"mean {mean} ({whose('mean')}), std {std} ({whose('std')})"
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ekgfx.axes import Axis
+from ekgfx.base.units import several
 from ekgfx.errors import PruneError
 from ekgfx.execution.subnetwork import BATCH_NORM, SubNetwork, slice_weights
 from ekgfx.graph.opaque import evaluation_mode
@@ -60,8 +61,9 @@ class Repair:
         changed = sum(layer.done != "nothing" for layer in self.layers)
         what = "KL divergence from the unpruned network" if self.classes else "relative error"
         said = (
-            f"{changed} operators refitted on {self.images - self.held_out} images; on {self.held_out} others the "
-            f"{what} fell from {_number(self.before.error)} to {_number(self.after.error)}"
+            f"{several(changed, 'operator')} refitted on {several(self.images - self.held_out, 'image')}; "
+            f"on {self.held_out} others the {what} fell from "
+            f"{_number(self.before.error)} to {_number(self.after.error)}"
         )
         if self.before.agreement is not None and self.after.agreement is not None:
             said += f", equal answers went from {self.before.agreement:.1%} to {self.after.agreement:.1%}"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from xml.etree.ElementTree import Element
 
-from ekgfx.base.units import duration, percent
+from ekgfx.base.units import duration, percent, several
 from ekgfx.report import charts
 from ekgfx.report.charts import Line
 from ekgfx.report.facts import Facts
@@ -51,8 +51,8 @@ def search(facts: Facts) -> Element | None:
         shown.append(figure("Reward (faint: other candidates)", chart))
     count = sum(len(step.candidates) for step in steps)
     said = (
-        f"{asked.strategy} search by {asked.importance} importance: {len(steps)} steps, {count} candidates weighed, "
-        f"{duration(sum(step.seconds for step in steps))}."
+        f"{asked.strategy} search by {asked.importance} importance: {several(len(steps), 'step')}, "
+        f"{count} candidates weighed, {duration(sum(step.seconds for step in steps))}."
     )
     if losses:
         said += f" The reward compares each candidate with {_TEACHERS[asked.knowledge]}."
@@ -130,7 +130,7 @@ def training(facts: Facts) -> Element | None:
     )
     shown.append(figure("Training loss", chart))
     asked = facts.settings.finetune
-    number = "1 epoch" if len(epochs) == 1 else f"{len(epochs)} epochs"
+    number = several(len(epochs), "epoch")
     said = (
         f"{number} of {asked.optimizer}, batches of {asked.batch_size}, learning rate {asked.lr:g} "
         f"({asked.schedule}), {duration(sum(epoch.seconds for epoch in epochs))} of training."

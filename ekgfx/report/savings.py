@@ -2,7 +2,7 @@
 
 from xml.etree.ElementTree import Element
 
-from ekgfx.base.units import human, percent
+from ekgfx.base.units import human, percent, several
 from ekgfx.export.tables import speedup_text
 from ekgfx.report import charts
 from ekgfx.report.facts import Facts
@@ -69,7 +69,10 @@ def latency(facts: Facts) -> Element | None:
     chart = charts.bars("median latency", list(cases.items()), lambda value: f"{value:.3g} ms")
     listed = table(["where", "network", "median", "95th percentile", "runs", "speed-up (95% range)"], rows, texts=2)
     facts_said = measured.environment
-    places = [facts_said.get("gpu"), f"{facts_said.get('cpu', 'CPU')}, {facts_said.get('threads', '?')} threads"]
+    places = [
+        facts_said.get("gpu"),
+        f"{facts_said.get('cpu', 'CPU')}, {several(int(facts_said.get('threads', 0)), 'thread')}",
+    ]
     said = (
         f"ONNX Runtime {facts_said.get('onnxruntime', '')} on {', '.join(filter(None, places))}; both networks "
         "in turn, run by run."
@@ -99,7 +102,7 @@ def precisions(facts: Facts) -> Element | None:
             cells.append("–" if timing is None else f"{timing.median_ms:.3g} ms")
             cells.append(speedup_text(ratios.get((variant.name, batch))))
         rows.append(cells)
-    judged = f", judged on {found.images} images" if found.images else ""
+    judged = f", judged on {several(found.images, 'image')}" if found.images else ""
     said = f"The networks in every precision{judged}. Speed-ups are against the unpruned network in fp32."
     notes = [f"{network}: {quantized}." for network, quantized in found.int8.items()]
     notes += [f"{note[:1].upper()}{note[1:]}." for note in found.notes]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ekgfx.base.markup import html_table
-from ekgfx.base.units import human, percent
+from ekgfx.base.units import human, percent, several
 
 if TYPE_CHECKING:
     from ekgfx.search.result import SearchResult
@@ -39,7 +39,7 @@ class Widths(Mapping[str, tuple[int, int]]):
 def line_of(result: "SearchResult") -> str:
     """A result in one line."""
     unit, final = _unit(result), result.final
-    facts = [f"{result.kept_fraction:.1%} of the {unit} kept in {len(result.steps)} steps"]
+    facts = [f"{result.kept_fraction:.1%} of the {unit} kept in {several(len(result.steps), 'step')}"]
     facts.append(f"{human(final.macs)} MACs, {human(final.params)} parameters")
     if final.accuracy is not None:
         facts.append(f"accuracy {percent(final.accuracy)} on the search's images, untrained")

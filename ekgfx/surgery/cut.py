@@ -12,6 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ekgfx.axes import Axis
+from ekgfx.base.units import several
 from ekgfx.errors import EkgfxWarning, PruneError
 from ekgfx.execution.subnetwork import slice_tensor, slice_weights, slices
 from ekgfx.graph.opaque import evaluation_mode
@@ -190,7 +191,7 @@ def _tell(pruned: nn.Module) -> None:
     if found:
         shown = "; ".join(map(str, found[:3])) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
         warnings.warn(
-            f"the forward of {len(found)} module{'s' * (len(found) > 1)} was replaced, since the user's Python cannot "
+            f"the forward of {several(len(found), 'module')} was replaced, since the user's Python cannot "
             f"express the cut (ekgfx.replaced(pruned) lists them): {shown}",
             EkgfxWarning,
             stacklevel=3,

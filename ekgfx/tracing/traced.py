@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ekgfx.base.units import human
+from ekgfx.base.units import human, several
 from ekgfx.errors import PlanError, TraceError
 from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph.axis_graph import AxisGraph
@@ -52,7 +52,7 @@ class TracedModel(AxisGraph):
     def __repr__(self) -> str:
         cost = self.cost()
         return (
-            f"TracedModel({type(self.model).__name__}: {len(self.groups)} groups, {human(cost.macs)} MACs, "
+            f"TracedModel({type(self.model).__name__}: {several(len(self.groups), 'group')}, {human(cost.macs)} MACs, "
             f"{human(cost.params)} parameters)"
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ekgfx.base.files import replacing
-from ekgfx.base.units import percent
+from ekgfx.base.units import percent, several
 from ekgfx.training.evaluation import Metrics
 
 
@@ -53,7 +53,7 @@ class History(tuple[Epoch, ...]):
 
     def __str__(self) -> str:
         """What was kept, in one line."""
-        count = f"{len(self)} epochs" if len(self) != 1 else "1 epoch"
+        count = several(len(self), "epoch")
         last = f"{count}, stopped early" if self.stopped else count
         if self.before is None:
             return f"kept the last of {last}"

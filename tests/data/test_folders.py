@@ -127,7 +127,7 @@ def test_a_model_of_one_channel_is_fed_in_grey(photos_of) -> None:
         data.load(spec, channels=4)
     photos = data.load("photos", channels=1, image_size=32)
     assert next(iter(photos.loader("test", 2))).images.shape == (2, 1, 32, 32)
-    with pytest.raises(DataError, match="the images of digits have 1 channels, but the model takes 3"):
+    with pytest.raises(DataError, match="the images of digits have 1 channel, but the model takes 3"):
         data.load("digits", channels=3)
 
 

@@ -86,7 +86,7 @@ def test_what_is_shown_fits_a_line_and_a_notebook(traced: ekgfx.TracedModel) -> 
     assert repr(plan) == "Plan(stem: 4, stage.a: 6, stage.b: 10 channels kept)"
     assert repr(ekgfx.Plan({str(i): (0,) for i in range(9)})).endswith("3: 1, … 5 more groups channels kept)")
     result = ekgfx.search(traced, flops=0.5, strategy="uniform", importance="magnitude")
-    assert len(repr(result)) < 160 and "of the MACs kept in 1 steps" in repr(result)
+    assert len(repr(result)) < 160 and "of the MACs kept in 1 step" in repr(result)
     assert result.widths["stage.b"] == (20, len(result.plan.kept["stage.b"]))
     assert repr(result.widths).splitlines()[2].split()[:2] == ["stage.b", "20"]
     for shown in (traced, traced.groups, result, result.widths):

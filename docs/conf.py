@@ -20,7 +20,8 @@ html_title = f"ekgfx {release}"
 html_static_path: list[str] = []
 
 myst_heading_anchors = 3
-# Links to files beside the documents (examples, the licence) hold in the repository; tests/test_docs.py checks them.
+# Links to files beside the documents (examples, the licence) hold in the repository;
+# tests/repository/test_docs.py checks them.
 suppress_warnings = ["myst.xref_missing"]
 
 default_role = "code"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.reference import Reference
+    from tests.support.reference import Reference
 
 
 # Benchmarks run as scripts and import what lies beside them; last, so that no other package is hidden.
@@ -58,7 +58,7 @@ def quiet_after_commands() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def reference() -> "Reference":
     """What was recorded from the EKG authors' program."""
-    from tests.reference import Reference
+    from tests.support.reference import Reference
 
     data = development_data()
     return Reference(Path(os.environ.get("EKGFX_REFERENCE", data.parent / "reference")) / "ekg", data)

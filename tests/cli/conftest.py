@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import Done, typed_in
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support import ROOT
+from tests.support.commands import Done, typed_in
 
 # Small enough for seconds, whole enough to pass through every stage.
 TINY = """

@@ -13,9 +13,9 @@ from ekgfx.cli.summary import show
 from ekgfx.errors import BudgetError
 from ekgfx.pipeline.frontier import Frontier, Network, bend, wilson
 from ekgfx.runs.directory import read_manifest
-from tests import processes
 from tests.cli.conftest import TINY
 from tests.cli.test_main_job import pruning
+from tests.support import processes
 
 BOTH = TINY.replace("flops: 0.7", "flops: [0.7, 0.9]").replace("teachers: 2}", "teachers: 2, budgets: 0.9}")
 LOOSE = "budgets/flops=0.9"

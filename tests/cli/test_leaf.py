@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import ekgfx as library
-from tests import branching
+from tests.support import branching
 
 
 def test_the_command_line_takes_leaves(ekgfx, refused) -> None:

@@ -17,8 +17,8 @@ from ekgfx import data as datasets
 from ekgfx.base.files import read_lines
 from ekgfx.cli import main
 from ekgfx.runs.directory import read_manifest
-from tests import processes
 from tests.cli.conftest import TINY, command, environment
+from tests.support import processes
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import ekgfx as library
-from tests import unseen_head
+from tests.support import unseen_head
 
 
 def test_the_command_line_names_what_was_not_seen(ekgfx, refused) -> None:

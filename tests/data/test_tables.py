@@ -10,7 +10,7 @@ from PIL import Image
 from ekgfx.data import load
 from ekgfx.data.tables import read_table
 from ekgfx.errors import DataError
-from tests.fuzzing import bounded, mutants, of_bytes, refused
+from tests.support.fuzzing import bounded, mutants, of_bytes, refused
 
 
 @pytest.fixture

@@ -16,9 +16,8 @@ from timm.models.nest import Nest
 from torch import nn
 
 from ekgfx.errors import EkgfxWarning, ExportError
-from tests.test_containers import Named, Registered
-
-from .nets import Classifier, Contiguous, Detector, FixedBatch, LearnedBias, Mystery, Windows, mystery
+from tests.export.nets import Classifier, Contiguous, Detector, FixedBatch, LearnedBias, Mystery, Windows, mystery
+from tests.tracing.test_containers import Named, Registered
 
 
 @pytest.fixture(scope="module")

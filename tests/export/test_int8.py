@@ -29,8 +29,7 @@ from torch import nn
 
 from ekgfx.errors import ExportError
 from ekgfx.repair.judge import Judgement
-
-from .nets import Classifier, Windows
+from tests.export.nets import Classifier, Windows
 
 NAMES = ["dense", "dense fp16", "dense int8", "pruned", "pruned fp16", "pruned int8"]
 

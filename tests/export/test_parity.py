@@ -10,8 +10,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from ekgfx.errors import ExportError
-
-from .nets import Classifier
+from tests.export.nets import Classifier
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ from ekgfx.latency.segments import find_segments
 from ekgfx.latency.target import Target
 from ekgfx.search.latency import Price, Sample
 from ekgfx.search.problem import width_rules
-
-from .nets import Classifier, LearnedBias
+from tests.export.nets import Classifier, LearnedBias
 
 HERE = Target("cpu", "fp32", 4, 1)
 

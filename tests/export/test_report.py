@@ -7,8 +7,7 @@ import torch
 from ekgfx.export import export_report
 
 from ekgfx.errors import ExportError
-
-from .nets import Classifier
+from tests.export.nets import Classifier
 
 
 def test_files_parity_and_latency(tmp_path):

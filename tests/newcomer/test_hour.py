@@ -20,11 +20,10 @@ import ekgfx as library
 from ekgfx.errors import EkgfxError
 from ekgfx.models.weights import load_weights
 from ekgfx.runs.directory import read_manifest
-from tests.commands import Done, typed_in
-from tests.test_weight_files import KINDS, STATE, equal
-from tests.test_weight_files import Net as Odd
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.models.test_weight_files import KINDS, STATE, equal
+from tests.models.test_weight_files import Net as Odd
+from tests.support import ROOT
+from tests.support.commands import Done, typed_in
 
 NETWORK = '''
 from torch import nn

@@ -10,8 +10,8 @@ from ekgfx.errors import PlanError
 from ekgfx.search.candidates import important_first
 from ekgfx.search.ignore import ignored_groups
 from ekgfx.search.otsu import trimmed_otsu
-from tests.models import Residual, example
-from tests.reference import Reference
+from tests.support.models import Residual, example
+from tests.support.reference import Reference
 
 
 def test_threshold_lies_half_way_between_two_clusters() -> None:

@@ -11,8 +11,7 @@ import ekgfx
 from ekgfx.errors import RecipeError
 from ekgfx.graph.plan import Plan
 from ekgfx.surgery.check import relative_error
-
-from .nets import batches, traced
+from tests.search.nets import batches, traced
 
 
 class Branch(nn.Module):

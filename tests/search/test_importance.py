@@ -17,8 +17,8 @@ from ekgfx.search.importance_peers import hessian
 from ekgfx.search.problem import Problem, width_rules
 from ekgfx.search.reward import Objective, validation_batches
 from ekgfx.tracing.traced import TracedModel
-from tests.models import PackedAttention, Residual, example
 from tests.search import nets
+from tests.support.models import PackedAttention, Residual, example
 
 
 def problem_of(traced: TracedModel, batches: list) -> Problem:

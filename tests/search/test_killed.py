@@ -12,8 +12,8 @@ import torch
 from ekgfx.base.files import read_lines
 from ekgfx.runs.directory import Run
 from ekgfx.search import search
-from tests.processes import ready, start
 from tests.search import nets
+from tests.support.processes import ready, start
 
 HISTORY = "history.jsonl"
 

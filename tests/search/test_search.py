@@ -19,9 +19,9 @@ from ekgfx.search import IMPORTANCE, STRATEGIES, SearchResult, Step, search
 from ekgfx.search.effort import quick_accept, search_macs
 from ekgfx.search.problem import channels_per_position
 from ekgfx.tracing.traced import TracedModel
-from tests import models
 from tests.search import nets
 from tests.search.test_importance import problem_of
+from tests.support import models
 
 
 def untimed(result: SearchResult) -> list[Step]:

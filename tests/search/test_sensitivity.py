@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 import ekgfx
 from ekgfx.errors import BudgetError, DataError, PlanError, RecipeError
-
-from .nets import batches, cnn
+from tests.search.nets import batches, cnn
 
 
 class Sum(nn.Module):

@@ -4,7 +4,7 @@ import pytest
 
 from ekgfx.search.details import AUTHORS, PAPER
 from ekgfx.search.widths import WidthRule, last_width
-from tests.reference import Reference, resnet56_cost
+from tests.support.reference import Reference, resnet56_cost
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""The sweep over timm: every listed model is cut exactly, keeps its class, and can be used as before."""
+
+import pytest
+
+from benchmarks.common import Lines, listed
+from benchmarks.parts import coverage_libraries, coverage_transformers
+from benchmarks.parts.coverage_tables import summary
+from benchmarks.parts.coverage_timm import measure
+from tests.support import ROOT
+
+# `num_features` is the old value of several widths there (SigLIP's pooling brings its own back), and another is taken.
+WIDTHS_NOT_FOUND = {
+    "tnt_s_legacy_patch16_224",
+    "resnet50_clip",
+    "vit_base_patch16_siglip_224",
+    "vit_base_patch32_siglip_256",
+    "naflexvit_base_patch16_siglip",
+}
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", listed())
+def test_a_model_of_every_signature_is_cut_exactly(name: str) -> None:
+    row = measure(name)
+    assert row["share"] >= 0.8 and not row["unknown"]
+    if row["status"] == "analysed":  # too large to be cut
+        return
+    assert row["status"].startswith("ok"), row
+    assert all(check["class_kept"] for check in row["checks"].values()), row["checks"]
+    broken = any(check.get("interface") for check in row["checks"].values())
+    assert broken == (name in WIDTHS_NOT_FOUND), row["checks"]
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    raw = ROOT / "benchmarks" / "results" / "coverage.jsonl"
+    rows = list(Lines(raw))
+    assert len({row["model"] for row in rows}) == len(rows)
+    assert {row["model"] for row in rows} <= set(listed())
+    assert summary(rows).strip() in (ROOT / "docs" / "coverage.md").read_text()
+
+
+def test_the_page_shows_what_was_measured_of_transformers() -> None:
+    raw = ROOT / "benchmarks" / "results" / "coverage-transformers.jsonl"
+    rows = list(Lines(raw))
+    assert {row["model"] for row in rows} <= set(coverage_transformers.listed())
+    page = (ROOT / "docs" / "coverage.md").read_text()
+    assert coverage_transformers.table(rows).strip() in page
+    assert f"The sweep knows {len(coverage_transformers.listed())} architectures" in page
+
+
+def test_the_page_shows_what_was_measured_of_other_libraries() -> None:
+    rows = list(Lines(ROOT / "benchmarks" / "results" / "coverage-libraries.jsonl"))
+    page = (ROOT / "docs" / "coverage.md").read_text()
+    libraries = {row["model"].partition(":")[0] for row in rows}
+    assert libraries <= coverage_libraries.LIBRARIES.keys() and len({row["model"] for row in rows}) == len(rows)
+    for library in libraries:
+        some = [row for row in rows if row["model"].startswith(f"{library}:")]
+        assert {row["model"] for row in some} <= {*coverage_libraries.LIBRARIES[library].names()}
+        assert coverage_libraries.table(some).strip() in page, library

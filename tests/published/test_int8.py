@@ -1,0 +1,31 @@
+"""What docs/latency.md and README say of INT8 is what the raw results hold."""
+
+import json
+
+import pytest
+
+from tests.support import ROOT
+
+FOUND = json.loads((ROOT / "benchmarks/results/int8.json").read_text())
+PAGE = (ROOT / "docs/latency.md").read_text(encoding="utf-8").replace("**", "")
+
+
+@pytest.mark.parametrize("name", FOUND["scores"])
+def test_a_row_is_what_was_measured(name: str) -> None:
+    cells = [name, f"{FOUND['scores'][name]:.1%}", f"{FOUND['bytes'][name] / 1e6:.1f} MB"]
+    for measured in FOUND["latency"].values():
+        timing = next(t for t in measured["timings"] if t["network"] == name)
+        cells += [f"{timing['median_ms']:.1f}", f"{timing['p95_ms']:.1f}"]
+        ratios = [s["ratio"] for s in measured["speedups"] if s["network"] == name]
+        cells += [f"{r['value']:.2f}× ({r['low']:.2f}–{r['high']:.2f})" for r in ratios] or [""]
+    assert f"| {' | '.join(cells)} |" in PAGE
+
+
+def test_readme_has_the_same_speed_ups() -> None:
+    said = (ROOT / "README.md").read_text(encoding="utf-8").replace("**", "")
+    for name in ("dense int8", "pruned", "pruned int8"):
+        ratios = [
+            next(s["ratio"]["value"] for s in measured["speedups"] if s["network"] == name)
+            for measured in FOUND["latency"].values()
+        ]
+        assert f"{FOUND['scores'][name]:.1%} at {ratios[0]:.2f}× and {ratios[1]:.2f}×" in said

@@ -18,7 +18,7 @@ from ekgfx.repair.images import Images
 from ekgfx.repair.judge import Judgement
 
 SHARES = (1.0, 0.75, 0.5, 0.25)
-"""Of new statistics, that are tried, until the error rises after it fell."""
+"""Of new statistics, that are tried, until a smaller one is worse than the one before."""
 
 Estimate = Callable[[list[Any]], Any]
 """Gives the network new statistics by some batches."""
@@ -64,14 +64,16 @@ def settle(
         except DataError as error:
             failed.append(str(error))
             continue
+        last = Judgement(None, None)
         for blend in SHARES if fitted else ():
             mixed = _mixed(own, fitted, blend)
             write(network, mixed)
             found = judge(network)
             if found.better(best):
                 best, share, way, chosen, statistics = found, blend, name, mixed, fitted
-            elif way == name:
+            elif last.better(found):
                 break
+            last = found
         write(network, own)
     write(network, chosen)
     if not share:

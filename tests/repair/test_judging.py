@@ -302,6 +302,24 @@ def test_the_way_and_the_share_of_statistics_are_chosen_together(wanted: float, 
     assert (network[1].running_mean == max(wanted, 0)).all()
 
 
+def test_smaller_shares_are_not_judged_where_more_was_better() -> None:
+    """Of either way 100% are nearer than 75%, so that 50 and 25% are left out; the second is the nearer of no two."""
+    network, judged = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval(), []
+    ways: dict[str, Estimate] = {
+        "corrected": lambda batches: network[1].running_mean.fill_(4.0),
+        "re-estimated": lambda batches: network[1].running_mean.fill_(4.25),
+    }
+
+    def judge(module: nn.Module) -> Judgement:
+        judged.append(float(network[1].running_mean[0]))
+        return distance(module, torch.full((8,), 4.0))
+
+    with torch.no_grad():
+        settled = settle(network, judge, gather(torch.randn(26, 3, 6, 6), 8, 256, PLAIN), ways)
+    assert (settled.way, settled.share) == ("corrected", 1.0)
+    assert judged == [0.0, 4.0, 3.0, 4.25, 0.75 * 4.25, 4.0]
+
+
 @pytest.mark.parametrize("wanted", ["fit", "all"])
 def test_statistics_are_chosen_without_the_images_that_judge_and_taken_of_all(wanted: str) -> None:
     """The judge wants one of two means: that of the fitted images, or that of all. What it says of the share is of the

@@ -42,7 +42,7 @@ def test_a_folder_without_cifar_says_what_it_needs(tmp_path: Path) -> None:
 
 
 def test_data_for_another_model_is_refused(data_dir: Path) -> None:
-    with pytest.raises(DataError, match="cifar10 has 10 classes, but the model has 1000 outputs"):
+    with pytest.raises(DataError, match="cifar10 has 10 classes, but the model has 1,000 outputs"):
         data.load(f"cifar10:{data_dir / 'cifar10'}", classes=1000)
     with pytest.raises(DataError, match="digits have 1 channel, but the model is fed 3"):
         data.load("digits", mean=(0.5,) * 3, std=(0.5,) * 3)

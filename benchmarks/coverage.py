@@ -1,12 +1,22 @@
 """Which models can be pruned, and is the result right? `python benchmarks/coverage.py PART --help` says more."""
 
 from common import program
-from parts import coverage_libraries, coverage_list, coverage_timm, coverage_torch_pruning, coverage_transformers
+from parts import (
+    coverage_int8,
+    coverage_libraries,
+    coverage_list,
+    coverage_onnx,
+    coverage_timm,
+    coverage_torch_pruning,
+    coverage_transformers,
+)
 
 PARTS = {
     "timm": coverage_timm,
     "transformers": coverage_transformers,
     **coverage_libraries.LIBRARIES,
+    "onnx": coverage_onnx,
+    "int8": coverage_int8,
     "torch-pruning": coverage_torch_pruning,
     "list": coverage_list,
 }

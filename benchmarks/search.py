@@ -4,6 +4,7 @@ from common import program
 from parts import (
     search_batches,
     search_budgets,
+    search_depth,
     search_kernels,
     search_rounding,
     search_rule,
@@ -21,6 +22,7 @@ PARTS = {
     "budgets": search_budgets,
     "rule": search_rule,
     "rounding": search_rounding,
+    "depth": search_depth,
 }
 
 if __name__ == "__main__":

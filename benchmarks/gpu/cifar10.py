@@ -5,8 +5,8 @@
     python benchmarks/gpu/cifar10.py … --device cpu --samples 512 --epochs 1 --keep 0.97 --test-images 500
     python benchmarks/gpu/cifar10.py … --plan "referee/Torch-Pruning, Taylor, global.plan.json"
 
-The third is a dry run; the last trains, on labels alone, what another method cuts (benchmarks/referee.py writes the
-plans). For resnet56, FILE is one with option-A shortcuts (safetensors), or the EKG authors' (.npz): that takes
+The third is a dry run; the last trains, on labels alone, what another method cuts (benchmarks/peers.py referee writes
+the plans). For resnet56, FILE is one with option-A shortcuts (safetensors), or the EKG authors' (.npz): that takes
 projection shortcuts. mobilenetv2 may do without: no weights of its CIFAR form were published, so that it is first
 trained (`--pretrain` epochs, the rest as in the recipe cifar10-mobilenetv2), once for each seed.
 

@@ -1,7 +1,7 @@
 """docs/onnx.md shows what was measured."""
 
 from benchmarks.common import Lines
-from benchmarks.parts.onnx_files import page
+from benchmarks.parts.coverage_onnx import page
 from tests.support import ROOT
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.referee import table
+from benchmarks.parts.peers_referee import table
 from ekgfx.base.files import read_lines
 from tests.support import ROOT
 

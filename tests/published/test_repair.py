@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.repair_questions import spearman
+from benchmarks.parts.repair_questions import spearman
 from tests.support import ROOT
 
 LINES = [json.loads(line) for line in (ROOT / "benchmarks/results/repair.jsonl").read_text().splitlines()]

@@ -73,10 +73,10 @@ def test_published_commands_exist(page: Path) -> None:
             assert part in {"--help", *importlib.import_module(f"benchmarks.{name}").PARTS}, f"{place} {part}"
 
 
-@pytest.mark.parametrize("name", ["bank", "coverage", "imagenet", "onnx_export", "search"])
+@pytest.mark.parametrize("name", ["analysis", "bank", "coverage", "imagenet", "peers", "ranking", "repair", "search"])
 def test_every_part_takes_an_output(name: str) -> None:
     for part, module in importlib.import_module(f"benchmarks.{name}").PARTS.items():
         parser = ArgumentParser()
         module.options(parser)
-        assert part in ("list", "rounding") or "--output" in parser.format_help()
+        assert part in ("list", "rounding", "install") or "--output" in parser.format_help()
         assert f"python benchmarks/{name}.py {part}" in module.__doc__

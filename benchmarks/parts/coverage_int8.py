@@ -1,7 +1,7 @@
 """Does INT8 work on every kind of network? One model of each timm module, with random weights, on small random images.
 
-    python benchmarks/onnx_export.py int8 --output benchmarks/results/int8_sweep.jsonl --minutes 60
-    python benchmarks/onnx_export.py int8 --output benchmarks/results/int8_sweep.jsonl --table
+    python benchmarks/coverage.py int8 --output benchmarks/results/int8_sweep.jsonl --minutes 60
+    python benchmarks/coverage.py int8 --output benchmarks/results/int8_sweep.jsonl --table
 
 Each model is exported, quantized (min-max ranges, products with weights) from 16 images and run on 16 others, in a
 process of its own; a row says the agreement with fp32 and the squared difference of the outputs in their own squares,

@@ -1,4 +1,4 @@
-"""Criteria that `benchmarks/ranking.py` tries and the package does not have."""
+"""Criteria that `benchmarks/ranking.py cut` tries and the package does not have."""
 
 import torch
 from torch import fx

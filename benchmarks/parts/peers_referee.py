@@ -1,12 +1,12 @@
 """One network, one budget, one set of images: ekgfx and its peers, each as its own documentation does it.
 
     pip install --no-deps torch-kirigami==0.2.1 onnxsim==0.8.1
-    python benchmarks/referee.py resnet56 --images cifar10:DIR --weights weights_pretrained.npz --keep 0.45 \
+    python benchmarks/peers.py referee resnet56 --images cifar10:DIR --weights weights_pretrained.npz --keep 0.45 \
         --history benchmarks/results/repair_resnet56.history.jsonl --output benchmarks/results/referee.jsonl
-    python benchmarks/referee.py resnet50 --images folder:imagenet-sample \
+    python benchmarks/peers.py referee resnet50 --images folder:imagenet-sample \
         --weights resnet50-imagenet-keras-fp16.safetensors --history benchmarks/results/imagenet_sample.history.jsonl \
         --output benchmarks/results/referee.jsonl
-    python benchmarks/referee.py table --output benchmarks/results/referee.jsonl
+    python benchmarks/peers.py referee table --output benchmarks/results/referee.jsonl
 
 Every method starts from the same weights and may look at the same images (with labels where it uses gradients). A ratio
 is the least, by bisection, that is within the budget; MACs are counted in one way for all, on what came out. EKG's plan
@@ -29,11 +29,11 @@ from typing import Any
 
 import onnx
 import onnxruntime
-import repair as repaired_by_us
 import torch
 from common import Lines, Row, chosen, environment
 from ekgfx.export import measure_latency, to_onnx
-from parts.peers import CUTS, smallest
+from parts import repair_gain
+from parts.peers_cuts import CUTS, smallest
 from plans import at_random
 from torch import Tensor, nn
 
@@ -53,7 +53,7 @@ class Contest:
     """What all methods share."""
 
     asked: argparse.Namespace
-    subject: repaired_by_us.Subject
+    subject: repair_gain.Subject
 
     @property
     def seen(self) -> list[tuple[Tensor, Tensor]]:
@@ -232,16 +232,19 @@ def latency(contest: Contest, names: list[str], work: Path) -> Row:
     return {"faster": faster}
 
 
-def main() -> None:
-    asked = arguments()
+def main(asked: argparse.Namespace) -> None:
     lines = Lines(asked.output)
     if asked.network == "table":
         print(table(list(lines)))
         return
+    if not (asked.images and asked.weights and asked.history):
+        raise SystemExit("give --images, --weights and --history")
+    asked.count = asked.count or {"resnet50": 250, "resnet56": 500}[asked.network]
+    asked.epochs = {"resnet56": 1}.get(asked.network, 0) if asked.epochs is None else asked.epochs
     torch.set_num_threads(1)
     work = Path(asked.work or Path(asked.output).with_suffix(""))
     work.mkdir(parents=True, exist_ok=True)
-    subject = {"resnet50": repaired_by_us.resnet50, "resnet56": repaired_by_us.resnet56}[asked.network](asked)
+    subject = {"resnet50": repair_gain.resnet50, "resnet56": repair_gain.resnet56}[asked.network](asked)
     contest = Contest(asked, subject)
     same = chosen(asked, "network", "keep", "count", "seed")
     for name in (*OURS, *CUTS):
@@ -296,8 +299,7 @@ def table(lines: Iterable[Row]) -> str:
     return "\n".join(told)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("network", choices=["resnet50", "resnet56", "table"])
     parser.add_argument("--images", help="data SPEC")
     parser.add_argument("--weights")
@@ -312,13 +314,3 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="of training  [default: 1 for resnet56, 0 for resnet50]")
     parser.add_argument("--latency-seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    asked.count = asked.count or {"resnet50": 250, "resnet56": 500}.get(asked.network, 0)
-    asked.epochs = {"resnet56": 1}.get(asked.network, 0) if asked.epochs is None else asked.epochs
-    if asked.network != "table" and not (asked.images and asked.weights and asked.history):
-        parser.error("give --images, --weights and --history")
-    return asked
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,11 @@
 """Which models export to ONNX, dense and pruned, and do the files compute the same? One process a model, forked from
 one that has imported everything; resumable.
 
-    python benchmarks/onnx_export.py files --output benchmarks/results/onnx.jsonl         # benchmarks/models.txt
-    python benchmarks/onnx_export.py files --output out.jsonl nest_tiny twins_svt_small
-    python benchmarks/onnx_export.py files --output out.jsonl --pixels 144 gemma4_vit_167m    # its own are 768×768
-    python benchmarks/onnx_export.py files --output benchmarks/results/onnx.jsonl --table     # one row a model
-    python benchmarks/onnx_export.py files --output benchmarks/results/onnx.jsonl --page > docs/onnx.md
+    python benchmarks/coverage.py onnx --output benchmarks/results/onnx.jsonl         # benchmarks/models.txt
+    python benchmarks/coverage.py onnx --output out.jsonl nest_tiny twins_svt_small
+    python benchmarks/coverage.py onnx --output out.jsonl --pixels 144 gemma4_vit_167m    # its own are 768×768
+    python benchmarks/coverage.py onnx --output benchmarks/results/onnx.jsonl --table     # one row a model
+    python benchmarks/coverage.py onnx --output benchmarks/results/onnx.jsonl --page > docs/onnx.md
 
 Every model is exported as it is and pruned to half of its MACs (one share for all groups, by magnitude), in fp32 and
 in fp16. Parameters are perturbed first, since zero-initialised scales and near-uniform attention would hide errors;
@@ -278,7 +278,7 @@ def page(rows: list[Row]) -> str:
 
 HEAD = """# ONNX files of timm models
 
-`python benchmarks/onnx_export.py files --output benchmarks/results/onnx.jsonl` measures;
+`python benchmarks/coverage.py onnx --output benchmarks/results/onnx.jsonl` measures;
 with `--table`, it prints a row for each model.
 
 {models} of the models in `benchmarks/models.txt`, each dense and pruned to half of its MACs, with random weights that

@@ -1,10 +1,10 @@
 """What the repair changes for those who train, choose or search afterwards: three questions, on small networks.
 
-    python benchmarks/repair_questions.py finetune resnet20 --images cifar10:DIR \
+    python benchmarks/repair.py questions finetune resnet20 --images cifar10:DIR \
         --weights resnet20-cifar10.safetensors --output benchmarks/results/repair_questions.jsonl
-    python benchmarks/repair_questions.py potential digits --images digits --train-images 800 \
+    python benchmarks/repair.py questions potential digits --images digits --train-images 800 \
         --output benchmarks/results/repair_questions.jsonl
-    python benchmarks/repair_questions.py polish digits --images digits --train-images 800 \
+    python benchmarks/repair.py questions polish digits --images digits --train-images 800 \
         --output benchmarks/results/repair_questions.jsonl
 
 finetune: from the repaired network or from the one with BatchNorm's averages corrected, same plan (L1, uniform),
@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import ranking
 import torch
 from common import Lines, chosen, environment
+from parts import ranking_cut
 from torch import nn
 
 import ekgfx
@@ -55,10 +55,10 @@ class Subject:
 
     def __init__(self, asked: argparse.Namespace, seed: int) -> None:
         build, shape, self.rate = NETWORKS[asked.network]
-        mean, std = ranking.NORMAL[asked.network]
+        mean, std = ranking_cut.NORMAL[asked.network]
         self.asked, self.seed = asked, seed
         self.data = datasets.load(asked.images, mean=mean, std=std, seed=seed, classes=10)
-        model = ranking.trained(build, self.data, asked.weights)
+        model = ranking_cut.trained(build, self.data, asked.weights)
         self.traced = ekgfx.trace(model, torch.zeros(shape))
         order = torch.randperm(self.data.size("train"), generator=torch.Generator().manual_seed(seed))
         self.train = order[2 * asked.count :][: asked.train_images]
@@ -255,8 +255,7 @@ def spearman(lines: list[dict[str, Any]], before: str, what: str, after: str) ->
 QUESTIONS = {"finetune": finetune, "potential": potential, "polish": polish}
 
 
-def main() -> None:
-    asked = arguments()
+def main(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     lines = Lines(asked.output)
     kept = ("question", "network", "keep", "count", "train_images", "test_images")
@@ -274,8 +273,7 @@ def main() -> None:
                     print(f"{before} {what} → {after}:", spearman(found, before, what, after))
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", choices=list(QUESTIONS))
     parser.add_argument("network", choices=list(NETWORKS))
     parser.add_argument("--images", required=True, help="data SPEC")
@@ -289,8 +287,3 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--subnetworks", type=int, default=36)
     parser.add_argument("--seconds", type=float, default=60, help="CPU time of a polish")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """ResNet-56 cut to the same MACs by Torch-Pruning and by ekgfx: accuracy, then the same short training, and latency.
 
-    python benchmarks/peer_accuracy.py --data cifar10:DIR --weights weights_pretrained.npz --output peer_accuracy.jsonl
-    python benchmarks/peer_accuracy.py --table peer_accuracy.jsonl
+    python benchmarks/peers.py training --data cifar10:DIR --weights weights_pretrained.npz --output peer_accuracy.jsonl
+    python benchmarks/peers.py training --table peer_accuracy.jsonl
 
 Every method starts from the same weights and may look at the same 320 training images. Torch-Pruning is used as its
 own ResNet example does, the classifier ignored, its ratio the least (by bisection) that is within the budget. MACs are
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from common import Lines
 from ekgfx.export import measure_latency, to_onnx
-from parts.peers import by_torch_pruning, magnitude, smallest, taylor
+from parts.peers_cuts import by_torch_pruning, magnitude, smallest, taylor
 from torch import nn
 
 import ekgfx
@@ -98,11 +98,12 @@ METHODS = {
 TAUGHT = "ekgfx, EKG, taught by its bank"
 
 
-def main() -> None:
-    asked = arguments()
+def main(asked: argparse.Namespace) -> None:
     if asked.table:
         table(list(Lines(asked.table)))
         return
+    if not (asked.data and asked.weights and asked.output):
+        raise SystemExit("give --data, --weights and --output, or --table")
     torch.set_num_threads(1)
     lines, work = Lines(asked.output), Path(asked.output).with_suffix("")
     work.mkdir(exist_ok=True)
@@ -196,8 +197,7 @@ def table(lines: list[dict[str, Any]]) -> None:
         )
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="cifar10:DIR")
     parser.add_argument("--weights", help="of ResNet-56")
     parser.add_argument("--output", help="JSON lines")
@@ -207,11 +207,3 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=10_000, help="training images")
     parser.add_argument("--test-images", type=int, help="all by default")
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1])
-    asked = parser.parse_args()
-    if not asked.table and not (asked.data and asked.weights and asked.output):
-        parser.error("give --data, --weights and --output, or --table")
-    return asked
-
-
-if __name__ == "__main__":
-    main()

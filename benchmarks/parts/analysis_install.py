@@ -1,8 +1,9 @@
 """What each dependency adds to an installation, in MB of files, beside torch, torchvision and timm and what they need.
 
-python benchmarks/install_size.py    # in an environment where ekgfx is installed
+python benchmarks/analysis.py install    # in an environment where ekgfx is installed
 """
 
+import argparse
 import re
 from collections.abc import Iterable
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, requires
@@ -38,7 +39,7 @@ def wanted(lines: Iterable[str]) -> list[str]:
     return [each.name for each in asked if each.marker is None or each.marker.evaluate({"extra": ""})]
 
 
-if __name__ == "__main__":
+def main(_: argparse.Namespace) -> None:
     base = needed(GIVEN)
     own = wanted(requires("ekgfx") or ())
     print(f"{', '.join(GIVEN)}, and what they need: {sum(base.values()):.0f} MB")
@@ -47,3 +48,7 @@ if __name__ == "__main__":
         if more:
             print(f"{name}: {sum(more.values()):.1f} MB, {len(more)} packages")
     print(f"all: {sum(needed([*GIVEN, *own]).values()):.0f} MB")
+
+
+def options(_: argparse.ArgumentParser) -> None:
+    """None."""

@@ -1,7 +1,8 @@
 """INT8 alone, pruned alone, both: ResNet-50 with real weights on a few ImageNet images, one CPU thread.
 
-    python benchmarks/int8.py --images folder:imagenet-sample --weights resnet50-imagenet-keras-fp16.safetensors \
-        --history benchmarks/results/imagenet_sample.history.jsonl --output benchmarks/results/int8.json
+    python benchmarks/imagenet.py int8 --images folder:imagenet-sample \
+        --weights resnet50-imagenet-keras-fp16.safetensors --history benchmarks/results/imagenet_sample.history.jsonl \
+        --output benchmarks/results/int8.json
 
 The halves of the sample are those of `benchmarks/imagenet.py sample`. The first half repairs the pruned network,
 calibrates both INT8 files and chooses among their variants, without labels; accuracy is measured on the second.
@@ -75,8 +76,7 @@ def rows(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    asked = arguments()
+def main(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     work = Path(asked.work)
     work.mkdir(parents=True, exist_ok=True)
@@ -116,8 +116,7 @@ def main() -> None:
     print(*rows(found), sep="\n")
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", required=True, help="data SPEC")
     parser.add_argument("--weights", required=True)
     parser.add_argument("--history", required=True, help="steps of EKG's search, as JSON lines")
@@ -131,8 +130,3 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=90.0, help="most, of all timed runs of a batch size")
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    main()

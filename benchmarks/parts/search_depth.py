@@ -1,8 +1,8 @@
 """Width alone against width and depth, at the same cost: searched, repaired, and judged on the same test images.
 
-    python benchmarks/depth.py digits --keep 0.6 --output benchmarks/results/depth.jsonl
-    python benchmarks/depth.py resnet20_cifar --weights resnet20-cifar10.safetensors --data cifar10:DIR --keep 0.6 \
-        --target cpu:fp32:batch=1:threads=1 --output benchmarks/results/depth.jsonl
+    python benchmarks/search.py depth digits --keep 0.6 --output benchmarks/results/depth.jsonl
+    python benchmarks/search.py depth resnet20_cifar --weights resnet20-cifar10.safetensors --data cifar10:DIR \
+        --keep 0.6 --target cpu:fp32:batch=1:threads=1 --output benchmarks/results/depth.jsonl
 
 `digits` is a small residual network that is trained first, on scikit-learn's digits; any other name is a factory of
 `ekgfx.models`, with its weights and its data.
@@ -111,20 +111,7 @@ def apart(one: Tensor, other: Tensor) -> tuple[float, float]:
     return float(difference.mean()), float(1.96 * difference.std() / math.sqrt(len(difference)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", help="digits, or a factory of ekgfx.models")
-    parser.add_argument("--weights")
-    parser.add_argument("--data", metavar="SPEC")
-    parser.add_argument("--keep", type=float, default=0.6, help="fraction of the MACs, or of the milliseconds")
-    parser.add_argument("--target", help="where milliseconds are measured, such as cpu:fp32:batch=1:threads=1")
-    parser.add_argument("--step", type=float, default=0.2)
-    parser.add_argument("--accept", type=int, default=1)
-    parser.add_argument("--images", type=int, default=320, help="to search and to repair on")
-    parser.add_argument("--test", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", required=True, help="JSON lines")
-    asked = parser.parse_args()
+def main(asked: argparse.Namespace) -> None:
     lines = Lines(asked.output)
     same = chosen(asked, "network", "keep", "target", "step", "accept", "images", "test", "seed")
     if {**same, "way": RANDOM[WAYS[-1]]} in lines:
@@ -177,5 +164,15 @@ def main() -> None:
         lines.add(row)
 
 
-if __name__ == "__main__":
-    main()
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("network", help="digits, or a factory of ekgfx.models")
+    parser.add_argument("--weights")
+    parser.add_argument("--data", metavar="SPEC")
+    parser.add_argument("--keep", type=float, default=0.6, help="fraction of the MACs, or of the milliseconds")
+    parser.add_argument("--target", help="where milliseconds are measured, such as cpu:fp32:batch=1:threads=1")
+    parser.add_argument("--step", type=float, default=0.2)
+    parser.add_argument("--accept", type=int, default=1)
+    parser.add_argument("--images", type=int, default=320, help="to search and to repair on")
+    parser.add_argument("--test", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", required=True, help="JSON lines")

@@ -1,4 +1,4 @@
-"""How each peer cuts a network to a budget, as its own documentation does it; for `benchmarks/referee.py`.
+"""How each peer cuts a network to a budget, as its own documentation does it; for `benchmarks/peers.py referee`.
 
 A peer that is not installed fails in the referee's table by its import error.
 """

@@ -1,8 +1,8 @@
 """Which importance an EKG search should rank channels by: `taylor`, the paper's, or others, on small networks.
 
-    python benchmarks/search_importance.py resnet20 --images cifar10:DIR --weights resnet20-cifar10.safetensors \
+    python benchmarks/ranking.py search resnet20 --images cifar10:DIR --weights resnet20-cifar10.safetensors \
         --output benchmarks/results/search_importance.jsonl
-    python benchmarks/search_importance.py digits --images digits --output benchmarks/results/search_importance.jsonl
+    python benchmarks/ranking.py search digits --images digits --output benchmarks/results/search_importance.jsonl
 
 `digits` is the network of `ekgfx.models.digits_cnn`, `inverted` a small one of inverted residuals for the same images;
 both are trained first (20 epochs, seed 0), which takes seconds. The search sees `--count` training images with their
@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import ranking
 import torch
 from common import Lines, chosen, environment
+from parts import ranking_cut
 from torch import nn
 
 import ekgfx
@@ -30,7 +30,7 @@ from ekgfx.training.evaluation import evaluate
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "digits": (digits_cnn, "digits"),
-    "inverted": (lambda: ranking.network("digits"), "digits"),
+    "inverted": (lambda: ranking_cut.network("digits"), "digits"),
     "resnet20": (resnet20_cifar, "resnet20"),
 }
 """Network, and the images that it is for."""
@@ -41,11 +41,11 @@ class Subject:
 
     def __init__(self, asked: argparse.Namespace, seed: int) -> None:
         build, images = NETWORKS[asked.network]
-        mean, std = ranking.NORMAL[images]
+        mean, std = ranking_cut.NORMAL[images]
         self.asked, self.seed = asked, seed
         self.data = datasets.load(asked.images, mean=mean, std=std, seed=0, classes=10)
-        model = ranking.trained(build, self.data, asked.weights)
-        self.traced = ekgfx.trace(model, torch.zeros(ranking.size_of(images)))
+        model = ranking_cut.trained(build, self.data, asked.weights)
+        self.traced = ekgfx.trace(model, torch.zeros(ranking_cut.size_of(images)))
         order = torch.randperm(self.data.size("train"), generator=torch.Generator().manual_seed(seed))
         loader = self.data.loader("train", 64, subset=order[: asked.count])
         self.batches = [(batch.images, batch.labels) for batch in loader]
@@ -78,8 +78,7 @@ class Subject:
         }
 
 
-def main() -> None:
-    asked = arguments()
+def main(asked: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     subject, lines = functools.cache(lambda seed: Subject(asked, seed)), Lines(asked.output)
     for seed in asked.seeds:
@@ -90,8 +89,7 @@ def main() -> None:
                 lines.add({**key, **subject(seed).measure(importance), **environment()})
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("network", choices=list(NETWORKS))
     parser.add_argument("--images", required=True, help="data SPEC")
     parser.add_argument("--weights", help="none: it is trained first")
@@ -104,8 +102,3 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=200, help="images to search and repair on")
     parser.add_argument("--test-images", type=int, default=2000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    main()

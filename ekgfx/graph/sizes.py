@@ -121,6 +121,8 @@ def check_shapes(
     if known in graph.checked_shapes:
         return
     graph.checked_shapes.add(known)
+    if same:
+        args, kwargs = _few(graph, args, kwargs)
     problem = _problem(graph, args, kwargs, network())
     if problem is not None and assume(graph):
         problem = _problem(graph, args, kwargs, network()) and problem
@@ -128,11 +130,27 @@ def check_shapes(
         return
     graph.checked_shapes.discard(known)
     lost = batch_ends_at(graph) if same else None
+    compared = _said([tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
+    what = f"batches of another size, such as {compared}" if same else compared
     raise PlanError(
         f"the graph of {type(graph.model).__name__}, traced on inputs of {_said(example)}, does not hold for "
-        f"{_said(shapes)}: {problem}{f'; the batch ends at {lost}' if lost else ''}; trace it with an example of "
+        f"{what}: {problem}{f'; the batch ends at {lost}' if lost else ''}; trace it with an example of "
         "the size that all batches have, or let its forward take sizes from the shapes of its tensors"
     )
+
+
+def _few(graph: AxisGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Of a large batch twice as many samples as the example has: they tell as much, and a model that wants whole clips
+    or pairs takes them, too. Where it is not clear what a sample is, all of them."""
+    given, spec = pytree.tree_flatten((args, kwargs))
+    example = iter([t for t in pytree.tree_leaves(graph.example) if isinstance(t, Tensor)])
+    own = [next(example) if isinstance(t, Tensor) else t for t in given]
+    grown = [isinstance(a, Tensor) and a.shape != b.shape for a, b in zip(given, own, strict=True)]
+    sizes = {(len(a), len(b)) for a, b, more in zip(given, own, grown, strict=True) if more}
+    few = 2 * graph.batch.size
+    if len(sizes) != 1 or sizes.pop()[1] != graph.batch.size:
+        return args, kwargs
+    return pytree.tree_unflatten([a[:few] if more else a for a, more in zip(given, grown, strict=True)], spec)
 
 
 def _problem(

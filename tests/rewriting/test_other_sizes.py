@@ -11,6 +11,7 @@ from torchvision import ops
 
 import ekgfx
 from ekgfx.errors import PlanError
+from ekgfx.graph import sizes
 from tests.support.zeroed import exact, zeros
 
 
@@ -92,9 +93,8 @@ def test_what_holds_for_the_example_only_is_refused(name: str) -> None:
     traced = ekgfx.trace(Tokens(function).double().eval(), entries(2))
     traced.subnetwork()(*entries(2))
     for _ in range(2):
-        with pytest.raises(
-            PlanError, match=rf"traced on inputs of 2×4×6, does not hold for 5×4×6: .*{said}.*; trace it"
-        ):
+        found = "traced on inputs of 2×4×6, does not hold for batches of another size, such as 4×4×6: "
+        with pytest.raises(PlanError, match=rf"{found}.*{said}.*; trace it"):
             traced.subnetwork()(*entries(5))
     assert traced.subnetwork()(*entries(2)).isfinite().all()
 
@@ -116,10 +116,36 @@ class Apart(Tokens):
         return [{"scores": sample} for sample in super().forward(x)]
 
 
+class Pair(nn.Module):
+    """Every token meets each of some rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(3, 5)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        return self.down(self.up(x).relu() @ self.up(table).mT)
+
+
 def test_an_output_for_every_sample_is_that_of_the_example_only() -> None:
     traced = ekgfx.trace(Apart(lambda s, x: x).double().eval(), entries(2), unused=["table"])
-    with pytest.raises(PlanError, match="it returns 2 tensors, the model 5; the batch ends at aten.unbind.int"):
+    with pytest.raises(PlanError, match="it returns 2 tensors, the model 4; the batch ends at aten.unbind.int"):
         traced.subnetwork()(*entries(5))
+
+
+def test_a_large_batch_is_compared_by_few_of_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model runs beside the graph once, on twice the example's samples; a table of the example's size stays."""
+    model = Pair().double().eval()
+    (example,), table, compared = entries(3), torch.randn(3, 6, dtype=torch.float64), []
+    network = ekgfx.trace(model, (example, table)).subnetwork()
+    problem = sizes._problem
+    monkeypatch.setattr(
+        sizes, "_problem", lambda graph, *given: compared.append([t.shape for t in given[0]]) or problem(graph, *given)
+    )
+    for batch in (50, 7, 3):
+        (x,) = entries(batch)
+        torch.testing.assert_close(network(x, table), model(x, table))
+    assert compared == [[(6, 4, 6), (3, 6)]]
 
 
 def test_random_values_are_no_difference() -> None:

@@ -2,11 +2,12 @@
 `python benchmarks/analysis.py PART --help` says what a part measures."""
 
 from common import program
-from parts import analysis_install, analysis_memory, analysis_time
+from parts import analysis_freed, analysis_install, analysis_memory, analysis_time
 
 PARTS = {
     "time": analysis_time,
     "memory": analysis_memory,
+    "freed": analysis_freed,
     "install": analysis_install,
 }
 

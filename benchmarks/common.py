@@ -17,13 +17,18 @@ import torch
 
 import ekgfx
 from ekgfx.base.files import append_line, read_json, read_lines, write_json
+from ekgfx.base.memory import keep_freed_memory
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 
 
 def program(about: str | None, parts: Mapping[str, ModuleType]) -> None:
-    """Runs the part that the command line names: its `options(parser)` say what it takes, its `main(asked)` does it."""
+    """Runs the part that the command line names: its `options(parser)` say what it takes, its `main(asked)` does it.
+
+    Memory is kept as the command line of ekgfx keeps it.
+    """
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=about)
     commands = parser.add_subparsers(metavar="PART", required=True)
     for name, part in parts.items():

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 import click
 
 from ekgfx import __version__
+from ekgfx.base.memory import keep_freed_memory
 from ekgfx.cli.evaluate import evaluate
 from ekgfx.cli.export import export
 from ekgfx.cli.finetune import finetune
@@ -88,6 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show an arrow shows a question mark
+    keep_freed_memory()
     try:
         cli.main(arguments, prog_name="ekgfx", standalone_mode=False)
     except click.UsageError as error:

@@ -109,7 +109,7 @@ def estimated(
             raise DataError("there is no batch to calibrate on")
         if correction is not None:
             correction.finish()
-        _check_finite(norms)
+        _check_finite({name: norm for name, norm in norms.items() if seen[name]})
     warn("the batches to calibrate on", mixture.fault(known))
     _say_kept([name for name in norms if not seen[name]], "are not run in evaluation")
     if correction is not None and correction.alone:

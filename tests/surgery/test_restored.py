@@ -89,6 +89,26 @@ def test_what_cannot_be_estimated_is_not_said_to_be(caplog: pytest.LogCaptureFix
     assert "have no momentum to estimate them by: 2" in caplog.text
 
 
+class TwoHeads(nn.Module):
+    """The second one is for training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.other = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.norm(x) + self.other(x) if self.training else self.norm(x)
+
+
+def test_a_norm_that_evaluation_does_not_run_keeps_none_from_being_restored(caplog: pytest.LogCaptureFixture) -> None:
+    model = TwoHeads().eval()
+    model.norm.running_var[0] = model.other.running_var[1] = float("inf")
+    assert ekgfx.restore_statistics(model, images()) == ("norm.running_var (1 of 2)",)
+    assert model.norm.running_var.isfinite().all() and model.other.running_var[1].isinf()
+    assert "are not run in evaluation: other" in caplog.text
+
+
 def test_where_nothing_is_lost_no_image_is_read() -> None:
     assert ekgfx.restore_statistics(small(), Unread()) == ()  # type: ignore[arg-type]
 

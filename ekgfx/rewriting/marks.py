@@ -7,7 +7,7 @@ nested, is recorded beside it.
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,24 @@ class Values:
     @property
     def paths(self) -> list[pytree.KeyPath]:
         """Where in the containers each leaf is."""
-        return [path for path, _ in pytree.tree_flatten_with_path(pytree.tree_unflatten(self.leaves, self.spec))[0]]
+        return list(_paths(pytree.tree_unflatten(self.leaves, self.spec)))
+
+
+def _paths(value: Any, above: pytree.KeyPath = ()) -> Iterator[pytree.KeyPath]:
+    """The way to every leaf of nested containers."""
+    parts = pytree.tree_leaves(value, is_leaf=lambda part: part is not value)
+    if len(parts) == 1 and parts[0] is value:
+        yield above
+    else:
+        for key, part in zip(_keys(value, parts), parts, strict=True):
+            yield from _paths(part, (*above, key))
+
+
+def _keys(value: Any, parts: Sequence[Any]) -> Sequence[Any]:
+    """How the parts of one container are reached; diffusers registers its outputs without saying so."""
+    if isinstance(value, Mapping) and list(map(id, value.values())) == list(map(id, parts)):
+        return [pytree.MappingKey(key) for key in value]
+    return [path[0] for path, _ in pytree.tree_flatten_with_path(value, is_leaf=lambda part: part is not value)[0]]
 
 
 @contextlib.contextmanager

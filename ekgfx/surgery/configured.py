@@ -11,7 +11,7 @@ model than whole ones (such a scale) stays, for the model that is built anew wou
 """
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 from typing import Any
@@ -27,6 +27,7 @@ from ekgfx.graph.plan import Plan
 from ekgfx.graph.ties import Ties, Width, factors, tied
 from ekgfx.graph.ways import undisturbed
 from ekgfx.surgery.check import relative_error
+from ekgfx.surgery.configurations import configuration, hold
 from ekgfx.surgery.outline import factors_of
 from ekgfx.surgery.rebuilt import (
     Field,
@@ -35,7 +36,6 @@ from ekgfx.surgery.rebuilt import (
     get,
     name_of,
     numbers_in,
-    pairs,
     put,
     runs,
     saved_by,
@@ -89,7 +89,7 @@ def configuration_of(traced: TracedModel, plan: Plan) -> Any | str | None:
         fault = f"{plan.dropped[0]} would have to stay"
     if fault is not None:
         return fault
-    config = copy.deepcopy(traced.model.config)
+    config = copy.deepcopy(configuration(traced.model))
     counts = {axis: len(kept) for axis, kept in traced.groups.kept(plan).items()}
     for number, value in described.numbers(config, counts).items():
         put(config, number, value)
@@ -114,8 +114,8 @@ def configure(pruned: nn.Module, config: Any | str | None, source: TracedModel |
     help = f"ekgfx.save and ekgfx.load keep it, {kind}.from_pretrained does not; search(uniform_layers=True) finds such"
     if isinstance(config, str):
         return f"no configuration of {kind} describes this cut: {config}; {help}"
-    known = pruned.config
-    _put(pruned, config)
+    known = configuration(pruned)
+    hold(pruned, config)
     if source is None:
         return ""
     try:
@@ -123,7 +123,7 @@ def configure(pruned: nn.Module, config: Any | str | None, source: TracedModel |
     except Exception as error:  # noqa: BLE001  whatever the library raises of what it is given
         off = f"raises {type(error).__name__}: {' '.join(str(error).split())}"
     if off:
-        _put(pruned, known)
+        hold(pruned, known)
         return f"no configuration of {kind} describes this cut: a model that is built anew {off}; {help}"
     return ""
 
@@ -136,29 +136,22 @@ def _off(pruned: nn.Module, anew: nn.Module, source: TracedModel) -> str:
     return "" if error <= 1e-3 else f"computes something else (by {error:.1e})"
 
 
-def _put(model: Any, config: Any) -> None:
-    """Let a model, and all modules that hold its configuration or a part of it, hold another one."""
-    new = dict(pairs(model.config, config))
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if id(value) in new:
-                vars(module)[name] = new[id(value)]
-
-
 def _describe(traced: TracedModel) -> Described | None:
     model = traced.model
-    if not hasattr(getattr(model, "config", None), "to_dict"):
+    config = configuration(model)
+    if config is None:
         return None
-    built, dims = shell(model, model.config), traced.weight_dims()
+    built, dims = shell(model, config), traced.weight_dims()
     sizes_of = {name: tuple(dim.size for dim in exprs) for name, exprs in dims.items()}
     if built is None or any(built.shapes[name] != sizes_of[name] for name in dims.keys() & built.shapes.keys()):
         return None
     trial, found = Trial(model, built), _Parts()
     places = {(p.parameter, p.dim): dims[p.parameter][p.dim] for g in traced.groups.values() for p in g.places}
     sizes = {part.size for expr in places.values() for part in runs(expr)}
-    numbers = {number: old for number, old in numbers_in(model.config) if old in sizes}
+    numbers = {number: old for number, old in numbers_in(config) if old in sizes}
     grows = {number: trial.grown({number: 2 * old}) for number, old in numbers.items()}
-    several = _grown_by_one(places, numbers, grows, found)
+    fixed = frozenset(number for number, old in numbers.items() if trial.others({number: 2 * old}))
+    several = _grown_by_one(places, numbers, grows, fixed, found)
     splitting = {
         number: old for number, old in numbers.items() if not grows[number] and trial.splits({number: 2 * old})
     }
@@ -181,15 +174,16 @@ def _grown_by_one(
     places: Mapping[tuple[str, int], Expr],
     numbers: Mapping[Field, int],
     grows: Mapping[Field, Mapping[tuple[str, int], bool]],
+    fixed: Collection[Field],
     found: "_Parts",
 ) -> list[tuple[Field, list[Expr]]]:
-    """Notes what parts of the dimensions grow with one number each. Returns those of several free axes with their
-    number: it does not say how they are made up."""
+    """Notes what parts of the dimensions grow with one number each (`fixed` ones say more than widths). Returns those
+    of several free axes with their number: it does not say how they are made up."""
     several: list[tuple[Field, list[Expr]]] = []
     for place, expr in places.items():
         fields = {number: old for number, old in numbers.items() if grows[number].get(place) is True}
         parted = any(grows[number].get(place) is False for number in numbers)
-        split = None if parted else segments(expr, fields)
+        split = None if parted else segments(expr, fields, fixed)
         if split is None:
             told = "several numbers say parts of" if fields or parted else "no number says the width of"
             found.hold(axes(expr), f"config: {told} {place[0]}")
@@ -238,7 +232,7 @@ def _checked(traced: TracedModel, found: Described, trial: "Trial") -> Described
     def takes(*shrunk: tuple[Sequence[str], int, int]) -> bool:
         """Whether it takes numbers for groups with such a share (numerator and denominator) of their channels."""
         counts = {groups[n].axis: groups[n].size * a // b for names, a, b in shrunk for n in names}
-        return trial.of(found.numbers(traced.model.config, counts)) is not None
+        return trial.of(found.numbers(configuration(traced.model), counts)) is not None
 
     ties = found.ties(groups)
     together = [list(tie.members) for tie in ties.ties]
@@ -264,7 +258,7 @@ def _another(traced: TracedModel, found: Described, names: Sequence[str], steps:
     """How a model that is built with other numbers, in which these groups are a step smaller, differs from the network
     that is left by such a cut: it may know a number that no shape shows, as a factor of its outputs."""
     kept = {g.axis: torch.arange(g.size // steps, g.size) for g in (traced.groups[name] for name in names)}
-    config = copy.deepcopy(traced.model.config)
+    config = copy.deepcopy(configuration(traced.model))
     for number, value in found.numbers(config, {axis: len(index) for axis, index in kept.items()}).items():
         put(config, number, value)
     weights, model = slice_weights(traced, kept), traced.model

@@ -5,7 +5,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ekgfx.axes import Expr, Prod, Sum, resolve
+from ekgfx.axes import Expr, Prod, Sum, axes, resolve
 from ekgfx.graph.ties import factors
-from ekgfx.rewriting.patched import forward_of
+from ekgfx.surgery.configurations import build, configuration
 
 Field = tuple[str | int, ...]
 """The way from a configuration to one of its numbers: attributes, and positions in lists."""
@@ -25,9 +25,8 @@ Dimension = tuple[str, int]
 
 def built_anew(model: nn.Module, config: Any, state: Mapping[str, Tensor] | None = None) -> nn.Module:
     """A model of the same class, built from a configuration, with the weights of this one, or others."""
-    kind: Any = type(model) if forward_of(model) is None else type(model).__bases__[0]
     with torch.random.fork_rng(), quiet():
-        made: nn.Module = kind(copy.deepcopy(config))
+        made = build(model, config)
     sample = next(model.parameters())
     made.to(device=sample.device, dtype=sample.dtype)
     saved = model.state_dict()
@@ -89,7 +88,7 @@ class Trial:
     def of(self, numbers: Mapping[Field, int]) -> Built | None:
         key = tuple(sorted(numbers.items(), key=str))
         if key not in self.known:
-            config = copy.deepcopy(self.model.config)
+            config = copy.deepcopy(configuration(self.model))
             try:
                 for number, value in numbers.items():
                     put(config, number, value)
@@ -134,14 +133,6 @@ def numbers_in(config: Any, seen: frozenset[int] = frozenset()) -> Iterator[tupl
             yield from (((name, *rest), v) for rest, v in numbers_in(value, seen | {id(config), id(value)}))
 
 
-def pairs(old: Any, new: Any) -> Iterator[tuple[int, Any]]:
-    """A configuration and those that it holds, by identity, with what takes their places."""
-    yield id(old), new
-    for name, value in vars(old).items():
-        if hasattr(value, "to_dict") and hasattr(value, "__dict__"):
-            yield from pairs(value, vars(new)[name])
-
-
 def runs(expr: Expr) -> Iterator[Expr]:
     """A dimension, and the neighbouring factors of it and of its terms that a number may stand for."""
     for term in (expr, *terms(expr)):
@@ -150,15 +141,19 @@ def runs(expr: Expr) -> Iterator[Expr]:
         yield from (Prod(tuple(made[i:j])) for i in range(len(made)) for j in range(i + 1, len(made) + 1))
 
 
-def segments(expr: Expr, fields: Mapping[Field, int]) -> list[tuple[Field, Expr]] | None:
-    """Which part of a dimension each of the numbers that it grows with stands for; None where that is not clear."""
+def segments(expr: Expr, fields: Mapping[Field, int], fixed: Collection[Field] = ()) -> list[tuple[Field, Expr]] | None:
+    """Which part of a dimension each of the numbers that it grows with stands for; None where that is not clear.
+
+    fixed: numbers that say more than widths: of several that say one width together, another one stands for it."""
     if len(fields) < 2:
         return [(number, term) for number in fields for term in terms(expr)] or None
     found: list[tuple[Field, Expr]] = []
     for term in terms(expr):
         made, left = factors(term), dict(fields)
-        if len(made) == 1:  # a number times another one: the width is the larger
-            found.append((max(fields, key=lambda number: fields[number]), term))
+        free = [part for part in made if any(not axis.frozen for axis in axes(part))]
+        if len(made) == 1 or (len(free) == 1 and free[0].size not in fields.values()):
+            # a number times another one: the width is the larger
+            found.append((max(fields, key=lambda number: (number not in fixed, fields[number])), (free or made)[0]))
             continue
         while made:
             products = {n: prod(part.size for part in made[:n]) for n in range(1, len(made) + 1)}
@@ -179,11 +174,10 @@ def terms(expr: Expr) -> Sequence[Expr]:
 
 def shell(model: nn.Module, config: Any) -> Built | None:
     """A model like this one built from a configuration; None where that cannot be."""
-    kind: Any = type(model) if forward_of(model) is None else type(model).__bases__[0]
     try:
         with torch.device("meta"), quiet():
             getattr(config, "validate", int)()  # as transformers' are looked at when they are saved
-            made = kind(copy.deepcopy(config))
+            made = build(model, config)
     except Exception:  # noqa: BLE001  whatever the library raises of a configuration that it does not take
         return None
     held = {(name, key): value for name, module in made.named_modules() for key, value in vars(module).items()}

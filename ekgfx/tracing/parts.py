@@ -32,8 +32,17 @@ class Part:
         """Python for inputs like those that it was given; "its own inputs" where that is long."""
         one = len(self.args) == 1 and isinstance(self.args[0], Tensor)
         text = _spelled(self.args[0] if one else self.args)
-        text += f", {_spelled(self.kwargs)}" if self.kwargs else ""
-        return text if len(text) <= LONG and "<" not in text else "its own inputs"
+        return _short(text + (f", {_spelled(self.kwargs)}" if self.kwargs else ""))
+
+
+def further_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Python for a call as `also` takes it; "its own inputs" where that is long."""
+    alone = args[0] if len(args) == 1 and isinstance(args[0], Tensor) else args
+    return _short(_spelled((args, kwargs) if args and kwargs else kwargs or alone))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONG and "<" not in text else "its own inputs"
 
 
 def parts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Part]:

@@ -29,7 +29,8 @@ from ekgfx.graph.quiet import quiet
 from ekgfx.graph.returns import Returns, as_choice, tensors_returned
 from ekgfx.graph.untouched import State, differing, put, state_of, untouched
 from ekgfx.graph.ways import Way, seeded
-from ekgfx.tracing.observe import observe
+from ekgfx.tracing.another_size import unlike
+from ekgfx.tracing.observe import Observation, observe
 from ekgfx.tracing.trace_errors import explained, unknown_sizes
 from ekgfx.tracing.traced import TracedModel
 
@@ -166,11 +167,13 @@ def _traced(
     """The model in each of the ways, and in training mode where that is another one."""
     made: list[Any] = []
     notes: list[str] = []
+    seen: list[Observation] = []
     trains = False
     for way, example in calls:
         made.append(_graph(model, way, example, names, outputs=outputs))
         training = replace(way, training=True)
         there, here = observe(model, training, *example), observe(model, way, *example)
+        seen += [here] if way.method == "forward" else []
         trains |= way == Way() and there.error is None
         if there.error is not None:
             notes.append(f"{training} was not traced: {_short(there.error)}")
@@ -183,7 +186,8 @@ def _traced(
     graphs = [AxisGraph(model, **other) for other in others]
     traced = TracedModel(model, **{**first, "others": graphs, "unused": unused})
     said = unseen.notes(model, traced.only, traced.unseen, traced.dead, traced.prunable_parameters(), traced.could_be)
-    traced.notes, traced.trains = (*notes, *said), trains
+    sized = unlike(traced, seen, lambda way, example: _graph(model, way, example, names, outputs=outputs))
+    traced.notes, traced.trains = (*notes, *said, *sized), trains
     return traced
 
 

@@ -1,5 +1,7 @@
 """Sizes that come from the batch follow it; what cannot is refused when the first other batch comes, never wrong."""
 
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +12,9 @@ from torch.nn import functional as F
 from torchvision import ops
 
 import ekgfx
-from ekgfx.errors import PlanError
+from ekgfx.errors import EkgfxWarning, PlanError
 from ekgfx.graph import sizes
-from tests.support.zeroed import exact, zeros
+from tests.support.zeroed import distance, exact, zeroed, zeros
 
 
 class Tokens(nn.Module):
@@ -273,3 +275,53 @@ def test_graphs_of_any_size_are_searched_and_cut() -> None:
     batches = [(graphs(size), torch.randint(3, (4 * size,))) for size in (3, 1, 4)]
     plan = ekgfx.search(traced, batches, flops=0.6).plan
     assert traced.subnetwork(plan)(*graphs(6)).shape == (24, 3)
+
+
+class Positions(nn.Module):
+    """Tokens of 6 features with positions that are held for 4 tokens, and made anew by `anew` for another number."""
+
+    def __init__(self, anew: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.anew, self.up, self.down = anew, nn.Linear(6, 8), nn.Linear(8, 5)
+        self.register_buffer("held", by_width(torch.empty(1, 8), 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = self.held if x.shape[1] == self.held.shape[0] else self.anew(self.held, x.shape[1])
+        return self.down((self.up(x) + held).relu())
+
+
+def by_width(held: Tensor, tokens: int) -> Tensor:
+    places, waves = torch.arange(tokens, dtype=torch.float64), torch.arange(held.shape[1], dtype=torch.float64)
+    return (places[:, None] / 10 ** (waves / held.shape[1])).sin()
+
+
+def stretched(held: Tensor, tokens: int) -> Tensor:
+    return F.interpolate(held.T[None], tokens, mode="linear")[0].T
+
+
+def by_place(held: Tensor, tokens: int) -> Tensor:
+    return torch.arange(tokens, dtype=torch.float64)[:, None] * held.mean(0)
+
+
+def test_what_is_made_by_a_width_at_another_size_is_said() -> None:
+    """Without the call that the warning names, the cut model is another one there; with it, it is exact there."""
+    model, larger = Positions(by_width).double(), torch.randn(2, 8, 6, dtype=torch.float64)
+    with pytest.warns(
+        EkgfxWarning, match=r"another size Positions makes numbers \(arange\) .*: once up is cut"
+    ) as said:
+        traced = ekgfx.trace(model, entries(2))
+    assert re.findall(r"once (.*) is cut.*also=\[(.*?)\]\)", str(said[0].message)) == [("up", "torch.randn(2, 8, 6)")]
+    plan = ekgfx.Plan(dict.fromkeys(traced.groups, (0, 1, 2, 3)))
+    without = ekgfx.prune(model, plan, traced)
+    assert distance(without, zeroed(traced, plan), (larger,)) > 0.01
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EkgfxWarning)
+        assert len(ekgfx.trace(model, entries(2), also=[larger]).groups) == 0
+
+
+@pytest.mark.parametrize("anew", [stretched, by_place])
+def test_what_follows_from_tensors_and_sizes_at_another_size_is_not_said(
+    anew: Callable[[Tensor, int], Tensor], recwarn: pytest.WarningsRecorder
+) -> None:
+    exact(Positions(anew).double(), lambda batch: (torch.randn(batch, 4, 6, dtype=torch.float64),), plans=1)
+    assert not [w for w in recwarn if "another size" in str(w.message)]

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import ekgfx
 from ekgfx.base.containers import Frame, atoms, mapped, tensors_by_place
+from tests.support.zeroed import exact
 
 Pair = namedtuple("Pair", "first second")
 
@@ -86,3 +88,33 @@ def test_a_value_that_holds_itself_ends() -> None:
     cache.again = cache  # type: ignore[attr-defined]
     assert list(tensors_by_place(cache)) == ["tensors.0"]
     assert {type(atom) for atom in atoms((torch.float32, [], {"k": 1}))} == {torch.dtype, int}
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x).relu()
+        return Registered(pooled=y.mean((2, 3)), sample=y)
+
+
+class Outer(nn.Module):
+    """Its view makes another forward for it necessary, which takes apart what the inner one returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = Inner(), nn.Linear(6 * 4 * 4, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        found = self.inner(x)
+        return Registered(logits=self.head(found["sample"].view(-1, 6 * 4 * 4)), pooled=found["pooled"].sum(1))
+
+
+def test_a_container_that_is_registered_without_ways_to_its_parts_passes_through_a_written_forward() -> None:
+    model = Outer().double()
+    traced = exact(model, lambda batch: (torch.randn(batch, 3, 6, 6, dtype=torch.float64),), plans=1)
+    pruned = ekgfx.prune(model, ekgfx.Plan({"inner.conv": (0, 3)}), traced, graphs="allow")
+    assert [each.kind for each in ekgfx.replaced(pruned)] == ["Outer"]
+    assert list(pruned(torch.randn(2, 3, 6, 6, dtype=torch.float64))) == ["logits", "pooled"]

@@ -20,7 +20,7 @@ from ekgfx.repair.judge import Judge, Judgement
 
 from .exporter import write
 from .int8 import METHODS, SCOPES, Quantizer, Recipe, layers, scratch, with_inputs
-from .latency import interleave
+from .latency import clock_of, interleave
 from .processor import no_integer_unit
 from .providers import provider
 from .runners import onnx_runner
@@ -212,7 +212,7 @@ class _Search:
             str(one.path): onnx_runner(one.path, place, "int8", inputs, threads=threads, cpu_fallback=False)
             for one in made
         }
-        times = interleave(runners, runs=20, seconds=5.0, warmup=2)
+        times = interleave(runners, runs=20, seconds=5.0, warmup=2, clock=clock_of(threads, on_cpu=True))
         return [float(np.median(times[str(one.path)])) * 1e3 for one in made]
 
     def method(self, best: _Made, methods: Sequence[str]) -> _Made:

@@ -31,11 +31,15 @@ def environment(threads: int) -> dict[str, str]:
     return {**facts, **_gpu()}
 
 
-def busy(facts: Mapping[str, str]) -> str:
-    """One line when other work competed for the processors while timing began; empty when not."""
+def busy(facts: Mapping[str, str], alone: bool = False) -> str:
+    """One line when other work competed for the processors while timing began; empty when not. alone: only the own time
+    of a thread was counted."""
     if float(facts.get("load", "0")) <= float(facts["cpus"]):
         return ""
-    return f"the machine was busy (load {facts['load']} on {facts['cpus']} CPUs): these timings tell little"
+    said = f"the machine was busy (load {facts['load']} on {facts['cpus']} CPUs)"
+    if alone:
+        return f"{said}: what others took of the processor is not counted, but they share its memory and caches"
+    return f"{said}: these timings tell little"
 
 
 def available_cpus() -> int:

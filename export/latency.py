@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ekgfx.errors import ExportError
 
 from .environment import available_cpus, busy, environment
-from .io import as_inputs, with_batch
+from .io import as_inputs, device_of, with_batch
 from .noise import FEWEST_ROUNDS, Ratio, compare
 from .numerics import tensor_float32
 from .providers import provider as find_provider
@@ -110,7 +111,8 @@ def measure_latency(
         on_setting: called with (provider, batch) before each setting, for progress.
 
     The networks take turns, run by run, and who goes first alternates, so that a machine that slows down slows all of
-    them. Inputs and outputs stay in the provider's memory.
+    them. On a single CPU thread the milliseconds are that thread's own time, so that what other programs take of the
+    processor does not count. Inputs and outputs stay in the provider's memory.
 
     Returns:
         Median and 95th percentile of each network in each setting, and ratios with their 95% range.
@@ -128,21 +130,33 @@ def measure_latency(
     facts = environment(count)
     timings: list[Timing] = []
     speedups: list[Speedup] = []
+    alone = True
     for name in providers:
+        clock = clock_of(count, on_cpu=_on_cpu(name, modules or {}))
+        alone = alone and clock is not time.perf_counter
         stated, prepare = _column(name, files, modules or {}, precision, threads=count, cpu_fallback=cpu_fallback)
         for batch in batches:
             if on_setting is not None:
                 on_setting(name, batch)
             with _settings(count, tf32="tf32" in stated.values()):
-                times = interleave(prepare(with_batch(inputs, batch)), runs=runs, seconds=seconds, warmup=warmup)
+                ready = prepare(with_batch(inputs, batch))
+                times = interleave(ready, runs=runs, seconds=seconds, warmup=warmup, clock=clock)
             against, *others = times
             timings += [_timing(name, stated[network], batch, network, times[network]) for network in times]
             speedups += [
                 Speedup(name, stated[network], batch, network, against, compare(times[against], times[network]))
                 for network in others
             ]
-    note = "; ".join(filter(None, (present_providers().note, busy(facts))))
+    note = "; ".join(filter(None, (present_providers().note, busy(facts, alone))))
     return LatencyTable(tuple(timings), tuple(speedups), facts, note)
+
+
+def clock_of(threads: int, *, on_cpu: bool) -> Callable[[], float]:
+    """What to time a run by: on a single CPU thread its own time, which is the wall clock's on a machine that does
+    nothing else. Of two networks that take turns on a busy one, the longer is interrupted more often, and seems longer
+    still."""
+    coarse = sys.platform == "win32"  # where a thread's time goes on in steps of 16 ms
+    return time.thread_time if on_cpu and threads == 1 and not coarse else time.perf_counter
 
 
 def interleave(
@@ -151,10 +165,10 @@ def interleave(
     runs: int,
     seconds: float,
     warmup: int,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float],
 ) -> dict[str, list[float]]:
-    """Times in seconds of each runner, called in turn for `runs` rounds or until `seconds` have passed (but at least 10
-    rounds); every other round goes backwards."""
+    """Seconds of each runner by the clock, called in turn for `runs` rounds, or until `seconds` have passed (not before
+    the tenth round); every other round goes backwards."""
     for run in runners.values():
         for _ in range(warmup):
             run()
@@ -170,6 +184,12 @@ def interleave(
             times[name].append(clock() - start)
         order.reverse()
     return times
+
+
+def _on_cpu(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    if name in TORCH:
+        return all(device_of(module).type == "cpu" for module in modules.values())
+    return find_provider(name).device == "cpu"
 
 
 def _column(

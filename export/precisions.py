@@ -14,7 +14,7 @@ from ekgfx.errors import ExportError
 from .choosing import Int8, onnx_call, to_int8
 from .exporter import to_fp16
 from .io import with_batch
-from .latency import LatencyTable, interleave
+from .latency import LatencyTable, clock_of, interleave
 from .noise import FEWEST_ROUNDS
 from .providers import provider
 from .runners import onnx_runner
@@ -117,7 +117,7 @@ def slower(file: Path, than: Path, inputs: tuple[Tensor, ...], threads: int) -> 
         kind: onnx_runner(path, place, kind, inputs, threads=threads, cpu_fallback=False)
         for kind, path in kinds.items()
     }
-    times = interleave(runners, runs=FEWEST_ROUNDS, seconds=0, warmup=1)
+    times = interleave(runners, runs=FEWEST_ROUNDS, seconds=0, warmup=1, clock=clock_of(threads, on_cpu=True))
     return float(np.median(times["fp16"]) / np.median(times["fp32"]))
 
 

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,7 @@ from ekgfx.latency.target import Target
 
 from .environment import available_cpus
 from .io import as_inputs, with_batch
-from .latency import interleave
+from .latency import clock_of, interleave
 from .providers import provider
 from .quiet import headline
 from .runners import bound, onnx_runner
@@ -81,7 +80,7 @@ def whole_runs(
         name: onnx_runner(Path(file), place, target.precision, inputs, threads=threads, cpu_fallback=False)
         for name, file in files.items()
     }
-    clock = time.thread_time if target.provider == "cpu" and threads == 1 else time.perf_counter
+    clock = clock_of(threads, on_cpu=place.device == "cpu")
     times = interleave(runners, runs=runs, seconds=seconds, warmup=warmup, clock=clock)
     return {name: min(found) * 1e3 for name, found in times.items()}
 

@@ -2,13 +2,15 @@
 
 import io
 import json
+import sys
+import time
 
 import onnx
 import pytest
 import torch
 from ekgfx.export import LatencyTable, Ratio, Speedup, Timing, latency_table, measure_latency, to_onnx
 from ekgfx.export.environment import busy
-from ekgfx.export.latency import _timing, interleave
+from ekgfx.export.latency import _timing, clock_of, interleave
 from ekgfx.export.tables import speedup_text
 from rich.console import Console
 from torch import nn
@@ -151,3 +153,16 @@ def test_a_busy_machine_is_reported():
     assert busy({"load": "1.9", "cpus": "2"}) == ""
     assert "load 7.5 on 2 CPUs" in busy({"load": "7.5", "cpus": "2"})
     assert busy({"cpus": "2"}) == ""
+    assert "these timings tell little" in busy({"load": "7.5", "cpus": "2"})
+    assert "what others took of the processor is not counted" in busy({"load": "7.5", "cpus": "2"}, alone=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a thread's time goes on in steps of 16 ms")
+def test_what_interrupts_a_single_thread_is_not_counted(networks) -> None:
+    """Sleeping stands for waiting while others have the processor."""
+    own, wall = clock_of(1, on_cpu=True), clock_of(2, on_cpu=True)
+    assert clock_of(1, on_cpu=False) is wall and own is not wall
+    naps = {"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.01)}
+    for clock, counted in ((own, False), (wall, True)):
+        times = interleave(naps, runs=10, seconds=0, warmup=0, clock=clock)
+        assert (min(times["long"]) > 0.005) == counted

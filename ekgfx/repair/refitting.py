@@ -15,8 +15,6 @@ from ekgfx.repair.walk import LayerRepair, Walk
 
 SHARES = (1.0, 0.5)
 """Of the step towards what an activation passes on, that are tried."""
-ENOUGH = 20
-"""Positions for every input, without which what an activation hides is not looked at: it leaves fewer rows to fit."""
 
 
 def repair_operators(
@@ -69,8 +67,7 @@ def fitted(walk: Walk, look: Look, pair: Pair, alone: bool) -> Refit | None:
     if found is None:
         return None
     own = found.change, found.offset
-    enough = pair.fit.count >= ENOUGH * pair.fit.gram.shape[1]
-    if not alone or found.ridge == math.inf or look.clamp is None or not enough:
+    if not alone or found.ridge == math.inf or look.clamp is None:
         return found
 
     def error(change: Change | None) -> float:

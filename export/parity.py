@@ -85,7 +85,8 @@ def check_parity(
         Every difference, none of which exceeds the tolerance.
 
     Raises:
-        ExportError: an output is missing, has another shape, or differs by more than the tolerance.
+        ExportError: an output is missing, has another shape, differs by more than the tolerance, or is no number in the
+            model itself.
 
     Example:
         >>> print(ekgfx.export.check_parity(pruned, "net.onnx", images).relative)
@@ -100,6 +101,7 @@ def check_parity(
     for batch in (full, 1 if full > 1 else 2):
         part = with_batch(values, batch)
         expected = _run(model, part)
+        _check_numbers(model, expected, path)
         try:
             produced = session.run(None, feeds(session, part))
         except Exception as error:  # onnxruntime's exceptions have no common base
@@ -146,6 +148,20 @@ def amplification(model: nn.Module, inputs: Tensor | Sequence[Tensor], relative:
             parameter.copy_(moved(parameter))
     after = _run(other, [moved(value) for value in values])
     return max(_difference(Path(), name, 0, after[name], before[name]).relative for name in before)
+
+
+def _check_numbers(model: nn.Module, expected: dict[str, Tensor], path: Path) -> None:
+    """Nothing can be compared with NaN; what is to blame is a weight, more often than not one that nobody ever set."""
+    lost = next((name for name, tensor in expected.items() if tensor.isnan().any()), None)
+    if lost is None:
+        return
+    sizes = {name: weight.detach().abs().max().item() for name, weight in model.named_parameters() if weight.numel()}
+    largest = max(sizes, key=lambda name: sizes[name] if sizes[name] == sizes[name] else math.inf, default="")
+    raise ExportError(
+        f"{path} cannot be compared: the model itself gives NaN in output {lost!r} for "
+        f"{int(expected[lost].isnan().sum())} of {expected[lost].numel()} values"
+        + (f"; its largest weight is {largest} ({sizes[largest]:.1e}): load or initialize it first" if largest else "")
+    )
 
 
 def _advice(model: nn.Module, values: Sequence[Tensor], precision: str, relative: float) -> str:

@@ -158,6 +158,8 @@ def open_clip_networks() -> dict[str, Make]:
 
             parts = {"vision_cfg": {"image_size": 32, **vision}, "text_cfg": text, **more}
             made = getattr(open_clip, kind)(embed_dim=width, **parts)
+            if kind == "CoCa":
+                made.text_decoder.init_parameters()  # its class leaves the projection as memory happens to be
 
             def inputs(batch: int, another: bool) -> tuple[Any, ...]:
                 draw = torch.Generator().manual_seed(batch)

@@ -134,3 +134,13 @@ def test_model_keeps_its_mode(exported, images):
     check_parity(model, path, images)
     assert model.training
     assert model.drop.training
+
+
+def test_a_model_that_gives_no_numbers_is_told_of_and_not_its_file(images, tmp_path):
+    """As one whose weight was never set: memory may hold anything."""
+    model = Classifier()
+    path = to_onnx(model, images, tmp_path / "net.onnx")
+    with torch.no_grad():
+        model.head.weight[0] = 3e38
+    with pytest.raises(ExportError, match=r"the model itself gives NaN .* largest weight is head.weight \(3.0e\+38\)"):
+        check_parity(model, path, torch.cat([images, images * torch.inf]))

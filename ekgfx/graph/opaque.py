@@ -89,6 +89,8 @@ class Leaves(dict[str, list[LeafCall]]):
         positional, named = self.arguments(args, args["inputs"])
         state = dict(zip(_state(module), args["state"], strict=True))
         with untouched(module), evaluation_mode(module):
+            if not state:  # TorchScript, too, which PyTorch calls in no other way
+                return tensors_in(module(*positional, **named))
             return tensors_in(functional_call(module, state, positional, named))
 
     def arguments(self, args: Mapping[str, Any], inputs: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

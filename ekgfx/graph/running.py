@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -12,7 +13,7 @@ def running_modules(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
     """While this is open, two lists of names that grow and shrink: the modules whose forward runs, the innermost last
     (before any of them the model itself), and all whose forward has begun, in order.
 
-    A module whose forward raises stays in the first list.
+    A module whose forward raises stays in the first list. TorchScript is in none: it takes no hooks.
     """
     running, begun = [""], list[str]()
 
@@ -25,6 +26,8 @@ def running_modules(model: nn.Module) -> Iterator[tuple[list[str], list[str]]]:
 
     handles = []
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
         handles.append(module.register_forward_pre_hook(lambda _, __, n=name: begins(n)))
         handles.append(module.register_forward_hook(ends))
     try:

@@ -39,6 +39,7 @@ from ekgfx.tracing.traced import TracedModel, check_traced
 Kept = Mapping[Axis, Tensor]
 
 
+@torch.inference_mode(mode=False)  # else what is made in a caller's could never be trained
 def prune(
     model: nn.Module,
     plan: Plan,

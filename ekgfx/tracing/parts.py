@@ -79,6 +79,8 @@ def _calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 
     with torch.no_grad(), untouched(model):  # which also takes the hooks away
         for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # TorchScript takes no hooks, and has no graph
             module.register_forward_pre_hook(noting(name), with_kwargs=True)
         model(*args, **kwargs)
     return {name: call for name, call in seen.items() if any(True for _ in _tensors(call))}

@@ -32,6 +32,7 @@ from ekgfx.graph.ways import Way, seeded
 from ekgfx.tracing.another_size import unlike
 from ekgfx.tracing.observe import Observation, observe
 from ekgfx.tracing.trace_errors import explained, unknown_sizes
+from ekgfx.tracing.traceable import check_traceable
 from ekgfx.tracing.traced import TracedModel
 
 
@@ -95,8 +96,7 @@ def silently_traced(
     outputs: str | int | Sequence[str | int] | None = None,
 ) -> TracedModel:
     """As `trace`, for those who say themselves what `notes` hold."""
-    if not isinstance(model, nn.Module):
-        raise TraceError(f"trace takes a torch.nn.Module, not a {type(model).__name__}")
+    check_traceable(model)
     args, named = Inputs.of(example_inputs)
     args, named = Inputs(args, {**named, **(kwargs or {})}).onto(model)
     example = _at_least_two((args, named))

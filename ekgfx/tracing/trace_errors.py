@@ -16,6 +16,9 @@ from ekgfx.graph.functional import inlined
 from ekgfx.graph.nodes import owner
 from ekgfx.tracing.parts import parts
 
+_TAKEN = (Tensor, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
+"""What torch.export takes, in containers or not."""
+
 
 def explained(
     model: nn.Module, error: Exception, args: tuple[Any, ...], kwargs: dict[str, Any], alone: bool = False
@@ -36,6 +39,12 @@ def explained(
         return TraceError(
             f"{type(model).__name__} does not run on the example inputs: {where[0]}{_first_lines(failure)}"
         )
+    if "Unsupported input type" in str(error):
+        odd = next(type(leaf).__name__ for leaf in pytree.tree_leaves((args, kwargs)) if not isinstance(leaf, _TAKEN))
+        return TraceError(
+            f"{type(model).__name__} takes a {odd}, into which torch.export cannot look: trace a module around it "
+            f"whose forward takes tensors and makes the {odd} of them"
+        )
     advice = where[1] + (_alone(model, args, kwargs) if alone else "")
     return TraceError(f"{type(model).__name__} could not be traced: {where[0]}{what}: {advice}", module)
 
@@ -47,10 +56,21 @@ def _alone(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> s
         return ""
     told = ", ".join(f"{name} ({part.share:.0%} of the parameters)" for name, part in found.items())
     first, part = next(iter(found.items()))
+    place = _spelled(model, first)
     return (
-        f"; what can be traced alone: {told}: type traced = ekgfx.trace(model.{first}, {part.example()}), and, with a "
-        f"plan of that, model.{first} = ekgfx.prune(model.{first}, plan, traced)"
+        f"; what can be traced alone: {told}: type traced = ekgfx.trace({place}, {part.example()}), and, with a "
+        f"plan of that, {place} = ekgfx.prune({place}, plan, traced)"
     )
+
+
+def _spelled(model: nn.Module, name: str) -> str:
+    """Python for the sub-module of that name, as it is read and as it is set."""
+    text = "model"
+    for step in name.split("."):
+        listed = step if isinstance(model, nn.Sequential | nn.ModuleList) else repr(step)
+        text += f".{step}" if step.isidentifier() else f"[{listed}]"
+        model = model.get_submodule(step)
+    return text
 
 
 def unknown_sizes(model: nn.Module, program: torch.export.ExportedProgram) -> TraceError | None:
@@ -82,7 +102,11 @@ def _place(model: nn.Module, line: tuple[str, int] | None, module: str) -> tuple
     elif module:
         where = repr(module)
     if module:
-        kind = type(model.get_submodule(module)).__name__
+        part = model.get_submodule(module)
+        kind = type(part).__name__
+        if isinstance(part, torch.jit.ScriptModule):
+            made = f"it is TorchScript: put the Python module that {part.original_name} was made of in its place"
+            return f"{where}: ", f"{made}, or run it as it is, with leaf=[{module!r}] (--leaf {module})"
         advice = f"run this {kind} as it is, with leaf=[{module!r}] (--leaf {module})"
     else:
         advice = f"move what has no graph out of {type(model).__name__} into a sub-module, and name that as leaf"

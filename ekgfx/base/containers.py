@@ -9,6 +9,7 @@ import dataclasses
 import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 from torch import Tensor, nn
@@ -110,6 +111,9 @@ def _mapped(value: Any, change: Callable[[str, Any], Any], kind: type, place: st
 
 def _opened(value: Any) -> tuple[list[str], list[Any], Callable[[list[Any]], Any]]:
     """The names and values of a value's parts, and what makes a value of its kind of other ones."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        # not by its constructor, which may look at what it is given (`PackedSequence`)
+        return list(value._fields), list(value), partial(tuple.__new__, type(value))
     parts, spec = pytree.tree_flatten(value, is_leaf=lambda part: part is not value)
     if not (len(parts) == 1 and parts[0] is value):
         return _names(value, len(parts)), parts, lambda new: pytree.tree_unflatten(new, spec)

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -42,11 +43,16 @@ def check_inputs(graph: AxisGraph, args: tuple[Any, ...], kwargs: Mapping[str, A
     """DataError for inputs of another number of dimensions, or another kind of numbers, than the example's; PlanError
     as `arranged`."""
     for old, new in zip(pytree.tree_leaves(graph.example), arranged(graph, args, kwargs), strict=True):
-        if isinstance(old, Tensor) and (new.ndim, new.is_floating_point()) != (old.ndim, old.is_floating_point()):
+        if isinstance(old, Tensor) and _kind(new) != _kind(old):
             raise DataError(
                 f"a batch has {_brief(new)} ({new.dtype}), the model was traced with {_brief(old)} ({old.dtype}); give "
                 "batches of such inputs, in a list or a DataLoader: [(images, labels), …]"
             )
+
+
+def _kind(tensor: Tensor) -> tuple[int, bool, bool]:
+    """What batches share with the example; float64 is apart, since arrays of NumPy come in it, and layers refuse it."""
+    return tensor.ndim, tensor.is_floating_point(), tensor.dtype == torch.float64
 
 
 def _like_the_example(graph: AxisGraph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:

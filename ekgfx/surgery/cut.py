@@ -39,7 +39,6 @@ from ekgfx.tracing.traced import TracedModel, check_traced
 Kept = Mapping[Axis, Tensor]
 
 
-@torch.inference_mode(mode=False)  # else what is made in a caller's could never be trained
 def prune(
     model: nn.Module,
     plan: Plan,
@@ -131,6 +130,7 @@ class _How:
     may_replace: bool
 
 
+@torch.inference_mode(mode=False)  # else what is made in a caller's could never be trained
 def _pruned(model: nn.Module, plan: Plan, entire: TracedModel, how: _How) -> tuple[nn.Module, list[str]]:
     """The cut model, settled, and what to tell of its configuration."""
     source, kept = entire.left_by(plan), entire.groups.kept(plan)

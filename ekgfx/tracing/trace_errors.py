@@ -107,6 +107,9 @@ def _place(model: nn.Module, line: tuple[str, int] | None, module: str) -> tuple
         if isinstance(part, torch.jit.ScriptModule):
             made = f"it is TorchScript: put the Python module that {part.original_name} was made of in its place"
             return f"{where}: ", f"{made}, or run it as it is, with leaf=[{module!r}] (--leaf {module})"
+        if isinstance(part, nn.RNNBase):  # what else has no graph there than sequences of several lengths?
+            advice = f"move this {kind} and the packing of its sequences into a sub-module, and name that as leaf"
+            return f"{where}: ", f"{advice}, or pad them alone"
         advice = f"run this {kind} as it is, with leaf=[{module!r}] (--leaf {module})"
     else:
         advice = f"move what has no graph out of {type(model).__name__} into a sub-module, and name that as leaf"

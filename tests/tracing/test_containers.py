@@ -48,6 +48,13 @@ class Cache:
         self.tensors, self.length = list(tensors), len(tensors)
 
 
+class Looking(namedtuple("Looking", "first second")):
+    """Looks at what it is made of, as PyTorch's own packed sequences do."""
+
+    def __new__(cls, first: Tensor, second: Any) -> "Looking":
+        return super().__new__(cls, first.detach(), second)
+
+
 a, b = torch.zeros(2), torch.ones(3)
 
 
@@ -58,6 +65,7 @@ a, b = torch.zeros(2), torch.ones(3)
         ([a, (b, None)], ["0", "1.0"]),
         ({"x": {"y": a}, "n": 3}, ["x.y"]),
         (Pair(a, [b]), ["first", "second.0"]),
+        (Looking(a, [b]), ["first", "second.0"]),
         (Named(logits=a, n=1), ["logits"]),
         (Registered(sample=a), ["sample"]),
         (Frozen(a, {"k": b}), ["logits", "extra.k"]),

@@ -121,3 +121,40 @@ def test_what_is_cut_in_inference_mode_can_be_trained() -> None:
         pruned = ekgfx.prune(model, ekgfx.Plan({"0": range(5)}), traced)
     pruned.train()(IMAGES).sum().backward()
     assert pruned[0].weight.grad is not None
+
+
+class Packed(nn.Module):
+    """Sequences of several lengths, packed outside of what runs them, or inside."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.GRU(8, 6, batch_first=True)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            return self.rnn(packed)[1][-1]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.encoder, self.hidden, self.head = (
+            nn.Linear(4, 8),
+            self.Encoder(),
+            nn.Linear(6, 9),
+            nn.Linear(9, 2),
+        )
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.head(self.hidden(self.encoder(self.first(x), lengths)).relu())
+
+
+def test_packed_sequences_run_in_a_leaf_as_the_message_says() -> None:
+    torch.manual_seed(0)
+    model, given = Packed().double().eval(), (torch.randn(3, 5, 4).double(), torch.tensor([5, 2, 4]))
+    with pytest.raises(TraceError, match="move this GRU and the packing of its sequences into a sub-module, and name"):
+        ekgfx.trace(model, given)
+    traced = ekgfx.trace(model, given, leaf=["encoder"])
+    pruned = ekgfx.prune(model, ekgfx.Plan({"hidden": range(5)}), traced)
+    with torch.no_grad():
+        model.head.weight[:, 5:] = 0
+        assert torch.equal(pruned(*given), model(*given))

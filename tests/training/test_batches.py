@@ -102,6 +102,7 @@ def test_views_of_named_inputs() -> None:
             (IMAGES, LABELS),
             r"a batch has a tensor of shape \(12,\) \(torch.int64\), the model was traced with a tensor",
         ),
+        ([(IMAGES.double(), LABELS)], r"\(torch.float64\), the model was traced with a tensor of .* \(torch.float32\)"),
         (
             [{"image": IMAGES, "mask": IMAGES}],
             r"'image', 'mask', which Net.forward does not take \(it takes pixel_values, gain\)",

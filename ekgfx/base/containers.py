@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-_PLAIN = (str, bytes, int, float, complex, type(None), type, enum.Enum, nn.Module)
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+"""Sizes while a model is exported: they know everything else that the exporter does."""
+_PLAIN = (str, bytes, int, float, complex, type(None), type, enum.Enum, nn.Module, *_SYMBOLS)
 """Values without parts; also those whose attributes are nobody's business."""
 
 

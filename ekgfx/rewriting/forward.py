@@ -289,6 +289,8 @@ class _Writer:
                 continue
             other = value if twin is None else twin.kwargs.get(name, defaults[name])
             texts.append(f"{name}={self.terms.argument(node, name, value, other)}")
+        if any(".shape[" in text for text in texts):
+            return f"sized(torch.ops.{target}, {', '.join(texts)})"
         return f"torch.ops.{target}({', '.join(texts)})"
 
     def _built(self, values: Values, unread: Collection[fx.Node]) -> str:

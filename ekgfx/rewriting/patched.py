@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ekgfx.base.containers import tensors_in
+from ekgfx.rewriting.sized import sized
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def put_forward(module: nn.Module, forward: Forward | None) -> None:
 def name_space(forward: Forward) -> dict[str, Any]:
     """What the source of a forward can name."""
     known = {"torch": torch, "operator": operator, "math": math, "pytree": pytree, "tensors_in": tensors_in}
-    return {**known, **dict(forward.objects)}
+    return {**known, "sized": sized, **dict(forward.objects)}
 
 
 _numbers = itertools.count()

@@ -22,7 +22,7 @@ from ekgfx.rewriting.spelling import attribute, literal, scaled, spelled
 
 SIZES = {"size", "shape", "sizes", "output_size", "start", "end", "length", "split_size", "split_sizes", "repeats"}
 """Arguments that are sizes."""
-RESERVED = {"self", "torch", "math", "operator", "pytree", "tensors_in", "own_forward"}
+RESERVED = {"self", "torch", "math", "operator", "pytree", "tensors_in", "sized", "own_forward"}
 
 
 class Widths(Protocol):

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import ekgfx
 from ekgfx.errors import EkgfxWarning
+from ekgfx.rewriting.sized import sized
 from ekgfx.surgery.check import check_pruned, perturb
 from tests.support.zeroed import distance, zeroed
 
@@ -323,3 +324,33 @@ def test_numbers_made_of_sizes_are_read_where_there_is_no_batch() -> None:
     assert [(r.module, r.sizes) for r in ekgfx.replaced(pruned)] == [("mixing", "any")]
     for inputs in (graph(7, 11), graph(9, 5)):
         assert distance(pruned, zeroed(traced, plan), inputs) < 1e-12
+
+
+class Attends(nn.Module):
+    """Splits one dimension into heads and their widths: its own Python cannot express widths of one head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.qkv, self.out = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 24, 1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        batch, _, height, width = x.shape
+        q, k, v = self.qkv(x).view(batch, 2, 12, height * width).split([4, 4, 4], 2)
+        return self.out((v @ (q.mT @ k).softmax(-1).mT).view(batch, 8, height, width))
+
+
+def test_a_written_forward_follows_sizes_also_under_the_tracer_of_torchscript() -> None:
+    """As older ONNX exports are made (Ultralytics'): a number of the example there would hold for no other batch."""
+    model, images = Attends().eval(), torch.randn(2, 3, 4, 4)
+    traced = ekgfx.trace(model, images)
+    plan = ekgfx.Plan({name: range(group.size // 2) for name, group in traced.groups.items()})
+    pruned = ekgfx.prune(model, plan, traced, graphs="allow")
+    (replacement,) = ekgfx.replaced(pruned)
+    assert replacement.sizes == "any"
+    script = torch.jit.trace(pruned, images)
+    for shape in ((2, 3, 4, 4), (3, 3, 6, 5)):
+        other = torch.randn(shape)
+        torch.testing.assert_close(script(other), pruned(other))
+    part = torch.jit.trace(lambda x: sized(torch.ops.aten.slice.Tensor, x, -1, 1, x.shape[0]), torch.randn(2, 5))
+    assert part(torch.randn(4, 5)).shape == (4, 3)

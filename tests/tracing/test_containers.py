@@ -98,6 +98,20 @@ def test_a_value_that_holds_itself_ends() -> None:
     assert {type(atom) for atom in atoms((torch.float32, [], {"k": 1}))} == {torch.dtype, int}
 
 
+def test_a_size_that_an_exporter_follows_has_no_parts() -> None:
+    """It holds the exporter's own state, with tensors of which the value knows nothing."""
+    found = []
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            found.append(tensors_by_place({"image": Cache(x), "sizes": [x.shape[0]]}))
+            return x + 1
+
+    dynamic = {"x": {0: torch.export.Dim("batch")}}
+    torch.export.export(Net(), (torch.zeros(2, 3),), dynamic_shapes=dynamic, strict=False)
+    assert [list(each) for each in found] == [["image.tensors.0"]] * len(found) and found
+
+
 class Inner(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -147,13 +147,13 @@ def test_unusable_models_are_explained(model: str, message: str) -> None:
             "odd_net:make",
             "cannot import 'odd_net': ModuleNotFoundError: No module named 'odd_net'; did you mean 'odd_net.py:make'?",
         ),
-        ("nets.odd_net:make", "did you mean 'nets/odd_net.py:make'?"),
+        ("odd_nets.odd_net:make", "did you mean 'odd_nets/odd_net.py:make'?"),
         ("last.ckpt", "'last.ckpt' is a file, not a network: if it holds weights, MODEL is the network that they are"),
     ],
 )
 def test_what_lies_in_the_folder_is_meant(model: str, message: str, tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "nets").mkdir()
-    for place in ("odd_net.py", "nets/odd_net.py"):
+    (tmp_path / "odd_nets").mkdir()
+    for place in ("odd_net.py", "odd_nets/odd_net.py"):
         (tmp_path / place).write_text("class Net: ...\n\n\ndef make():\n    return Net()\n")
     (tmp_path / "last.ckpt").touch()
     monkeypatch.chdir(tmp_path)

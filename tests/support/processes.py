@@ -17,7 +17,14 @@ from tests.search import nets
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["tests.support.processes", "tests.support.traced", "ekgfx.search", "ekgfx.training.finetune", "ekgfx.bank", "ekgfx.cli"]
+    [
+        "tests.support.processes",
+        "tests.support.traced",
+        "ekgfx.search",
+        "ekgfx.training.finetune",
+        "ekgfx.bank",
+        "ekgfx.cli",
+    ]
 )
 _READY: dict[str, TracedModel] = {}
 

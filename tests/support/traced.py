@@ -1,5 +1,6 @@
-"""Traces the networks that most processes of `tests.support.processes` ask for, once: in the server that they are forked from,
-which imports this. It computes on one thread, as a fork would wait forever for the threads that it does not have."""
+"""Traces the networks that most processes of `tests.support.processes` ask for, once: in the server that they are
+forked from, which imports this. It computes on one thread, as a fork would wait forever for the threads that it does
+not have."""
 
 import torch
 

@@ -23,11 +23,15 @@ print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc alone is told to keep memory")
-@pytest.mark.parametrize(("variable", "kept"), [("", True), ("MALLOC_TRIM_THRESHOLD_", False)])
-def test_pages_are_used_again(variable: str, kept: bool) -> None:
+def test_pages_are_used_again_unless_the_environment_says_otherwise() -> None:
     own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_PRE"))}
-    own |= {variable: "131072"} if variable else {}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=own, capture_output=True, text=True, check=True)
-    said, faults = done.stdout.split()
-    assert said == str(kept)
-    assert int(faults) < 8 * 16_384 if kept else int(faults) >= 16 * 16_384  # few, or every page every time
+    faults = {}
+    for variables in ({}, {"MALLOC_TRIM_THRESHOLD_": "131072"}):
+        command = [sys.executable, "-c", PROGRAM]
+        done = subprocess.run(command, env=own | variables, capture_output=True, text=True, check=True)
+        kept, number = done.stdout.split()
+        faults[kept] = int(number)
+    assert faults.keys() == {"True", "False"}
+    if faults["False"] < 1_000:
+        pytest.skip("this system maps pages of 2 MiB: there is little to see")
+    assert faults["True"] < faults["False"] / 2

@@ -153,8 +153,7 @@ def measure_latency(
 
 def clock_of(threads: int, *, on_cpu: bool) -> Callable[[], float]:
     """What to time a run by: on a single CPU thread its own time, which is the wall clock's on a machine that does
-    nothing else. Of two networks that take turns on a busy one, the longer is interrupted more often, and seems longer
-    still."""
+    nothing else, and does not count what interrupts it on another."""
     coarse = sys.platform == "win32"  # where a thread's time goes on in steps of 16 ms
     return time.thread_time if on_cpu and threads == 1 and not coarse else time.perf_counter
 

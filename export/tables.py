@@ -93,9 +93,13 @@ def parity_text(parity: Parity) -> str:
     )
 
 
-def _title(measured: LatencyTable) -> str:
+def places(measured: LatencyTable) -> list[str]:
+    """Where it was timed: the processor and its threads, the GPU, as far as it is known."""
     facts = measured.environment
-    places = [f"{facts['cpu']}, {several(int(facts['threads']), 'thread')}"]
-    if "gpu" in facts:
-        places.append(facts["gpu"])
-    return f"Latency · {' · '.join(places)} · onnxruntime {facts['onnxruntime']}"
+    threads = [several(int(facts["threads"]), "thread")] if "threads" in facts else []
+    processor = ", ".join([facts.get("cpu", "CPU"), *threads])
+    return [processor, *([facts["gpu"]] if "gpu" in facts else [])]
+
+
+def _title(measured: LatencyTable) -> str:
+    return f"Latency · {' · '.join(places(measured))} · onnxruntime {measured.environment['onnxruntime']}"

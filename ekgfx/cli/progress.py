@@ -9,7 +9,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 from ekgfx.bank import Progress as BankProgress
-from ekgfx.base.units import several
 from ekgfx.cli.render import duration, notes, percent
 from ekgfx.repair.walk import LayerRepair
 from ekgfx.search import Step
@@ -71,7 +70,7 @@ class Terminal:
         facts = [f"step {step.number:3}", f"{step.kept_fraction:6.1%} kept ({budget})"]
         facts += [f"{name} −{len(removed)}" for name, removed in list(step.removed.items())[:1]]
         if len(step.removed) > 1:
-            facts[-1] = several(len(step.removed), "group")
+            facts[-1] = f"{len(step.removed)} groups"
         facts += [f"without {name}" for name in step.dropped]
         if measure.loss is not None:
             facts.append(f"loss {measure.loss:.4f}")

@@ -3,7 +3,7 @@
 from xml.etree.ElementTree import Element
 
 from ekgfx.base.units import human, percent, several
-from ekgfx.export.tables import speedup_text
+from ekgfx.export.tables import places, speedup_text
 from ekgfx.report import charts
 from ekgfx.report.facts import Facts
 from ekgfx.report.markup import element
@@ -68,15 +68,8 @@ def latency(facts: Facts) -> Element | None:
         rows.append([case, timing.network, *figures])
     chart = charts.bars("median latency", list(cases.items()), lambda value: f"{value:.3g} ms")
     listed = table(["where", "network", "median", "95th percentile", "runs", "speed-up (95% range)"], rows, texts=2)
-    facts_said = measured.environment
-    places = [
-        facts_said.get("gpu"),
-        f"{facts_said.get('cpu', 'CPU')}, {several(int(facts_said.get('threads', 0)), 'thread')}",
-    ]
-    said = (
-        f"ONNX Runtime {facts_said.get('onnxruntime', '')} on {', '.join(filter(None, places))}; both networks "
-        "in turn, run by run."
-    )
+    runtime, where = measured.environment.get("onnxruntime", ""), ", ".join(places(measured))
+    said = f"ONNX Runtime {runtime} on {where}; both networks in turn, run by run."
     card = figure("Median", chart)
     card.set("class", "card lone")
     note = element("p", f"{measured.note}.", class_="note") if measured.note else None

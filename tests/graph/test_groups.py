@@ -2,7 +2,6 @@
 
 import copy
 import math
-import random
 
 import pytest
 import torch
@@ -14,13 +13,7 @@ from ekgfx.errors import PlanError, PruneError
 from ekgfx.surgery.check import check_pruned, differences, perturb, relative_error
 from ekgfx.surgery.masked import check_masked
 from tests.support.models import HAND_DERIVED, Concat, GroupNormed, Residual, Tied, TwoInputs, example
-
-
-def random_plan(traced: ekgfx.TracedModel, seed: int) -> ekgfx.Plan:
-    rng = random.Random(seed)
-    return ekgfx.Plan(
-        {n: tuple(sorted(rng.sample(range(g.size), rng.randint(1, g.size)))) for n, g in traced.groups.items()}
-    )
+from tests.support.plans import random_plan
 
 
 @pytest.fixture(params=HAND_DERIVED, ids=lambda cls: cls.__name__, scope="module")

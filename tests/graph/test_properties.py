@@ -1,7 +1,5 @@
 """Random networks, random plans: every cut is exact."""
 
-import random
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -10,6 +8,7 @@ import ekgfx
 from ekgfx.surgery.check import check_pruned, perturb
 from ekgfx.surgery.masked import check_masked
 from tests.support.networks import RandomNet, specs
+from tests.support.plans import random_plan
 
 RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
 
@@ -21,10 +20,7 @@ def check(spec: tuple) -> None:
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     traced = ekgfx.trace(model, x)
     assert not traced.unknown_ops
-    rng = random.Random(1)
-    plan = ekgfx.Plan(
-        {n: tuple(sorted(rng.sample(range(g.size), rng.randint(1, g.size)))) for n, g in traced.groups.items()}
-    )
+    plan = random_plan(traced, 1)
     assert check_masked(traced, plan, (x,)) < 1e-9
     pruned = ekgfx.prune(model, plan, traced)
     assert check_pruned(traced, plan, pruned, (torch.randn(3, 3, 4, 4, dtype=torch.float64),)) < 1e-9

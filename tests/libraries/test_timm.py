@@ -1,7 +1,6 @@
 """Real architectures: exact cuts of the networks that the README names, and one network per mechanism."""
 
 import copy
-import random
 
 import pytest
 import timm
@@ -11,6 +10,7 @@ import ekgfx
 from ekgfx.surgery.check import check_pruned, perturb
 from ekgfx.surgery.masked import check_masked
 from tests.support.costs import counted_macs, said_macs
+from tests.support.plans import random_plan
 
 NAMED = [
     "resnet18",
@@ -52,10 +52,7 @@ def test_random_plans_are_exact(name: str) -> None:
     x = torch.randn(2, *shape, dtype=torch.float64)
     traced = ekgfx.trace(model, x)
     assert not traced.unknown_ops
-    rng = random.Random(0)
-    plan = ekgfx.Plan(
-        {n: tuple(sorted(rng.sample(range(g.size), rng.randint(1, g.size)))) for n, g in traced.groups.items()}
-    )
+    plan = random_plan(traced, 0)
     assert check_masked(traced, plan, (x,)) < 1e-10
     pruned = ekgfx.prune(model, plan, traced)  # traces the result again: shapes, MACs and parameters as predicted
     assert type(pruned) is type(model)

@@ -12,9 +12,9 @@ from torch import nn
 import ekgfx
 from ekgfx.rewriting.patched import forward_of
 from ekgfx.surgery.check import perturb, relative_error
-from tests.graph.test_groups import random_plan
 from tests.rewriting.test_replaced import Shares
 from tests.support.models import HAND_DERIVED, example
+from tests.support.plans import random_plan
 
 
 @pytest.mark.parametrize("cls", HAND_DERIVED, ids=lambda cls: cls.__name__)

@@ -2,16 +2,20 @@
 
     python benchmarks/repair.py questions finetune resnet20 --images cifar10:DIR \
         --weights resnet20-cifar10.safetensors --output benchmarks/results/repair_questions.jsonl
+    python benchmarks/repair.py questions finetune resnet56 --images cifar10:DIR --weights weights_pretrained.npz \
+        --history benchmarks/results/repair_resnet56.history.jsonl --keep 0.45 --count 500 --train-images 5000 \
+        --epochs 0 1 4 10 --output benchmarks/results/repair_questions.jsonl
     python benchmarks/repair.py questions potential digits --images digits --train-images 800 \
         --output benchmarks/results/repair_questions.jsonl
     python benchmarks/repair.py questions polish digits --images digits --train-images 800 \
         --output benchmarks/results/repair_questions.jsonl
 
-finetune: from the repaired network or from the one with BatchNorm's averages corrected, same plan (L1, uniform),
-images and epochs. potential: sub-networks of equal MACs with random widths; what tells before training which will be
-good after it? polish: from EKG's plan, a step of width goes from one group to another and is kept where the cost is
-within the budget and the network better, which is judged repaired, or with its averages corrected, by the KL divergence
-from the unpruned network on training images that neither the repair nor the search saw.
+finetune: from the repaired network or from the one with BatchNorm's averages corrected, same plan (L1, uniform; or that
+of a search, by its `--history`), images and epochs. potential: sub-networks of equal MACs with random widths; what
+tells before training which will be good after it? polish: from EKG's plan, a step of width goes from one group to
+another and is kept where the cost is within the budget and the network better, which is judged repaired, or with its
+averages corrected, by the KL divergence from the unpruned network on training images that neither the repair nor the
+search saw.
 
 The network for digits is trained first (20 epochs, seed 0), which takes a few seconds. A line of the output is one
 network; one that is there is not measured again.
@@ -21,19 +25,21 @@ import argparse
 import functools
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import Lines, chosen, environment
 from parts import ranking_cut
+from plans import from_history
 from torch import nn
 
 import ekgfx
 from ekgfx import data as datasets
 from ekgfx.data.batches import Inputs
 from ekgfx.graph.plan import Plan
-from ekgfx.models import digits_cnn, resnet20_cifar
+from ekgfx.models import digits_cnn, resnet20_cifar, resnet56_cifar_projection
 from ekgfx.repair.judge import Judge
 from ekgfx.search.candidates import important_first
 from ekgfx.search.importance_peers import magnitude
@@ -45,6 +51,7 @@ from ekgfx.training.evaluation import evaluate
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float]] = {
     "digits": (digits_cnn, (2, 1, 8, 8), 0.05),
     "resnet20": (resnet20_cifar, (2, 3, 32, 32), 0.02),
+    "resnet56": (resnet56_cifar_projection, (2, 3, 32, 32), 0.01),
 }
 """Network, its input, the learning rate that it is fine-tuned with."""
 
@@ -55,9 +62,9 @@ class Subject:
 
     def __init__(self, asked: argparse.Namespace, seed: int) -> None:
         build, shape, self.rate = NETWORKS[asked.network]
-        mean, std = ranking_cut.NORMAL[asked.network]
         self.asked, self.seed = asked, seed
-        self.data = datasets.load(asked.images, mean=mean, std=std, seed=seed, classes=10)
+        normal: Any = build().pretrained_cfg
+        self.data = datasets.load(asked.images, mean=normal["mean"], std=normal["std"], seed=seed, classes=10)
         model = ranking_cut.trained(build, self.data, asked.weights)
         self.traced = ekgfx.trace(model, torch.zeros(shape))
         order = torch.randperm(self.data.size("train"), generator=torch.Generator().manual_seed(seed))
@@ -134,6 +141,8 @@ def finetune(asked: argparse.Namespace) -> Rows:
 
     @functools.cache
     def plan(seed: int) -> Plan:
+        if asked.history:
+            return from_history(subject(seed).traced, Path(asked.history), asked.keep)
         return ekgfx.search(subject(seed).traced, flops=asked.keep, strategy="uniform", importance="magnitude").plan
 
     def measure(seed: int, repaired: bool, epochs: int) -> dict[str, Any]:
@@ -278,6 +287,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("network", choices=list(NETWORKS))
     parser.add_argument("--images", required=True, help="data SPEC")
     parser.add_argument("--weights", help="none: it is trained first")
+    parser.add_argument("--history", help="finetune: steps of a search, as JSON lines  [default: L1, uniform]")
     parser.add_argument("--output", required=True, help="JSON lines")
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--count", type=int, default=200, help="images to repair on")

@@ -50,8 +50,21 @@ class Inputs(NamedTuple):
         return next((len(tensor) for tensor in tensors), 0)
 
     def into(self, network: Any) -> Any:
-        """What a model, or anything else that is called as it is, makes of them."""
-        return network(*self.args, **self.kwargs)
+        """What a model, or anything else that is called as it is, makes of them.
+
+        Raises DataError where a model fails whose weights are of another precision.
+        """
+        try:
+            return network(*self.args, **self.kwargs)
+        except RuntimeError as error:
+            of_weights = precisions(network.parameters()) if isinstance(network, nn.Module) else set()
+            others = precisions(pytree.tree_leaves(tuple(self))) - of_weights
+            if not of_weights or not others:
+                raise
+            raise DataError(
+                f"a batch has numbers of {_names(others)}, the weights of {type(network).__name__} are of "
+                f"{_names(of_weights)}; convert the batch, such as images.to({_names(of_weights)})"
+            ) from error
 
     def channels_last(self) -> "Inputs":
         """The same inputs, images with their channels last in memory."""
@@ -232,9 +245,18 @@ def device_of(model: nn.Module) -> torch.device:
 
 def half_of(model: nn.Module) -> torch.dtype | None:
     """The half precision that all of a model's parameters are in; None where they are not."""
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    dtypes = precisions(model.parameters())
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     return dtype if dtype in HALF else None
+
+
+def precisions(values: Iterable[Any]) -> set[torch.dtype]:
+    """The floating types among these tensors."""
+    return {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return " and ".join(sorted(map(str, dtypes)))
 
 
 def to_device(value: Any, device: torch.device) -> Any:

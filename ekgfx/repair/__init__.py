@@ -17,6 +17,7 @@ from ekgfx.axes import Axis
 from ekgfx.base.units import several
 from ekgfx.errors import PruneError
 from ekgfx.execution.subnetwork import BATCH_NORM, SubNetwork, slice_weights
+from ekgfx.graph.arguments import check_inputs
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.graph.plan import Plan
 from ekgfx.repair.batch_norm import Estimate, settle, state, write
@@ -113,7 +114,7 @@ def repair(
         What was done, and what it brought, in figures that need no labels.
 
     Raises:
-        PlanError: the plan does not fit the traced model.
+        PlanError: the plan does not fit the traced model, or that was traced with other arguments than a batch gives.
         PruneError: the pruned network is not what the plan leaves.
         DataError: the model does not take such inputs.
 
@@ -127,6 +128,7 @@ def repair(
     with torch.no_grad(), evaluation_mode(pruned):
         if not given.fit or not given.held:
             return _nothing(given, start)
+        check_inputs(traced, *given.fit[0])
         weights, left = _weights(pruned, traced, kept, plan), traced.left_by(plan)
         judge = Judge(SubNetwork(traced, {}), given.held)
         before = judge(pruned)

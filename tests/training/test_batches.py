@@ -116,6 +116,32 @@ def test_what_is_no_batch_is_said_in_a_line(batches: Any, says: str) -> None:
         ekgfx.search(traced, batches, flops=0.6)
 
 
+def test_batches_of_another_precision_are_said_in_a_line() -> None:
+    """NumPy's numbers are of double precision unless one says otherwise."""
+    model, batches = Net().eval(), [(IMAGES.double(), LABELS)]
+    traced = ekgfx.trace(model, IMAGES)
+    plan = ekgfx.search(traced, flops=0.6, strategy="uniform", importance="magnitude").plan
+    said = (
+        r"torch.float64, the weights of Net are of torch.float32; convert the batch, such as images.to\(torch.float32"
+    )
+    for use in (
+        lambda: ekgfx.finetune(ekgfx.prune(model, plan, traced), batches, epochs=1),
+        lambda: ekgfx.calibrate(ekgfx.prune(model, plan, traced), batches),
+    ):
+        with pytest.raises(DataError, match=said):
+            use()
+    with pytest.raises(DataError, match=r"\(torch.float64\), the model was traced with .* \(torch.float32\)"):
+        ekgfx.repair(ekgfx.prune(model, plan, traced), traced, plan, batches)
+
+
+def test_a_model_that_converts_its_batch_is_left_alone() -> None:
+    class Converting(Net):
+        def forward(self, pixel_values: Tensor, gain: Tensor | None = None) -> Any:
+            return super().forward(pixel_values.float(), gain)
+
+    assert ekgfx.finetune(Converting(), [(IMAGES.double(), LABELS)], epochs=1, lr=1e-3)
+
+
 def test_a_data_set_is_no_loader() -> None:
     with pytest.raises(DataError, match=r"a Data gives its batches with .loader\('train', batch_size\)"):
         ekgfx.search(ekgfx.trace(Net().eval(), IMAGES), ekgfx.data.load("digits"), flops=0.6)

@@ -2,11 +2,12 @@
 `python benchmarks/repair.py PART --help` says what a part measures."""
 
 from common import program
-from parts import repair_gain, repair_questions
+from parts import repair_gain, repair_questions, repair_scale
 
 PARTS = {
     "gain": repair_gain,
     "questions": repair_questions,
+    "scale": repair_scale,
 }
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python benchmarks/search.py depth resnet20_cifar --weights resnet20-cifar10.safetensors --data cifar10:DIR \
         --keep 0.6 --target cpu:fp32:batch=1:threads=1 --output benchmarks/results/depth.jsonl
 
-`digits` is a small residual network that is trained first, on scikit-learn's digits; any other name is a factory of
-`ekgfx.models`, with its weights and its data.
+`digits` is a small residual network that is trained first, on scikit-learn's digits; `vit` is the one that
+`benchmarks/repair.py gain vit --train 8` trains on CIFAR-10; any other name is a factory of `ekgfx.models`, with its
+weights and its data.
 
 Three searches: the paper's; the same with steps that minimise the reward lost for the MACs saved; and that with
 residual blocks as further candidates. The second one tells what the ranking does by itself. Beside them stand random
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from common import Lines, chosen, environment
 from gpu.latency import layer_table
+from parts import repair_gain
 from torch import Tensor, nn
 
 import ekgfx
@@ -72,10 +74,12 @@ def subject(asked: argparse.Namespace) -> tuple[nn.Module, ekgfx.data.Data]:
         model = Digits()
         ekgfx.finetune(model, data, epochs=8, batch_size=64, lr=0.1, seed=asked.seed)
         return model.eval(), data
-    model = getattr(models, asked.network)().eval()
+    vit = asked.network == "vit"
+    model = (repair_gain.small_vit if vit else getattr(models, asked.network))().eval()
     load_weights(model, Path(asked.weights))
-    normal: Any = model.pretrained_cfg
-    return model, load_data(asked.data, mean=normal["mean"], std=normal["std"], seed=asked.seed)
+    normal: Any = None if vit else model.pretrained_cfg
+    mean, std = repair_gain.NORMAL if vit else (normal["mean"], normal["std"])
+    return model, load_data(asked.data, mean=mean, std=std, seed=asked.seed)
 
 
 def searched(model: nn.Module, example: Tensor, batches: list[Any], way: str, asked: argparse.Namespace) -> Any:
@@ -165,7 +169,7 @@ def main(asked: argparse.Namespace) -> None:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("network", help="digits, or a factory of ekgfx.models")
+    parser.add_argument("network", help="digits, vit, or a factory of ekgfx.models")
     parser.add_argument("--weights")
     parser.add_argument("--data", metavar="SPEC")
     parser.add_argument("--keep", type=float, default=0.6, help="fraction of the MACs, or of the milliseconds")

@@ -27,7 +27,7 @@ import copy
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,10 +205,10 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Rank correlations of what is known before with what comes after, and their 95% bootstrap intervals."""
     found: dict[str, Any] = {"subnetworks": len(lines)}
     for after in POTENTIALS:
-        drawn = {name: list(resampled(lines, name, after)) for name in PREDICTORS}
+        drawn = {name: resampled(lines, name, after) for name in PREDICTORS}
         found[after] = {name: [rank(lines, name, after), *interval(drawn[name])] for name in PREDICTORS}
         for name in PREDICTORS.keys() - {"validation"}:
-            gap = np.subtract(drawn[name], drawn["validation"])
+            gap = drawn[name] - drawn["validation"]
             found[after][f"{name} - validation"] = [float(np.nanmedian(gap)), *interval(gap)]
     return found
 
@@ -217,17 +217,18 @@ def rank(lines: Sequence[dict[str, Any]], name: str, after: str) -> float:
     return float(spearmanr([line[name] for line in lines], [line[after] for line in lines]).statistic)
 
 
-def interval(values: Sequence[float]) -> list[float]:
+def interval(values: np.ndarray) -> list[float]:
     return list(np.nanpercentile(values, [2.5, 97.5]).tolist())
 
 
-def resampled(lines: Sequence[dict[str, Any]], name: str, after: str) -> Iterator[float]:
+def resampled(lines: Sequence[dict[str, Any]], name: str, after: str) -> np.ndarray:
     """The correlation in resamples of the sub-networks, the same resamples for every name."""
-    draw = np.random.default_rng(0)
     values = np.array([[line[name], line[after]] for line in lines])
-    for _ in range(RESAMPLES):
-        ranks = rankdata(values[draw.integers(0, len(values), len(values))], axis=0)
-        yield float(np.corrcoef(ranks.T)[0, 1]) if (ranks.std(0) > 0).all() else float("nan")
+    ranks = rankdata(values[np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))], axis=1)
+    ranks -= ranks.mean(1, keepdims=True)
+    spread = np.sqrt(np.square(ranks).sum(1).prod(1))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(ranks.prod(2).sum(1) / spread)  # no number where a resample is of one sub-network alone
 
 
 def draw(lines: Sequence[dict[str, Any]], path: Path, asked: argparse.Namespace) -> None:

@@ -3,8 +3,8 @@
     python benchmarks/repair.py questions finetune resnet20 --images cifar10:DIR \
         --weights resnet20-cifar10.safetensors --output benchmarks/results/repair_questions.jsonl
     python benchmarks/repair.py questions finetune resnet56 --images cifar10:DIR --weights weights_pretrained.npz \
-        --history benchmarks/results/repair_resnet56.history.jsonl --keep 0.45 --count 500 --train-images 5000 \
-        --epochs 0 1 4 10 --output benchmarks/results/repair_questions.jsonl
+        --history benchmarks/results/repair_resnet56.history.jsonl --keep 0.45 --count 500 --train-images 2500 \
+        --test-images 5000 --epochs 0 1 4 10 --output benchmarks/results/repair_questions.jsonl
     python benchmarks/repair.py questions potential digits --images digits --train-images 800 \
         --output benchmarks/results/repair_questions.jsonl
     python benchmarks/repair.py questions polish digits --images digits --train-images 800 \
@@ -51,7 +51,7 @@ from ekgfx.training.evaluation import evaluate
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float]] = {
     "digits": (digits_cnn, (2, 1, 8, 8), 0.05),
     "resnet20": (resnet20_cifar, (2, 3, 32, 32), 0.02),
-    "resnet56": (resnet56_cifar_projection, (2, 3, 32, 32), 0.01),
+    "resnet56": (resnet56_cifar_projection, (2, 3, 32, 32), 0.002),
 }
 """Network, its input, the learning rate that it is fine-tuned with."""
 
@@ -118,6 +118,7 @@ class Subject:
                 lr=self.rate,
                 batch_size=64,
                 schedule="cosine",
+                channels_last=True,
                 seed=self.seed,
                 val_fraction=0,
             )

@@ -18,6 +18,11 @@ from torch.overrides import TorchFunctionMode
 from ekgfx.base.lines import asking, shown
 
 
+BEFORE_BRANCH = ("COMPARE_OP", "TO_BOOL", "CACHE", "EXTENDED_ARG", "NOT_TAKEN")
+"""Where the code may be as it asks, and what may stand between that and the branch: up to Python 3.12 the branch itself
+asks, later TO_BOOL before it, or the comparison that it is about."""
+
+
 @contextlib.contextmanager
 def checks_hold(answered: list[str]) -> Iterator[None]:
     """While this is open, a truth value that is not known is the one with which the code that asks does not raise.
@@ -71,7 +76,7 @@ def _harmless(frame: FrameType) -> bool | None:
     code = list(dis.get_instructions(frame.f_code))
     places = {step.offset: i for i, step in enumerate(code)}
     here = places[frame.f_lasti]
-    while code[here].opname in ("TO_BOOL", "CACHE", "EXTENDED_ARG", "NOT_TAKEN"):
+    while code[here].opname in BEFORE_BRANCH:
         here += 1
     branch = code[here]
     if not branch.opname.startswith("POP_JUMP") or not branch.opname.endswith(("IF_TRUE", "IF_FALSE")):

@@ -50,6 +50,12 @@ def test_what_activations_bring_is_what_was_measured() -> None:
     assert line["blind"] and shown in " ".join(page().split())
 
 
+def test_the_cost_of_large_networks_is_what_was_measured() -> None:
+    found = json.loads((ROOT / "benchmarks/results/repair_scale.json").read_text())["networks"]
+    for name, row in found.items():
+        assert f"| {name} | {row['operators']} | {row['cpu_seconds'] / 60:.1f} | {row['peak_gb']:.1f} |" in page()
+
+
 QUESTIONS = lines("repair_questions")
 
 

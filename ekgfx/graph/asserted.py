@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 
 from ekgfx.base.lines import asking, shown
 
-
 BEFORE_BRANCH = ("COMPARE_OP", "TO_BOOL", "CACHE", "EXTENDED_ARG", "NOT_TAKEN")
 """Where the code may be as it asks, and what may stand between that and the branch: up to Python 3.12 the branch itself
 asks, later TO_BOOL before it, or the comparison that it is about."""

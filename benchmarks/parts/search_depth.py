@@ -74,11 +74,12 @@ def subject(asked: argparse.Namespace) -> tuple[nn.Module, ekgfx.data.Data]:
         model = Digits()
         ekgfx.finetune(model, data, epochs=8, batch_size=64, lr=0.1, seed=asked.seed)
         return model.eval(), data
-    vit = asked.network == "vit"
-    model = (repair_gain.small_vit if vit else getattr(models, asked.network))().eval()
-    load_weights(model, Path(asked.weights))
-    normal: Any = None if vit else model.pretrained_cfg
-    mean, std = repair_gain.NORMAL if vit else (normal["mean"], normal["std"])
+    if asked.network == "vit":
+        model, (mean, std) = repair_gain.small_vit(), repair_gain.NORMAL
+    else:
+        model = getattr(models, asked.network)()
+        mean, std = (model.pretrained_cfg[key] for key in ("mean", "std"))
+    load_weights(model.eval(), Path(asked.weights))
     return model, load_data(asked.data, mean=mean, std=std, seed=asked.seed)
 
 

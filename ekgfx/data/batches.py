@@ -61,9 +61,10 @@ class Inputs(NamedTuple):
             others = precisions(pytree.tree_leaves(tuple(self))) - of_weights
             if not of_weights or not others:
                 raise
+            found, wanted = (sorted(map(str, dtypes)) for dtypes in (others, of_weights))
             raise DataError(
-                f"a batch has numbers of {_names(others)}, the weights of {type(network).__name__} are of "
-                f"{_names(of_weights)}; convert the batch, such as images.to({_names(of_weights)})"
+                f"a batch has numbers of {' and '.join(found)}, the weights of {type(network).__name__} are of "
+                f"{' and '.join(wanted)}; convert the batch, such as images.to({wanted[0]})"
             ) from error
 
     def channels_last(self) -> "Inputs":
@@ -253,10 +254,6 @@ def half_of(model: nn.Module) -> torch.dtype | None:
 def precisions(values: Iterable[Any]) -> set[torch.dtype]:
     """The floating types among these tensors."""
     return {value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()}
-
-
-def _names(dtypes: Iterable[torch.dtype]) -> str:
-    return " and ".join(sorted(map(str, dtypes)))
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -159,7 +159,8 @@ def open_clip_networks() -> dict[str, Make]:
             parts = {"vision_cfg": {"image_size": 32, **vision}, "text_cfg": text, **more}
             made = getattr(open_clip, kind)(embed_dim=width, **parts)
             if kind == "CoCa":
-                made.text_decoder.init_parameters()  # its class leaves the projection as memory happens to be
+                # its class leaves it as memory happens to be, and has a method for it that fails
+                torch.nn.init.normal_(made.text_decoder.text_projection, std=0.1)
 
             def inputs(batch: int, another: bool) -> tuple[Any, ...]:
                 draw = torch.Generator().manual_seed(batch)

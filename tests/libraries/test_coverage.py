@@ -58,3 +58,17 @@ def test_the_page_shows_what_was_measured_of_other_libraries() -> None:
         some = [row for row in rows if row["model"].startswith(f"{library}:")]
         assert {row["model"] for row in some} <= {*coverage_libraries.LIBRARIES[library].names()}
         assert coverage_libraries.table(some).strip() in page, library
+
+
+def test_the_readme_counts_other_libraries_as_they_were_measured() -> None:
+    rows = list(Lines(ROOT / "benchmarks" / "results" / "coverage-libraries.jsonl"))
+    cut = [row for row in rows if row["status"] == "ok"]
+    exact = sum(max(row["masked"], row["batch"]) < coverage_libraries.TOLERANCE for row in cut)
+    training, size = (sum(row[column] == "" for row in cut) for column in ("training", "size"))
+    exported = [row["onnx"] == "" for row in cut if row["onnx"] is not None]
+    said = (
+        f"{exact} cut exactly, {training} right in training, {sum(row['class'] for row in cut)} with their class, {size} right "
+        f"at another size, {sum(row['size'] == 'fixed' for row in cut)} others take none; {sum(exported)} of {len(exported)}"
+    )
+    page = (ROOT / "README.md").read_text()
+    assert f"| {len(rows)} networks of" in page and said in page

@@ -66,9 +66,10 @@ def test_the_readme_counts_other_libraries_as_they_were_measured() -> None:
     exact = sum(max(row["masked"], row["batch"]) < coverage_libraries.TOLERANCE for row in cut)
     training, size = (sum(row[column] == "" for row in cut) for column in ("training", "size"))
     exported = [row["onnx"] == "" for row in cut if row["onnx"] is not None]
+    kept, fixed = sum(row["class"] for row in cut), sum(row["size"] == "fixed" for row in cut)
     said = (
-        f"{exact} cut exactly, {training} right in training, {sum(row['class'] for row in cut)} with their class, {size} right "
-        f"at another size, {sum(row['size'] == 'fixed' for row in cut)} others take none; {sum(exported)} of {len(exported)}"
+        f"{exact} cut exactly, {training} right in training, {kept} with their class, {size} right at another size, "
+        f"{fixed} others take none; {sum(exported)} of {len(exported)}"
     )
     page = (ROOT / "README.md").read_text()
     assert f"| {len(rows)} networks of" in page and said in page

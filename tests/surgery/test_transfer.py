@@ -18,7 +18,8 @@ PLAN = ekgfx.Plan({"stem.0": (0, 2, 3, 6), "wide.0": (1, 2, 5, 7, 8)})
 
 def network() -> nn.Module:
     def block(taken: int, given: int) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(taken, given, 3, padding=1), nn.BatchNorm2d(given), nn.ReLU())
+        # A bias before a BatchNorm has no gradient but rounding, of which AdamW and RMSprop make whole steps.
+        return nn.Sequential(nn.Conv2d(taken, given, 3, padding=1, bias=False), nn.BatchNorm2d(given), nn.ReLU())
 
     torch.manual_seed(0)
     parts = {"stem": block(2, 8), "wide": block(8, 10), "pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten()}

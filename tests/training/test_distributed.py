@@ -173,7 +173,7 @@ def test_training_that_lost_a_process_goes_on(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
     results = [read_manifest(tmp_path / run)["results"] for run in ("run", "one")]
     assert results[0]["searched"] == results[1]["searched"]
-    assert results[0]["finetuned"]["accuracy"] == pytest.approx(results[1]["finetuned"]["accuracy"], abs=0.01)
+    assert results[0]["finetuned"]["accuracy"] == pytest.approx(results[1]["finetuned"]["accuracy"], abs=0.03)
 
 
 @PROC

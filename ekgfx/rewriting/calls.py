@@ -32,6 +32,7 @@ from ekgfx.graph.quiet import quiet
 from ekgfx.graph.returns import tensors_returned
 from ekgfx.graph.tables import is_table
 from ekgfx.graph.untouched import deep_copy, untouched
+from ekgfx.rewriting.branches import Branch, branching
 from ekgfx.rewriting.marks import MARK, Values, filled, marked
 from ekgfx.rewriting.told import told
 
@@ -42,7 +43,7 @@ class ModuleCall:
 
     passed: its (args, kwargs), as nodes of the caller; given: the same, as the nodes that it reads. returned: its
     result; results: the same, as the nodes that the caller reads. steps: its own operators and the calls that it makes,
-    in order.
+    in order. branches: what its own Python decided by sizes.
     """
 
     path: str
@@ -51,6 +52,7 @@ class ModuleCall:
     returned: Values | None = None
     results: Values | None = None
     steps: list["fx.Node | ModuleCall"] = field(default_factory=list)
+    branches: list[Branch] = field(default_factory=list)
 
     def all(self) -> Iterator["ModuleCall"]:
         """This call and all that are made in it."""
@@ -124,7 +126,7 @@ def calls_of(
     args, kwargs = _others_of_the_same(example)
     problem: Exception | None = None
     for free, shapes in _dynamic(model, args, kwargs, most):
-        recorded: list[tuple[str, bool, list[Any], pytree.TreeSpec]] = []
+        recorded: list[tuple[str, bool, list[Any], pytree.TreeSpec] | Branch] = []
         asked: list[None] = []
         decided: dict[str, dict[str, None]] = {}
         running: list[str] = []
@@ -143,6 +145,7 @@ def calls_of(
             marks,
             checks_hold([]),
             told(exported, asked, decisions, deciding),
+            branching(recorded.append),
             drawing or contextlib.nullcontext(),
             quiet(),
         ):
@@ -210,7 +213,9 @@ def _read(model: nn.Module, program: torch.export.ExportedProgram, recorded: lis
             if _does(node):
                 running[-1].steps.append(node)
             continue
-        path, begins, kinds, spec = next(marks)
+        while isinstance(mark := next(marks), Branch):
+            running[-1].branches.append(mark)
+        path, begins, kinds, spec = mark
         inside = {user.args[1]: user for user in node.users if user.target is operator.getitem}
         taken.update(inside.values())
         before, after = (

@@ -85,10 +85,10 @@ def _writers(
 def _source(path: str, writers: Sequence["_Writer"], leaves_training: bool) -> str:
     """The forward: a body for every kind of call that was seen; others are refused. leaves_training: that is left to
     the module's own forward."""
-    values = " or ".join(dict.fromkeys(writer.head.values() for writer in writers))
+    values = " or ".join(dict.fromkeys(writer.values() for writer in writers))
     refusal = (
         f"ekgfx replaced the forward of {path or 'the model'} when it pruned, for {values} as in the example: "
-        "trace with an example that is called as it is used"
+        "trace with an example that is called as it is used, or with further ones (also=)"
     )
     raising = f"raise NotImplementedError({refusal!r})"
     lines = [writers[0].head.line]
@@ -137,6 +137,7 @@ class _Writer:
         self.modules = {id(m): name for name, m in reversed([*module.named_modules(remove_duplicate=False)])}
         self.head = Head(module, path, call)
         self.conditions = self.head.conditions()
+        self.decided_by_size: dict[str, str] = {}
         self.notes: dict[str, None] = {}
         self.lines = self._lines()
         self._note_decisions()
@@ -153,6 +154,10 @@ class _Writer:
         """The module, and those in it whose operators stand here."""
         within = f"{self.path}." if self.path else ""
         return {self.path, *(name for name in self.inline if name.startswith(within))}
+
+    def values(self) -> str:
+        """What a call must be like, for people."""
+        return ", ".join(filter(None, (self.head.values(), *self.decided_by_size.values())))
 
     def excludes(self, other: "_Writer") -> bool:
         """Whether no call is like both."""
@@ -187,6 +192,18 @@ class _Writer:
         }
         if fixed:
             self.notes[f"it decides as in the example, where {'; '.join(fixed)}"] = None
+
+    def _decided_by_size(self, call: ModuleCall) -> dict[str, str]:
+        """What of the sizes that it is given decides the way through its own Python: relation → condition."""
+        found = {}
+        for inner in call.all():
+            for branch in inner.branches if inner.path in self.written_here else ():
+                relation = self.terms.relation(branch.relation)
+                if relation is not None:
+                    found[relation] = relation if branch.holds else self.terms.relation(~branch.relation) or ""
+        if found:
+            self.notes[f"it goes the example's way, where {' and '.join(found.values())}"] = None
+        return found
 
     # -- the body ---------------------------------------------------------------------------------------------------
 
@@ -231,6 +248,9 @@ class _Writer:
         for leaf, path in zip(call.given.leaves, call.given.paths, strict=True):
             terms.name_all(leaf, self.head.accessor(path) if isinstance(leaf, fx.Node | Held) else "")
         terms.settle(self.module)
+        if call is self.call:
+            self.decided_by_size = self._decided_by_size(call)
+            self.conditions |= self.decided_by_size
         for i, (kind, place, what) in enumerate(steps):
             twin = others[i] if others is not None else None
             if (what if kind == "op" else place) in unread:

@@ -82,6 +82,10 @@ def spelled(expr: Any, known: Mapping[Any, str]) -> str:
     parts = [spelled(part, known) for part in expr.args]
     if expr.is_Add or expr.is_Mul:
         return f"({(' + ' if expr.is_Add else ' * ').join(parts)})"
+    if expr.is_Relational:
+        return f"({parts[0]} {expr.rel_op} {parts[1]})"
+    if kind in ("And", "Or"):
+        return f"({f' {kind.lower()} '.join(parts)})"
     if kind in _FUNCTIONS:
         return f"({f' {_FUNCTIONS[kind]} '.join(parts)})"
     if kind in ("Max", "Min"):

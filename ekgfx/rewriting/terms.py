@@ -164,7 +164,7 @@ class Terms:
         if node.name in self.calls.constants:
             name = f"constant_{len(self.objects)}"
             for known, value in self.objects.items():
-                if isinstance(value, Tensor) and _same(value, self.calls.constants[node.name]):
+                if isinstance(value, Tensor) and same_values(value, self.calls.constants[node.name]):
                     name = known
             self.objects[name] = self.calls.constants[node.name]
             where = f".to({self.reference}.device)" if self.reference else ""
@@ -251,6 +251,15 @@ class Terms:
             held = node.meta["val"].node
             return str(int(held.hint * (expr / held.expr)))
 
+    def relation(self, relation: Any) -> str | None:
+        """A relation of sizes as Python, None where nothing at hand has them."""
+        try:
+            text = spelled(relation, self.known)
+        except KeyError:
+            self.fixed = True
+            return None
+        return text[1:-1] if relation.is_Relational else text
+
     def object_named(self, kind: str, value: Any) -> str:
         """The name of an object in the forward's name space."""
         for name, known in self.objects.items():
@@ -261,6 +270,7 @@ class Terms:
         return name
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same, in one type and on one device."""
     alike = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
     return one is other or (alike and torch.equal(one, other))

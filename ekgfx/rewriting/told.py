@@ -36,7 +36,7 @@ def told(
 
     def answering(name: str) -> Any:
         def answer() -> bool:
-            if name != "is_exporting" and (exported or _by_pytorch()):
+            if name != "is_exporting" and (exported or by_pytorch()):
                 return bool(own[name]())
             asked.append(None)
             return exported
@@ -106,7 +106,7 @@ def _no_fakes(asked: list[None]) -> Iterator[None]:
     def look_up(attribute: str) -> Any:
         if attribute != name:
             raise AttributeError(f"module {torch._subclasses.__name__!r} has no attribute {attribute!r}")
-        if _by_pytorch():
+        if by_pytorch():
             return own
         asked.append(None)
         return _NoTensor
@@ -123,6 +123,6 @@ class _NoTensor:
     """Has no instances."""
 
 
-def _by_pytorch(depth: int = 2) -> bool:
-    """Whether the code that called the caller is PyTorch's own."""
-    return str(sys._getframe(depth).f_globals.get("__name__", "")).partition(".")[0] == "torch"
+def by_pytorch(depth: int = 2) -> bool:
+    """Whether the code that called the caller is PyTorch's own, or what ekgfx hooks into it."""
+    return str(sys._getframe(depth).f_globals.get("__name__", "")).partition(".")[0] in ("torch", "ekgfx")

@@ -21,11 +21,12 @@ def behaviour(model: nn.Module, example: Example) -> list[Any]:
     return found
 
 
-def shapes_taken(model: nn.Module, example: Example) -> list[list[torch.Size] | None]:
-    """The shapes of what a model computes on a larger batch and on other larger sizes; None where it fails."""
+def shapes_taken(model: nn.Module, example: Example) -> list[list[torch.Size] | str]:
+    """The shapes of what a model computes on a larger batch and on other larger sizes; the error's type where it
+    fails."""
     with evaluation_mode(model):
         _, *found = [_outcome(model, *inputs) for inputs in _others(example)]
-    return [None if isinstance(outcome, str) else [tensor.shape for tensor in outcome] for outcome in found]
+    return [outcome if isinstance(outcome, str) else [tensor.shape for tensor in outcome] for outcome in found]
 
 
 def _others(example: Example) -> Iterator[Example]:

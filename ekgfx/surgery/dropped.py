@@ -21,7 +21,7 @@ from ekgfx.rewriting.forward import Version, rewrite
 from ekgfx.rewriting.missing import Missing, without
 from ekgfx.rewriting.patched import put_forward
 from ekgfx.rewriting.terms import Recorded
-from ekgfx.surgery.recorded import TracedWidths, aligned, record
+from ekgfx.surgery.recorded import TracedWidths, aligned, record, same_operators
 from ekgfx.tracing.traced import TracedModel
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -31,29 +31,37 @@ REASON = "the plan drops "
 
 def recorded(source: TracedModel, counts: Mapping[Axis, int], twin: nn.Module | None) -> list[Version]:
     """The calls of the model that `source` is, without the blocks that are gone from it, and what the cut makes of
-    their sizes; as the trace saw them, and as they are where the model's Python knows that nobody exports it. twin: as
-    in `record`.
+    their sizes; as the trace saw them, with further example inputs, and as they are where the model's Python knows that
+    nobody exports it. twin: as in `record`.
 
     Raises PruneError where that cannot be recorded, or what is left would read what is gone.
     """
-    found = record(source, twin)
-    every = [found]
-    if found.evaluation.asked:
-        with contextlib.suppress(PruneError):  # what it does otherwise may have no graph
-            every.append(record(source, twin, exported=False))
-    return [(_left(source, each), TracedWidths(source.entire, counts, each)) for each in every]
+    versions: list[Version] = []
+    for number, graph in enumerate(source.graphs):
+        if graph.way.training or graph.way.method != source.way.method:
+            continue
+        found = record(source, graph, twin)
+        every = [found]
+        if found.evaluation.asked:
+            with contextlib.suppress(PruneError):  # what it does otherwise may have no graph
+                if not same_operators(found, record(source, graph, twin, exported=False, most="")):  # sizes take long
+                    every.append(record(source, graph, twin, exported=False))
+        entire = source.entire.graphs[number]
+        versions += [(_left(source, graph, each), TracedWidths(source.entire, entire, counts, each)) for each in every]
+    return versions
 
 
-def _left(source: TracedModel, found: Recorded) -> Recorded:
-    """What was recorded, without the blocks that are gone."""
+def _left(source: TracedModel, graph: AxisGraph, found: Recorded) -> Recorded:
+    """What was recorded, without the blocks that are gone. graph: that of `source` which was recorded."""
     if not source.dropped:
         return found
     blocks = {name: source.entire.blocks[name] for name in source.dropped}
-    training = replace(source.way, training=True)
-    number = next((i for i, graph in enumerate(source.graphs) if graph.way == training), 0)
+    ways = [each.way for each in source.graphs]
+    first, training = ways.index(graph.way), replace(graph.way, training=True)
+    number = ways.index(training) if training in ways else first
     thin = [
         None if calls is None else without(calls, _missing(calls, source.graphs[i], [b[i] for b in blocks.values()]))
-        for calls, i in ((found.evaluation, 0), (found.training, number))
+        for calls, i in ((found.evaluation, first), (found.training, number))
     ]
     assert thin[0] is not None
     return replace(found, evaluation=thin[0], training=thin[1])

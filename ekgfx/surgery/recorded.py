@@ -26,29 +26,35 @@ from ekgfx.graph.sizes import GIVEN_SIZES
 from ekgfx.rewriting.calls import Calls, ModuleCall, calls_of, hollow, whole
 from ekgfx.rewriting.marks import Values
 from ekgfx.rewriting.modes import others_in_training
-from ekgfx.rewriting.terms import Recorded
+from ekgfx.rewriting.terms import Recorded, same_values
 from ekgfx.rewriting.told import decisions_of
 from ekgfx.surgery.check import operator_name, takes_all
 from ekgfx.tracing.traced import TracedModel
 
 
-def record(source: TracedModel, twin: nn.Module | None = None, exported: bool = True) -> Recorded:
+def record(
+    source: TracedModel,
+    graph: AxisGraph,
+    twin: nn.Module | None = None,
+    exported: bool = True,
+    most: str = "sizes",
+) -> Recorded:
     """The calls of the uncut model, in evaluation and (with floats of another type, so that one sees which types follow
-    the model's) in training. twin: the uncut model without its weights, where that of `source` has been cut itself.
-    exported: as in `calls_of`."""
+    the model's) in training. graph: one of its graphs, whose example inputs are given. twin: the uncut model without
+    its weights, where that of `source` has been cut itself. exported, most: as in `calls_of`."""
     model, entire = twin or hollow(source.model), twin is None
     known = not exported and entire  # of a model that was cut itself there is no run
     floats = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     with evaluation_mode(model):
-        seen = decisions_of(source.model, source.way, source.example) if known else []
-        evaluation = calls_of(model, source.example, source.leaves, exported, seen)
+        seen = decisions_of(source.model, graph.way, graph.example) if known else []
+        evaluation = calls_of(model, graph.example, source.leaves, exported, seen, most)
     other = torch.float32 if floats in (torch.bfloat16, torch.float16) else torch.bfloat16
     training, ways = None, [None, NothingDropped()]  # as it is traced
-    seen = decisions_of(source.model, replace(source.way, training=True), source.example) if known else []
+    seen = decisions_of(source.model, replace(graph.way, training=True), graph.example) if known else []
     for dtype in (other, floats):
         twin = hollow(model, dtype)
         twin.train()
-        example = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.dtype == floats else t, source.example)  # noqa: B023
+        example = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.dtype == floats else t, graph.example)  # noqa: B023
         for drawing in tuple(ways):
             with contextlib.suppress(EkgfxError, RuntimeError):
                 training = calls_of(twin, example, source.leaves, exported, seen, evaluation.free, drawing)
@@ -60,19 +66,20 @@ def record(source: TracedModel, twin: nn.Module | None = None, exported: bool = 
     others: frozenset[str] = frozenset()
     if training is None:
         every = frozenset(name for name, _ in model.named_modules())
-        others = others_in_training(source.model, source.way, source.example) if entire else every
+        others = others_in_training(source.model, graph.way, graph.example) if entire else every
     return Recorded(model, evaluation, training, floats, dtype, others)
 
 
 class TracedWidths:
-    """What the cut makes of the sizes in recorded calls: their operators are found in the trace, which knows."""
+    """What the cut makes of the sizes in recorded calls: their operators are found in the trace, which knows. graph:
+    that of `source` which was recorded."""
 
-    def __init__(self, source: TracedModel, counts: Mapping[Axis, int], recorded: Recorded) -> None:
+    def __init__(self, source: TracedModel, graph: AxisGraph, counts: Mapping[Axis, int], recorded: Recorded) -> None:
         self.counts = counts
         self.operations: dict[fx.Node, Operation] = {}
         self.dims: dict[fx.Node, Any] = {}
-        training = (graph for graph in source.graphs if graph.way == replace(source.way, training=True))
-        pairs = ((recorded.evaluation, source), (recorded.training, next(training, source)))
+        training = (other for other in source.graphs if other.way == replace(graph.way, training=True))
+        pairs = ((recorded.evaluation, graph), (recorded.training, next(training, graph)))
         for calls, graph in pairs:
             if calls is not None:
                 self.operations |= aligned(graph, calls)
@@ -192,6 +199,35 @@ def aligned(source: AxisGraph, calls: Calls) -> dict[fx.Node, Operation]:
         pairs += [(i + k, j + m) for k, m in _matching(*anywhere)]
         i, j = a + 1, b + 1
     return {nodes[b][1]: operations[a] for a, b in pairs}
+
+
+def same_operators(one: Recorded, other: Recorded) -> bool:
+    """Whether two recordings of a model run the same, up to which of their sizes are symbolic."""
+
+    def runs(calls: Calls | None) -> list[Any]:
+        found = [] if calls is None else [*calls.root.operators()]
+        return [
+            (
+                path,
+                operator_name(node.target),
+                _shape(node),
+                *(v for v in bind(node).values() if isinstance(v, float | bool)),
+            )
+            for path, node in found
+            if isinstance(node.target, torch._ops.OpOverload) and not whole(node)
+        ]
+
+    def held(recorded: Recorded) -> list[Tensor]:
+        every = (recorded.evaluation, recorded.training)
+        return [constant for calls in every if calls is not None for constant in calls.constants.values()]
+
+    constants, others = held(one), held(other)
+    return (
+        runs(one.evaluation) == runs(other.evaluation)
+        and runs(one.training) == runs(other.training)
+        and len(constants) == len(others)
+        and all(map(same_values, constants, others))
+    )
 
 
 def _matching(a: list[Any], b: list[Any]) -> Iterator[tuple[int, int]]:

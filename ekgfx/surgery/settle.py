@@ -246,11 +246,17 @@ class _Settling:
                 put_forward(module, replace(forward, sizes="example" if 0 in wrong else "batch"))
 
     def _wrong(self) -> list[int]:
-        """On which of the other sizes the cut model gives other shapes than the uncut one."""
+        """On which of the other sizes the cut model gives other shapes than the uncut one, or fails without having
+        refused them."""
+        refused = NotImplementedError.__name__
         pairs = zip(
             *(shapes_taken(each, self.source.example) for each in (self.source.model, self.pruned)), strict=True
         )
-        return [i for i, (wanted, found) in enumerate(pairs) if wanted is not None and wanted != found]
+        return [
+            i
+            for i, (wanted, found) in enumerate(pairs)
+            if not isinstance(wanted, str) and found not in (wanted, refused)
+        ]
 
 
 def _forbidden(path: str, module: nn.Module, text: str) -> str:

@@ -277,6 +277,76 @@ def test_graphs_of_any_size_are_searched_and_cut() -> None:
     assert traced.subnetwork(plan)(*graphs(6)).shape == (24, 3)
 
 
+class Flipping(nn.Module):
+    """It turns high images over, and those of odd width; the numbers of its channels are its own Python's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x).view(x.shape[0], 4, 2, -1).view(x.shape[0], 8, *x.shape[2:])
+        if x.shape[2] >= 8 or x.shape[3] % 2:
+            x = x.flip(2)
+        return self.down(x)
+
+
+class Halving(nn.Module):
+    """One block for images of two sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Flipping()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x).mean((2, 3)) - self.block(x[:, :, ::2]).mean((2, 3)) + self.block(x)[:, :, 0, 0]
+
+
+def images(height: int, width: int, batch: int = 2) -> tuple[Tensor, ...]:
+    return (torch.randn(batch, 3, height, width, dtype=torch.float64),)
+
+
+def halved(traced: ekgfx.TracedModel) -> ekgfx.Plan:
+    return ekgfx.Plan({name: tuple(range(group.size // 2)) for name, group in traced.groups.items()})
+
+
+def test_sizes_that_go_another_way_are_refused() -> None:
+    """Silently they would get the example's: no image would be turned over."""
+    model = Flipping().double()
+    traced = ekgfx.trace(model, *images(6, 6))
+    plan = halved(traced)
+    with pytest.warns(
+        EkgfxWarning, match=r"it goes the example's way, where x\.shape\[2\] < 8 and \(x\.shape\[3\] % 2\) == 0"
+    ):
+        pruned = ekgfx.prune(model, plan, traced)
+    for taken in (images(6, 6, 5), images(7, 4), images(3, 10)):
+        assert distance(pruned, zeroed(traced, plan), taken) < 1e-12
+    for refused in (images(8, 6), images(12, 12), images(6, 5)):
+        with pytest.raises(NotImplementedError, match=r"for x\.shape\[2\] < 8, .*: trace with .*\(also=\)"):
+            pruned(*refused)
+
+
+def test_further_examples_show_further_ways() -> None:
+    model = Flipping().double()
+    traced = ekgfx.trace(model, *images(6, 6), also=[images(12, 12), images(6, 5)])
+    plan = halved(traced)
+    pruned = ekgfx.prune(model, plan, traced)
+    for taken in (images(6, 6, 5), images(8, 4), images(9, 9), images(4, 7)):
+        assert distance(pruned, zeroed(traced, plan), taken) < 1e-12
+
+
+def test_a_module_that_is_called_for_two_sizes_goes_two_ways() -> None:
+    model = Halving().double()
+    traced = ekgfx.trace(model, *images(12, 6))
+    plan = halved(traced)
+    pruned = ekgfx.prune(model, plan, traced)
+    assert [replacement.module for replacement in ekgfx.replaced(pruned)] == ["block"]
+    for taken in (images(12, 6), images(8, 4, 3), images(14, 10)):
+        assert distance(pruned, zeroed(traced, plan), taken) < 1e-12
+    with pytest.raises(NotImplementedError, match="ekgfx replaced the forward of block"):
+        pruned(*images(12, 5))
+
+
 class Positions(nn.Module):
     """Tokens of 6 features with positions that are held for 4 tokens, and made anew by `anew` for another number."""
 

@@ -33,6 +33,7 @@ def named(file: str) -> Make:
             yolo.model, yolo.predictor = pruned.float().eval(), None
             yolo.predict(np.zeros((96, 96, 3), dtype=np.uint8), imgsz=96, verbose=False)
             known, pruned.args = pruned.args, get_cfg()  # gains of the losses; a checkpoint has them
+            pruned.nc = len(pruned.names)  # as the trainer sets it
             loss, _ = pruned.train()(batch_for(yolo.task, torch.rand(2, 3, 96, 96)))
             loss.sum().backward()
             pruned.criterion, pruned.args = None, known

@@ -1,5 +1,6 @@
 """Python source for values, sizes and names: what a written forward is spelled from."""
 
+import contextlib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -79,6 +80,11 @@ def spelled(expr: Any, known: Mapping[Any, str]) -> str:
             if rest == expr and factor.is_Integer:
                 return f"({text} // {factor})"
         raise KeyError(expr)
+    for other, text in known.items():
+        rest = _without(expr, other)
+        if rest is not None:
+            with contextlib.suppress(KeyError):
+                return f"({text} {'+' if expr.is_Add else '*'} {spelled(rest, known)})"
     parts = [spelled(part, known) for part in expr.args]
     if expr.is_Add or expr.is_Mul:
         return f"({(' + ' if expr.is_Add else ' * ').join(parts)})"
@@ -93,6 +99,19 @@ def spelled(expr: Any, known: Mapping[Any, str]) -> str:
     if expr.is_Pow and expr.args[1].is_Integer and expr.args[1] > 0:
         return f"({parts[0]} ** {parts[1]})"
     raise KeyError(expr)
+
+
+def _without(expr: Any, other: Any) -> Any | None:
+    """What is left of a sum or product once another one in it is taken out: `x * y * z` is held as one, though a tensor
+    has `y * z`; None where it is not in it."""
+    if expr.func is not other.func or not (expr.is_Add or expr.is_Mul):
+        return None
+    left = list(expr.args)
+    for part in other.args:
+        if part not in left:
+            return None
+        left.remove(part)
+    return expr.func(*left)
 
 
 _WORD = re.compile(r"(?<![\w.])[A-Za-z_]\w*")

@@ -347,6 +347,28 @@ def test_a_module_that_is_called_for_two_sizes_goes_two_ways() -> None:
         pruned(*images(12, 5))
 
 
+class Attending(nn.Module):
+    """Attention between the places of a map of half the size: its rows are batch x height x width, one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.attention = nn.Conv2d(3, 8, 3, 2, 1), nn.MultiheadAttention(8, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.down(x).flatten(2).mT
+        return self.attention(tokens, tokens, tokens)[0].mean(1)
+
+
+def test_a_product_of_sizes_follows_a_tensor_that_has_a_part_of_it() -> None:
+    model = Attending().double()
+    traced = ekgfx.trace(model, *images(6, 6))
+    plan = halved(traced)
+    pruned = ekgfx.prune(model, plan, traced)
+    assert [replacement.sizes for replacement in ekgfx.replaced(pruned)] == ["any"]
+    for taken in (images(6, 6, 5), images(9, 14), images(4, 12, 3)):
+        assert distance(pruned, zeroed(traced, plan), taken) < 1e-12
+
+
 class Positions(nn.Module):
     """Tokens of 6 features with positions that are held for 4 tokens, and made anew by `anew` for another number."""
 

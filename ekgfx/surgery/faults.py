@@ -1,7 +1,9 @@
 """Where a model fails that was run, and whose Python is to blame for it."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +14,10 @@ from ekgfx.graph.ways import Way, undisturbed
 from ekgfx.surgery.check import trains
 from ekgfx.surgery.integers import STANDARD
 from ekgfx.tracing.traced import TracedModel
+
+CONTAINERS = (nn.Sequential.forward, nn.Module.forward)
+"""Forwards that read nothing of the modules in them."""
+Watch = AbstractContextManager[Any]
 
 
 @dataclass(frozen=True)
@@ -36,10 +42,19 @@ class Problem:
         return not any(module in modules for module in self.begun)
 
 
-def failing(model: nn.Module, way: Way, example: Example) -> Problem | None:
-    """The innermost module whose own forward raises when the model is run in a way, None if none does."""
+def failing(
+    model: nn.Module, way: Way, example: Example, during: Callable[[list[str]], Watch] = lambda running: nullcontext()
+) -> Problem | None:
+    """The innermost module whose own forward raises when the model is run in a way, None if none does. during: what is
+    open meanwhile, made of the modules that run at that time."""
     args, kwargs = example
-    with torch.no_grad(), way.entered(model), undisturbed(model), running_modules(model) as (running, begun):
+    with (
+        torch.no_grad(),
+        way.entered(model),
+        undisturbed(model),
+        running_modules(model) as (running, begun),
+        during(running),
+    ):
         try:
             model(*args, **kwargs)
         except Exception as error:  # noqa: BLE001  whatever the user's forward raises; its place is what is wanted
@@ -53,7 +68,7 @@ def blamed(model: nn.Module, path: str) -> str:
     """A standard layer does what its weights say: where it fails, the module that calls it gave it the wrong thing."""
     while path and isinstance(model.get_submodule(path), STANDARD):
         path = path.rpartition(".")[0]
-    while path and type(model.get_submodule(path)).forward in (nn.Sequential.forward, nn.Module.forward):
+    while path and type(model.get_submodule(path)).forward in CONTAINERS:
         path = path.rpartition(".")[0]
     return path
 

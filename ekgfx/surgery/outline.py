@@ -44,7 +44,7 @@ def outline_of(model: nn.Module, way: Way, example: Example) -> list[Step] | Non
 
 def outlined(run: Callable[[], Any], running: list[str] | None = None) -> list[Step] | None:
     """Of whatever `run` computes. running: the modules that run at that time, the innermost last."""
-    recorder = _Recorder([""] if running is None else running)
+    recorder = Recorder([""] if running is None else running)
     try:
         with torch.no_grad(), recorder:
             run()
@@ -53,12 +53,13 @@ def outlined(run: Callable[[], Any], running: list[str] | None = None) -> list[S
     return recorder.steps
 
 
-def otherwise(found: list[Step], wanted: list[Step]) -> set[str]:
-    """The modules that run what is not wanted, up to where another operator runs."""
-    modules = set()
-    for one, other in zip(found, wanted, strict=False):
+def otherwise(found: list[Step], wanted: list[Step]) -> dict[str, int]:
+    """The modules that run what is not wanted, up to where another operator runs, with the number of the first such
+    step."""
+    modules: dict[str, int] = {}
+    for number, (one, other) in enumerate(zip(found, wanted, strict=False)):
         if one != other:
-            modules.add(one.module)
+            modules.setdefault(one.module, number)
         if one.operator != other.operator:
             break
     return modules
@@ -96,7 +97,9 @@ class _Writer(TorchDispatchMode):
         return result
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
+    """Takes the outline of what runs while it is open. running: the modules that run, the innermost last."""
+
     def __init__(self, running: list[str]) -> None:
         super().__init__()
         self.running, self.steps = running, list[Step]()

@@ -22,7 +22,7 @@ from ekgfx.surgery.assignments import assignments, kind_of, take
 from ekgfx.surgery.behaviour import as_good, behaviour, shapes_taken
 from ekgfx.surgery.comparison import Comparison, Prediction
 from ekgfx.surgery.dropped import recorded
-from ekgfx.surgery.faults import Problem
+from ekgfx.surgery.faults import CONTAINERS, Problem
 from ekgfx.surgery.integers import STANDARD, Choice, choices_of, own_configurations
 from ekgfx.surgery.uncut import Uncut
 
@@ -46,6 +46,9 @@ class _Settling:
         self.pruned, self.predicted, self.may_replace = pruned, predicted, may_replace
         self.source = predicted.source
         self.own = {name: forward_of(module) for name, module in pruned.named_modules()}
+        self.kinds = {
+            name: type(module) for name, module in pruned.named_modules()
+        }  # one with a new forward has its own
         self.put: dict[str, tuple[frozenset[str], str]] = {}  # path → what its forward was written with
         self.inline: set[str] = set()  # modules whose forward could not be written: their callers run what they run
         self.changed: list[Choice] = []
@@ -115,10 +118,8 @@ class _Settling:
         """What shows in one module may come from others that run before it: padding that is too wide, say. So all
         likely integers are settled anew, modules of one class alike, or each for itself where they are few. Where none
         helped another module of the class, which has got a forward since, that is not tried again."""
-        kinds = {type(self.pruned.get_submodule(name)) for name in self.put.keys() & self.cleared}
-        if all(
-            name in self.put.keys() | self.cleared or type(self.pruned.get_submodule(name)) in kinds for name in blamed
-        ):
+        kinds = {self.kinds[name] for name in self.put.keys() & self.cleared}
+        if all(name in self.put.keys() | self.cleared or self.kinds[name] in kinds for name in blamed):
             return None
         self.cleared |= blamed
         likely = [choice for choice in self.open if choice.likely]
@@ -135,10 +136,15 @@ class _Settling:
         if any(choice.configured for choice in choices):
             own_configurations(self.pruned)
         before = {choice: choice.now(self.pruned) for choice in choices}
+        failed: list[dict[Choice, int]] = []  # values with which a run went wrong, of what it could have read by then
         most, traces = MOST_TRIALS if self.uncut.wanted is None else MOST_RUNS, 0
         for trial in itertools.islice(self._ways(choices, apart), most):
+            if any(values.items() <= trial.items() for values in failed):
+                continue
             take(self.pruned, trial)
-            if self.uncut.surely_wrong(blamed):
+            begun = self.uncut.wrong_after(blamed)
+            if begun is not None:
+                failed.append({choice: value for choice, value in trial.items() if self._read_in(choice, begun)})
                 continue
             if traces == MOST_TRIALS:
                 break
@@ -148,6 +154,13 @@ class _Settling:
                 return left
         take(self.pruned, before)
         return None
+
+    def _read_in(self, choice: Choice, begun: Collection[str]) -> bool:
+        """Whether modules that have begun may have read an integer: the one that has it, what governs that, the Python
+        of what holds it, or any with the same configuration."""
+        holder = choice.module.rpartition(".")[0]
+        holders = () if self.kinds[holder].forward in CONTAINERS else (holder,)
+        return choice.configured or any(path in begun for path in (choice.module, choice.governor, *holders))
 
     def _ways(self, choices: list[Choice], apart: bool) -> Iterator[dict[Choice, int]]:
         """The ways to settle integers: the likeliest, then those in which only integers change that the uncut model

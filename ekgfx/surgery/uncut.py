@@ -13,7 +13,7 @@ from ekgfx.surgery.assignments import kind_of, take
 from ekgfx.surgery.comparison import Prediction
 from ekgfx.surgery.faults import blamed, failing
 from ekgfx.surgery.integers import Choice, own_configurations
-from ekgfx.surgery.outline import Step, otherwise, outline_of, outlined, transcript
+from ekgfx.surgery.outline import Recorder, Step, otherwise, outline_of, outlined, transcript
 
 
 class Uncut:
@@ -72,12 +72,29 @@ class Uncut:
             return None
         return outline(self.predicted.kept, self.predicted.weights)
 
-    def surely_wrong(self, modules: Collection[str]) -> bool:
-        """Whether a run shows, sooner than a trace, that something is left to blame on those modules."""
+    def wrong_after(self, modules: Collection[str]) -> Collection[str] | None:
+        """Where a run shows, sooner than a trace, that something is left to blame on those modules: the modules whose
+        forward had begun by then. None where it does not show."""
         if self.wanted is None:
-            return False
-        found = outline_of(self.pruned, self.source.way, self.source.example)
-        if found is None:
-            problem = failing(self.pruned, self.source.way, self.source.example)
-            return problem is not None and (problem.module in modules or problem.hides(modules, None))
-        return any(blamed(self.pruned, module) in modules for module in otherwise(found, self.wanted))
+            return None
+        watched: list[Recorder] = []
+
+        def watch(running: list[str]) -> Recorder:
+            watched.append(Recorder(running))
+            return watched[0]
+
+        problem = failing(self.pruned, self.source.way, self.source.example, watch)
+        if problem is not None:
+            wrong = problem.module in modules or problem.hides(modules, None)
+            return problem.begun if wrong else None
+        steps = watched[0].steps
+        for module, number in otherwise(steps, self.wanted).items():
+            if blamed(self.pruned, module) in modules:
+                return {outer for step in steps[: number + 1] for outer in _outward(step.module)}
+        return None
+
+
+def _outward(path: str) -> list[str]:
+    """A module and all that it is in."""
+    names = path.split(".")
+    return ["", *(".".join(names[: i + 1]) for i in range(len(names)))]

@@ -91,7 +91,7 @@ def test_where_channels_do_nothing_the_largest_cut_comes_first() -> None:
 
 
 SEEDS = (0, 3, 4)
-"""Of networks in which rounding decides where any difference counts; at least one of them does on every processor tried."""
+"""Of networks in which rounding decides where any difference counts; at least one of them everywhere."""
 
 
 def removed_in(channels_last: bool, seed: int, strict: bool) -> list[Any]:

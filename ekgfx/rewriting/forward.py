@@ -259,7 +259,7 @@ class _Writer:
                 if isinstance(place, fx.Node) and isinstance(what, fx.Node) and _is_tensor(place):
                     terms.name(place, terms.load(what))
             elif kind == "call":
-                lines += self._called(place, what)
+                lines += self._called(place, what, what if twin is None else twin[2])
             elif what.target is operator.getitem:
                 lines.append(self._assign(what, f"{terms.load(what.args[0])}[{what.args[1]}]"))
             else:
@@ -276,10 +276,11 @@ class _Writer:
         self.terms.name(node, name)
         return f"{name} = {text}"
 
-    def _called(self, name: str, call: ModuleCall) -> list[str]:
-        """A call of a submodule, and what it returns taken apart."""
+    def _called(self, name: str, call: ModuleCall, trained: ModuleCall) -> list[str]:
+        """A call of a submodule, and what it returns taken apart. trained: the same call in training."""
         assert call.results is not None
-        args, kwargs = pytree.tree_unflatten([self.terms.value(v) for v in call.passed.leaves], call.passed.spec)
+        pairs = zip(call.passed.leaves, trained.passed.leaves, strict=True)
+        args, kwargs = pytree.tree_unflatten([self.terms.passed(*pair) for pair in pairs], call.passed.spec)
         given = [written(a) for a in args] + [f"{k}={written(v)}" for k, v in kwargs.items()]
         text = f"{attribute(name)}({', '.join(given)})"
         leaves, paths = call.results.leaves, call.results.paths

@@ -189,6 +189,15 @@ class Terms:
             return f"{self._size(value, held.node.expr)} * {new} // {old}" if expr is None else self._size(value, expr)
         if type(value) is int and value != -1:
             return self._integer(node, name, position, value)
+        return self._constant(value, other)
+
+    def passed(self, value: Any, other: Any) -> str:
+        """What a submodule is passed. other: the same in training."""
+        known = isinstance(value, fx.Node | Held)
+        return str(self.value(value)) if known else self._constant(value, other)
+
+    def _constant(self, value: Any, other: Any) -> str:
+        """What no tensor and no size is: a type, a device, a number, a text. other: the same in training."""
         if isinstance(value, torch.dtype):
             follows = value != other or (self.calls is self.recorded.training and value == self.recorded.dtype)
             return f"{self.floating}.dtype" if follows and self.floating else repr(value)

@@ -354,3 +354,35 @@ def test_a_written_forward_follows_sizes_also_under_the_tracer_of_torchscript() 
         torch.testing.assert_close(script(other), pruned(other))
     part = torch.jit.trace(lambda x: sized(torch.ops.aten.slice.Tensor, x, -1, 1, x.shape[0]), torch.randn(2, 5))
     assert part(torch.randn(4, 5)).shape == (4, 3)
+
+
+class Casting(nn.Module):
+    """It is told which type to compute in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.linear(x.to(dtype))
+
+
+class Telling(nn.Module):
+    """It writes its width out, and tells a submodule the type of what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(5, 8), Casting()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).reshape(len(x), 2, 4).reshape(len(x), 8), dtype=x.dtype)
+
+
+def test_a_type_that_a_submodule_is_passed_follows_the_model() -> None:
+    model = Telling().double()
+    traced = ekgfx.trace(model, torch.randn(2, 5, dtype=torch.float64))
+    plan = ekgfx.Plan({name: range(group.size // 2) for name, group in traced.groups.items()})
+    pruned = ekgfx.prune(model, plan, traced)
+    assert [each.module for each in ekgfx.replaced(pruned)] == [""]
+    x = torch.randn(3, 5, dtype=torch.float64)
+    assert torch.allclose(pruned(x).float(), pruned.float()(x.float()), atol=1e-6)

@@ -10,23 +10,20 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
-from ekgfx.graph.nodes import bind
-from ekgfx.rewriting.calls import Calls, ModuleCall, whole
+from ekgfx.rewriting.calls import ModuleCall
 from ekgfx.rewriting.head import Head
 from ekgfx.rewriting.lost import lost
 from ekgfx.rewriting.marks import Held, Values
 from ekgfx.rewriting.patched import Forward
 from ekgfx.rewriting.spelling import access, attribute, plain, released, variable, written
+from ekgfx.rewriting.steps import Step, signs, steps_of
 from ekgfx.rewriting.terms import InexpressibleError, Recorded, Terms, Widths
 
 Version = tuple[Recorded, Widths]
-Step = tuple[str, Any, Any]
-"""("op", None, node), ("call", name of the module in the one that calls it, call) or ("is", node, node)."""
 
 
 def rewrite(
@@ -208,36 +205,13 @@ class _Writer:
     # -- the body ---------------------------------------------------------------------------------------------------
 
     def _steps(self, call: ModuleCall) -> list[Step]:
-        steps: list[Step] = []
-        for step in call.steps:
-            if isinstance(step, fx.Node):
-                steps.append(("is", step, step.args[0]) if whole(step) else ("op", None, step))
-                continue
-            if not self._matters(step):
-                continue
-            name = self.modules.get(id(self.recorded.model.get_submodule(step.path)))
-            if name and step.path not in self.inline and plain(step.passed.spec):
-                steps.append(("call", name, step))
-                continue
-            steps += [("is", new, old) for new, old in zip(step.given.flat, step.passed.flat, strict=True)]
-            steps += self._steps(step)
-            assert step.results is not None and step.returned is not None
-            steps += [("is", new, old) for new, old in zip(step.results.flat, step.returned.flat, strict=True)]
-        return steps
+        return steps_of(call, self.recorded.model, self.modules, self.inline, self.widths)
 
     def _alike(self, steps: list[Step], others: list[Step]) -> bool:
         """Whether two ways through a module run the same operators on the same values, up to numbers, and call the same
         modules."""
         assert self.trained is not None and self.recorded.training is not None
-        return _signs(self.call, steps, self.recorded.evaluation) == _signs(
-            self.trained, others, self.recorded.training
-        )
-
-    def _matters(self, call: ModuleCall) -> bool:
-        """Whether somebody reads what a call returns, or the trace knows it."""
-        assert call.results is not None
-        read = any(isinstance(leaf, fx.Node) and leaf.users for leaf in call.results.flat)
-        return read or not any(True for _ in call.operators()) or self.widths.knows(call)
+        return signs(self.call, steps, self.recorded.evaluation) == signs(self.trained, others, self.recorded.training)
 
     def _body(self, call: ModuleCall, steps: list[Step], others: list[Step] | None) -> list[str]:
         taken = [parameter.name for parameter in self.head.parameters]
@@ -322,30 +296,6 @@ class _Writer:
         if plain(values.spec):
             return written(pytree.tree_unflatten(texts, values.spec))
         return f"pytree.tree_unflatten([{', '.join(texts)}], {self.terms.object_named('spec', values.spec)})"
-
-
-def _signs(call: ModuleCall, steps: list[Step], calls: Calls) -> list[Any]:
-    """What the steps of a call do, in words that are the same for another recording of the same module."""
-    known: dict[Any, Any] = {leaf: f"given {i}" for i, leaf in enumerate(call.given.flat) if isinstance(leaf, fx.Node)}
-    found: list[Any] = []
-
-    def sign(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return tuple(map(sign, value))
-        if isinstance(value, fx.Node) and not isinstance(value.meta.get("val"), torch.SymInt | torch.SymFloat):
-            return known.get(value, calls.weights.get(value.name, "a constant"))
-        return "a number" if isinstance(value, bool | float | int | fx.Node) else type(value).__name__
-
-    for kind, place, what in steps:
-        if kind == "is":
-            known[place] = sign(what)
-        elif kind == "call":
-            known |= {leaf: (len(found), i) for i, leaf in enumerate(what.results.flat) if isinstance(leaf, fx.Node)}
-            found.append((place, [sign(leaf) for leaf in what.passed.flat]))
-        else:
-            known[what] = len(found)
-            found.append((what.target, {name: sign(value) for name, value in bind(what).items()}))
-    return found
 
 
 def _is_tensor(node: fx.Node) -> bool:

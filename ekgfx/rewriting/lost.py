@@ -11,10 +11,11 @@ from torch import fx
 
 from ekgfx.graph.nodes import bind
 from ekgfx.rewriting.calls import ModuleCall
+from ekgfx.rewriting.steps import Step
 from ekgfx.rewriting.terms import SIZES, Widths
 
 
-def lost(call: ModuleCall, steps: Sequence[tuple[str, Any, Any]], widths: Widths) -> frozenset[fx.Node]:
+def lost(call: ModuleCall, steps: Sequence[Step], widths: Widths) -> frozenset[fx.Node]:
     """The values in a call that cannot be written and need not be; none where somebody reads one of them."""
     found: set[Any] = set()
     for kind, place, what in steps:

@@ -11,7 +11,8 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ekgfx.axes import Axis, Dims, Expr, axes, freeze
@@ -35,8 +36,20 @@ def unread(graphs: Iterable["AxisGraph"]) -> list[str]:
 
 
 def _read(graph: "AxisGraph") -> dict[str, None]:
+    """The weights of which something is made. `0 * weight.sum()` makes nothing of them: so code touches what it did not
+    use, for distributed training waits for every gradient."""
+    touched: set[fx.Node] = set()  # of these only products with 0 are made
+    for node in reversed(graph.graph.nodes):
+        if node.users and all(user in touched or _is_zero(user) for user in node.users):
+            touched.add(node)
     nodes = (node for node in graph.graph.nodes if node.name in graph.weights and node.users)
-    return dict.fromkeys(graph.weights[node.name] for node in nodes)
+    return dict.fromkeys(graph.weights[node.name] for node in nodes if node not in touched)
+
+
+def _is_zero(node: fx.Node) -> bool:
+    """Whether a node is a product with the number 0."""
+    products = (torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar)
+    return node.target in products and any(type(value) in (int, float) and value == 0 for value in node.args)
 
 
 def settle(graph: "AxisGraph") -> tuple[dict[str, list[str]], list[str], int]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import ekgfx
 from ekgfx.errors import EkgfxWarning, PlanError, TraceError
 from tests.support.trunks import Optional, Trunk, cut, images, ready, same
+from tests.support.zeroed import distance, zeroed
 
 pytestmark = pytest.mark.filterwarnings("ignore::ekgfx.errors.EkgfxWarning")
 
@@ -136,3 +137,30 @@ def test_mistakes_are_told() -> None:
         ekgfx.trace(model, images(), also=["losses"])
     with pytest.raises(TraceError, match="also takes tensors"):
         ekgfx.trace(model, images(), also=[3])
+
+
+class Touching(nn.Module):
+    """Without labels it touches what it would have looked up, as code does for training on several devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.table, self.head = nn.Linear(5, 6), nn.Embedding(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        x = self.body(x).relu()
+        x = x + 0 * self.table.weight.sum() if labels is None else x + self.table(labels)
+        return self.head(x)
+
+
+def test_what_is_multiplied_by_zero_is_not_seen() -> None:
+    """It would keep its width, and what it is added to with labels would not."""
+    model, x = Touching().double(), torch.randn(2, 5, dtype=torch.float64)
+    with pytest.warns(EkgfxWarning, match="nothing that was traced uses table"):
+        assert not ekgfx.trace(model, x).groups
+    traced = ekgfx.trace(model, x, also=[(x, torch.tensor([0, 2]))])
+    plan = ekgfx.Plan(dict.fromkeys(traced.groups, (1, 2, 5)))
+    pruned = ekgfx.prune(model, plan, traced)
+    assert pruned.table.weight.shape == (3, 3)
+    inputs = (torch.randn(3, 5, dtype=torch.float64), torch.tensor([1, 1, 0]))
+    assert distance(pruned, zeroed(traced, plan), inputs) < 1e-12
+    assert distance(pruned, zeroed(traced, plan), inputs, training=True) < 1e-12

@@ -1,10 +1,12 @@
 """Real architectures: no operator's error rises, class and shapes stay, and what is said is what the module does."""
 
+import contextlib
+
 import pytest
 import timm
 import torch
 from timm.models._efficientnet_blocks import InvertedResidual
-from torch import nn
+from torch import Tensor, nn
 
 import ekgfx
 from benchmarks.common import listed
@@ -21,10 +23,10 @@ def repaired(name: str, count: int = 10) -> tuple[nn.Module, nn.Module, Repair]:
     """A network with random weights, cut to 60%, and repaired on random images, in double precision."""
     torch.manual_seed(0)
     config = timm.get_pretrained_cfg(name)
-    size = config.input_size if config is not None and config.fixed_input_size else (3, 64, 64)
     model = timm.create_model(name).double().eval()
     perturb(model)
-    images = torch.randn(count, *size, dtype=torch.float64)
+    fixed = config is not None and config.fixed_input_size
+    images = taken(model, [config.input_size] if fixed else [(3, 64, 64), (3, 128, 128)], count)
     traced = ekgfx.trace(model, images[:2])
     if not traced.groups:
         pytest.skip("nothing to cut")
@@ -39,6 +41,15 @@ def repaired(name: str, count: int = 10) -> tuple[nn.Module, nn.Module, Repair]:
     if not found.batch_norm:  # else it is told with statistics of the fitted images, and delivered with those of all
         assert not again.better(found.after)
     return model, pruned, found
+
+
+def taken(model: nn.Module, sizes: list[tuple[int, int, int]], count: int) -> Tensor:
+    """Random images of the first size that a model takes; an Inception takes none of 64 pixels."""
+    for size in sizes[:-1]:
+        with contextlib.suppress(RuntimeError), torch.no_grad():
+            model(torch.randn(1, *size, dtype=torch.float64))
+            return torch.randn(count, *size, dtype=torch.float64)
+    return torch.randn(count, *sizes[-1], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", FEW)

@@ -219,7 +219,7 @@ class SubNetwork(GraphRunner):
         if args.get("device") is not None:
             args["device"] = self.device
         args = resize(operation, args, counts)
-        if self.channels_last and operation.target is VIEW:  # which asks for the memory order of the tracing
+        if operation.target is VIEW:  # which asks for the memory order of the tracing; a kernel's may follow the widths
             return args["self"].reshape(args["size"])
         if spare and (result := overwritten(operation, args)) is not None:
             return result

@@ -196,8 +196,9 @@ class _Writer:
         for inner in call.all():
             for branch in inner.branches if inner.path in self.written_here else ():
                 relation = self.terms.relation(branch.relation)
-                if relation is not None:
-                    found[relation] = relation if branch.holds else self.terms.relation(~branch.relation) or ""
+                condition = relation if branch.holds else self.terms.relation(~branch.relation)
+                if relation and condition:
+                    found[relation] = condition
         if found:
             self.notes[f"it goes the example's way, where {' and '.join(found.values())}"] = None
         return found

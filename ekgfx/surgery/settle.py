@@ -46,9 +46,8 @@ class _Settling:
         self.pruned, self.predicted, self.may_replace = pruned, predicted, may_replace
         self.source = predicted.source
         self.own = {name: forward_of(module) for name, module in pruned.named_modules()}
-        self.kinds = {
-            name: type(module) for name, module in pruned.named_modules()
-        }  # one with a new forward has its own
+        # As they are now: a module that gets a forward gets a class of its own.
+        self.kinds = {name: type(module) for name, module in pruned.named_modules()}
         self.put: dict[str, tuple[frozenset[str], str]] = {}  # path → what its forward was written with
         self.inline: set[str] = set()  # modules whose forward could not be written: their callers run what they run
         self.changed: list[Choice] = []

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -306,43 +306,37 @@ def images(height: int, width: int, batch: int = 2) -> tuple[Tensor, ...]:
     return (torch.randn(batch, 3, height, width, dtype=torch.float64),)
 
 
-def halved(traced: ekgfx.TracedModel) -> ekgfx.Plan:
-    return ekgfx.Plan({name: tuple(range(group.size // 2)) for name, group in traced.groups.items()})
+def halved(model: nn.Module, *example: Tensor, also: Sequence[Any] = ()) -> tuple[nn.Module, nn.Module]:
+    """The first half of every group, cut, and the same with zeros in place of the rest."""
+    traced = ekgfx.trace(model.double(), *example, also=also)
+    plan = ekgfx.Plan({name: tuple(range(group.size // 2)) for name, group in traced.groups.items()})
+    return ekgfx.prune(traced.model, plan, traced), zeroed(traced, plan)
 
 
 def test_sizes_that_go_another_way_are_refused() -> None:
     """Silently they would get the example's: no image would be turned over."""
-    model = Flipping().double()
-    traced = ekgfx.trace(model, *images(6, 6))
-    plan = halved(traced)
     with pytest.warns(
         EkgfxWarning, match=r"it goes the example's way, where x\.shape\[2\] < 8 and \(x\.shape\[3\] % 2\) == 0"
     ):
-        pruned = ekgfx.prune(model, plan, traced)
+        pruned, twin = halved(Flipping(), *images(6, 6))
     for taken in (images(6, 6, 5), images(7, 4), images(3, 10)):
-        assert distance(pruned, zeroed(traced, plan), taken) < 1e-12
+        assert distance(pruned, twin, taken) < 1e-12
     for refused in (images(8, 6), images(12, 12), images(6, 5)):
         with pytest.raises(NotImplementedError, match=r"for x\.shape\[2\] < 8, .*: trace with .*\(also=\)"):
             pruned(*refused)
 
 
 def test_further_examples_show_further_ways() -> None:
-    model = Flipping().double()
-    traced = ekgfx.trace(model, *images(6, 6), also=[images(12, 12), images(6, 5)])
-    plan = halved(traced)
-    pruned = ekgfx.prune(model, plan, traced)
+    pruned, twin = halved(Flipping(), *images(6, 6), also=[images(12, 12), images(6, 5)])
     for taken in (images(6, 6, 5), images(8, 4), images(9, 9), images(4, 7)):
-        assert distance(pruned, zeroed(traced, plan), taken) < 1e-12
+        assert distance(pruned, twin, taken) < 1e-12
 
 
 def test_a_module_that_is_called_for_two_sizes_goes_two_ways() -> None:
-    model = Halving().double()
-    traced = ekgfx.trace(model, *images(12, 6))
-    plan = halved(traced)
-    pruned = ekgfx.prune(model, plan, traced)
+    pruned, twin = halved(Halving(), *images(12, 6))
     assert [replacement.module for replacement in ekgfx.replaced(pruned)] == ["block"]
     for taken in (images(12, 6), images(8, 4, 3), images(14, 10)):
-        assert distance(pruned, zeroed(traced, plan), taken) < 1e-12
+        assert distance(pruned, twin, taken) < 1e-12
     with pytest.raises(NotImplementedError, match="ekgfx replaced the forward of block"):
         pruned(*images(12, 5))
 
@@ -360,13 +354,10 @@ class Attending(nn.Module):
 
 
 def test_a_product_of_sizes_follows_a_tensor_that_has_a_part_of_it() -> None:
-    model = Attending().double()
-    traced = ekgfx.trace(model, *images(6, 6))
-    plan = halved(traced)
-    pruned = ekgfx.prune(model, plan, traced)
+    pruned, twin = halved(Attending(), *images(6, 6))
     assert [replacement.sizes for replacement in ekgfx.replaced(pruned)] == ["any"]
     for taken in (images(6, 6, 5), images(9, 14), images(4, 12, 3)):
-        assert distance(pruned, zeroed(traced, plan), taken) < 1e-12
+        assert distance(pruned, twin, taken) < 1e-12
 
 
 class Positions(nn.Module):

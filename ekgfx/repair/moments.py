@@ -13,8 +13,9 @@ PRECISION = torch.float64
 class Moments:
     """Sums over positions, for G products of D inputs and O outputs; in double precision.
 
-    x: inputs less `shift`; r: what the outputs lack; t: what the outputs should be. gram: G×D×D, Σ x xᵀ; cross: G×O×D,
-    Σ r xᵀ; inputs: G×D, Σ x; rest: G×O, Σ r; squares: G×O, Σ r²; target: G×O, Σ t; target_squares: G×O, Σ t².
+    width: inputs of the operator, of which the D may be fewer combinations. x: inputs less `shift`; r: what the outputs
+    lack; t: what the outputs should be. gram: G×D×D, Σ x xᵀ; cross: G×O×D, Σ r xᵀ; inputs: G×D, Σ x; rest: G×O, Σ r;
+    squares: G×O, Σ r²; target: G×O, Σ t; target_squares: G×O, Σ t².
     """
 
     shift: Tensor
@@ -25,11 +26,13 @@ class Moments:
     squares: Tensor
     target: Tensor
     target_squares: Tensor
+    width: int
     count: int = 0
 
     @classmethod
-    def empty(cls, shift: Tensor, outputs: int) -> Self:
-        """Moments of nothing. shift: G×D, about the inputs' mean, so that the sums lose no digits to it."""
+    def empty(cls, shift: Tensor, outputs: int, width: int | None = None) -> Self:
+        """Moments of nothing. shift: G×D, about the inputs' mean, so that the sums lose no digits to it; width: None
+        for D."""
         groups, inputs = shift.shape
 
         def zeros(*shape: int) -> Tensor:
@@ -44,6 +47,7 @@ class Moments:
             zeros(outputs),
             zeros(outputs),
             zeros(outputs),
+            inputs if width is None else width,
         )
 
     def add(self, x: Tensor, r: Tensor, t: Tensor) -> None:
@@ -103,6 +107,10 @@ class Moments:
         gram = self.gram + s[:, :, None] * self.inputs[:, None, :] + self.inputs[:, :, None] * s[:, None, :]
         gram = gram + n * s[:, :, None] * s[:, None, :]
         return gram, self.cross + self.rest[:, :, None] * s[:, None, :], self.squares
+
+    def ridge(self, gram: Tensor, factor: float) -> Tensor:
+        """G×1: `factor` times the mean diagonal of a Gram matrix, over all inputs of the operator."""
+        return factor * gram.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) / self.width
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:

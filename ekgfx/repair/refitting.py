@@ -11,6 +11,7 @@ from ekgfx.repair.operators import LinearOperator, shifted
 from ekgfx.repair.progress import Progress
 from ekgfx.repair.rows import Look, Pair
 from ekgfx.repair.solve import Change, Refit, refit, step
+from ekgfx.repair.span import restored
 from ekgfx.repair.walk import LayerRepair, Walk
 
 SHARES = (1.0, 0.5)
@@ -37,11 +38,14 @@ def repair_operators(
         operator, start = operators[number], time.monotonic()
         shared = uses[operator]
         look = walk.look(operator, number)
+        if len(shared) == 1:
+            look.basis = walk.span(look)
         pair = walk.measure(look, pending.pop(shared[0], None))
         if not pair.exact:
             found = fitted(walk, look, pair, alone=len(shared) == 1)
             if found is not None:
-                walk.take(shifted(operator, walk.pruned.weights, found.change, found.offset))
+                change = restored(found.change, look.basis)
+                walk.take(shifted(operator, walk.pruned.weights, change, found.offset))
             if len(shared) > 1 and found is not None:
                 pair.fit.shift_rest(found.change, found.offset)
                 pair.held.shift_rest(found.change, found.offset)

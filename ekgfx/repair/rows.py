@@ -17,7 +17,8 @@ EXACT = {torch.float64: 1e-24}
 @dataclass(eq=False)
 class Look:
     """How an operator is looked at. matrix: its weight, G×O×D; most: positions of a batch; gains: of the stream's
-    operators, kept from batch to batch; known: rows of batches that were kept; room: elements of more that may be."""
+    operators, kept from batch to batch; known: rows of batches that were kept; room: elements of more that may be;
+    basis: what inputs are told in (`ekgfx.repair.span`)."""
 
     operator: LinearOperator
     number: int
@@ -28,6 +29,7 @@ class Look:
     room: int
     gains: dict[Any, Tensor] = field(default_factory=dict)
     known: dict[int, "list[Rows]"] = field(default_factory=dict)
+    basis: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Rows:
     t: Tensor
     gain: Tensor | None = None
     rest: Tensor | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is lacking."""
+        return negligible(self.r.square().sum(), self.t.square().sum(), self.r.dtype)
 
     @property
     def size(self) -> int:
@@ -56,12 +63,18 @@ class Pair:
     precision: torch.dtype
 
     @classmethod
-    def empty(cls, x: Tensor, r: Tensor, stream: bool) -> "Pair":
+    def empty(cls, look: Look, rows: Rows) -> "Pair":
         """For rows such as these."""
-        shift, outputs = x.mean(0), r.shape[2]
-        return cls(Moments.empty(shift, outputs), Moments.empty(shift, outputs), stream, x.dtype)
+        shift, outputs, width = rows.x.mean(0), rows.r.shape[2], look.matrix.shape[2]
+        fit, held = (Moments.empty(shift, outputs, width) for _ in range(2))
+        return cls(fit, held, look.stream is not None, rows.x.dtype)
 
     @property
     def exact(self) -> bool:
         """Whether nothing is lacking."""
-        return float(self.fit.squares.sum()) <= EXACT.get(self.precision, 1e-10) * float(self.fit.target_squares.sum())
+        return negligible(self.fit.squares.sum(), self.fit.target_squares.sum(), self.precision)
+
+
+def negligible(squares: Tensor, target: Tensor, precision: torch.dtype) -> bool:
+    """Whether a sum of squares is rounding in that of the target."""
+    return float(squares) <= EXACT.get(precision, 1e-10) * float(target)

@@ -43,7 +43,6 @@ def refit(fit: Moments, held: Moments, offset: bool) -> Refit | None:
     gram, cross, _ = fit.centered() if offset else fit.raw()
     if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all()):
         return None
-    d = gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
     judge = _Errors(held, offset)
     nothing = torch.zeros_like(cross), (torch.zeros_like(fit.rest) if offset else None)
     start, exact = judge(*nothing), EXACT * float(held.squares.sum())
@@ -51,7 +50,7 @@ def refit(fit: Moments, held: Moments, offset: bool) -> Refit | None:
 
     def error_at(ridge: float) -> float:
         if ridge not in tried:
-            change = _solve(gram, cross, ridge * d)
+            change = _solve(gram, cross, fit.ridge(gram, ridge))
             if change is None:
                 tried[ridge] = (math.inf, *nothing)
             else:
@@ -94,13 +93,13 @@ def step(moments: Moments, ridge: float, offset: bool, change: Tensor | None = N
         nothing = torch.zeros_like(moments.cross)
         return nothing, _offset(moments, nothing)
     gram, cross, _ = moments.centered() if offset else moments.raw()
-    ridges = ridge * gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    ridges = moments.ridge(gram, ridge)
     found = _solve(gram, cross if change is None else cross - ridges[:, :, None] * change, ridges)
     return None if found is None else (found, _offset(moments, found) if offset else None)
 
 
 def _first(moments: Moments) -> float:
-    ratio = 10 * moments.gram.shape[1] / max(moments.count, 1)
+    ratio = 10 * moments.width / max(moments.count, 1)
     return float(10.0 ** min(max(round(math.log10(ratio)), -3), 0))
 
 

@@ -6,6 +6,7 @@ kept. The operator is refitted on what the pruned network, repaired so far, give
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from ekgfx.repair.operators import LinearOperator
 from ekgfx.repair.rearranged import weight_nodes
 from ekgfx.repair.rows import Look, Pair, Rows
 from ekgfx.repair.solve import Change
+from ekgfx.repair.span import FEW, reduced, spanning
 from ekgfx.repair.targets import find_stream, lacking
 
 CHUNK = 16_000_000
@@ -173,6 +175,23 @@ class Walk:
         limit = max(ELEMENTS // matrix[:, 0].numel(), LEAST_PER_INPUT * matrix.shape[2])
         return Look(operator, number, stream, clamp, matrix, -(-min(self.positions, limit) // fits), KEPT)
 
+    def span(self, look: Look) -> Tensor | None:
+        """A basis of what the operator reads at the positions to fit on; None where these are many, or nothing is
+        lacking in the first batch."""
+        fits = [i for i, batch in enumerate(self.batches) if not batch.held]
+        found: list[Tensor] = []
+        for i in fits:
+            first = not found
+            self._advance_to(look, self.batches[i])
+            grid = look.operator.form.grid(self.batches[i].dense.values[look.operator.node.name])
+            if first and min(prod(grid), look.most) * len(fits) > FEW * look.matrix.shape[2]:
+                return None
+            rows = list(self._computed(look, self.batches[i], i))
+            if first and all(piece.exact for piece in rows):
+                return None
+            found += [piece.x for piece in rows]
+        return spanning(found)
+
     def measure(self, look: Look, pair: Pair | None = None) -> Pair:
         """Moments of what the operator reads and lacks, added to those of other uses of its weight.
 
@@ -181,8 +200,7 @@ class Walk:
         alone = pair is None
         for i, batch in enumerate(self.batches):
             for rows in self._rows(look, i):
-                if pair is None:
-                    pair = Pair.empty(rows.x, rows.r, look.stream is not None)
+                pair = pair or Pair.empty(look, rows)
                 (pair.held if batch.held else pair.fit).add(rows.x, rows.r, rows.t)
             if alone and i == 0 and pair is not None and pair.exact:
                 break
@@ -231,9 +249,8 @@ class Walk:
         operator, stream, matrix, gains = look.operator, look.stream, look.matrix, look.gains
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + look.number) * 1_000_003 + index)
         form, node, kept, dims = operator.form, operator.node, self.kept, self.graph.dims
-        end, constants = self.order[node], self.constants[self.pruned]
-        self.advance(batch.dense, end + 1)
-        self.advance(batch.pruned, end)
+        constants = self.constants[self.pruned]
+        self._advance_to(look, batch)
         target = slice_tensor(batch.dense.values[node.name], dims[node.name], kept)
         grid, source = form.grid(target), batch.pruned.values[operator.input.name]
         if stream is not None:
@@ -250,4 +267,9 @@ class Walk:
         for piece in picks.split(max(CHUNK // matrix[:, 0].numel(), 16)):
             x, t = form.inputs(source, grid, piece).to(wide), form.outputs(target, piece).to(wide)
             r = t - (x.movedim(1, 0) @ matrix.mT).movedim(0, 1) - bias
-            yield Rows(x, r, t, *(form.outputs(each, piece).to(wide) for each in behind))
+            yield Rows(reduced(x, look.basis), r, t, *(form.outputs(each, piece).to(wide) for each in behind))
+
+    def _advance_to(self, look: Look, batch: Batch) -> None:
+        end = self.order[look.operator.node]
+        self.advance(batch.dense, end + 1)
+        self.advance(batch.pruned, end)

@@ -34,6 +34,7 @@ from ekgfx.graph.tables import is_table
 from ekgfx.graph.untouched import deep_copy, untouched
 from ekgfx.rewriting.branches import Branch, branching
 from ekgfx.rewriting.marks import MARK, Values, filled, marked
+from ekgfx.rewriting.nested import NothingNested
 from ekgfx.rewriting.told import told
 
 
@@ -146,6 +147,7 @@ def calls_of(
             checks_hold([]),
             told(exported, asked, decisions, deciding),
             branching(recorded.append),
+            NothingNested(),
             drawing or contextlib.nullcontext(),
             quiet(),
         ):

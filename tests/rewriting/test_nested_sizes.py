@@ -1,0 +1,58 @@
+"""Maps that every stage pads to whole windows: sizes that are remainders of remainders are left as they are."""
+
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ekgfx
+from ekgfx.errors import EkgfxWarning
+from tests.support.zeroed import distance, zeroed
+
+WINDOW = 7
+
+
+class Within(nn.Module):
+    """Attention within windows, of four heads of two channels, which is all that its view takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows, places, _ = x.shape
+        q, k, v = self.qkv(x).view(windows, places, 3, 4, 2).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Stage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.attention = nn.Conv2d(8, 8, 2, 2), Within()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)))
+        b, c, h, w = x.shape
+        padded = F.pad(x, (0, (WINDOW - w % WINDOW) % WINDOW, 0, (WINDOW - h % WINDOW) % WINDOW))
+        _, _, high, wide = padded.shape
+        tiles = padded.view(b, c, high // WINDOW, WINDOW, wide // WINDOW, WINDOW).permute(0, 2, 4, 3, 5, 1)
+        found = self.attention(tiles.reshape(-1, WINDOW * WINDOW, c))
+        count = high * wide // WINDOW // WINDOW
+        back = found.view(found.shape[0] // count, high // WINDOW, wide // WINDOW, WINDOW, WINDOW, -1)
+        return x + back.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, high, wide)[:, :, :h, :w]
+
+
+def test_a_network_of_padded_windows_is_cut_in_seconds() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), *(Stage() for _ in range(4)), nn.AdaptiveAvgPool2d(1)).double().eval()
+    traced = ekgfx.trace(model, torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    plan = ekgfx.search(traced, flops=0.6, strategy="uniform", importance="magnitude").plan
+    start = time.process_time()
+    with pytest.warns(EkgfxWarning, match="for the example's sizes, any batch"):
+        pruned = ekgfx.prune(model, plan, traced)
+    assert time.process_time() - start < 120
+    twin = zeroed(traced, plan)
+    for batch in (2, 1, 5):
+        assert distance(pruned, twin, (torch.randn(batch, 3, 32, 32, dtype=torch.float64),)) < 1e-12

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ekgfx.errors import PruneError
 
 MOST = 60
-"""Terms of a size. 40 are had by one padding of a padded map; an operator takes two seconds then, and a minute at 300."""
+"""Terms of a size. One padding of a padded map has 40, and an operator takes two seconds; at 300 it takes a minute."""
 
 
 class NothingNested(TorchFunctionMode):

@@ -3,34 +3,39 @@
     python benchmarks/search.py depth digits --keep 0.6 --output benchmarks/results/depth.jsonl
     python benchmarks/search.py depth resnet20_cifar --weights resnet20-cifar10.safetensors --data cifar10:DIR \
         --keep 0.6 --target cpu:fp32:batch=1:threads=1 --output benchmarks/results/depth.jsonl
+    python benchmarks/search.py depth resnet50 --weights resnet50-imagenet-keras-fp16.safetensors \
+        --data folder:imagenet-sample --target cpu:fp32:batch=1:threads=1 --align 16 --accept 4 --images 250 \
+        --searched 96 --output benchmarks/results/depth.jsonl
 
 `digits` is a small residual network that is trained first, on scikit-learn's digits; `vit` is the one that
-`benchmarks/repair.py gain vit --train 8` trains on CIFAR-10; any other name is a factory of `ekgfx.models`, with its
-weights and its data.
+`benchmarks/repair.py gain vit --train 8` trains on CIFAR-10; `resnet50` has the halves of `benchmarks/imagenet.py
+sample`; any other name is a factory of `ekgfx.models`, with its weights and its data.
 
 Three searches: the paper's; the same with steps that minimise the reward lost for the MACs saved; and that with
 residual blocks as further candidates. The second one tells what the ranking does by itself. Beside them stand random
 channels, at the widths of the first and of the third, without the third's blocks. Images to search and repair on, and
 to test on, are drawn by the seed, the same for all. What costs is MACs; with `--target`, milliseconds by timings that
-are taken first and kept beside the output. What is in the output is not measured again.
+are taken first and kept beside the output: then the first two searches are one. What is in the output is not measured
+again, and what was interrupted goes on from the steps and repairs that are kept beside the output.
 """
 
 import argparse
 import math
 import random
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import Lines, chosen, environment
 from gpu.latency import layer_table
-from parts import repair_gain
+from parts import imagenet_sample, repair_gain
 from torch import Tensor, nn
 
 import ekgfx
 from ekgfx import models
+from ekgfx.base.files import read_lines
 from ekgfx.data import load as load_data
 from ekgfx.graph.plan import Plan
 from ekgfx.latency.target import Target
@@ -66,8 +71,36 @@ class Digits(nn.Module):
         return self.head(self.blocks(self.norm(self.stem(x)).relu()).mean((2, 3)))
 
 
-def subject(asked: argparse.Namespace) -> tuple[nn.Module, ekgfx.data.Data]:
-    """The trained network, and its data."""
+@dataclass(frozen=True)
+class Subject:
+    """A trained network; batches to search on, to repair on and to test on."""
+
+    model: nn.Module
+    searched: list[Any]
+    seen: list[Any]
+    tested: list[Any]
+
+
+def subject(asked: argparse.Namespace) -> Subject:
+    """What is asked for."""
+    if asked.network == "resnet50":
+        given = {"images": asked.data, "weights": asked.weights, "seed": asked.seed}
+        setting = imagenet_sample.prepare(argparse.Namespace(**given, batch=48, test_images=asked.test))
+        seen = setting.seen[: asked.images]
+        parts = seen[: asked.searched], seen, setting.unseen
+        return Subject(setting.traced.model, *([batch[:2] for batch in setting.batches(part)] for part in parts))
+    model, data = trained(asked)
+    draw = torch.Generator().manual_seed(asked.seed)
+    seen, held = (
+        torch.randperm(data.size(split), generator=draw)[:count]
+        for split, count in (("train", asked.images), ("test", asked.test))
+    )
+    parts = ("train", 160, seen[: asked.searched]), ("train", 160, seen), ("test", 250, held)
+    return Subject(model, *([b[:2] for b in data.loader(split, size, subset=part)] for split, size, part in parts))
+
+
+def trained(asked: argparse.Namespace) -> tuple[nn.Module, ekgfx.data.Data]:
+    """A trained network, and its data."""
     if asked.network == "digits":
         torch.manual_seed(asked.seed)
         data = load_data(asked.data or "digits", seed=asked.seed)
@@ -83,18 +116,27 @@ def subject(asked: argparse.Namespace) -> tuple[nn.Module, ekgfx.data.Data]:
     return model, load_data(asked.data, mean=mean, std=std, seed=asked.seed)
 
 
-def searched(model: nn.Module, example: Tensor, batches: list[Any], way: str, asked: argparse.Namespace) -> Any:
+def folder(asked: argparse.Namespace) -> Path:
+    """What is kept beside the output."""
+    beside = Path(asked.output).with_suffix("")
+    beside.mkdir(exist_ok=True)
+    return beside
+
+
+def searched(subject: Subject, way: str, asked: argparse.Namespace) -> Any:
     """The traced model, and the result of one of the three searches."""
-    traced = ekgfx.trace(model, example)
+    traced, beside = ekgfx.trace(subject.model, subject.tested[0][0][:2]), folder(asked)
     if way == WAYS[1]:
         vars(traced)["blocks"] = {}
     budget: dict[str, Any] = {"flops": asked.keep}
     if asked.target:
         place, file = Target.parse(asked.target), f"{asked.network}.{asked.target.replace(':', '-')}.json"
-        table, _ = layer_table(traced, place, Path(asked.output).with_suffix("") / file)
+        table, _ = layer_table(traced, place, beside / file)
         budget = {"latency": asked.keep, "table": table}
-    depth = way != WAYS[0]
-    return traced, ekgfx.search(traced, batches, step=asked.step, accept=asked.accept, depth=depth, **budget)
+    steps = beside / f"{asked.network}.{way}.history.jsonl"
+    options = {"step": asked.step, "accept": asked.accept, "align": asked.align, "depth": way != WAYS[0]}
+    options |= {"resume_from": read_lines(steps), "on_step": imagenet_sample.appending(steps)}
+    return traced, ekgfx.search(traced, subject.searched, **options, **budget)
 
 
 def of_random_channels(traced: TracedModel, plan: Plan, seed: int) -> Plan:
@@ -107,7 +149,7 @@ def of_random_channels(traced: TracedModel, plan: Plan, seed: int) -> Plan:
 def right(network: Any, batches: Any) -> Tensor:
     """Whether each test image is classified right."""
     with torch.no_grad():
-        return torch.cat([network(batch.images).argmax(1) == batch.labels for batch in batches])
+        return torch.cat([network(images).argmax(1) == labels for images, labels in batches])
 
 
 def apart(one: Tensor, other: Tensor) -> tuple[float, float]:
@@ -119,28 +161,24 @@ def apart(one: Tensor, other: Tensor) -> tuple[float, float]:
 def main(asked: argparse.Namespace) -> None:
     lines = Lines(asked.output)
     same = chosen(asked, "network", "keep", "target", "step", "accept", "images", "test", "seed")
+    same |= {name: value for name, value in chosen(asked, "align", "searched").items() if value not in (1, None)}
     if {**same, "way": RANDOM[WAYS[-1]]} in lines:
         return
     torch.set_num_threads(1)
-    model, data = subject(asked)
-    draw = torch.Generator().manual_seed(asked.seed)
-    seen, held = (
-        torch.randperm(data.size(split), generator=draw)[:count]
-        for split, count in (("train", asked.images), ("test", asked.test))
-    )
-    batches = [batch[:2] for batch in data.loader("train", 160, subset=seen)]
-    tested = list(data.loader("test", 250, subset=held))
-    found, rows = {"unpruned": right(model, tested)}, []
+    given = subject(asked)
+    found, rows = {"unpruned": right(given.model, given.tested)}, []
 
     def add(way: str, traced: TracedModel, plan: Plan, facts: dict[str, Any]) -> None:
-        pruned = ekgfx.prune(model, plan, traced, calibrate=batches).eval()
-        cut = right(pruned, tested)
-        ekgfx.repair(pruned, traced, plan, batches, most=asked.images, seed=asked.seed)
-        found[way] = right(pruned, tested)
+        pruned = ekgfx.prune(given.model, plan, traced, calibrate=given.seen).eval()
+        cut = right(pruned, given.tested)
+        kept = folder(asked) / f"{asked.network}.{way}.repair.safetensors"
+        repair = ekgfx.repair(pruned, traced, plan, given.seen, most=asked.images, seed=asked.seed, checkpoint=kept)
+        print(way, repair, flush=True)
+        found[way] = right(pruned, given.tested)
         rows.append(
             {
                 **same,
-                "tested": len(held),
+                "tested": len(found[way]),
                 "way": way,
                 "macs": traced.cost(plan).macs / traced.cost().macs,
                 "params": traced.cost(plan).params / traced.cost().params,
@@ -154,9 +192,9 @@ def main(asked: argparse.Namespace) -> None:
             }
         )
 
-    for way in WAYS:
+    for way in WAYS if not asked.target else WAYS[::2]:
         began = time.process_time()
-        traced, result = searched(model, tested[0].images[:2], batches, way, asked)
+        traced, result = searched(given, way, asked)
         facts = {
             "kept": result.kept_fraction,
             "steps": len(result.steps),
@@ -170,14 +208,16 @@ def main(asked: argparse.Namespace) -> None:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("network", help="digits, vit, or a factory of ekgfx.models")
+    parser.add_argument("network", help="digits, vit, resnet50, or a factory of ekgfx.models")
     parser.add_argument("--weights")
     parser.add_argument("--data", metavar="SPEC")
     parser.add_argument("--keep", type=float, default=0.6, help="fraction of the MACs, or of the milliseconds")
     parser.add_argument("--target", help="where milliseconds are measured, such as cpu:fp32:batch=1:threads=1")
     parser.add_argument("--step", type=float, default=0.2)
     parser.add_argument("--accept", type=int, default=1)
+    parser.add_argument("--align", type=int, default=1, help="widths in multiples of this")
     parser.add_argument("--images", type=int, default=320, help="to search and to repair on")
+    parser.add_argument("--searched", type=int, help="of these, to search on; all by default")
     parser.add_argument("--test", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", required=True, help="JSON lines")

@@ -15,7 +15,7 @@ from ekgfx.graph.untouched import differing, state_of, untouched
 
 from .attention import attention
 from .convolution import conv2d
-from .io import device_of, named_tensors, with_batch
+from .io import called, device_of, named_tensors, with_batch
 from .quiet import headline
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -25,22 +25,22 @@ _CONV2D = torch.ops.aten.conv2d.default
 class _Named(nn.Module):
     """A model whose output is a flat dict of its tensors by name, which is all that an ONNX graph can return."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.names = model, names
 
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
-        return named_tensors(self.model(*inputs))
+        return named_tensors(called(self.model, inputs, self.names))
 
 
 def capture(
-    model: nn.Module, inputs: tuple[Tensor, ...], *, native_attention: bool
+    model: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...] = (), *, native_attention: bool
 ) -> tuple[torch.export.ExportedProgram, list[str], str]:
     """The model in evaluation mode as an exported program, the names of its outputs, and what users should know.
 
-    native_attention: keep 4-D attention as one operator (an ONNX operator from opset 23 on); all other attention is
-    written out, and so are convolutions whose number of groups follows the batch size. Parameter names carry the prefix
-    "model.". The model is left as it was.
+    names: of inputs that are given by name. native_attention: keep 4-D attention as one operator (an ONNX operator from
+    opset 23 on); all other attention is written out, and so are convolutions whose number of groups follows the batch
+    size. Parameter names carry the prefix "model.". The model is left as it was.
 
     Everything that runs on the captured graph must run under `torch.no_grad()` as this does: PyTorch picks another
     attention kernel, with another memory layout, where a gradient may be wanted (a learned attention bias), and a
@@ -52,14 +52,15 @@ def capture(
     # A batch of one would be taken for a constant.
     example = with_batch([value.to(device_of(model)) for value in inputs], 2)
     shapes = {"inputs": tuple({0: batch} if value.ndim else {} for value in example)}
+    named = _Named(model, names)
     with untouched(model), evaluation_mode(model), torch.no_grad():
         try:
             try:
-                program, said = _exported(model, example, shapes)
+                program, said = _exported(named, example, shapes)
             except Exception:
-                if not _forgets(model, inputs):
+                if not _forgets(named, inputs):
                     raise
-                program, said = _exported(model, example, shapes)
+                program, said = _exported(named, example, shapes)
         except ExportError:
             raise
         except Exception as error:  # torch.export raises many types, all of them about the user's model
@@ -75,11 +76,11 @@ def capture(
 
 
 def _exported(
-    model: nn.Module, example: tuple[Tensor, ...], shapes: dict[str, Any]
+    named: _Named, example: tuple[Tensor, ...], shapes: dict[str, Any]
 ) -> tuple[torch.export.ExportedProgram, str]:
     def export(shapes: Any) -> torch.export.ExportedProgram:
-        with untouched(model), by_operators(), checks_hold([]):
-            return torch.export.export(_Named(model), example, dynamic_shapes=shapes, strict=False)
+        with untouched(named.model), by_operators(), checks_hold([]):
+            return torch.export.export(named, example, dynamic_shapes=shapes, strict=False)
 
     try:
         return export(shapes), ""
@@ -88,7 +89,8 @@ def _exported(
         if most is None:
             raise
     batch = torch.export.Dim("batch", max=most)
-    said = f"{type(model).__name__} does otherwise from a batch of {most + 1} on; the file does what it does below that"
+    kind = type(named.model).__name__
+    said = f"{kind} does otherwise from a batch of {most + 1} on; the file does what it does below that"
     return export({"inputs": tuple({0: batch} if free else {} for free in shapes["inputs"])}), said
 
 
@@ -98,18 +100,18 @@ def _most(message: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _forgets(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+def _forgets(named: _Named, inputs: tuple[Tensor, ...]) -> bool:
     """Run the model on a batch of one; whether it has kept something of it that it did not have.
 
     A cache that is good for one batch size only fixes that of the captured graph; one is the size that torch.export
     takes a free batch size not to have, so that the graph makes anew what is in the cache.
     """
-    before = state_of(model)
+    before = state_of(named.model)
     try:
-        model(*with_batch([value.to(device_of(model)) for value in inputs], 1))
+        called(named.model, with_batch([value.to(device_of(named)) for value in inputs], 1), named.names)
     except Exception:  # noqa: BLE001  whatever the user's forward raises; why the export failed is said
         return False
-    return bool(differing(state_of(model), before))
+    return bool(differing(state_of(named.model), before))
 
 
 def _attention_but_4d(query: Tensor, *args: Any, **options: Any) -> Tensor:

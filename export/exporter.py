@@ -19,7 +19,7 @@ from ekgfx.errors import EkgfxWarning, ExportError
 from .capture import capture
 from .constants import adopt_constants
 from .half import PROTOBUF_LIMIT, hide_scalars, nbytes, to_half
-from .io import PRECISION, as_inputs, input_names
+from .io import PRECISION, Given, as_inputs, input_names, keywords
 from .names import name_interface, name_nodes
 from .pooling import keep_padding
 from .quiet import headline, quiet
@@ -34,7 +34,7 @@ _ATTENTION_OPSET = 23
 
 def to_onnx(
     model: nn.Module,
-    example_inputs: Tensor | Sequence[Tensor],
+    example_inputs: Given,
     path: str | os.PathLike[str],
     *,
     fp16: bool = False,
@@ -46,8 +46,8 @@ def to_onnx(
 
     Args:
         model: any module that `torch.export` can follow. It is left as it was: weights, modes and device.
-        example_inputs: one tensor or a tuple of tensors with the batch in dim 0. Only shapes and types matter, but with
-            fp16 their values do, too: give real ones.
+        example_inputs: one tensor, a tuple of tensors, or tensors by the names of the forward's parameters, with the
+            batch in dim 0. Only shapes and types matter, but with fp16 their values do, too: give real ones.
         path: the file to write, by way of a temporary one beside it, so that it is never half-written.
         fp16: weights and arithmetic in half precision; inputs and outputs stay fp32 (see `half.to_half`), and so do
             operators whose weights, or whose values on these inputs, are too large for fp16; the metadata
@@ -73,14 +73,15 @@ def to_onnx(
     """
     path = Path(path)
     inputs = as_inputs(example_inputs)
-    names = input_names(model, len(inputs))
+    by_name = keywords(example_inputs)
+    names = list(by_name) or input_names(model, len(inputs))
     if opset is not None and opset < OLDEST_OPSET:
         raise ExportError(
             f"opset {opset} is older than {OLDEST_OPSET}, the oldest that can be written; use 18 or newer"
         )
     native_attention = (opset or 0) >= _ATTENTION_OPSET
     with quiet():
-        program, outputs, said = capture(model, inputs, native_attention=native_attention)
+        program, outputs, said = capture(model, inputs, by_name, native_attention=native_attention)
         written = _translate(program, opset, translations, [value.ndim > 0 for value in inputs])
     if said:
         warnings.warn(said, EkgfxWarning, stacklevel=2)

@@ -1,7 +1,8 @@
 """What goes into a model and what comes out of it, by name: shared by the exporter, the parity check and the timing."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +13,22 @@ from ekgfx.errors import ExportError
 PRECISION = "ekgfx.precision"
 """Metadata of a file: what it computes in."""
 
+Given = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""The inputs of a model: one tensor, several by position, or by the names of its forward's parameters."""
 
-def as_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The positional inputs of a model as a tuple of tensors that share the size of dim 0, the batch.
+
+def as_inputs(example_inputs: Given) -> tuple[Tensor, ...]:
+    """The inputs of a model as a tuple of tensors that share the size of dim 0, the batch.
 
     Raises ExportError for anything else; tensors without dimensions carry no batch and are let through.
     """
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-    for position, value in enumerate(inputs):
+    names = keywords(example_inputs)
+    given: Any = example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs
+    inputs = (given,) if isinstance(given, Tensor) else tuple(given)
+    for place, value in zip(names or range(len(inputs)), inputs, strict=True):
         if not isinstance(value, Tensor):
             raise ExportError(
-                f"input {position} is a {type(value).__name__}; ONNX takes tensors only: wrap the model in a module "
+                f"input {place} is a {type(value).__name__}; ONNX takes tensors only: wrap the model in a module "
                 "whose forward takes tensors and makes the other arguments itself"
             )
     sizes = [value.shape[0] for value in inputs if value.ndim]
@@ -31,6 +37,16 @@ def as_inputs(example_inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
     if len(set(sizes)) > 1 or sizes[0] == 0:
         raise ExportError(f"dim 0 of the inputs has sizes {sizes}; it must be the same batch, of one or more, in all")
     return inputs
+
+
+def keywords(example_inputs: Given) -> tuple[str, ...]:
+    """The names of inputs that are given by name; () where they are given by position."""
+    return tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()
+
+
+def called(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> Any:
+    """What a model makes of its inputs; names: of those that are given by name, () for none."""
+    return model(**dict(zip(names, inputs, strict=True))) if names else model(*inputs)
 
 
 def batch_size(inputs: Sequence[Tensor]) -> int:

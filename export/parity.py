@@ -14,7 +14,7 @@ from ekgfx.errors import ExportError
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.graph.untouched import deep_copy, untouched
 
-from .io import as_inputs, batch_size, device_of, named_tensors, with_batch
+from .io import Given, as_inputs, batch_size, called, device_of, keywords, named_tensors, with_batch
 from .numerics import tensor_float32
 from .quiet import headline
 from .session import feeds, open_session, precision_of
@@ -66,7 +66,7 @@ class Parity:
 def check_parity(
     model: nn.Module,
     path: str | os.PathLike[str],
-    inputs: Tensor | Sequence[Tensor],
+    inputs: Given,
     tolerance: float | None = None,
 ) -> Parity:
     """Compare an ONNX file with the model it was made from, on real inputs, in onnxruntime on the CPU.
@@ -77,8 +77,8 @@ def check_parity(
     Args:
         model: it runs in evaluation mode, without TF32, on its device, and is left as it was.
         path: the ONNX file.
-        inputs: one tensor or a tuple, B×…; compared as they are and with another batch size (1, or 2 where B is 1),
-            which catches a file that has the batch size of its example built in.
+        inputs: one tensor, a tuple, or tensors by name, B×…; compared as they are and with another batch size (1, or 2
+            where B is 1), which catches a file that has the batch size of its example built in.
         tolerance: on the relative difference; by default 1e-4 for an fp32 file and 1e-2 for an fp16 one.
 
     Returns:
@@ -92,7 +92,7 @@ def check_parity(
         >>> print(ekgfx.export.check_parity(pruned, "net.onnx", images).relative)
     """
     path = Path(path)
-    values = as_inputs(inputs)
+    values, names = as_inputs(inputs), keywords(inputs)
     session = open_session(path)
     precision = precision_of(session)
     tolerance = TOLERANCE[precision] if tolerance is None else tolerance
@@ -100,10 +100,10 @@ def check_parity(
     differences: list[Difference] = []
     for batch in (full, 1 if full > 1 else 2):
         part = with_batch(values, batch)
-        expected = _run(model, part)
+        expected = _run(model, part, names)
         _check_numbers(model, expected, path)
         try:
-            produced = session.run(None, feeds(session, part))
+            produced = session.run(None, feeds(session, part, names))
         except Exception as error:  # onnxruntime's exceptions have no common base
             raise ExportError(f"{path} cannot run at batch {batch}: {headline(error)}; export it again") from error
         outputs = [output.name for output in session.get_outputs()]
@@ -119,12 +119,12 @@ def check_parity(
         raise ExportError(
             f"{path} differs from the model: output {worst.output!r} at batch {worst.batch} by {worst.relative:.2e} "
             f"relative ({worst.absolute:.2e} absolute), more than {tolerance:.0e}; "
-            + _advice(model, values, precision, worst.relative)
+            + _advice(model, inputs, precision, worst.relative)
         )
     return Parity(precision, tolerance, tuple(differences))
 
 
-def amplification(model: nn.Module, inputs: Tensor | Sequence[Tensor], relative: float) -> float:
+def amplification(model: nn.Module, inputs: Given, relative: float) -> float:
     """How far the model's outputs move, relative to the largest of them, when every element of its weights and of its
     floating-point inputs moves by that share of itself, up or down at random.
 
@@ -132,7 +132,7 @@ def amplification(model: nn.Module, inputs: Tensor | Sequence[Tensor], relative:
     and no file of it in that precision computes the same. Inputs alone would not tell: their errors differ from pixel
     to pixel and so average out in pools and gates, while that of a weight is the same everywhere.
     """
-    values = as_inputs(inputs)
+    values, names = as_inputs(inputs), keywords(inputs)
     generator = torch.Generator().manual_seed(0)
 
     def moved(value: Tensor) -> Tensor:
@@ -141,12 +141,12 @@ def amplification(model: nn.Module, inputs: Tensor | Sequence[Tensor], relative:
         signs = torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1
         return value * (1 + relative * signs)
 
-    before = _run(model, values)
+    before = _run(model, values, names)
     other = deep_copy(model)  # what is called or held in several places moves in all of them
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.copy_(moved(parameter))
-    after = _run(other, [moved(value) for value in values])
+    after = _run(other, [moved(value) for value in values], names)
     return max(_difference(Path(), name, 0, after[name], before[name]).relative for name in before)
 
 
@@ -164,14 +164,14 @@ def _check_numbers(model: nn.Module, expected: dict[str, Tensor], path: Path) ->
     )
 
 
-def _advice(model: nn.Module, values: Sequence[Tensor], precision: str, relative: float) -> str:
+def _advice(model: nn.Module, inputs: Given, precision: str, relative: float) -> str:
     rounding = ROUNDING[precision]
     if not math.isfinite(relative) and precision == "fp16":
         return (
             "values overflow fp16: write the file with to_onnx(fp16=True) or to_fp16(inputs=…) from inputs like these, "
             "so that the operators that overflow stay in fp32"
         )
-    moves = amplification(model, values, rounding)
+    moves = amplification(model, inputs, rounding)
     if moves * 3 > relative:  # values in between are rounded as well
         return (
             f"the model itself amplifies rounding: weights and inputs that move by {rounding:.0e} move its output by "
@@ -181,11 +181,11 @@ def _advice(model: nn.Module, values: Sequence[Tensor], precision: str, relative
     return "do not use the file: export again from the same weights, or without fp16"
 
 
-def _run(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+def _run(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     """The model's outputs by name, without TF32, which is good for three digits only."""
     device = device_of(model)
     with untouched(model), evaluation_mode(model), torch.no_grad(), tensor_float32(False):
-        output = model(*(value.to(device) for value in inputs))
+        output = called(model, [value.to(device) for value in inputs], names)
     return {name: tensor.cpu() for name, tensor in named_tensors(output).items()}
 
 

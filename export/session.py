@@ -83,9 +83,16 @@ def precision_of(session: ort.InferenceSession) -> str:
     return str(session.get_modelmeta().custom_metadata_map.get(PRECISION, "fp32"))
 
 
-def feeds(session: ort.InferenceSession, inputs: Sequence[Tensor]) -> dict[str, np.ndarray]:
-    """The inputs by name, as contiguous arrays of the types that the file declares."""
+def feeds(session: ort.InferenceSession, inputs: Sequence[Tensor], names: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """The inputs by name, as contiguous arrays of the types that the file declares. names: of the inputs, where they
+    are not in the order of the file's."""
     slots = session.get_inputs()
+    if names:
+        slots = sorted(slots, key=lambda slot: [*names, slot.name].index(slot.name))
+    if names and [slot.name for slot in slots] != list(names):
+        raise ExportError(
+            f"the file takes the inputs {', '.join(slot.name for slot in slots)}, but {', '.join(names)} were given"
+        )
     if len(slots) != len(inputs):
         raise ExportError(
             f"the file takes {len(slots)} inputs ({', '.join(slot.name for slot in slots)}), "

@@ -9,7 +9,8 @@ half of every group ("half"), and to widths that its configuration can say ("uni
     as it comes: traced with its inputs alone; exact: the cut module equals the sliced graph in float64 at another
     batch; class: it keeps its class; graphs: modules inside whose forward was replaced; size: it runs on inputs
     of another size, where the original does; API: a decoder generates the same with and without its cache, others give
-    a loss; round trip: `save_pretrained`, then `from_pretrained`, gives equal outputs.
+    a loss; round trip: `save_pretrained`, then `from_pretrained`, gives equal outputs; ONNX: exported in float32 by
+    the names of its inputs, and equal in ONNX Runtime at two batches.
 """
 
 import argparse
@@ -229,7 +230,21 @@ def cut(model: Any, traced: Any, plan: Any, inputs: Any, others: Any, name: str,
             torch.testing.assert_close(again(**inputs).logits, pruned.eval()(**inputs).logits, rtol=near, atol=near)
 
     found["round_trip"] = works(round_trip)
+    found["onnx"] = works(lambda: exported(pruned, inputs))
     return found
+
+
+def exported(pruned: Any, inputs: Mapping[str, Any]) -> None:
+    """To ONNX in float32, by the names of its inputs, and compared there at two batches."""
+    import copy
+
+    from ekgfx.export import check_parity, to_onnx
+
+    single = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        network, path = copy.deepcopy(pruned).float(), f"{folder}/model.onnx"
+        to_onnx(network, single, path)
+        check_parity(network, path, single)
 
 
 def works(call: Any) -> str:

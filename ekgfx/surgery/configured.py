@@ -7,12 +7,15 @@ without memory (on the meta device) with one number doubled, and what doubles is
 
 A number may also split a dimension without changing it, as the number of heads splits the width into heads; then whole
 heads go with the width, since a head's width is in the scale of its products. A number that changes other values of the
-model than whole ones (such a scale) stays, for the model that is built anew would compute something else.
+model than whole ones (such a scale) stays, for the model that is built anew would compute something else, unless the
+scale is what it was once the numbers of heads in that width grow with it. Where a model cannot be built with one number
+doubled, another one of the same value may have to be equal to it.
 """
 
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from math import gcd
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -103,6 +106,25 @@ def configuration_of(traced: TracedModel, plan: Plan) -> Any | str | None:
     return config
 
 
+def numbers_of(traced: TracedModel, plan: Plan) -> dict[tuple[str, str], tuple[int, int]]:
+    """Module and attribute → a whole number as it is, and as it is in a model that is built for the widths of a plan.
+
+    A run of the example may not need such a number, as that of query heads for each key where a kernel finds it itself;
+    another call does, as with a mask. Widths that no configuration can say are left as they are.
+    """
+    described = description(traced)
+    if described is None or plan.dropped:
+        return {}
+    config, counts = configuration(traced.model), {axis: len(kept) for axis, kept in traced.groups.kept(plan).items()}
+    built = shell(traced.model, config)
+    shares = {f: {Fraction(count(p, counts), p.size) for p in parts} for f, parts in described.parts.items()}
+    sure = {f: get(config, f) * share for f, (share, *others) in shares.items() if not others and share != 1}
+    made = None if built is None else Trial(traced.model, built).of({f: int(n) for f, n in sure.items() if n == int(n)})
+    if built is None or made is None:
+        return {}
+    return {place: (old, new) for place, old in built.whole.items() if (new := made.whole.get(place, old)) != old}
+
+
 def configure(pruned: nn.Module, config: Any | str | None, source: TracedModel | None = None) -> str:
     """Let a cut model hold the configuration that `configuration_of` found; what to tell its user, "" for nothing.
 
@@ -149,16 +171,22 @@ def _describe(traced: TracedModel) -> Described | None:
     places = {(p.parameter, p.dim): dims[p.parameter][p.dim] for g in traced.groups.values() for p in g.places}
     sizes = {part.size for expr in places.values() for part in runs(expr)}
     numbers = {number: old for number, old in numbers_in(config) if old in sizes}
-    grows = {number: trial.grown({number: 2 * old}) for number, old in numbers.items()}
-    fixed = frozenset(number for number, old in numbers.items() if trial.others({number: 2 * old}))
+    equal = _equal(numbers, trial)
+    numbers = {number: old for number, old in numbers.items() if number not in equal.values()}
+    twice = {n: {n: 2 * old} | ({equal[n]: 2 * old} if n in equal else {}) for n, old in numbers.items()}
+    grows = {number: trial.grown(twice[number]) for number in numbers}
+    fixed = frozenset(number for number in numbers if trial.others(twice[number]))
     several = _grown_by_one(places, numbers, grows, fixed, found)
     splitting = {
         number: old for number, old in numbers.items() if not grows[number] and trial.splits({number: 2 * old})
     }
     partners = _of_several_axes(several, splitting, found)
-    for number, old in numbers.items():
-        widens = number in found.parts and number not in splitting  # those go with the width that they split
-        if widens and (changed := trial.others({number: 2 * old, **partners.get(number, {})})):
+    for number in numbers:
+        if number in found.parts and number not in splitting and trial.others(twice[number] | partners.get(number, {})):
+            partners |= _of_several_numbers(number, twice, trial, found)
+    follow = {*splitting, *(other for others in partners.values() for other in others)}  # with the width they are in
+    for number in found.parts.keys() & numbers.keys() - follow:
+        if changed := trial.others(twice[number] | partners.get(number, {})):
             for part in found.parts[number]:
                 found.hold(axes(part), f"config.{name_of(number)} also says {changed}")
     saved = saved_by(model)
@@ -167,7 +195,44 @@ def _describe(traced: TracedModel) -> Described | None:
             found.hold((axis for expr in exprs for axis in axes(expr)), f"{name} is not saved")
     named = {group.axis: group.name for group in traced.groups.values()}
     held = {named[axis]: why for axis, why in found.held.items() if axis in named}
-    return _checked(traced, Described(found.all(), held), trial)
+    parts = found.all()
+    parts |= {other: parts[number] for number, other in equal.items() if number in parts}
+    return _checked(traced, Described(parts, held), trial)
+
+
+def _equal(numbers: Mapping[Field, int], trial: Trial) -> dict[Field, Field]:
+    """Numbers that cannot grow alone, as where modules would be missing, with one of the same value that makes up for
+    it."""
+    found: dict[Field, Field] = {}
+    for number, old in numbers.items():
+        if trial.grown({number: 2 * old}) or number in found.values():
+            continue
+        unable = (o for o, same in numbers.items() if same == old and o != number and not trial.grown({o: 2 * old}))
+        together = (o for o in unable if o not in found and trial.grown({number: 2 * old, o: 2 * old}))
+        other = next(together, None)
+        if other is not None:
+            found[number] = other
+    return found
+
+
+def _of_several_numbers(
+    number: Field, twice: Mapping[Field, Mapping[Field, int]], trial: Trial, found: "_Parts"
+) -> dict[Field, dict[Field, int]]:
+    """The numbers of heads with which a width grows so that nothing else changes; notes that what is left of the
+    dimensions that they split, the width of a head, stays."""
+    dimensions = found.whole.get(number, [])
+    heads = {g for g, own in found.parts.items() for free in dimensions if g != number and {*own} & {*free}}
+    growing = {field: value for head in heads & twice.keys() for field, value in twice[head].items()}
+    if not growing or trial.others({**twice[number], **growing}) or not trial.grown({**twice[number], **growing}):
+        return {}
+    said = {part for head in heads for part in found.parts[head]}
+    for free in found.whole.pop(number):
+        for part in free:
+            if part in said:
+                found.add(number, part)
+            else:
+                found.hold(axes(part), f"config.{name_of(number)} grows by whole heads")
+    return {number: growing}
 
 
 def _grown_by_one(

@@ -24,7 +24,7 @@ from ekgfx.rewriting.patched import replaced
 from ekgfx.surgery.calibrate import estimated
 from ekgfx.surgery.carried import carry, like
 from ekgfx.surgery.comparison import Prediction, repeatable
-from ekgfx.surgery.configured import configuration_of, configure
+from ekgfx.surgery.configured import configuration_of, configure, numbers_of
 from ekgfx.surgery.declared_widths import attributes_of, declare
 from ekgfx.surgery.described import told
 from ekgfx.surgery.dropped import REASON as DROPPED
@@ -154,7 +154,7 @@ def _pruned(model: nn.Module, plan: Plan, entire: TracedModel, how: _How) -> tup
     declare(pruned, before, source, predicted.counts)
     said = configure(pruned, config)
     if how.verify:
-        settle(pruned, predicted, may_replace=how.may_replace)
+        settle(pruned, predicted, numbers_of(entire, plan), may_replace=how.may_replace)
         said = configure(pruned, config, entire)
     return pruned, [sentence for sentence in (said, told(pruned)) if sentence]
 

@@ -8,8 +8,9 @@ right gets a forward that is written for it.
 
 import contextlib
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from torch import nn
 
@@ -30,15 +31,24 @@ MOST_TRIALS, MOST_RUNS = 16, 64
 """Choices of integers that are traced, at most, and those that are run before."""
 
 
-def settle(pruned: nn.Module, predicted: Prediction, may_replace: bool = True) -> None:
+Told = Mapping[tuple[str, str], tuple[int, int]]
+
+
+def settle(
+    pruned: nn.Module, predicted: Prediction, told: Told = MappingProxyType({}), *, may_replace: bool = True
+) -> None:
     """Make the cut module, whose standard layers are right, what was predicted.
 
-    may_replace: a module's forward may be replaced where nothing else helps.
+    told: module and attribute → a whole number as it was, and as the library would have it for such widths: taken where
+    nobody has changed it, and the module stays what was predicted. may_replace: a module's forward may be replaced
+    where nothing else helps.
 
     Raises:
         PruneError: that cannot be done; the message names the module and what to do.
     """
-    _Settling(pruned, predicted, may_replace).run()
+    settling = _Settling(pruned, predicted, may_replace)
+    settling.run()
+    settling.take(told)
 
 
 class _Settling:
@@ -76,6 +86,20 @@ class _Settling:
         self._put_back()
         settle_alternatives(self.pruned, self.source, self.open)
         self._limit()
+
+    def take(self, told: Told) -> None:
+        """Sets the numbers that nobody has changed, or none of them where the module then does otherwise."""
+        modules = dict(self.pruned.named_modules())
+        stale = {
+            place: numbers
+            for place, numbers in told.items()
+            if place[0] in modules and vars(modules[place[0]]).get(place[1]) == numbers[0]
+        }
+        for (path, name), (_, new) in stale.items():
+            object.__setattr__(modules[path], name, new)
+        if stale and self.comparison.problems():
+            for (path, name), (old, _) in stale.items():
+                object.__setattr__(modules[path], name, old)
 
     def _error(self, problem: Problem) -> PruneError:
         text = f"the pruned {type(self.pruned).__name__} is not what was predicted: {problem.text}"

@@ -1,0 +1,110 @@
+"""What a configuration says beside widths: numbers that grow together, and numbers that a run does not show."""
+
+import copy
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ekgfx
+
+X = torch.randn(3, 6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@dataclass
+class Config:
+    width: int = 24
+    heads: int = 4
+    keys: int = 2
+    head: int = 5
+    inner: int = 24
+    features: int = 24
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Grouped(nn.Module):
+    """Several query heads for each key, as a kernel finds out by itself; with a mask, keys are repeated by a number."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config, self.head, self.repeats = config, config.head, config.heads // config.keys
+        self.q, self.o = nn.Linear(24, config.heads * self.head), nn.Linear(config.heads * self.head, 7)
+        self.k, self.v = (nn.Linear(24, config.keys * self.head) for _ in range(2))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (part(x).unflatten(2, (-1, self.head)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        if mask is None:
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        else:
+            k, v = (part.repeat_interleave(self.repeats, 1) for part in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, mask)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def traced_of(kind: type[nn.Module]) -> ekgfx.TracedModel:
+    torch.manual_seed(0)
+    return ekgfx.trace(kind(Config()).double().eval(), X)
+
+
+def test_a_number_that_the_example_does_not_need_is_what_the_configuration_makes_of_it() -> None:
+    traced = traced_of(Grouped)
+    ((name, _),) = [(n, g) for n, g in traced.groups.items() if g.size == 2 and "q" in n and n.endswith("#1")]
+    pruned = ekgfx.prune(traced.model, ekgfx.Plan({name: (1,)}), traced, graphs="forbid")
+    assert traced.model.repeats == 2 and pruned.repeats == 1
+    all_of_it = torch.ones(6, 6, dtype=torch.bool)
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(X, all_of_it), pruned(X), rtol=1e-12, atol=1e-12)
+        kept = copy.deepcopy(traced.model)
+        kept.o.weight.unflatten(1, (2, 2, 5))[:, :, 0] = 0  # the first query head of each key
+        torch.testing.assert_close(pruned(X, all_of_it), kept(X, all_of_it), rtol=1e-12, atol=1e-12)
+
+
+class Scaled(nn.Module):
+    """A width of whole heads, whose width is in a scale; a table has an entry for each head, as Swin's biases."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config, self.heads, self.head = config, config.heads, config.width // config.heads
+        self.scale, self.bias = self.head**-0.5, nn.Parameter(torch.randn(config.heads, 6, 6))
+        self.embed, self.last = nn.Linear(24, config.width), nn.Linear(config.width, 7)
+        self.q, self.k, self.v, self.o = (nn.Linear(config.width, config.width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        q, k, v = (part(x).unflatten(2, (-1, self.head)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = (q @ k.mT * self.scale + self.bias).softmax(3) @ v
+        return self.last(x + self.o(y.transpose(1, 2).flatten(2)))
+
+
+class Equal(nn.Module):
+    """One that refuses two widths which are not the same."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        if config.inner != config.features:
+            raise ValueError("inner and features differ")
+        self.config = config
+        self.up, self.down = nn.Linear(24, config.inner), nn.Linear(config.features, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"), [(Scaled, {"width": 12, "heads": 2}), (Equal, {"inner": 11, "features": 11})]
+)
+def test_numbers_that_grow_together_describe_the_cut(kind: type[nn.Module], wanted: dict[str, int]) -> None:
+    traced = traced_of(kind)
+    plan = ekgfx.search(traced, params=0.5, strategy="uniform", importance="magnitude", uniform_layers=True).plan
+    pruned = ekgfx.prune(traced.model, plan, traced, graphs="forbid")
+    now, before = pruned.config, Config()
+    changed = {f.name: getattr(now, f.name) for f in fields(now) if getattr(now, f.name) != getattr(before, f.name)}
+    assert changed == wanted
+    anew = kind(copy.deepcopy(now)).double().eval()
+    anew.load_state_dict(pruned.state_dict())
+    torch.testing.assert_close(anew(X), pruned.eval()(X), rtol=0, atol=0)

@@ -28,7 +28,7 @@ from ekgfx.search.result import Candidate, Measure, Point, SearchResult, Step, a
 from ekgfx.search.reward import Objective, Reward, assess, label_free, validation_batches
 from ekgfx.search.settings import STRATEGIES, SearchOptions, SearchSettings, check_known
 from ekgfx.settings.budgets import label_of
-from ekgfx.surgery.configured import description
+from ekgfx.surgery.description import description
 from ekgfx.surgery.dropped import check_droppable
 from ekgfx.surgery.tied import ties_of
 from ekgfx.tracing.traced import TracedModel, check_traced

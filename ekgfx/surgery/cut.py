@@ -26,13 +26,13 @@ from ekgfx.surgery.carried import carry, like
 from ekgfx.surgery.comparison import Prediction, repeatable
 from ekgfx.surgery.configured import configuration_of, configure, numbers_of
 from ekgfx.surgery.declared_widths import attributes_of, declare
-from ekgfx.surgery.described import told
 from ekgfx.surgery.dropped import REASON as DROPPED
 from ekgfx.surgery.dropped import drop
 from ekgfx.surgery.integers import correct, guess
 from ekgfx.surgery.memory import TOLD as NO_CACHE
 from ekgfx.surgery.memory import switched_off, without_memory
 from ekgfx.surgery.settle import settle
+from ekgfx.surgery.undescribed import told
 from ekgfx.tracing.trace import trace
 from ekgfx.tracing.traced import TracedModel, check_traced
 

@@ -1,7 +1,7 @@
 """Which groups of a model shrink together, since one number stands for their widths."""
 
 from ekgfx.graph.ties import Ties, head_widths, role_widths, tied
-from ekgfx.surgery.configured import description
+from ekgfx.surgery.description import description
 from ekgfx.tracing.traced import TracedModel
 
 

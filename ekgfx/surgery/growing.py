@@ -1,0 +1,118 @@
+"""Which parts of a model's dimensions grow with which numbers of its configuration."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from ekgfx.axes import Axis, Expr, Prod, axes
+from ekgfx.graph.ties import factors
+from ekgfx.surgery.rebuilt import Field, Trial, name_of, segments
+
+
+class Parts:
+    """What was found: number → parts of dimensions that grow with it; single: parts that a number says alone; whole:
+    number → dimensions that it says with several parts, of which the others say all but one."""
+
+    def __init__(self) -> None:
+        self.parts: dict[Field, list[Expr]] = {}
+        self.single: dict[Expr, None] = {}
+        self.whole: dict[Field, list[list[Expr]]] = {}
+        self.held: dict[Axis, str] = {}
+
+    def add(self, number: Field, part: Expr) -> None:
+        self.parts.setdefault(number, []).append(part)
+        self.single[part] = None
+
+    def hold(self, some: Iterable[Axis], why: str) -> None:
+        for axis in some:
+            if not axis.frozen:
+                self.held.setdefault(axis, why)
+
+    def all(self) -> dict[Field, list[Expr]]:
+        made = {number: [Prod(tuple(parts)) for parts in each] for number, each in self.whole.items()}
+        return {number: [*self.parts.get(number, []), *made.get(number, [])] for number in {**self.parts, **made}}
+
+
+def grown_by_one(
+    places: Mapping[tuple[str, int], Expr],
+    numbers: Mapping[Field, int],
+    grows: Mapping[Field, Mapping[tuple[str, int], bool]],
+    fixed: Collection[Field],
+    found: Parts,
+) -> list[tuple[Field, list[Expr]]]:
+    """Notes what parts of the dimensions grow with one number each (`fixed` ones say more than widths). Returns those
+    of several free axes with their number: it does not say how they are made up."""
+    several: list[tuple[Field, list[Expr]]] = []
+    for place, expr in places.items():
+        fields = {number: old for number, old in numbers.items() if grows[number].get(place) is True}
+        parted = any(grows[number].get(place) is False for number in numbers)
+        split = None if parted else segments(expr, fields, fixed)
+        if split is None:
+            told = "several numbers say parts of" if fields or parted else "no number says the width of"
+            found.hold(axes(expr), f"config: {told} {place[0]}")
+        for number, part in split or ():
+            free = [f for f in factors(part) if any(not axis.frozen for axis in axes(f))]
+            if len(free) > 1:
+                several.append((number, free))
+            else:
+                found.add(number, part if free == [] else free[0])
+    return several
+
+
+def of_several_axes(
+    several: Sequence[tuple[Field, list[Expr]]], splitting: Mapping[Field, int], found: Parts
+) -> dict[Field, dict[Field, int]]:
+    """Notes which axis of a dimension of several moves with its number: the only one that no other number says, or the
+    heads, where a number says how many. Returns, by number, the numbers of heads that grow with it."""
+    partners: dict[Field, dict[Field, int]] = {}
+    alone = set(found.single)
+    for number, free in several:
+        unknown = [part for part in free if part not in alone]
+        heads = {g: old for g, old in splitting.items() if unknown and old == unknown[0].size}
+        if len(unknown) > 1 and heads:
+            moving = unknown[0]
+            found.add(next(iter(heads)), moving)
+            partners.setdefault(number, {}).update({next(iter(heads)): 2 * next(iter(heads.values()))})
+        else:
+            moving = unknown[-1] if unknown else free[-1]
+        for part in unknown:
+            if part is not moving:
+                found.hold(axes(part), f"config.{name_of(number)} does not say how it is made up")
+        if len(unknown) > 1:
+            found.add(number, moving)
+        else:
+            found.whole.setdefault(number, []).append(free)
+    return partners
+
+
+def of_several_numbers(
+    number: Field, twice: Mapping[Field, Mapping[Field, int]], trial: Trial, found: Parts
+) -> dict[Field, dict[Field, int]]:
+    """The numbers of heads with which a width grows so that nothing else changes; notes that what is left of the
+    dimensions that they split, the width of a head, stays."""
+    dimensions = found.whole.get(number, [])
+    heads = {g for g, own in found.parts.items() for free in dimensions if g != number and {*own} & {*free}}
+    growing = {field: value for head in heads & twice.keys() for field, value in twice[head].items()}
+    if not growing or trial.others({**twice[number], **growing}) or not trial.grown({**twice[number], **growing}):
+        return {}
+    said = {part for head in heads for part in found.parts[head]}
+    for free in found.whole.pop(number):
+        for part in free:
+            if part in said:
+                found.add(number, part)
+            else:
+                found.hold(axes(part), f"config.{name_of(number)} grows by whole heads")
+    return {number: growing}
+
+
+def equal_numbers(numbers: Mapping[Field, int], trial: Trial) -> dict[Field, Field]:
+    """Numbers that cannot grow alone, as where modules would be missing, with one of the same value that makes up for
+    it."""
+    found: dict[Field, Field] = {}
+    for number, old in numbers.items():
+        if trial.grown({number: 2 * old}) or number in found.values():
+            continue
+        unable = (o for o, same in numbers.items() if same == old and o != number and not trial.grown({o: 2 * old}))
+        together = (o for o in unable if o not in found and trial.grown({number: 2 * old, o: 2 * old}))
+        other = next(together, None)
+        if other is not None:
+            found[number] = other
+    return found

@@ -8,9 +8,10 @@ half of every group ("half"), and to widths that its configuration can say ("uni
 
     as it comes: traced with its inputs alone; exact: the cut module equals the sliced graph in float64 at another
     batch; class: it keeps its class; graphs: modules inside whose forward was replaced; size: it runs on inputs
-    of another size, where the original does; API: a decoder generates the same with and without its cache, others give
-    a loss; round trip: `save_pretrained`, then `from_pretrained`, gives equal outputs; ONNX: exported in float32 by
-    the names of its inputs, and equal in ONNX Runtime at two batches.
+    of another size, where the original does; API: it takes padded tokens and another implementation of attention where
+    the original does, a decoder generates the same with and without its cache, others give a loss; round trip:
+    `save_pretrained`, then `from_pretrained`, gives equal outputs; ONNX: exported in float32 by the names of its
+    inputs, and equal in ONNX Runtime at two batches.
 """
 
 import argparse
@@ -220,7 +221,7 @@ def cut(model: Any, traced: Any, plan: Any, inputs: Any, others: Any, name: str,
     asked = works(lambda: model(**others["size"]))
     found["size"] = asked or works(lambda: pruned(**others["size"]))
     found["size_of_the_original"] = asked
-    found["api"] = works(lambda: used(pruned, inputs, name))
+    found["api"] = works(lambda: used(pruned, inputs, name, model))
 
     def round_trip() -> None:
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -256,10 +257,31 @@ def works(call: Any) -> str:
     return ""
 
 
-def used(pruned: Any, inputs: Any, name: str) -> None:
-    """What people do with such a model."""
+def masked(network: Any, inputs: Any) -> Any:
+    """Its output where the second sample begins with padding."""
     import torch
 
+    mask = torch.ones(inputs["input_ids"].shape, dtype=torch.long)
+    mask[1, :4] = 0
+    with torch.no_grad():
+        return network(**inputs, attention_mask=mask).logits
+
+
+def used(pruned: Any, inputs: Any, name: str, model: Any) -> None:
+    """What people do with such a model, where the unpruned one takes it as well."""
+    import torch
+
+    if "input_ids" in inputs and not works(lambda: masked(model, inputs)):
+        assert torch.isfinite(masked(pruned, inputs)[0]).all()
+    before = getattr(pruned.config, "_attn_implementation", None)
+    if before == "sdpa" and not works(lambda: (model.set_attn_implementation("eager"), model(**inputs))):
+        near = 1e-6 if model.dtype == torch.float64 else 1e-4  # some compute their softmax in float32
+        with torch.no_grad():
+            expected = pruned(**inputs).logits
+            pruned.set_attn_implementation("eager")
+            torch.testing.assert_close(pruned(**inputs).logits, expected, rtol=near, atol=near)
+    for network in (model, pruned) if before == "sdpa" else ():
+        network.set_attn_implementation(before)
     if name.startswith(("CausalLM", "Seq2Seq")):
         ids = inputs["input_ids"][:1]
         options: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}

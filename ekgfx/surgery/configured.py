@@ -47,19 +47,26 @@ def numbers_of(traced: TracedModel, plan: Plan) -> dict[tuple[str, str], tuple[i
     """Module and attribute → a whole number as it is, and as it is in a model that is built for the widths of a plan.
 
     A run of the example may not need such a number, as that of query heads for each key where a kernel finds it itself;
-    another call does, as with a mask. Widths that no configuration can say are left as they are.
+    another call does, as with a mask. What depends on a width that the configuration cannot say is left as it is.
     """
     described = description(traced)
     if described is None or plan.dropped:
         return {}
     config, counts = configuration(traced.model), {axis: len(kept) for axis, kept in traced.groups.kept(plan).items()}
     built = shell(traced.model, config)
-    shares = {f: {Fraction(count(p, counts), p.size) for p in parts} for f, parts in described.parts.items()}
-    sure = {f: get(config, f) * share for f, (share, *others) in shares.items() if not others and share != 1}
-    made = None if built is None else Trial(traced.model, built).of({f: int(n) for f, n in sure.items() if n == int(n)})
-    if built is None or made is None:
+    if built is None:
         return {}
-    return {place: (old, new) for place, old in built.whole.items() if (new := made.whole.get(place, old)) != old}
+    trial = Trial(traced.model, built)
+    shares = {f: {Fraction(count(p, counts), p.size) for p in parts} for f, parts in described.parts.items()}
+    said = {f: get(config, f) * share for f, (share, *others) in shares.items() if not others and share != 1}
+    made = trial.whole({f: int(number) for f, number in said.items() if number == int(number)})
+    unsaid = [f for f, some in shares.items() if len(some) > 1 or said.get(f, Fraction()).denominator > 1]
+    others: set[tuple[str, str]] = set()
+    for changed in (trial.whole({f: 2 * get(config, f)}) for f in unsaid):
+        if changed is None:
+            return {}
+        others |= changed.keys()
+    return {place: (built.whole[place], new) for place, new in (made or {}).items() if place not in others}
 
 
 def configure(pruned: nn.Module, config: Any | str | None, source: TracedModel | None = None) -> str:

@@ -87,7 +87,7 @@ def _describe(traced: TracedModel) -> Described | None:
     fixed = frozenset(number for number in numbers if trial.others(twice[number]))
     several = grown_by_one(places, numbers, grows, fixed, found)
     splitting = {
-        number: old for number, old in numbers.items() if not grows[number] and trial.splits({number: 2 * old})
+        number: old for number, old in numbers.items() if 2 not in grows[number].values() and trial.whole(twice[number])
     }
     partners = of_several_axes(several, splitting, found)
     for number in numbers:

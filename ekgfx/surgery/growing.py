@@ -1,10 +1,14 @@
 """Which parts of a model's dimensions grow with which numbers of its configuration."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from fractions import Fraction
+from math import prod
 
 from ekgfx.axes import Axis, Expr, Prod, axes
 from ekgfx.graph.ties import factors
 from ekgfx.surgery.rebuilt import Field, Trial, name_of, segments
+
+HALF = Fraction(1, 2)
 
 
 class Parts:
@@ -34,23 +38,34 @@ class Parts:
 def grown_by_one(
     places: Mapping[tuple[str, int], Expr],
     numbers: Mapping[Field, int],
-    grows: Mapping[Field, Mapping[tuple[str, int], bool]],
+    grows: Mapping[Field, Mapping[tuple[str, int], Fraction]],
     fixed: Collection[Field],
     found: Parts,
 ) -> list[tuple[Field, list[Expr]]]:
     """Notes what parts of the dimensions grow with one number each (`fixed` ones say more than widths). Returns those
-    of several free axes with their number: it does not say how they are made up."""
+    of several free axes with their number: it does not say how they are made up.
+
+    Of a dimension that shrinks as another number grows, one part is a width divided by that number, as a head's width
+    is one by the number of heads: it stays."""
     several: list[tuple[Field, list[Expr]]] = []
     for place, expr in places.items():
-        fields = {number: old for number, old in numbers.items() if grows[number].get(place) is True}
-        parted = any(grows[number].get(place) is False for number in numbers)
+        factor = {number: grows[number][place] for number in numbers if place in grows[number]}
+        fields = {number: numbers[number] for number, by in factor.items() if by == 2}
+        parts = prod(numbers[number] for number, by in factor.items() if by == HALF)
+        parted = any(by not in (2, HALF) for by in factor.values())
+        divided = max(fields, key=lambda number: fields[number]) if parts > 1 and fields else None
+        if divided is not None:
+            parted |= fields[divided] % parts > 0
+            fields[divided] //= parts
         split = None if parted else segments(expr, fields, fixed)
         if split is None:
             told = "several numbers say parts of" if fields or parted else "no number says the width of"
             found.hold(axes(expr), f"config: {told} {place[0]}")
         for number, part in split or ():
             free = [f for f in factors(part) if any(not axis.frozen for axis in axes(f))]
-            if len(free) > 1:
+            if number == divided:
+                found.hold(axes(part), f"config.{name_of(number)} says it for each of several parts")
+            elif len(free) > 1:
                 several.append((number, free))
             else:
                 found.add(number, part if free == [] else free[0])
@@ -61,20 +76,23 @@ def of_several_axes(
     several: Sequence[tuple[Field, list[Expr]]], splitting: Mapping[Field, int], found: Parts
 ) -> dict[Field, dict[Field, int]]:
     """Notes which axis of a dimension of several moves with its number: the only one that no other number says, or the
-    heads, where a number says how many. Returns, by number, the numbers of heads that grow with it."""
+    heads, where a number says how many (keys and the query heads of each are heads together). Returns, by number, the
+    numbers of heads that grow with it."""
     partners: dict[Field, dict[Field, int]] = {}
     alone = set(found.single)
     for number, free in several:
         unknown = [part for part in free if part not in alone]
-        heads = {g: old for g, old in splitting.items() if unknown and old == unknown[0].size}
+        lead = free[: free.index(unknown[0]) + 1] if unknown else []
+        heads = {g: old for g, old in splitting.items() if lead and old == prod(part.size for part in lead)}
         if len(unknown) > 1 and heads:
-            moving = unknown[0]
+            moving = Prod(tuple(lead)) if len(lead) > 1 else lead[0]
             found.add(next(iter(heads)), moving)
             partners.setdefault(number, {}).update({next(iter(heads)): 2 * next(iter(heads.values()))})
         else:
             moving = unknown[-1] if unknown else free[-1]
+            lead = [moving]
         for part in unknown:
-            if part is not moving:
+            if part not in lead:
                 found.hold(axes(part), f"config.{name_of(number)} does not say how it is made up")
         if len(unknown) > 1:
             found.add(number, moving)

@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from math import prod
 from typing import Any
 
@@ -98,18 +99,21 @@ class Trial:
                 self.known[key] = shell(self.model, config)
         return self.known[key]
 
-    def grown(self, numbers: Mapping[Field, int]) -> dict[Dimension, bool]:
-        """The dimensions that change, and whether they double."""
+    def grown(self, numbers: Mapping[Field, int]) -> dict[Dimension, Fraction]:
+        """The dimensions that change, and by what factor."""
         made = self.of(numbers)
         if made is None or made.shapes.keys() != self.built.shapes.keys():
             return {}
         pairs = ((name, zip(self.built.shapes[name], made.shapes[name], strict=False)) for name in made.shapes)
-        return {(name, d): new == 2 * old for name, both in pairs for d, (old, new) in enumerate(both) if old != new}
+        changed = ((name, d, old, new) for name, both in pairs for d, (old, new) in enumerate(both) if old != new)
+        return {(name, d): Fraction(new, old) for name, d, old, new in changed if old}
 
-    def splits(self, numbers: Mapping[Field, int]) -> bool:
-        """Whether modules are told another whole number, though no shape changes."""
+    def whole(self, numbers: Mapping[Field, int]) -> dict[tuple[str, str], int] | None:
+        """The whole numbers of modules that change, as they are then; None where the model cannot be built so."""
         made = self.of(numbers)
-        return made is not None and made.whole != self.built.whole
+        if made is None:
+            return None
+        return {place: new for place, old in self.built.whole.items() if (new := made.whole.get(place, old)) != old}
 
     def others(self, numbers: Mapping[Field, int]) -> str:
         """A number of a module that changes and is not a whole one; "" where none does."""

@@ -37,6 +37,8 @@ def repair_operators(
     for number in range(first, len(operators)):
         operator, start = operators[number], time.monotonic()
         shared = uses[operator]
+        if len(shared) > 1 and operator is shared[0]:
+            walk.mark(operator)
         look = walk.look(operator, number)
         if len(shared) == 1:
             look.basis = walk.span(look)
@@ -49,11 +51,13 @@ def repair_operators(
             if len(shared) > 1 and found is not None:
                 pair.fit.shift_rest(found.change, found.offset)
                 pair.held.shift_rest(found.change, found.offset)
-                walk.rewind()
+                walk.rewind(shared[0])
             done.append(_record(operator.name, pair, found, time.monotonic() - start))
             on_layer(done[-1], number + 1, len(operators))
         if operator is not shared[-1]:
             pending[shared[0]] = pair
+        elif len(shared) > 1:
+            walk.unmark(shared[0])
         if not pending:
             progress.save(number + 1, done, walk.pruned.weights)
     return done

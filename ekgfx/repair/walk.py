@@ -21,6 +21,7 @@ from ekgfx.graph.liveness import last_reads
 from ekgfx.graph.propagation import Operation
 from ekgfx.repair.clamped import asked, find_clamp, line
 from ekgfx.repair.forms import of_positions
+from ekgfx.repair.marks import Marks
 from ekgfx.repair.operators import LinearOperator
 from ekgfx.repair.rearranged import weight_nodes
 from ekgfx.repair.rows import Look, Pair, Rows
@@ -132,6 +133,7 @@ class Walk:
         *_, output = graph.graph.nodes
         self.dying = last_reads(self.nodes, stay={source.name for source in output.all_input_nodes})
         self.constants = {net: net.follow(self.constant, {}, {}, {}) for net in (self.dense, self.pruned)}
+        self.marks = Marks()
         self.batches = [
             Batch(Frontier(self.dense, self._values(inputs)), Frontier(self.pruned, self._values(inputs)), held)
             for part, held in ((fit, False), (held, True))
@@ -151,11 +153,26 @@ class Walk:
             frontier.values.pop(name, None)
         frontier.done = end
 
-    def rewind(self) -> None:
-        """Computes the pruned network anew from the start: weights that it had used already are others now."""
+    def mark(self, operator: LinearOperator) -> None:
+        """Keeps what the pruned network has computed before an operator whose weight others use as well."""
         for batch in self.batches:
-            end, batch.pruned.done = batch.pruned.done, 0
-            batch.pruned.values.clear()
+            self.advance(batch.pruned, self.order[operator.node])
+        self.marks.keep(self.order[operator.node], [batch.pruned.values for batch in self.batches])
+
+    def unmark(self, operator: LinearOperator) -> None:
+        """Drops what was kept before the operator."""
+        self.marks.drop(self.order[operator.node])
+
+    def rewind(self, operator: LinearOperator) -> None:
+        """Computes the pruned network anew from an operator on: the weight, which it had used already, is another one
+        now."""
+        start = self.marks.before(self.order[operator.node])
+        for number, batch in enumerate(self.batches):
+            end, batch.pruned.done = batch.pruned.done, start
+            batch.pruned.values = self.marks.values(start, number)
+            for at in self.marks.after(start):
+                self.advance(batch.pruned, at)
+                self.marks.renew(at, number, batch.pruned.values)
             self.advance(batch.pruned, end)
 
     def take(self, new: Mapping[str, Tensor]) -> None:

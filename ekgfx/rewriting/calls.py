@@ -147,7 +147,7 @@ def calls_of(
             checks_hold([]),
             told(exported, asked, decisions, deciding),
             branching(recorded.append),
-            NothingNested(),
+            NothingNested() if free == "sizes" else contextlib.nullcontext(),
             drawing or contextlib.nullcontext(),
             quiet(),
         ):

@@ -40,6 +40,8 @@ def rewrite(
     objects: dict[str, Any] = {}
     writers: list[_Writer] = []
     every = [_writers(path, recorded, widths, set(inline), objects, by_size) for recorded, widths in versions]
+    if any(recorded.evaluation.free != "sizes" for recorded, _ in versions):
+        _tell_apart([writer for found in every for writer in found])
     left_out = {name for found in every for writer in found for name in writer.head.left_out()}
     for found in every:
         for writer in found:
@@ -58,6 +60,16 @@ def rewrite(
     left = any(writer.leaves_training for writer in writers)
     said = dict.fromkeys(note for writer in writers for note in writer.notes)
     return Forward(_source(path, writers, left), tuple(objects.items()), "; ".join((reason, *said)), sizes)
+
+
+def _tell_apart(writers: Sequence["_Writer"]) -> None:
+    """Of calls that were recorded for sizes of the example alone, each stands for its own."""
+    shapes = [writer.head.shapes() for writer in writers]
+    for size in dict.fromkeys(size for shape in shapes for size in shape):
+        if len({shape.get(size) for shape in shapes}) > 1:
+            for writer, shape in zip(writers, shapes, strict=True):
+                writer.conditions |= {size: f"{size} == {shape[size]}"} if size in shape else {}
+                writer.decided_by_size |= {size: f"{size} == {shape[size]}"} if size in shape else {}
 
 
 def _writers(

@@ -120,6 +120,13 @@ class Head:
         optional = {p.name for p in self.parameters if p.default is None or _may_be_none(p.annotation)}
         return [name for name in self._held() if name in optional]
 
+    def shapes(self) -> dict[str, int]:
+        """The sizes of the tensors that this call was given, as far as they are numbers; not of the batch."""
+        given = zip(self.call.given.leaves, self.call.given.paths, strict=True)
+        tensors = {self.accessor(p): v.meta["val"] for v, p in given if isinstance(v, fx.Node) and _is_tensor(v)}
+        sizes = {f"{name}.shape[{d}]": n for name, value in tensors.items() for d, n in enumerate(value.shape) if d}
+        return {size: number for size, number in sizes.items() if isinstance(number, int)}
+
     def _held(self) -> list[str]:
         """Where this call was given tensors."""
         given = zip(self.call.given.leaves, self.call.given.paths, strict=True)

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 from ekgfx.errors import PruneError
 
-MOST = 60
-"""Terms of a size. One padding of a padded map has 40, and an operator takes two seconds; at 300 it takes a minute."""
+MOST = 210
+"""Terms of a size, as a Swin of two stages may have. An operator takes a few seconds then, and at 390 over a minute."""
 
 
 class NothingNested(TorchFunctionMode):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import ekgfx
 from ekgfx.errors import EkgfxWarning
+from ekgfx.rewriting import nested
 from tests.support.zeroed import distance, zeroed
 
 WINDOW = 7
@@ -56,3 +57,33 @@ def test_a_network_of_padded_windows_is_cut_in_seconds() -> None:
     twin = zeroed(traced, plan)
     for batch in (2, 1, 5):
         assert distance(pruned, twin, (torch.randn(batch, 3, 32, 32, dtype=torch.float64),)) < 1e-12
+
+
+class Attending(nn.Module):
+    """Attention between the places of a map of half the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.attention = nn.Conv2d(3, 8, 3, 2, 1), nn.MultiheadAttention(8, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.down(x).flatten(2).mT
+        return self.attention(tokens, tokens, tokens)[0].mean(1)
+
+
+def test_each_example_has_a_forward_of_its_own_where_sizes_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nested, "MOST", 0)
+
+    def images(side: int, batch: int = 2) -> Tensor:
+        return torch.randn(batch, 3, side, side, dtype=torch.float64)
+
+    torch.manual_seed(0)
+    traced = ekgfx.trace(Attending().double().eval(), images(6), also=[images(10)])
+    plan = ekgfx.Plan({name: tuple(range(group.size // 2)) for name, group in traced.groups.items()})
+    with pytest.warns(EkgfxWarning, match="for the example's sizes, any batch"):
+        pruned = ekgfx.prune(traced.model, plan, traced)
+    twin = zeroed(traced, plan)
+    for given in (images(6), images(10), images(10, 5), images(6, 3)):
+        assert distance(pruned, twin, (given,)) < 1e-12
+    with pytest.raises(NotImplementedError, match=r"query\.shape\[1\] == 9"):
+        pruned(images(14))

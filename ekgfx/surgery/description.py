@@ -84,11 +84,15 @@ def _describe(traced: TracedModel) -> Described | None:
     numbers = {number: old for number, old in numbers.items() if number not in equal.values()}
     twice = {n: {n: 2 * old} | ({equal[n]: 2 * old} if n in equal else {}) for n, old in numbers.items()}
     grows = {number: trial.grown(twice[number]) for number in numbers}
-    fixed = frozenset(number for number in numbers if trial.others(twice[number]))
-    several = grown_by_one(places, numbers, grows, fixed, found)
     splitting = {
         number: old for number, old in numbers.items() if 2 not in grows[number].values() and trial.whole(twice[number])
     }
+    fixed = frozenset(  # that say more than widths, with whatever number of heads
+        number
+        for number in numbers
+        if trial.others(twice[number]) and all(trial.others(twice[number] | twice[heads]) for heads in splitting)
+    )
+    several = grown_by_one(places, numbers, grows, fixed, found)
     partners = of_several_axes(several, splitting, found)
     for number in numbers:
         if number in found.parts and number not in splitting and trial.others(twice[number] | partners.get(number, {})):

@@ -22,6 +22,7 @@ class Config:
     head: int = 5
     inner: int = 24
     features: int = 24
+    ratio: int = 3
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,6 +82,23 @@ class Scaled(nn.Module):
         return self.last(x + self.o(y.transpose(1, 2).flatten(2)))
 
 
+class Ratio(Scaled):
+    """The same without a table, and with a block of some times that width."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.bias = None
+        wide = config.ratio * config.width
+        self.up, self.down = nn.Linear(config.width, wide), nn.Linear(wide, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        q, k, v = (part(x).unflatten(2, (-1, self.head)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = (q @ k.mT * self.scale).softmax(3) @ v
+        x = x + self.o(y.transpose(1, 2).flatten(2))
+        return self.last(x + self.down(self.up(x).relu()))
+
+
 class Equal(nn.Module):
     """One that refuses two widths which are not the same."""
 
@@ -96,7 +114,8 @@ class Equal(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("kind", "wanted"), [(Scaled, {"width": 12, "heads": 2}), (Equal, {"inner": 11, "features": 11})]
+    ("kind", "wanted"),
+    [(Scaled, {"width": 12, "heads": 2}), (Ratio, {"width": 12, "heads": 2}), (Equal, {"inner": 11, "features": 11})],
 )
 def test_numbers_that_grow_together_describe_the_cut(kind: type[nn.Module], wanted: dict[str, int]) -> None:
     traced = traced_of(kind)

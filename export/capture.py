@@ -20,6 +20,7 @@ from .quiet import headline
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _CONV2D = torch.ops.aten.conv2d.default
+_VIEW, _RESHAPE = torch.ops.aten.view.default, torch.ops.aten.reshape.default
 
 
 class _Named(nn.Module):
@@ -71,6 +72,8 @@ def capture(
         if any(node.target is _CONV2D and _groups_follow(node) for node in program.graph.nodes):
             written_out[_CONV2D] = _convolution_but_fixed
         if written_out:
+            for node in program.graph.find_nodes(op="call_function", target=_VIEW):
+                node.target = _RESHAPE  # what is written out may have another order in memory
             program = program.run_decompositions(written_out)
         return program, list(program.call_spec.out_spec.context), said
 

@@ -286,6 +286,7 @@ def used(pruned: Any, inputs: Any, name: str, model: Any) -> None:
         ids = inputs["input_ids"][:1]
         options: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
         options["suppress_tokens"] = [0]  # padding, which counts as no position
+        pruned.generation_config.forced_eos_token_id = None  # Marian's is that
         assert torch.equal(pruned.generate(ids, **options), pruned.generate(ids, **options, use_cache=False))
     else:
         batch = len(next(iter(inputs.values())))

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from ekgfx.export import check_parity, to_onnx
 from ekgfx.export.attention import attention
+from torch import nn
 from torch.nn import functional as F
 
 LEADING = [(), (2,), (2, 4), (2, 3, 4), (2, 2, 3, 4)]
@@ -48,3 +50,22 @@ def test_shared_key_and_value_heads():
 
 def test_active_dropout_is_refused():
     assert attention(*tensors((2,)), dropout_p=0.1) is NotImplemented
+
+
+class Viewed(nn.Module):
+    """It views what the fused kernel returns: queries before heads in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.bias = nn.Linear(8, 24), nn.Parameter(torch.randn(1, 2, 5, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(len(x), 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, self.bias).transpose(1, 2).view(len(x), 5, 8)
+
+
+def test_a_view_of_what_a_kernel_returns(tmp_path):
+    torch.manual_seed(0)
+    model, x, path = Viewed().eval(), torch.randn(3, 5, 8), tmp_path / "net.onnx"
+    to_onnx(model, x, path)
+    assert check_parity(model, path, x).relative < 1e-5

@@ -177,11 +177,13 @@ def _problem(
             "uniform layers: no configuration builds %s; repeated layers share their widths",
             type(traced.model).__name__,
         )
+    whole = "; ".join(f"{name} ({why})" for name, why in list(ties.held.items())[:3])
+    whole += f"; and {len(ties.held) - 3} more" if len(ties.held) > 3 else ""
     if asked.uniform_layers and ties.held:
-        whole = "; ".join(f"{name} ({why})" for name, why in list(ties.held.items())[:3])
-        more = f"; and {len(ties.held) - 3} more" if len(ties.held) > 3 else ""
-        log.info("uniform layers: these groups stay whole: %s%s", whole, more)
+        log.info("uniform layers: these groups stay whole: %s", whole)
     rules, members = tied_rules(traced, ties, ignored, asked.align, asked.min_width)
+    if asked.uniform_layers and ties.held and not rules and not traced.groups.keys() <= ignored:
+        raise BudgetError(f"no width can shrink with uniform_layers: {whole}; search without it")
     problem = Problem(
         traced=traced,
         batches=tuple(map(computing.prepared, validation_batches(batches, traced.model))),

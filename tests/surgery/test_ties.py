@@ -260,6 +260,21 @@ def test_what_stays_whole_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert "layers.0.q#1 (config.width does not say how it is made up)" in caplog.text
 
 
+def test_a_configuration_that_says_no_width_is_named_as_the_reason() -> None:
+    class Unsaid(nn.Module):
+        def __init__(self, config: Config) -> None:
+            super().__init__()
+            self.config, self.out = config, nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Linear(9, config.width))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(x)
+
+    traced = ekgfx.trace(Unsaid(Config()).eval(), torch.randn(2, 4))
+    said = r"no width can shrink with uniform_layers: out.0 \(config: no number says the width of out.0.*; search without"
+    with pytest.raises(BudgetError, match=said):
+        ekgfx.search(traced, flops=0.8, strategy="uniform", importance="magnitude", uniform_layers=True)
+
+
 def test_a_weight_with_two_names_shrinks_with_its_number() -> None:
     class Tied(Network):
         def __init__(self, config: Config) -> None:

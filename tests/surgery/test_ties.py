@@ -270,7 +270,7 @@ def test_a_configuration_that_says_no_width_is_named_as_the_reason() -> None:
             return self.out(x)
 
     traced = ekgfx.trace(Unsaid(Config()).eval(), torch.randn(2, 4))
-    said = r"no width can shrink with uniform_layers: out.0 \(config: no number says the width of out.0.*; search without"
+    said = r"no width can shrink with uniform_layers: out.0 \(config: no number says the width.*; search without it"
     with pytest.raises(BudgetError, match=said):
         ekgfx.search(traced, flops=0.8, strategy="uniform", importance="magnitude", uniform_layers=True)
 

@@ -29,3 +29,12 @@ def test_readme_has_the_same_speed_ups() -> None:
             for measured in FOUND["latency"].values()
         ]
         assert f"{FOUND['scores'][name]:.1%} at {ratios[0]:.2f}× and {ratios[1]:.2f}×" in said
+
+
+def test_the_sweep_is_what_was_measured() -> None:
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/results/int8_sweep.jsonl").read_text().splitlines()]
+    ok = [row for row in rows if row["status"] == "ok"]
+    size = sorted(row["bytes"][1] / row["bytes"][0] for row in ok)[len(ok) // 2]
+    near, same = (sum(row["agreement"] >= least for row in ok) for least in (0.9, 1.0))
+    assert f"{len(ok)} of {len(rows)} quantize and run; the file has {size:.0%} of the bytes in the median" in PAGE
+    assert f"{near} give at least 90% of the answers of fp32, {same} all of them" in PAGE

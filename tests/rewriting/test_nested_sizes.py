@@ -45,7 +45,9 @@ class Stage(nn.Module):
         return x + back.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, high, wide)[:, :, :h, :w]
 
 
-def test_a_network_of_padded_windows_is_cut_in_seconds() -> None:
+def test_a_network_of_padded_windows_is_cut_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a limit it does not end in minutes."""
+    monkeypatch.setattr(nested, "MOST", 60)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 1), *(Stage() for _ in range(4)), nn.AdaptiveAvgPool2d(1)).double().eval()
     traced = ekgfx.trace(model, torch.randn(2, 3, 32, 32, dtype=torch.float64))

@@ -304,6 +304,7 @@ def table(rows: list[Row]) -> str:
     def without_cache(row: dict[str, Any]) -> bool:
         return row["model"].startswith(("CausalLM", "Seq2SeqLM")) and row["half"].get("cache") is False
 
+    tried = [row for row in cut if "onnx" in row["half"]]
     lines = [
         f"- {how_many(rows, lambda r: r['status'] != 'error')} architectures are traced as they come, "
         f'{how_many(rows, lambda r: r.get("named"))} with `outputs="logits"` and '
@@ -312,24 +313,26 @@ def table(rows: list[Row]) -> str:
         f"- With half of every group, {how_many(cut, lambda r: r['half']['class'])} keep their class, "
         f"{how_many(cut, lambda r: not r['half']['graphs'])} without another forward inside; "
         f"{how_many(cut, lambda r: not r['half']['api'])} work with the library's API, "
-        f"{how_many(cut, without_cache)} are decoders that run without their cache, as a warning says.",
+        f"{how_many(cut, without_cache)} are decoders that run without their cache, as a warning says; "
+        f"{how_many(tried, lambda r: not r['half']['onnx'])} export to ONNX.",
         f"- With `uniform_layers`, {how_many(uniform, lambda r: not r['uniform']['round_trip'])} come back equal from "
         f"`save_pretrained` and `from_pretrained`, {how_many(uniform, lambda r: not r['uniform']['graphs'])} without "
         f"another forward; {len(cut) - len(uniform)} find no such plan of 80% of the MACs.",
         "",
-        "| architecture | status | groups | prunable | graphs inside | API | other size | round trip | kept | s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| architecture | status | groups | prunable | graphs inside | API | size | ONNX | round trip | kept | s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda r: r["model"]):
         cells = [row["model"].replace(":", ": ")]
         if "half" not in row or "error" in row["half"]:
             why = row.get("message") or row["half"]["error"]
-            cells += [f"{row['status']}: {why[:90].replace('|', '/')}", *[""] * 8]
+            cells += [f"{row['status']}: {why[:90].replace('|', '/')}", *[""] * 9]
         else:
             half, uniform_cut = row["half"], row["uniform"]
             cells += [row["status"], row["groups"], f"{row['share']:.0%}", ", ".join(half["graphs"]) or "none"]
             size = "fixed" if half["size_of_the_original"] else "no" if half["size"] else "yes"
-            cells += ["no" if half["api"] else "yes", size]
+            onnx = half.get("onnx")
+            cells += ["no" if half["api"] else "yes", size, "" if onnx is None else "no" if onnx else "yes"]
             trip = uniform_cut.get("round_trip")
             cells += ["no plan" if trip is None else "no" if trip else "equal"]
             cells += [f"{uniform_cut['kept']:.0%}" if "kept" in uniform_cut else "", row["seconds"]]

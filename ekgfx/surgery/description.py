@@ -57,6 +57,8 @@ class Described:
         return {f: get(config, f) * count(parts[0], counts) // parts[0].size for f, parts in self.parts.items()}
 
 
+FAILS, UNLIKE = "raises ", "loading state_dict"
+"""How a fault is told of a model that does not run, and what is in it where it has other weights."""
 _KNOWN: WeakKeyDictionary[TracedModel, Described | None] = WeakKeyDictionary()
 
 
@@ -130,10 +132,13 @@ def _checked(traced: TracedModel, found: Described, trial: Trial) -> Described:
     together += [[name] for name in groups if name not in ties.held and not any(name in names for names in together)]
     for names in together:
         each = gcd(*(groups[name].size for name in names))
-        most = next((n for n in range(each, 1, -1) if each % n == 0 and takes((names, n - 1, n))), 1)
+        most, fault = 1, ""
+        for n in (n for n in range(each, 1, -1) if each % n == 0 and takes((names, n - 1, n))):
+            most, fault = n, _another(traced, found, names, n)
+            if not fault.startswith(FAILS) or UNLIKE in fault:
+                break  # else a kernel may take multiples alone
         bound += [names] if most < each else []
         steps |= dict.fromkeys(names, most)
-        fault = "" if most == 1 else _another(traced, found, names, most)
         if fault:
             held |= dict.fromkeys(names, f"a {type(traced.model).__name__} that is built so {fault}")
     together.sort(key=lambda names: -groups[names[0]].size)
@@ -161,7 +166,7 @@ def _another(traced: TracedModel, found: Described, names: Sequence[str], steps:
             off = relative_error(anew(*traced.example[0], **traced.example[1]), _sliced(traced, kept, weights))
         numbers = [factors_of(each, traced.way, traced.example) for each in (model, anew)]
     except Exception as error:  # noqa: BLE001  whatever the library raises of what it is given
-        return f"raises {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"{FAILS}{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if off <= 1e-3 and numbers[0] != numbers[1]:  # a scale whose effect is small on these weights
         old, new = next((pair for pair in zip(*numbers, strict=False) if pair[0] != pair[1]), (numbers[0], numbers[1]))
         return f"computes with other numbers ({new} for {old})"[:200]

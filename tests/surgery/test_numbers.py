@@ -113,9 +113,28 @@ class Equal(nn.Module):
         return self.down(self.up(x).relu())
 
 
+class Aligned(nn.Module):
+    """Its kernel takes multiples of 4 alone, as grouped products of half precision do."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config, self.up, self.down = config, nn.Linear(24, config.inner), nn.Linear(config.inner, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if x.shape[-1] % 4:
+            raise RuntimeError("strides should be multiples of 4")
+        return self.down(x.relu())
+
+
 @pytest.mark.parametrize(
     ("kind", "wanted"),
-    [(Scaled, {"width": 12, "heads": 2}), (Ratio, {"width": 12, "heads": 2}), (Equal, {"inner": 11, "features": 11})],
+    [
+        (Scaled, {"width": 12, "heads": 2}),
+        (Ratio, {"width": 12, "heads": 2}),
+        (Equal, {"inner": 11, "features": 11}),
+        (Aligned, {"inner": 8}),
+    ],
 )
 def test_numbers_that_grow_together_describe_the_cut(kind: type[nn.Module], wanted: dict[str, int]) -> None:
     traced = traced_of(kind)

@@ -162,14 +162,26 @@ class Terms:
             if id(tensor) in self.own:
                 return attribute(self.own[id(tensor)])
         if node.name in self.calls.constants:
+            constant, follows = self._constant_tensor(node.name)
             name = f"constant_{len(self.objects)}"
             for known, value in self.objects.items():
-                if isinstance(value, Tensor) and same_values(value, self.calls.constants[node.name]):
+                if isinstance(value, Tensor) and same_values(value, constant):
                     name = known
-            self.objects[name] = self.calls.constants[node.name]
-            where = f".to({self.reference}.device)" if self.reference else ""
-            return f"{name}{where}"
+            self.objects[name] = constant
+            if follows and self.floating:
+                return f"{name}.to({self.floating})"
+            return f"{name}.to({self.reference}.device)" if self.reference else name
         raise InexpressibleError(f"{self.path or 'the model'} reads {node.name}, which it is not given")
+
+    def _constant_tensor(self, name: str) -> tuple[Tensor, bool]:
+        """A constant tensor, in the model's precision, and whether it follows that, as the two recordings tell."""
+        ours, recorded = self.calls.constants[name], self.recorded
+        known = None if recorded.training is None else recorded.training.constants.get(name)
+        first = recorded.evaluation.constants.get(name)
+        if known is None or first is None or known.shape != first.shape or recorded.floats == recorded.dtype:
+            return ours, False
+        follows = (first.dtype, known.dtype) == (recorded.floats, recorded.dtype)
+        return (first, True) if follows else (ours, False)
 
     def argument(self, node: fx.Node, name: str, value: Any, other: Any) -> str:
         if isinstance(value, list | tuple):

@@ -19,7 +19,7 @@ from ekgfx.errors import EkgfxWarning, ExportError
 from .capture import capture
 from .constants import adopt_constants
 from .half import PROTOBUF_LIMIT, hide_scalars, nbytes, to_half
-from .io import PRECISION, Given, as_inputs, input_names, keywords
+from .io import PRECISION, Given, as_inputs, input_names, with_names
 from .names import name_interface, name_nodes
 from .pooling import keep_padding
 from .quiet import headline, quiet
@@ -72,8 +72,7 @@ def to_onnx(
         >>> ekgfx.export.to_onnx(pruned, images, "net.onnx")
     """
     path = Path(path)
-    inputs = as_inputs(example_inputs)
-    by_name = keywords(example_inputs)
+    inputs, by_name = with_names(example_inputs)
     names = list(by_name) or input_names(model, len(inputs))
     if opset is not None and opset < OLDEST_OPSET:
         raise ExportError(

@@ -17,14 +17,13 @@ Given = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """The inputs of a model: one tensor, several by position, or by the names of its forward's parameters."""
 
 
-def as_inputs(example_inputs: Given) -> tuple[Tensor, ...]:
-    """The inputs of a model as a tuple of tensors that share the size of dim 0, the batch.
+def as_inputs(example_inputs: Tensor | Sequence[Tensor], names: Sequence[str] = ()) -> tuple[Tensor, ...]:
+    """The inputs of a model as a tuple of tensors that share the size of dim 0, the batch. names: what they are called,
+    where they are given by name.
 
     Raises ExportError for anything else; tensors without dimensions carry no batch and are let through.
     """
-    names = keywords(example_inputs)
-    given: Any = example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs
-    inputs = (given,) if isinstance(given, Tensor) else tuple(given)
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     for place, value in zip(names or range(len(inputs)), inputs, strict=True):
         if not isinstance(value, Tensor):
             raise ExportError(
@@ -39,9 +38,11 @@ def as_inputs(example_inputs: Given) -> tuple[Tensor, ...]:
     return inputs
 
 
-def keywords(example_inputs: Given) -> tuple[str, ...]:
-    """The names of inputs that are given by name; () where they are given by position."""
-    return tuple(example_inputs) if isinstance(example_inputs, Mapping) else ()
+def with_names(given: Given) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+    """The inputs as of `as_inputs`, and their names; () where they are given by position."""
+    if isinstance(given, Mapping):
+        return as_inputs(tuple(given.values()), tuple(given)), tuple(given)
+    return as_inputs(given), ()
 
 
 def called(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> Any:

@@ -14,7 +14,7 @@ from ekgfx.errors import ExportError
 from ekgfx.graph.opaque import evaluation_mode
 from ekgfx.graph.untouched import deep_copy, untouched
 
-from .io import Given, as_inputs, batch_size, called, device_of, keywords, named_tensors, with_batch
+from .io import Given, batch_size, called, device_of, named_tensors, with_batch, with_names
 from .numerics import tensor_float32
 from .quiet import headline
 from .session import feeds, open_session, precision_of
@@ -92,7 +92,7 @@ def check_parity(
         >>> print(ekgfx.export.check_parity(pruned, "net.onnx", images).relative)
     """
     path = Path(path)
-    values, names = as_inputs(inputs), keywords(inputs)
+    values, names = with_names(inputs)
     session = open_session(path)
     precision = precision_of(session)
     tolerance = TOLERANCE[precision] if tolerance is None else tolerance
@@ -132,7 +132,7 @@ def amplification(model: nn.Module, inputs: Given, relative: float) -> float:
     and no file of it in that precision computes the same. Inputs alone would not tell: their errors differ from pixel
     to pixel and so average out in pools and gates, while that of a weight is the same everywhere.
     """
-    values, names = as_inputs(inputs), keywords(inputs)
+    values, names = with_names(inputs)
     generator = torch.Generator().manual_seed(0)
 
     def moved(value: Tensor) -> Tensor:

@@ -193,8 +193,8 @@ class Walk:
         return Look(operator, number, stream, clamp, matrix, -(-min(self.positions, limit) // fits), KEPT)
 
     def span(self, look: Look) -> Tensor | None:
-        """A basis of what the operator reads at the positions to fit on; None where these are many, or nothing is
-        lacking in the first batch."""
+        """A basis of what the operator reads at the positions to fit on; None where these are many. Where nothing is
+        lacking in the first batch, that of the others is not asked for, as in `measure`."""
         fits = [i for i, batch in enumerate(self.batches) if not batch.held]
         found: list[Tensor] = []
         for i in fits:
@@ -204,9 +204,9 @@ class Walk:
             if first and min(prod(grid), look.most) * len(fits) > FEW * look.matrix.shape[2]:
                 return None
             rows = list(self._computed(look, self.batches[i], i))
-            if first and all(piece.exact for piece in rows):
-                return None
             found += [piece.x for piece in rows]
+            if first and all(piece.exact for piece in rows):
+                break
         return spanning(found)
 
     def measure(self, look: Look, pair: Pair | None = None) -> Pair:

@@ -51,12 +51,12 @@ def grown_by_one(
     for place, expr in places.items():
         factor = {number: grows[number][place] for number in numbers if place in grows[number]}
         fields = {number: numbers[number] for number, by in factor.items() if by == 2}
-        parts = prod(numbers[number] for number, by in factor.items() if by == HALF)
+        among = prod(numbers[number] for number, by in factor.items() if by == HALF)
         parted = any(by not in (2, HALF) for by in factor.values())
-        divided = max(fields, key=lambda number: fields[number]) if parts > 1 and fields else None
+        divided = max(fields, key=lambda number: fields[number]) if among > 1 and fields else None
         if divided is not None:
-            parted |= fields[divided] % parts > 0
-            fields[divided] //= parts
+            parted |= fields[divided] % among > 0
+            fields[divided] //= among
         split = None if parted else segments(expr, fields, fixed)
         if split is None:
             told = "several numbers say parts of" if fields or parted else "no number says the width of"

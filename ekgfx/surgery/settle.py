@@ -8,6 +8,7 @@ right gets a forward that is written for it.
 
 import contextlib
 import itertools
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -27,11 +28,11 @@ from ekgfx.surgery.faults import CONTAINERS, Problem
 from ekgfx.surgery.integers import STANDARD, Choice, choices_of, own_configurations
 from ekgfx.surgery.uncut import Uncut
 
+log = logging.getLogger("ekgfx")
 MOST_TRIALS, MOST_RUNS = 16, 64
 """Choices of integers that are traced, at most, and those that are run before."""
-
-
 Told = Mapping[tuple[str, str], tuple[int, int]]
+"""Module and attribute → a whole number as it was, and as it should be."""
 
 
 def settle(
@@ -100,6 +101,8 @@ class _Settling:
         if stale and self.comparison.problems():
             for (path, name), (old, _) in stale.items():
                 object.__setattr__(modules[path], name, old)
+            shown = ", ".join(".".join(filter(None, place)) for place in stale)
+            log.info("these numbers stay as they were, though the configuration asks for others: %s", shown)
 
     def _error(self, problem: Problem) -> PruneError:
         text = f"the pruned {type(self.pruned).__name__} is not what was predicted: {problem.text}"

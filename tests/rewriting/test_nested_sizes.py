@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import ekgfx
 from ekgfx.errors import EkgfxWarning
 from ekgfx.rewriting import nested
+from tests.support.attending import Attending
 from tests.support.zeroed import distance, zeroed
 
 WINDOW = 7
@@ -59,18 +60,6 @@ def test_a_network_of_padded_windows_is_cut_in_seconds(monkeypatch: pytest.Monke
     twin = zeroed(traced, plan)
     for batch in (2, 1, 5):
         assert distance(pruned, twin, (torch.randn(batch, 3, 32, 32, dtype=torch.float64),)) < 1e-12
-
-
-class Attending(nn.Module):
-    """Attention between the places of a map of half the size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down, self.attention = nn.Conv2d(3, 8, 3, 2, 1), nn.MultiheadAttention(8, 4, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.down(x).flatten(2).mT
-        return self.attention(tokens, tokens, tokens)[0].mean(1)
 
 
 def test_each_example_has_a_forward_of_its_own_where_sizes_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:

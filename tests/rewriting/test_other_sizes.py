@@ -14,6 +14,7 @@ from torchvision import ops
 import ekgfx
 from ekgfx.errors import EkgfxWarning, PlanError
 from ekgfx.graph import sizes
+from tests.support.attending import Attending
 from tests.support.zeroed import distance, exact, zeroed, zeros
 
 
@@ -339,18 +340,6 @@ def test_a_module_that_is_called_for_two_sizes_goes_two_ways() -> None:
         assert distance(pruned, twin, taken) < 1e-12
     with pytest.raises(NotImplementedError, match="ekgfx replaced the forward of block"):
         pruned(*images(12, 5))
-
-
-class Attending(nn.Module):
-    """Attention between the places of a map of half the size: its rows are batch x height x width, one product."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down, self.attention = nn.Conv2d(3, 8, 3, 2, 1), nn.MultiheadAttention(8, 4, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.down(x).flatten(2).mT
-        return self.attention(tokens, tokens, tokens)[0].mean(1)
 
 
 def test_a_product_of_sizes_follows_a_tensor_that_has_a_part_of_it() -> None:

@@ -191,7 +191,7 @@ class Library:
         if asked.table:
             print(table([row for row in found if row["model"].startswith(f"{self.name}:")]))
         else:
-            sweep(measure, asked.models or self.names(), found, timeout=900)
+            sweep(measure, asked.models or self.names(), found)
 
     def options(self, parser: argparse.ArgumentParser) -> None:
         sweep_options(parser, f"{self.name}:NETWORK (default: all of them)")

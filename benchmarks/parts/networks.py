@@ -12,8 +12,8 @@ Inputs = Callable[[int, bool], tuple[Any, ...]]
 class Network:
     """model: as the library makes it. inputs: its positional arguments. use: what people do with such a model, tried
     on the cut one; leaf: as `ekgfx.trace` takes it. exports: to ONNX, from here; export: as the library does it.
-    double: the library's own forward runs in float64. also: it computes something by a width at every other size (a
-    table of positions), and is traced with a call at another size besides."""
+    double: the library's own forward runs in float64. also: its Python does otherwise at another size (a table of
+    positions, whether windows are shifted), and it is traced with a call at another size besides."""
 
     model: Any
     inputs: Inputs

@@ -17,13 +17,13 @@ def classifier(name: str, size: int = 64, other: int = 96, **options: Any) -> Ma
     return make
 
 
-def built(build: Callable[[Any], Any], inputs: Inputs, use: Callable[[Any], Any] | None = None) -> Make:
-    """A small configuration of one of the library's classes."""
+def built(build: Callable[[Any], Any], inputs: Inputs, **more: Any) -> Make:
+    """A small configuration of one of the library's classes. more: what else is said of a network."""
 
     def make() -> Network:
         import torchvision
 
-        return Network(build(torchvision.models), inputs, use)
+        return Network(build(torchvision.models), inputs, **more)
 
     return make
 
@@ -161,9 +161,9 @@ def networks() -> dict[str, Make]:
         "ConvNeXt": built(convnext, images(64, 96)),
         "VisionTransformer": built(lambda m: m.VisionTransformer(num_classes=7, **one), images(32, 32)),
         "SwinTransformer": built(
-            lambda m: shifted(m, "SwinTransformer", patch_size=[4, 4], window_size=[4, 4]), images(32, 48)
+            lambda m: shifted(m, "SwinTransformer", patch_size=[4, 4], window_size=[4, 4]), images(32, 48), also=True
         ),
-        "SwinTransformerV2": built(swin_v2, images(32, 48)),
+        "SwinTransformerV2": built(swin_v2, images(32, 48), also=True),
         "MaxVit": built(lambda m: m.MaxVit((64, 64), 16, 4, [16, 32], [1, 2], 8, 0.1, num_classes=7), images(64, 64)),
         "raft_small": flow("raft_small"),
         "VideoResNet-r3d": video("Conv3DSimple"),
@@ -174,6 +174,7 @@ def networks() -> dict[str, Make]:
         "SwinTransformer3d": built(
             lambda m: shifted(m.video, "SwinTransformer3d", patch_size=[2, 4, 4], window_size=[2, 4, 4]),
             tensors(((3, 4, 32, 32), (3, 4, 48, 48))),
+            also=True,
         ),
         "lraspp_mobilenet_v3_large": segmenter("lraspp_mobilenet_v3_large", False),
         "deeplabv3_mobilenet_v3_large": segmenter("deeplabv3_mobilenet_v3_large", True),

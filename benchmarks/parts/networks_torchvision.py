@@ -65,7 +65,7 @@ def backbone(build: Callable[[Any, Any], Any], size: int = 64, other: int = 96) 
             box = torch.tensor([[4.0, 4.0, 30.0, 30.0]], dtype=torch.float64)
             target = {"boxes": box, "labels": torch.ones(1, dtype=torch.long)}
             target["masks"] = torch.ones(1, size, size + 16, dtype=torch.uint8)
-            target["keypoints"] = torch.full((1, 17, 3), 10.0, dtype=torch.float64)
+            target["keypoints"] = torch.full((1, 17, 3), 10.0)  # which has to be float32
             sum(detector.train()([image, image], [target, target]).values()).backward()
 
         return Network(detector.backbone, images(size, other), use)

@@ -96,7 +96,7 @@ def differences(traced: TracedModel, counts: Mapping[Axis, int], again: TracedMo
 
 def _differences(traced: AxisGraph, counts: Mapping[Axis, int], again: AxisGraph) -> list[Mismatch]:
     shapes, actual = predicted_shapes(traced, counts), predicted_shapes(again, {})
-    before, after = _Reader(traced), _Reader(again)
+    before, after = Reader(traced), Reader(again)
     found = []
     for old, new in zip(before.operations, after.operations, strict=False):
         if operator_name(old.target) != operator_name(new.target):
@@ -134,7 +134,7 @@ def takes_all(operation: Operation) -> bool:
     return bool(read == made)
 
 
-class _Reader:
+class Reader:
     """Says what a value of a graph is, in words that are the same for another graph of the same model."""
 
     def __init__(self, graph: AxisGraph) -> None:
@@ -154,7 +154,7 @@ class _Reader:
         return self.graph.weights.get(node.name, "a constant")
 
 
-def _otherwise(old: Operation, new: Operation, before: _Reader, after: _Reader) -> Iterator[str]:
+def _otherwise(old: Operation, new: Operation, before: Reader, after: Reader) -> Iterator[str]:
     """What an operator is given that is not what it was given before, apart from sizes."""
     for name, value in old.args.items():
         other = new.args.get(name)

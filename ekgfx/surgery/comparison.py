@@ -15,6 +15,7 @@ from ekgfx.graph.plan import Plan
 from ekgfx.graph.untouched import State, deep_copy
 from ekgfx.graph.ways import Way
 from ekgfx.surgery.check import Mismatch, compare_outputs, differences
+from ekgfx.surgery.diverging import diverging
 from ekgfx.surgery.faults import Problem, blamed, failing, training_error
 from ekgfx.surgery.integers import Attributes
 from ekgfx.tracing.trace import retrace
@@ -79,13 +80,16 @@ class Comparison:
         if again.cost() != self.source.cost(self.predicted.plan):
             cost = self.source.cost(self.predicted.plan)
             return [Problem(None, f"it costs {again.cost()}, predicted were {cost}")]
-        for graph in self.source.graphs:
+        for graph, traced in zip(self.source.graphs, again.graphs, strict=True):
             if graph.way.training and graph.way not in self.predicted.ways:
                 continue
             off = self._off(graph, self.pruned, self.predicted.weights, *graph.example)
             if off is not None:
                 text = f"its output in {graph.way} differs from the sliced graph's by {off:.1e}"
-                return [Problem(None, text)]
+                first = diverging(graph, self.predicted.kept, _held(self.pruned, self.predicted.weights), traced)
+                if first is None:
+                    return [Problem(None, text)]
+                return [Problem(blamed(self.pruned, first.module), f"{text}, from {first.name} on")]
         fault = training_error(self.pruned, self.source) if self.trains else None
         return [] if fault is None else [Problem(None, f"it does not train: {fault}")]
 
@@ -93,10 +97,9 @@ class Comparison:
         self, graph: AxisGraph, pruned: nn.Module, weights: Mapping[str, Tensor], args: tuple, kwargs: dict
     ) -> float | None:
         """How far the output is from the sliced graph's, None where that is rounding: in float64 there is next to
-        none, so what differs by more than usual is computed again there."""
+        none, so what differs by more than usual is computed again there, if the model takes that."""
         dtype = next((p.dtype for p in pruned.parameters()), torch.float32)
-        parameters = dict(pruned.named_parameters(remove_duplicate=False))
-        held = {n: t if n in parameters else t.clone() for n, t in weights.items()}  # only buffers change in a run
+        held = _held(pruned, weights)
         off = compare_outputs(pruned, SubNetwork(graph, self.predicted.kept, weights=held), args, kwargs)
         if off <= TOLERANCE.get(dtype, 0.05):
             return None
@@ -104,7 +107,16 @@ class Comparison:
             return off
         args, kwargs = pytree.tree_map_only(Tensor, _double, (args, kwargs))
         weights = {name: _double(tensor) for name, tensor in weights.items()}
-        return self._off(graph, deep_copy(pruned).double(), weights, args, kwargs)
+        try:
+            return self._off(graph, deep_copy(pruned).double(), weights, args, kwargs)
+        except Exception:  # noqa: BLE001  a forward that makes tensors of a type of its own
+            return off
+
+
+def _held(pruned: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights for a run, which changes buffers alone."""
+    parameters = dict(pruned.named_parameters(remove_duplicate=False))
+    return {name: tensor if name in parameters else tensor.clone() for name, tensor in weights.items()}
 
 
 def repeatable(source: TracedModel) -> set[Way]:

@@ -96,8 +96,9 @@ AttributePath = tuple[tuple[str, Any], ...]
 class Choice:
     """An integer whose old value is that of a size that has changed: what the module holds at `place`.
 
-    governor: the module whose operators it is used in, as far as one can tell. values: what it may be now, changed ones
-    first and the old one last. likely: an operator of the governor asks for the size, or reads it whole.
+    governor: the module whose operators it is used in, as far as one can tell: the one that holds the module, where
+    only that one's operators ask for such a size (`self.block.width`). values: what it may be now, changed ones first
+    and the old one last. likely: an operator of the governor asks for the size, or reads it whole.
     """
 
     module: str
@@ -166,18 +167,20 @@ def choices_of(root: nn.Module, graph: AxisGraph, counts: Mapping[Axis, int], be
     for name, module in root.named_modules():
         if isinstance(module, STANDARD):
             continue
-        governor = _governor(name, owners)
+        governor, holder = _governor(name, owners), name.rpartition(".")[0]
         known = [changes.get(governor, []), wholes.get(governor, []), frames.get(governor, []), frames.get(name, [])]
         sure = _renamed(known[0])
         likely = _renamed(known[1]) | sure
-        renamed: dict[int, dict[int, None]] = {old: dict.fromkeys(values) for old, values in sure.items()}
+        outer = {old: values for old, values in _renamed(changes.get(holder, [])).items() if old not in likely}
+        renamed: dict[int, dict[int, None]] = {old: dict.fromkeys(values) for old, values in (sure | outer).items()}
         for some in known[1:]:
             for old, values in _renamed(some).items():
                 renamed.setdefault(old, {}).update(dict.fromkeys(values))
         for place, old in _integers({**vars(module), **before.get(name, {})}):
             if old in renamed and _reaches(module, place):
                 values = (*(value for value in renamed[old] if value != old), old)
-                found.append(Choice(name, governor, place, values, old in likely))
+                reader = holder if old in outer else governor
+                found.append(Choice(name, reader, place, values, old in likely or old in outer))
     return found
 
 

@@ -1,6 +1,7 @@
 """What a configuration says beside widths: numbers that grow together, and numbers that a run does not show."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ekgfx
+from ekgfx.errors import EkgfxWarning
 
 X = torch.randn(3, 6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -146,3 +148,102 @@ def test_numbers_that_grow_together_describe_the_cut(kind: type[nn.Module], want
     anew = kind(copy.deepcopy(now)).double().eval()
     anew.load_state_dict(pruned.state_dict())
     torch.testing.assert_close(anew(X), pruned.eval()(X), rtol=0, atol=0)
+
+
+class Cell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 12
+        self.mix, self.out = nn.Linear(8, 12), nn.Linear(24, 12)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        return self.out(torch.cat([self.mix(x), state], 1))
+
+
+class Recurrent(nn.Module):
+    """Reads a number of a part, as torchvision's RAFT does, and nothing but an error tells that it is too large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.context, self.cell, self.head = nn.Linear(5, 20), Cell(), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        context = self.context(x)
+        rest = context.shape[1] - self.cell.width
+        if rest <= 0:
+            raise ValueError("no context is left")
+        state, context = context.split([self.cell.width, rest], 1)
+        for _ in range(2):
+            state = self.cell(context.relu(), state.tanh())
+        return self.head(state)
+
+
+def test_a_number_that_only_the_module_around_reads_is_corrected() -> None:
+    torch.manual_seed(0)
+    model, x = Recurrent().double().eval(), torch.randn(4, 5, dtype=torch.float64)
+    traced = ekgfx.trace(model, x)
+    plan = ekgfx.Plan({name: tuple(range(group.size // 2)) for name, group in traced.groups.items()})
+    pruned = ekgfx.prune(model, plan, traced, graphs="forbid")
+    assert pruned.cell.width == 6 and model.cell.width == 12
+    torch.testing.assert_close(pruned(x), traced.subnetwork(plan)(x), rtol=0, atol=1e-12)
+
+
+class Elsewhere(nn.Module):
+    """Makes a number of a width that is in no tensor's shape."""
+
+    def __init__(self, ending: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.inside, self.out, self.ending = nn.Linear(5, 8), nn.Linear(8, 3), ending
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inside(x)
+        return self.ending(self.out(y), y.shape[1])
+
+
+ENDINGS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "a tensor of it": lambda y, width: y / torch.sqrt(torch.tensor(width)),
+    "a shift": lambda y, width: torch.roll(y, width // 4, 0),
+    "a name": lambda y, width: F.gelu(y, approximate="tanh" if width >= 8 else "none"),
+    "a diagonal": lambda y, width: torch.tril(y, width // 4 - 1),
+    "a list": lambda y, width: torch.flip(y, [width // 8]),
+    "a row": lambda y, width: y * torch.linspace(0, width, 3, dtype=y.dtype),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_forward_whose_numbers_follow_a_width_that_no_shape_shows_is_replaced(ending: str) -> None:
+    torch.manual_seed(0)
+    model, x = Elsewhere(ENDINGS[ending]).double().eval(), torch.randn(4, 5, dtype=torch.float64)
+    traced = ekgfx.trace(model, x)
+    plan = ekgfx.Plan({"inside": (0, 2, 3, 7)})
+    with pytest.warns(EkgfxWarning, match="differs from the sliced graph's by|before the cut it was"):
+        pruned = ekgfx.prune(model, plan, traced)
+    assert [each.kind for each in ekgfx.replaced(pruned)] == ["Elsewhere"]
+    with torch.no_grad():  # the original, with zeros for what is cut
+        for weight in (model.inside.weight, model.inside.bias):
+            weight[[1, 4, 5, 6]] = 0
+    torch.testing.assert_close(pruned(x), model(x), rtol=0, atol=1e-12)
+
+
+class Correlation(nn.Module):
+    """A scale by the width that no operator's shape shows, in a forward that runs in float32 alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inside(x @ torch.eye(5))
+        return self.out(y / torch.sqrt(torch.tensor(float(y.shape[1]))))
+
+
+def test_a_forward_that_runs_in_float32_alone_is_compared_there() -> None:
+    torch.manual_seed(0)
+    model, x = Correlation().eval(), torch.randn(4, 5)
+    with pytest.raises(RuntimeError, match="dtype"):
+        copy.deepcopy(model).double()(x.double())
+    traced = ekgfx.trace(model, x)
+    plan = ekgfx.Plan({name: tuple(range(group.size // 2)) for name, group in traced.groups.items()})
+    pruned = ekgfx.prune(model, plan, traced)
+    assert [each.kind for each in ekgfx.replaced(pruned)] == ["Correlation"]
+    torch.testing.assert_close(pruned(x), traced.subnetwork(plan)(x), rtol=0, atol=1e-6)

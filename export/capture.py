@@ -15,7 +15,7 @@ from ekgfx.graph.untouched import differing, state_of, untouched
 
 from .attention import attention
 from .convolution import conv2d
-from .io import called, device_of, named_tensors, with_batch
+from .io import batched, called, device_of, named_tensors, with_batch
 from .quiet import headline
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -52,7 +52,7 @@ def capture(
     batch = torch.export.Dim("batch")
     # A batch of one would be taken for a constant.
     example = with_batch([value.to(device_of(model)) for value in inputs], 2)
-    shapes = {"inputs": tuple({0: batch} if value.ndim else {} for value in example)}
+    shapes = {"inputs": tuple({0: batch} if free else {} for free in batched(inputs))}
     named = _Named(model, names)
     with untouched(model), evaluation_mode(model), torch.no_grad():
         try:
@@ -65,7 +65,7 @@ def capture(
         except ExportError:
             raise
         except Exception as error:  # torch.export raises many types, all of them about the user's model
-            raise ExportError(_explain(model, error)) from error
+            raise ExportError(_explain(model, error) + _differing(inputs)) from error
         written_out: dict[Any, Any] = {}
         if any(node.target is _SDPA for node in program.graph.nodes):
             written_out[_SDPA] = _attention_but_4d if native_attention else attention
@@ -87,7 +87,7 @@ def _exported(
 
     try:
         return export(shapes), ""
-    except UserError as error:
+    except (UserError, AssertionError) as error:
         most = _most(str(error))
         if most is None:
             raise
@@ -100,7 +100,10 @@ def _exported(
 def _most(message: str) -> int | None:
     """The largest batch that an export takes, where its message says that it takes all up to one."""
     found = re.search(r"batch = Dim\('batch', max=(\d+)\)", message)
-    return int(found[1]) if found else None
+    if found:
+        return int(found[1])
+    below = re.search(r"for batch < (\d+)(?:/(\d+))?", message)
+    return -(-int(below[1]) // int(below[2] or 1)) - 1 if below else None
 
 
 def _forgets(named: _Named, inputs: tuple[Tensor, ...]) -> bool:
@@ -128,6 +131,14 @@ def _groups_follow(node: fx.Node) -> bool:
 
 def _convolution_but_fixed(*args: Any) -> Tensor:
     return NotImplemented if all(isinstance(groups, int) for groups in args[6:]) else conv2d(*args)
+
+
+def _differing(inputs: tuple[Tensor, ...]) -> str:
+    """What else may be wrong where inputs begin with different sizes."""
+    sizes = [len(value) for value in inputs if value.ndim]
+    if len({*sizes}) == 1:
+        return ""
+    return f"; dim 0 of the inputs has sizes {sizes}, of which {sizes[0]} is taken for the batch"
 
 
 def _explain(model: nn.Module, error: Exception) -> str:

@@ -19,7 +19,7 @@ from ekgfx.errors import EkgfxWarning, ExportError
 from .capture import capture
 from .constants import adopt_constants
 from .half import PROTOBUF_LIMIT, hide_scalars, nbytes, to_half
-from .io import PRECISION, Given, as_inputs, input_names, with_names
+from .io import PRECISION, Given, as_inputs, batched, input_names, with_names
 from .names import name_interface, name_nodes
 from .pooling import keep_padding
 from .quiet import headline, quiet
@@ -81,7 +81,7 @@ def to_onnx(
     native_attention = (opset or 0) >= _ATTENTION_OPSET
     with quiet():
         program, outputs, said = capture(model, inputs, by_name, native_attention=native_attention)
-        written = _translate(program, opset, translations, [value.ndim > 0 for value in inputs])
+        written = _translate(program, opset, translations, batched(inputs))
     if said:
         warnings.warn(said, EkgfxWarning, stacklevel=2)
     if opset is not None and written.opset_imports[""] != opset:

@@ -18,10 +18,11 @@ Given = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
 def as_inputs(example_inputs: Tensor | Sequence[Tensor], names: Sequence[str] = ()) -> tuple[Tensor, ...]:
-    """The inputs of a model as a tuple of tensors that share the size of dim 0, the batch. names: what they are called,
-    where they are given by name.
+    """The inputs of a model as a tuple of tensors, the first of which has the batch as its dim 0 (see `batched`).
 
-    Raises ExportError for anything else; tensors without dimensions carry no batch and are let through.
+    names: what they are called, where they are given by name.
+
+    Raises ExportError for anything else.
     """
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     for place, value in zip(names or range(len(inputs)), inputs, strict=True):
@@ -30,11 +31,10 @@ def as_inputs(example_inputs: Tensor | Sequence[Tensor], names: Sequence[str] = 
                 f"input {place} is a {type(value).__name__}; ONNX takes tensors only: wrap the model in a module "
                 "whose forward takes tensors and makes the other arguments itself"
             )
-    sizes = [value.shape[0] for value in inputs if value.ndim]
-    if not sizes:
+    if not any(value.ndim for value in inputs):
         raise ExportError("no input has a batch dimension; give example inputs whose dim 0 is the batch")
-    if len(set(sizes)) > 1 or sizes[0] == 0:
-        raise ExportError(f"dim 0 of the inputs has sizes {sizes}; it must be the same batch, of one or more, in all")
+    if not batch_size(inputs):
+        raise ExportError("dim 0 of the inputs has the size 0; give a batch of one or more")
     return inputs
 
 
@@ -51,14 +51,23 @@ def called(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> 
 
 
 def batch_size(inputs: Sequence[Tensor]) -> int:
-    """The common size of dim 0."""
+    """The size of dim 0 of the first input that has one."""
     return next(value.shape[0] for value in inputs if value.ndim)
+
+
+def batched(inputs: Sequence[Tensor]) -> list[bool]:
+    """Of each input whether its dim 0 is the batch: it is as long as the first one's. Others are tables or numbers, the
+    same for every batch."""
+    batch = batch_size(inputs)
+    return [value.ndim > 0 and len(value) == batch for value in inputs]
 
 
 def with_batch(inputs: Sequence[Tensor], batch: int) -> tuple[Tensor, ...]:
     """The same samples over and over until there are `batch` of them (or the first `batch` of them)."""
     index = torch.arange(batch) % batch_size(inputs)
-    return tuple(value[index.to(value.device)] if value.ndim else value for value in inputs)
+    return tuple(
+        value[index.to(value.device)] if free else value for value, free in zip(inputs, batched(inputs), strict=True)
+    )
 
 
 def input_names(model: nn.Module, count: int) -> list[str]:

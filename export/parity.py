@@ -171,6 +171,8 @@ def _advice(model: nn.Module, inputs: Given, precision: str, relative: float) ->
             "values overflow fp16: write the file with to_onnx(fp16=True) or to_fp16(inputs=…) from inputs like these, "
             "so that the operators that overflow stay in fp32"
         )
+    if _draws(model, inputs):
+        return "the model itself draws random numbers, so that no two runs of it agree, nor does the file with one"
     moves = amplification(model, inputs, rounding)
     if moves * 3 > relative:  # values in between are rounded as well
         return (
@@ -179,6 +181,13 @@ def _advice(model: nn.Module, inputs: Given, precision: str, relative: float) ->
             + (", or leave out fp16" if precision == "fp16" else "")
         )
     return "do not use the file: export again from the same weights, or without fp16"
+
+
+def _draws(model: nn.Module, inputs: Given) -> bool:
+    """Whether two runs of the model differ by more than rounding."""
+    values, names = with_names(inputs)
+    first, second = _run(model, values, names), _run(model, values, names)
+    return max(_difference(Path(), name, 0, second[name], first[name]).relative for name in first) > TOLERANCE["fp32"]
 
 
 def _run(model: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:

@@ -160,13 +160,29 @@ class AxisGraph:
 
     def _propagate(self, shared: dict[str, Dims]) -> None:
         """The one pass of the rules over the graph."""
-        known = Known(self.weights, self.constants, self.example_batch, self.way, self.returns, self.rules)
-        found = Propagation(self.graph, known, shared)
+        batch = self.example_batch or self._leading_batch()
+        found = Propagation(self.graph, self._known(batch), shared)
         self.batch, self.tensors, self.dims, self.operations = found.batch, found.tensors, found.dims, found.operations
         self.unknown_ops, self.failed_rules = found.unknown_ops, found.failed_rules
         self.uncounted_ops = found.uncounted_ops
         self.sizes_assumed = False
         self.checked_shapes: set[str] = set()  # of inputs, see sizes.check_shapes
+
+    def _known(self, batch: int) -> Known:
+        return Known(self.weights, self.constants, batch, self.way, self.returns, self.rules)
+
+    def _leading_batch(self) -> int:
+        """The leading size of an input that every output begins with, where inputs have several; 0 if none is so. The
+        others may be tables, or hold one number."""
+        (output,) = self.graph.find_nodes(op="output")
+        values = output.args[0] if self.returns is None else self.returns.mattering(output.args[0])
+        returned = [v for v in values if isinstance(v, fx.Node) and v not in output.meta.get("updates", {})]
+        for size in {t.shape[0]: None for t in pytree.tree_leaves(self.example) if isinstance(t, Tensor) and t.ndim}:
+            tensors = Propagation(self.graph, self._known(size), {}).tensors
+            first = [dims[0] for value in returned for dims in tensors.get(value.name, ()) if dims]
+            if size and first and all(any(axis.batch for axis in axes(dim)) for dim in first):
+                return size
+        return 0
 
     # -- what can be asked of it -----------------------------------------------------------------------------------
 

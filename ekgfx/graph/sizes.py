@@ -72,11 +72,16 @@ def settle(graph: AxisGraph, network: Callable[[], Callable[..., Any]]) -> None:
     """Find out by the example twice over whether what may be the batch's size is, where there is any such."""
     if graph.batch not in unmet(graph).values():
         return
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]), graph.example)
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: twice(t, graph.batch.size), graph.example)
     try:
         check_shapes(graph, args, kwargs, network)
     except Exception:  # noqa: BLE001  the user's forward may raise anything; it is said where such a batch comes
         return
+
+
+def twice(tensor: Tensor, batch: int) -> Tensor:
+    """A tensor of a batch with its samples twice; others as they are."""
+    return torch.cat([tensor, tensor]) if tensor.ndim and len(tensor) == batch else tensor
 
 
 def batch_ends_at(graph: AxisGraph) -> str | None:

@@ -34,22 +34,23 @@ class Way:
     def entered(self, model: nn.Module) -> Iterator[None]:
         """While this is open, calling the model runs it in this way; its modes and all random states come back after.
 
-        In training mode every call begins with the same seeds, so that Python's own random numbers take one path.
+        Random numbers are those of one seed. In training mode every call begins with it, so that Python's own take one
+        path.
         """
-        with _training_mode(model) if self.training else evaluation_mode(model), _as_forward(model, self):
+        mode = _training_mode(model) if self.training else evaluation_mode(model)
+        with seeded(model), mode, _as_forward(model, self):
             yield
 
 
 @contextlib.contextmanager
 def _training_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    with seeded(model):
-        model.train()
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextlib.contextmanager

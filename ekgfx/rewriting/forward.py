@@ -7,7 +7,7 @@ its values are called is in `terms`. Where training runs the same operators with
 
 import operator
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -70,6 +70,7 @@ def _tell_apart(writers: Sequence["_Writer"]) -> None:
             for writer, shape in zip(writers, shapes, strict=True):
                 writer.conditions |= {size: f"{size} == {shape[size]}"} if size in shape else {}
                 writer.decided_by_size |= {size: f"{size} == {shape[size]}"} if size in shape else {}
+                writer.sizes |= {size: shape[size]} if size in shape else {}
 
 
 def _writers(
@@ -147,6 +148,7 @@ class _Writer:
         self.head = Head(module, path, call)
         self.conditions = self.head.conditions()
         self.decided_by_size: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}  # those of the example, where it is for no others
         self.notes: dict[str, None] = {}
         self.lines = self._lines()
         self._note_decisions()
@@ -170,7 +172,12 @@ class _Writer:
 
     def excludes(self, other: "_Writer") -> bool:
         """Whether no call is like both."""
-        return any(other.conditions.get(name, text) != text for name, text in self.conditions.items())
+        differ = any(other.conditions.get(name, text) != text for name, text in self.conditions.items())
+        return differ or self._fails(other) or other._fails(self)
+
+    def _fails(self, other: "_Writer") -> bool:
+        """Whether the sizes that this one is for decide that the other one is not."""
+        return any(_decided(text, self.sizes) is False for text in other.decided_by_size.values())
 
     @property
     def alike(self) -> Any:
@@ -309,6 +316,13 @@ class _Writer:
         if plain(values.spec):
             return written(pytree.tree_unflatten(texts, values.spec))
         return f"pytree.tree_unflatten([{', '.join(texts)}], {self.terms.object_named('spec', values.spec)})"
+
+
+def _decided(condition: str, sizes: Mapping[str, int]) -> bool | None:
+    """What a relation between sizes comes to, None where others than these are in it."""
+    for size, number in sizes.items():
+        condition = condition.replace(size, str(number))
+    return None if re.search("[a-z]", condition) else bool(eval(condition))  # numbers and operators alone
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -172,7 +172,8 @@ def repeat_interleave(call: Call) -> Effect:
     if dim is None:
         x, dim = [Prod(tuple(x))], 0
     x[dim] = Prod((x[dim], copies))
-    return Effect(tuple(x), sizes={"repeats": copies})
+    whole = {} if call["output_size"] is None else {"output_size": x[dim]}
+    return Effect(tuple(x), sizes={"repeats": copies, **whole})
 
 
 @rule("aten.roll.default")

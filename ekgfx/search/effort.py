@@ -43,7 +43,7 @@ def fitting_batch(graph: AxisGraph, most: int = 256, memory: int = 8 << 30) -> i
 
     256 samples are the paper's, of 32×32 images; a ResNet-50 on 224×224 images would need over 40 GB for them.
     """
-    batch = graph.example_batch or 1
+    batch = graph.batch.size or 1
     values = pytree.tree_leaves([operation.node.meta["val"] for operation in graph.operations])
     sample = sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor)) / batch
     return max(1, 1 << int(math.log2(min(most, max(1.0, memory / max(sample, 1))))))

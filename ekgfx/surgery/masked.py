@@ -12,6 +12,7 @@ from ekgfx.execution.subnetwork import GraphRunner, resize
 from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.plan import Plan
 from ekgfx.graph.propagation import Operation
+from ekgfx.graph.ways import seeded
 from ekgfx.rules.registry import is_dims
 from ekgfx.surgery.check import relative_error
 from ekgfx.tracing.traced import TracedModel
@@ -107,19 +108,24 @@ def stays(expr: Expr, kept: Mapping[Axis, Tensor], counts: Mapping[Axis, int]) -
             return mask
 
 
-def check_masked(traced: TracedModel, plan: Plan, inputs: tuple) -> float:
+def check_masked(
+    traced: TracedModel, plan: Plan, inputs: tuple, named: Mapping[str, Any] = MappingProxyType({})
+) -> float:
     """Relative error between the sliced graph and the masked original, on the given inputs.
 
     Args:
         traced: the traced model, in float64 for an error that is rounding alone.
         plan: the plan that both follow.
         inputs: what the model is called with.
+        named: what it is called with by name.
 
     Example:
         >>> from ekgfx.verify import check_masked
         >>> check_masked(traced, plan, (images,))
     """
-    with torch.no_grad():
-        return relative_error(
-            traced.subnetwork(plan)(*inputs), MaskedNetwork(traced.left_by(plan), traced.groups.kept(plan))(*inputs)
-        )
+    networks = traced.subnetwork(plan), MaskedNetwork(traced.left_by(plan), traced.groups.kept(plan))
+    outputs = []
+    for network in networks:
+        with torch.no_grad(), seeded(traced.model):  # both draw the same random numbers
+            outputs.append(network(*inputs, **named))
+    return relative_error(*outputs)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ekgfx.graph.ways import Way, seeded, undisturbed
+from ekgfx.graph.ways import Way, undisturbed
 
 # Functions that have a switch between training and evaluation; what they make of their tensors' dimensions is the same.
 SWITCHED = {
@@ -43,7 +43,7 @@ def observe(model: nn.Module, way: Way, args: tuple[Any, ...], kwargs: dict[str,
     seen = Observation()
     weights = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
     try:
-        with seeded(model), way.entered(model), undisturbed(model), torch.no_grad(), _Recorder(seen.calls, weights):
+        with way.entered(model), undisturbed(model), torch.no_grad(), _Recorder(seen.calls, weights):
             seen.output = pytree.tree_map_only(Tensor, torch.clone, model(*args, **kwargs))
     except Exception as error:  # noqa: BLE001  the user's forward may raise anything
         seen.error = error

@@ -28,7 +28,7 @@ from ekgfx.graph.opaque import Leaves, as_operators, find_leaves, record
 from ekgfx.graph.quiet import quiet
 from ekgfx.graph.returns import Returns, as_choice, tensors_returned
 from ekgfx.graph.untouched import State, differing, put, state_of, untouched
-from ekgfx.graph.ways import Way, seeded
+from ekgfx.graph.ways import Way
 from ekgfx.tracing.another_size import unlike
 from ekgfx.tracing.observe import Observation, observe
 from ekgfx.tracing.trace_errors import explained, unknown_sizes
@@ -203,7 +203,7 @@ def _graph(
 ) -> dict[str, Any]:
     """What an `AxisGraph` of the model in one of its ways is made from, beside the model. notes: grows by what a user
     should know of how."""
-    with untouched(model), seeded(model), way.entered(model):
+    with untouched(model), way.entered(model):
         put(model, state or {})
         try:
             try:

@@ -270,6 +270,20 @@ def test_a_model_that_does_otherwise_with_large_batches_is_exported_for_small_on
     assert check_parity(model, path, torch.randn(3, 4)).batches == (1, 3)
 
 
+def test_a_bound_on_the_batch_need_not_be_a_whole_number(tmp_path):
+    class Clips(nn.Module):
+        """Three frames each, as diffusers' UNet3DConditionModel has them: 64 frames are 21 clips and a third."""
+
+        def forward(self, x):
+            frames = x.flatten(0, 1)
+            return frames * 2 if frames.shape[0] >= 64 else frames + 1
+
+    model, path = Clips(), tmp_path / "net.onnx"
+    with pytest.warns(EkgfxWarning, match="Clips does otherwise from a batch of 22 on"):
+        to_onnx(model, torch.randn(2, 3, 4), path)
+    assert check_parity(model, path, torch.randn(21, 3, 4)).batches == (1, 21)
+
+
 def test_opset_out_of_reach(tmp_path):
     with pytest.raises(ExportError, match="opset 9 .*18"):
         to_onnx(nn.Linear(2, 2), torch.randn(2, 2), tmp_path / "net.onnx", opset=9)
@@ -281,10 +295,13 @@ def test_opset_out_of_reach(tmp_path):
     ("inputs", "message"),
     [
         ((torch.randn(2, 2), 3), "input 1 is a int"),
-        ((torch.randn(2, 4), torch.randn(3, 6)), r"sizes \[2, 3\]"),
+        (
+            (torch.randn(2, 4), torch.randn(3, 6)),
+            r"dim 0 of the inputs has sizes \[2, 3\], of which 2 is taken for the batch",
+        ),
         ((torch.tensor(1.0), torch.tensor(2.0)), "no input has a batch"),
         ((torch.randn(2, 4), torch.randn(2, 6), torch.randn(2, 6)), "takes 2 positional inputs .* but 3"),
-        (torch.randn(0, 4), r"sizes \[0\]"),
+        (torch.randn(0, 4), "dim 0 of the inputs has the size 0"),
     ],
 )
 def test_inputs_that_make_no_batch(inputs, message, tmp_path):

@@ -78,3 +78,33 @@ def test_each_example_has_a_forward_of_its_own_where_sizes_are_not_followed(monk
         assert distance(pruned, twin, (given,)) < 1e-12
     with pytest.raises(NotImplementedError, match=r"query\.shape\[1\] == 9"):
         pruned(images(14))
+
+
+class Padded(Within):
+    """Longer sequences are padded again and again, which makes nested sizes of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > 4:
+            for step in (2, 3, 5):
+                x = F.pad(x, (0, 0, 0, (step - x.shape[1] % step) % step))
+            return super().forward(x) + x.mean(1, keepdim=True)
+        return super().forward(x)
+
+
+def test_one_of_two_examples_may_be_followed_and_the_other_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nested, "MOST", 8)
+
+    def words(length: int, batch: int = 2) -> Tensor:
+        return torch.randn(batch, length, 5, dtype=torch.float64)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), Padded(), nn.Linear(8, 3)).double().eval()
+    traced = ekgfx.trace(model, words(4), also=[words(7)])
+    plan = ekgfx.Plan({name: tuple(range(group.size // 2)) for name, group in traced.groups.items()})
+    with pytest.warns(EkgfxWarning, match="the forward of 1 module was replaced"):
+        pruned = ekgfx.prune(model, plan, traced)
+    twin = zeroed(traced, plan)
+    for given in (words(4), words(3), words(7), words(7, 5), words(2, 3)):
+        assert distance(pruned, twin, (given,)) < 1e-12
+    with pytest.raises(NotImplementedError, match=r"x\.shape\[1\] <= 4 or x\.shape\[1\] == 7"):
+        pruned(words(9))

@@ -64,7 +64,7 @@ def smp_networks() -> dict[str, Make]:
     }
 
 
-def medical(build: Callable[[Any], Any], inputs: Inputs, masks: bool = True) -> Make:
+def medical(build: Callable[[Any], Any], inputs: Inputs, masks: bool = True, double: bool = True) -> Make:
     """One of MONAI's; networks that return a mask go through its sliding window and its Dice loss."""
 
     def make() -> Network:
@@ -84,7 +84,7 @@ def medical(build: Callable[[Any], Any], inputs: Inputs, masks: bool = True) -> 
                 pruned(wide[..., : image.shape[-1]]), target[..., : image.shape[-1]]
             ).backward()
 
-        return Network(build(nets), inputs, use if masks else None)
+        return Network(build(nets), inputs, use if masks else None, double=double)
 
     return make
 
@@ -149,4 +149,37 @@ def monai_networks() -> dict[str, Make]:
             two,
             False,
         ),
+        "FlexibleUNet": medical(lambda n: n.FlexibleUNet(3, 2, "efficientnet-b0"), images(64, 96)),
+        "DiffusionModelUNet": medical(
+            lambda n: n.DiffusionModelUNet(
+                2, 1, 1, (1, 1), (8, 16), (False, True), norm_num_groups=4, num_head_channels=8
+            ),
+            lambda batch, another: (*images(16, 24, 1)(batch, another), _times(batch)),
+            False,
+        ),
+        "VQVAE": medical(
+            lambda n: n.VQVAE(2, 1, 1, (16, 16), 1, (8, 8), ((2, 4, 1, 1),) * 2, ((2, 4, 1, 1, 0),) * 2, 8, 6),
+            tensors(((1, 16, 16), (1, 24, 16)), single=True),
+            False,
+            double=False,
+        ),
+        "RegUNet": medical(lambda n: n.RegUNet(2, 1, 4, 2, out_channels=2), two, False),
+        "LocalNet": medical(lambda n: n.LocalNet(2, 1, 4, (0, 1, 2), out_channels=2), two, False),
+        "MedNeXt": medical(
+            lambda n: n.MedNeXt(init_filters=4, blocks_down=(1, 1), blocks_bottleneck=1, blocks_up=(1, 1), **flat), two
+        ),
+        "Quicknat": medical(lambda n: n.Quicknat(num_classes=3, num_channels=1, num_filters=8), two),
+        "VoxelMorphUNet": medical(lambda n: n.VoxelMorphUNet(2, 2, 8, (8, 8), (8, 8)), images(32, 48, 2), False),
+        "MILModel": medical(
+            lambda n: n.MILModel(3, "att_trans", pretrained=False, backbone="resnet18"),
+            tensors(((4, 3, 32, 32), (4, 3, 32, 48))),
+            False,
+        ),
+        "DAF3D": medical(lambda n: n.DAF3D(1, 2), tensors(((1, 32, 32, 32), (1, 32, 32, 32))), False),
     }
+
+
+def _times(batch: int) -> Any:
+    import torch
+
+    return torch.arange(1, batch + 1)

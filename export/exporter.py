@@ -46,8 +46,9 @@ def to_onnx(
 
     Args:
         model: any module that `torch.export` can follow. It is left as it was: weights, modes and device.
-        example_inputs: one tensor, a tuple of tensors, or tensors by the names of the forward's parameters, with the
-            batch in dim 0. Only shapes and types matter, but with fp16 their values do, too: give real ones.
+        example_inputs: one tensor, a tuple of tensors, or tensors by the names of the forward's parameters. The size of
+            dim 0 of the first one is the batch; inputs that begin otherwise are the same for every batch. Only shapes
+            and types matter, but with fp16 their values do, too: give real ones.
         path: the file to write, by way of a temporary one beside it, so that it is never half-written.
         fp16: weights and arithmetic in half precision; inputs and outputs stay fp32 (see `half.to_half`), and so do
             operators whose weights, or whose values on these inputs, are too large for fp16; the metadata

@@ -53,9 +53,10 @@ def trace(
 
     Args:
         model: any module that `torch.export` can follow; it is left as it was, also where its forward keeps something.
-        example_inputs: one tensor, a tuple of positional arguments, or a mapping of arguments by name; if all tensors
-            share their leading size it is the batch (a batch of one is doubled, so that the batch can be told from
-            other sizes of one). Moved to the model's device.
+        example_inputs: one tensor, a tuple of positional arguments, or a mapping of arguments by name. The batch is the
+            leading size that all tensors share; where some are tables or single numbers, the one that every output
+            begins with, too. (A batch of one is doubled, so that it can be told from other sizes of one.) Moved to the
+            model's device.
         kwargs: keyword arguments.
         leaf: modules that run as they are, by name, glob (`*` also matches dots) or class: their Python may depend on
             values. All positions of their inputs, outputs and parameters stay.
@@ -99,7 +100,7 @@ def silently_traced(
     check_traceable(model)
     args, named = Inputs.of(example_inputs)
     args, named = Inputs(args, {**named, **(kwargs or {})}).onto(model)
-    example = _at_least_two((args, named))
+    example = _at_least_two(model, Way(), (args, named))
     calls = [_further(model, entry, example, number) for number, entry in enumerate(also, 1)]
     traced = _traced(model, [(Way(), example), *calls], find_leaves(model, leaf), unused, as_choice(outputs))
     sizes.settle(traced, lambda: SubNetwork(traced, {}))
@@ -154,7 +155,8 @@ def _further(model: nn.Module, entry: Any, example: Example, number: int) -> tup
         raise TraceError(
             f"also takes tensors, tuples of arguments, dicts of keyword arguments, names of methods, not {entry!r:.80}"
         )
-    return Way(method, number=number), _at_least_two((args, dict(kwargs)))
+    way = Way(method, number=number)
+    return way, _at_least_two(model, way, (args, dict(kwargs)))
 
 
 def _traced(
@@ -285,9 +287,19 @@ def _short(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def _at_least_two(example: Example) -> Example:
+def _at_least_two(model: nn.Module, way: Way, example: Example) -> Example:
+    """The example, a batch of one doubled. Where only some tensors begin with one, a run tells if that is a batch."""
     tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor)]
-    if not tensors or any(t.ndim == 0 or t.shape[0] != 1 for t in tensors):
+    single = [t.ndim > 0 and len(t) == 1 for t in tensors]
+    doubled: Example = pytree.tree_map_only(
+        Tensor, lambda t: torch.cat([t, t]) if t.ndim and len(t) == 1 else t, example
+    )
+    if not any(single) or all(single):
+        return doubled
+    args, kwargs = doubled
+    try:
+        with untouched(model), way.entered(model), torch.no_grad():
+            returned = [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, Tensor)]
+    except Exception:  # noqa: BLE001  whatever the user's forward raises
         return example
-    doubled: Example = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]), example)
-    return doubled
+    return doubled if returned and all(t.ndim and len(t) == 2 for t in returned) else example

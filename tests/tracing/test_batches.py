@@ -49,6 +49,24 @@ def test_the_batch_is_what_every_output_begins_with(order: tuple[int, ...]) -> N
         assert check_pruned(traced, plan, pruned, (), given(batch)) < 1e-12
 
 
+def test_a_batch_of_one_beside_a_table_is_told_by_a_run() -> None:
+    traced = ekgfx.trace(Placed().double().eval(), inputs(1))
+    assert traced.batch.size == 2
+    assert check_masked(traced, ekgfx.Plan({"tokens": (0, 2)}), inputs(3)) < 1e-12
+
+    class OfOne(nn.Module):
+        """Refuses two."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.out = nn.Linear(5, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, table: Tensor) -> Tensor:
+            return self.out(self.inside(x).relu().view(1, -1)) + table.sum()
+
+    assert ekgfx.trace(OfOne().eval(), (torch.randn(1, 5), torch.randn(3, 2))).example[0][0].shape == (1, 5)
+
+
 def test_no_size_is_the_batch_where_an_output_begins_otherwise() -> None:
     class Scores(nn.Module):
         def __init__(self) -> None:

@@ -20,6 +20,7 @@ from .quiet import headline
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _CONV2D = torch.ops.aten.conv2d.default
+_SQUEEZES = torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims
 _VIEW, _RESHAPE = torch.ops.aten.view.default, torch.ops.aten.reshape.default
 
 
@@ -66,6 +67,7 @@ def capture(
             raise
         except Exception as error:  # torch.export raises many types, all of them about the user's model
             raise ExportError(_explain(model, error) + _differing(inputs)) from error
+        _drop_idle_squeezes(program.graph)
         written_out: dict[Any, Any] = {}
         if any(node.target is _SDPA for node in program.graph.nodes):
             written_out[_SDPA] = _attention_but_4d if native_attention else attention
@@ -118,6 +120,20 @@ def _forgets(named: _Named, inputs: tuple[Tensor, ...]) -> bool:
     except Exception:  # noqa: BLE001  whatever the user's forward raises; why the export failed is said
         return False
     return bool(differing(state_of(named.model), before))
+
+
+def _drop_idle_squeezes(graph: fx.Graph) -> None:
+    """PyTorch leaves a dimension that is longer than one as it is, where ONNX's Squeeze refuses it."""
+    for node in [n for target in _SQUEEZES for n in graph.find_nodes(op="call_function", target=target)]:
+        given, dims = node.args
+        said = [dims] if isinstance(dims, int) else list(dims)
+        shape = given.meta["val"].shape
+        single = [d for d in said if shape and isinstance(shape[d], int) and shape[d] == 1]
+        if not single:
+            node.replace_all_uses_with(given)
+            graph.erase_node(node)
+        elif len(single) < len(said):
+            node.target, node.args = _SQUEEZES[1], (given, single)
 
 
 def _attention_but_4d(query: Tensor, *args: Any, **options: Any) -> Tensor:

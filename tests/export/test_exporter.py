@@ -270,6 +270,18 @@ def test_a_model_that_does_otherwise_with_large_batches_is_exported_for_small_on
     assert check_parity(model, path, torch.randn(3, 4)).batches == (1, 3)
 
 
+def test_a_squeeze_of_what_is_longer_than_one_is_left_out(tmp_path):
+    class Squeezing(nn.Module):
+        """As diffusers' PixArt does to its tokens."""
+
+        def forward(self, x):
+            return (x[..., None] * 2).squeeze((1, 3)).squeeze(1) + 1
+
+    model, path = Squeezing(), tmp_path / "net.onnx"
+    to_onnx(model, torch.randn(2, 5, 4), path)
+    assert check_parity(model, path, torch.randn(3, 5, 4)).batches == (1, 3)
+
+
 def test_a_bound_on_the_batch_need_not_be_a_whole_number(tmp_path):
     class Clips(nn.Module):
         """Three frames each, as diffusers' UNet3DConditionModel has them: 64 frames are 21 clips and a third."""

@@ -1,7 +1,8 @@
 """From a module to an exported program whose batch size is free."""
 
+import functools
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +21,7 @@ from .quiet import headline
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _CONV2D = torch.ops.aten.conv2d.default
+_SUMS = torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor
 _SQUEEZES = torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims
 _VIEW, _RESHAPE = torch.ops.aten.view.default, torch.ops.aten.reshape.default
 
@@ -73,6 +75,9 @@ def capture(
             written_out[_SDPA] = _attention_but_4d if native_attention else attention
         if any(node.target is _CONV2D and _groups_follow(node) for node in program.graph.nodes):
             written_out[_CONV2D] = _convolution_but_fixed
+        for target in _SUMS:
+            if any(map(_adds_next_to_nothing, program.graph.find_nodes(op="call_function", target=target))):
+                written_out[target] = functools.partial(_with_a_row, target)
         if written_out:
             for node in program.graph.find_nodes(op="call_function", target=_VIEW):
                 node.target = _RESHAPE  # what is written out may have another order in memory
@@ -155,6 +160,24 @@ def _differing(inputs: tuple[Tensor, ...]) -> str:
     if len({*sizes}) == 1:
         return ""
     return f"; dim 0 of the inputs has sizes {sizes}, of which {sizes[0]} is taken for the batch"
+
+
+def _adds_next_to_nothing(node: fx.Node) -> bool:
+    other = node.args[1]
+    return isinstance(other, int | float) and _next_to_nothing(other)
+
+
+def _next_to_nothing(number: float) -> bool:
+    """What onnxscript's optimizer takes for 0 in a sum, and leaves out: then 0 / (0 + 1e-9) is no number."""
+    return 0 < abs(number) <= 1e-8
+
+
+def _with_a_row(target: Any, value: Tensor, other: Any, *, alpha: float = 1) -> Tensor:
+    """The sum with a tensor of one dimension in place of a number, which the optimizer does not look at."""
+    if isinstance(other, Tensor) or not _next_to_nothing(other) or not value.ndim:
+        return NotImplemented
+    row = torch.full((1,), other, dtype=value.dtype, device=value.device)
+    return cast(Tensor, target(value, row, alpha=alpha))
 
 
 def _explain(model: nn.Module, error: Exception) -> str:

@@ -4,8 +4,8 @@
     python benchmarks/coverage.py diffusers --output benchmarks/results/coverage-libraries.jsonl --table
 
 The libraries are torchvision, smp (segmentation_models_pytorch), ultralytics, diffusers, open_clip, monai, torchaudio
-and efficientnet_pytorch. Of each network half of every group is cut at random, in float64 (torchvision's optical flow
-in float32), with all parameters perturbed. What the columns say:
+and efficientnet_pytorch. Of each network half of every group is cut at random, in float64 (in float32 where a forward
+makes such tensors itself: RAFT, four of diffusers, VQVAE), with all parameters perturbed. What the columns say:
 
     exact: the sliced graph equals the user's own network with zeros in place of what is cut (statistics over what is
     kept), and the cut module equals the sliced graph, at another batch, both to 1e-9; training: the same in training

@@ -81,7 +81,7 @@ def further_diffusers_networks() -> dict[str, Make]:
         ),
         "AutoencoderDC": one(
             "AutoencoderDC",
-            given(sides(3, 16)),
+            given(sides(3, 16), single=True),
             {
                 **multiscale,
                 "latent_channels": 4,
@@ -89,6 +89,7 @@ def further_diffusers_networks() -> dict[str, Make]:
                 "downsample_block_type": "conv",
                 "upsample_block_type": "interpolate",
             },
+            double=False,
         ),
         "UNet1DModel": one(
             "UNet1DModel",

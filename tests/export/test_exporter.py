@@ -270,6 +270,20 @@ def test_a_model_that_does_otherwise_with_large_batches_is_exported_for_small_on
     assert check_parity(model, path, torch.randn(3, 4)).batches == (1, 3)
 
 
+@pytest.mark.parametrize("least", [1e-8, 1e-15])
+def test_a_small_number_in_a_sum_stays(least, tmp_path):
+    """Without it, the optimizer that PyTorch runs over the file leaves it out: 0 / 0."""
+
+    class Normalizing(nn.Module):
+        def forward(self, x):
+            return x / (x.abs().sum(1, keepdim=True) + least) + x / (least - -x.abs())
+
+    model, path, x = Normalizing(), tmp_path / "net.onnx", torch.randn(3, 4)
+    x[1] = 0
+    to_onnx(model, x, path)
+    assert check_parity(model, path, x).relative < 1e-6
+
+
 def test_a_squeeze_of_what_is_longer_than_one_is_left_out(tmp_path):
     class Squeezing(nn.Module):
         """As diffusers' PixArt does to its tokens."""

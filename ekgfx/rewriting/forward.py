@@ -7,7 +7,7 @@ its values are called is in `terms`. Where training runs the same operators with
 
 import operator
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -148,6 +148,7 @@ class _Writer:
         self.head = Head(module, path, call)
         self.conditions = self.head.conditions()
         self.decided_by_size: dict[str, str] = {}
+        self.relations: list[Any] = []  # the same as sympy has them
         self.sizes: dict[str, int] = {}  # those of the example, where it is for no others
         self.notes: dict[str, None] = {}
         self.lines = self._lines()
@@ -177,7 +178,8 @@ class _Writer:
 
     def _fails(self, other: "_Writer") -> bool:
         """Whether the sizes that this one is for decide that the other one is not."""
-        return any(_decided(text, self.sizes) is False for text in other.decided_by_size.values())
+        numbers = {expr: self.sizes[text] for expr, text in other.terms.known.items() if text in self.sizes}
+        return any(relation.subs(numbers) == False for relation in other.relations)  # noqa: E712  sympy's own
 
     @property
     def alike(self) -> Any:
@@ -214,10 +216,11 @@ class _Writer:
         found = {}
         for inner in call.all():
             for branch in inner.branches if inner.path in self.written_here else ():
-                relation = self.terms.relation(branch.relation)
-                condition = relation if branch.holds else self.terms.relation(~branch.relation)
+                holding = branch.relation if branch.holds else ~branch.relation
+                relation, condition = self.terms.relation(branch.relation), self.terms.relation(holding)
                 if relation and condition:
                     found[relation] = condition
+                    self.relations.append(holding)
         if found:
             self.notes[f"it goes the example's way, where {' and '.join(found.values())}"] = None
         return found
@@ -316,13 +319,6 @@ class _Writer:
         if plain(values.spec):
             return written(pytree.tree_unflatten(texts, values.spec))
         return f"pytree.tree_unflatten([{', '.join(texts)}], {self.terms.object_named('spec', values.spec)})"
-
-
-def _decided(condition: str, sizes: Mapping[str, int]) -> bool | None:
-    """What a relation between sizes comes to, None where others than these are in it."""
-    for size, number in sizes.items():
-        condition = condition.replace(size, str(number))
-    return None if re.search("[a-z]", condition) else bool(eval(condition))  # numbers and operators alone
 
 
 def _is_tensor(node: fx.Node) -> bool:

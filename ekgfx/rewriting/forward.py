@@ -7,7 +7,7 @@ its values are called is in `terms`. Where training runs the same operators with
 
 import operator
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -27,12 +27,18 @@ Version = tuple[Recorded, Widths]
 
 
 def rewrite(
-    path: str, versions: Sequence[Version], inline: Iterable[str], reason: str, by_size: bool = False
+    path: str,
+    versions: Sequence[Version],
+    inline: Iterable[str],
+    reason: str,
+    by_size: bool = False,
+    exactly: bool = False,
 ) -> Forward:
     """A forward for the cut version of the module at `path`.
 
     versions: the calls that were recorded of the model, and what their sizes are after the cut; in a further version it
-    took another way. inline: modules in it whose own forward cannot be used. by_size: as in `Terms`.
+    took another way. inline: modules in it whose own forward cannot be used. by_size: as in `Terms`. exactly: of the
+    sizes that are not free, others than those recorded are refused.
 
     Raises:
         PruneError: the module's part of the model cannot be written as a function of its arguments.
@@ -42,6 +48,9 @@ def rewrite(
     every = [_writers(path, recorded, widths, set(inline), objects, by_size) for recorded, widths in versions]
     if any(recorded.evaluation.free != "sizes" for recorded, _ in versions):
         _tell_apart([writer for found in every for writer in found])
+    if exactly:
+        for writer in (writer for found in every for writer in found):
+            writer.holds(writer.shapes())
     left_out = {name for found in every for writer in found for name in writer.head.left_out()}
     for found in every:
         for writer in found:
@@ -64,13 +73,11 @@ def rewrite(
 
 def _tell_apart(writers: Sequence["_Writer"]) -> None:
     """Of calls that were recorded for sizes of the example alone, each stands for its own."""
-    shapes = [writer.head.shapes() for writer in writers]
+    shapes = [writer.shapes() for writer in writers]
     for size in dict.fromkeys(size for shape in shapes for size in shape):
         if len({shape.get(size) for shape in shapes}) > 1:
             for writer, shape in zip(writers, shapes, strict=True):
-                writer.conditions |= {size: f"{size} == {shape[size]}"} if size in shape else {}
-                writer.decided_by_size |= {size: f"{size} == {shape[size]}"} if size in shape else {}
-                writer.sizes |= {size: shape[size]} if size in shape else {}
+                writer.holds({size: shape[size]} if size in shape else {})
 
 
 def _writers(
@@ -170,6 +177,17 @@ class _Writer:
     def values(self) -> str:
         """What a call must be like, for people."""
         return ", ".join(filter(None, (self.head.values(), *self.decided_by_size.values())))
+
+    def shapes(self) -> dict[str, int]:
+        """The sizes of what a call is given, as far as they are numbers."""
+        return self.head.shapes(self.widths.length)
+
+    def holds(self, sizes: Mapping[str, int]) -> None:
+        """From now on it is for these sizes alone."""
+        said = {size: f"{size} == {number}" for size, number in sizes.items()}
+        self.conditions |= said
+        self.decided_by_size |= said
+        self.sizes |= sizes
 
     def excludes(self, other: "_Writer") -> bool:
         """Whether no call is like both."""

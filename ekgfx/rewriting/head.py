@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,12 +120,17 @@ class Head:
         optional = {p.name for p in self.parameters if p.default is None or _may_be_none(p.annotation)}
         return [name for name in self._held() if name in optional]
 
-    def shapes(self) -> dict[str, int]:
-        """The sizes of the tensors that this call was given, as far as they are numbers; not of the batch."""
+    def shapes(self, length: Callable[[fx.Node, int, int], int]) -> dict[str, int]:
+        """The sizes of the tensors that this call was given, as far as they are numbers: what is free is none. length:
+        what the cut makes of one."""
         given = zip(self.call.given.leaves, self.call.given.paths, strict=True)
-        tensors = {self.accessor(p): v.meta["val"] for v, p in given if isinstance(v, fx.Node) and _is_tensor(v)}
-        sizes = {f"{name}.shape[{d}]": n for name, value in tensors.items() for d, n in enumerate(value.shape) if d}
-        return {size: number for size, number in sizes.items() if isinstance(number, int)}
+        tensors = {self.accessor(p): v for v, p in given if isinstance(v, fx.Node) and _is_tensor(v)}
+        return {
+            f"{name}.shape[{d}]": length(node, d, size)
+            for name, node in tensors.items()
+            for d, size in enumerate(node.meta["val"].shape)
+            if isinstance(size, int)
+        }
 
     def _held(self) -> list[str]:
         """Where this call was given tensors."""

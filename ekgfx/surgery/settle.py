@@ -273,16 +273,19 @@ class _Settling:
             if known[path] is not None:
                 put_forward(self.pruned.get_submodule(path), rewrite(path, self.recorded or [], inline, reason, False))
         as_numbers = self._wrong()
-        if len(as_numbers) < len(wrong):
+        by_size = len(as_numbers) >= len(wrong)
+        if not by_size:
             wrong = as_numbers
         else:
             for path, forward in known.items():
                 put_forward(self.pruned.get_submodule(path), forward)
-        for path in self.put if wrong else ():
+        for path, (inline, reason) in self.put.items() if wrong else ():
             module = self.pruned.get_submodule(path)
             forward = forward_of(module)
-            if forward is not None and forward.sizes != "example":
-                put_forward(module, replace(forward, sizes="example" if 0 in wrong else "batch"))
+            if forward is not None:
+                exact = rewrite(path, self.recorded or [], inline, reason, by_size, exactly=True)
+                sizes = "example" if 0 in wrong or forward.sizes == "example" else "batch"
+                put_forward(module, replace(exact, sizes=sizes))
 
     def _wrong(self) -> list[int]:
         """On which of the other sizes the cut model gives other shapes than the uncut one, or fails without having

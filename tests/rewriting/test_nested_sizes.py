@@ -80,6 +80,18 @@ def test_each_example_has_a_forward_of_its_own_where_sizes_are_not_followed(monk
         pruned(images(14))
 
 
+def test_a_size_that_is_not_the_only_example_s_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nested, "MOST", 0)
+    torch.manual_seed(0)
+    traced = ekgfx.trace(Attending().double().eval(), torch.randn(2, 3, 6, 6, dtype=torch.float64))
+    plan = ekgfx.Plan({name: tuple(range(group.size // 2)) for name, group in traced.groups.items()})
+    with pytest.warns(EkgfxWarning, match="for the example's sizes, any batch"):
+        pruned = ekgfx.prune(traced.model, plan, traced)
+    assert distance(pruned, zeroed(traced, plan), (torch.randn(5, 3, 6, 6, dtype=torch.float64),)) < 1e-12
+    with pytest.raises(NotImplementedError, match=r"query\.shape\[1\] == 9"):
+        pruned(torch.randn(2, 3, 10, 10, dtype=torch.float64))
+
+
 class Padded(Within):
     """Longer sequences are padded again and again, which makes nested sizes of them."""
 

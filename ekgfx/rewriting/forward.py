@@ -1,8 +1,8 @@
 """The forward of one module as Python, from the calls that were recorded of it, with the widths that are left.
 
 Only what the module itself runs is written out: its submodules are called as before, with their modes and hooks. A body
-is made in `writer`, what its values are called is in `terms`. Where training runs the same operators with other arguments (dropout),
-`self.training` chooses; where it runs others, there are two bodies.
+is made in `writer`, what its values are called is in `terms`. Where training runs the same operators with other
+arguments (dropout), `self.training` chooses; where it runs others, there are two bodies.
 """
 
 from collections.abc import Iterable, Sequence

@@ -108,3 +108,23 @@ class Whole(nn.Module):
 
 def test_narrowing_to_the_whole_takes_the_new_length() -> None:
     assert exact(Whole(), {"a": (0, 2, 5)}, 4).width == 3
+
+
+def test_the_whole_number_of_copies_follows_the_cut() -> None:
+    """diffusers gives `output_size`, so that a GPU need not count: StableAudio, UNet3DConditionModel."""
+
+    class Copying(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.out = nn.Linear(5, 8), nn.Linear(24, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inside(x).relu()
+            return self.out(y.repeat_interleave(3, 1, output_size=3 * y.shape[1]))
+
+    model, x = Copying().double().eval(), torch.randn(4, 5, dtype=torch.float64)
+    traced, plan = ekgfx.trace(model, x), ekgfx.Plan({"inside": (0, 3, 4)})
+    pruned = ekgfx.prune(model, plan, traced, graphs="forbid")
+    assert pruned.out.weight.shape == (3, 9)
+    assert check_masked(traced, plan, (x,)) < 1e-12
+    torch.testing.assert_close(pruned(x), traced.subnetwork(plan)(x), rtol=0, atol=1e-12)

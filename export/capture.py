@@ -21,6 +21,7 @@ from .quiet import headline
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _CONV2D = torch.ops.aten.conv2d.default
+_CLONE = torch.ops.aten.clone.default
 _SUMS = torch.ops.aten.add.Tensor, torch.ops.aten.sub.Tensor
 _SQUEEZES = torch.ops.aten.squeeze.dim, torch.ops.aten.squeeze.dims
 _VIEW, _RESHAPE = torch.ops.aten.view.default, torch.ops.aten.reshape.default
@@ -135,8 +136,7 @@ def _drop_idle_squeezes(graph: fx.Graph) -> None:
         shape = given.meta["val"].shape
         single = [d for d in said if shape and isinstance(shape[d], int) and shape[d] == 1]
         if not single:
-            node.replace_all_uses_with(given)
-            graph.erase_node(node)
+            node.target, node.args = _CLONE, (given,)  # an output keeps its name
         elif len(single) < len(said):
             node.target, node.args = _SQUEEZES[1], (given, single)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ekgfx.errors import ExportError
 from ekgfx.graph.untouched import deep_copy
 
-from .io import device_of
+from .io import batch_size, device_of
 from .providers import Provider
 from .quiet import headline
 from .session import TYPES, feeds, open_session, precision_of
@@ -29,7 +29,7 @@ def onnx_runner(
 
     Raises ExportError when the file's precision is not the one asked for, or the provider refuses it.
     """
-    batch = next(value.shape[0] for value in inputs if value.ndim)
+    batch = batch_size(inputs)
     session = open_session(path, provider, precision, batch=batch, threads=threads, cpu_fallback=cpu_fallback)
     return bound(session, path, provider, precision, inputs)
 
@@ -38,7 +38,7 @@ def bound(
     session: ort.InferenceSession, path: Path, provider: Provider, precision: str, inputs: Sequence[Tensor]
 ) -> Runner:
     """A call of an open session of the file on these inputs, see `onnx_runner`."""
-    batch = next(value.shape[0] for value in inputs if value.ndim)
+    batch = batch_size(inputs)
     written = precision_of(session)
     if precision != written and {precision, written} & set(_WRITERS):
         raise ExportError(
@@ -79,7 +79,7 @@ def torch_runner(model: nn.Module, precision: str, inputs: Sequence[Tensor], *, 
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    return _tried(run, f"PyTorch on {device.type} at batch {values[0].shape[0]}")
+    return _tried(run, f"PyTorch on {device.type} at batch {batch_size(values)}")
 
 
 def _tried(run: Runner, what: str) -> Runner:

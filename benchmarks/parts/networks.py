@@ -41,6 +41,13 @@ def tensors(*shapes: tuple[tuple[int, ...], tuple[int, ...]], single: bool = Fal
     return make
 
 
+def times(batch: int) -> Any:
+    """A step of diffusion for each sample."""
+    import torch
+
+    return torch.arange(1, batch + 1)
+
+
 def images(size: int, other: int, channels: int = 3) -> Inputs:
     """Random images."""
     return tensors(((channels, size, size), (channels, other, other)))

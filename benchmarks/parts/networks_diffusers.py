@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from parts.networks import Make, Network, images
+from parts.networks import Make, Network, images, times
 
 
 def saved(pruned: Any) -> None:
@@ -34,16 +34,11 @@ def diffusers_networks() -> dict[str, Make]:
 
         return make
 
-    def times(batch: int, draw: Any) -> tuple[Any, ...]:
-        import torch
-
-        return (torch.arange(1, batch + 1),)
-
     def context(width: int) -> Callable[[int, Any], tuple[Any, ...]]:
         def more(batch: int, draw: Any) -> tuple[Any, ...]:
             import torch
 
-            return (*times(batch, draw), torch.randn(batch, 6, width, generator=draw, dtype=torch.float64))
+            return (times(batch), torch.randn(batch, 6, width, generator=draw, dtype=torch.float64))
 
         return more
 
@@ -51,13 +46,15 @@ def diffusers_networks() -> dict[str, Make]:
         import torch
 
         text = torch.randn(batch, 6, 24, generator=draw, dtype=torch.float64)
-        return text, torch.randn(batch, 20, generator=draw, dtype=torch.float64), *times(batch, draw)
+        return text, torch.randn(batch, 20, generator=draw, dtype=torch.float64), times(batch)
 
     def labels(batch: int, draw: Any) -> tuple[Any, ...]:
         import torch
 
-        return (*times(batch, draw), torch.arange(batch) % 5)
+        return times(batch), torch.arange(batch) % 5
 
+    tokens = {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "num_layers": 2, "sample_size": 8}
+    tokens |= {"norm_num_groups": 4}
     small = {"block_out_channels": (16, 32), "norm_num_groups": 4, "layers_per_block": 1}
 
     def autoencoder(kind: str) -> Any:
@@ -73,7 +70,7 @@ def diffusers_networks() -> dict[str, Make]:
                 attention_head_dim=8,
                 **small,
             ),
-            times,
+            lambda batch, draw: (times(batch),),
             3,
             16,
         ),
@@ -93,15 +90,7 @@ def diffusers_networks() -> dict[str, Make]:
         "AutoencoderKL": autoencoder("AutoencoderKL"),
         "VQModel": autoencoder("VQModel"),
         "DiTTransformer2DModel": one(
-            lambda d: d.DiTTransformer2DModel(
-                num_attention_heads=2,
-                attention_head_dim=16,
-                in_channels=4,
-                num_layers=2,
-                sample_size=8,
-                norm_num_groups=4,
-                num_embeds_ada_norm=10,
-            ),
+            lambda d: d.DiTTransformer2DModel(num_embeds_ada_norm=10, **tokens),
             labels,
             4,
             8,
@@ -109,16 +98,7 @@ def diffusers_networks() -> dict[str, Make]:
         ),
         "PixArtTransformer2DModel": one(
             lambda d: d.PixArtTransformer2DModel(
-                num_attention_heads=2,
-                attention_head_dim=16,
-                in_channels=4,
-                out_channels=4,
-                num_layers=2,
-                sample_size=8,
-                cross_attention_dim=32,
-                caption_channels=24,
-                norm_num_groups=4,
-                use_additional_conditions=False,
+                out_channels=4, cross_attention_dim=32, caption_channels=24, use_additional_conditions=False, **tokens
             ),
             lambda batch, draw: context(24)(batch, draw)[::-1],
             4,

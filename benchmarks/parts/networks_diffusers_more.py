@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from parts.networks import Inputs, Make, Network
+from parts.networks import Inputs, Make, Network, times
 from parts.networks_diffusers import saved
 
 
@@ -27,7 +27,7 @@ def further_diffusers_networks() -> dict[str, Make]:
 
             def tensor(said: Any) -> Any:
                 if said == "times":
-                    return torch.arange(1, batch + 1)
+                    return times(batch)
                 if callable(said):
                     return said(batch, another)
                 shape = said[another] if isinstance(said[0], tuple) else said

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from parts.networks import Inputs, Make, Network, images, tensors
+from parts.networks import Inputs, Make, Network, images, tensors, times
 
 
 def segmenter(kind: str, encoder: str, size: int = 64, other: int = 96, **options: Any) -> Make:
@@ -154,7 +154,7 @@ def monai_networks() -> dict[str, Make]:
             lambda n: n.DiffusionModelUNet(
                 2, 1, 1, (1, 1), (8, 16), (False, True), norm_num_groups=4, num_head_channels=8
             ),
-            lambda batch, another: (*images(16, 24, 1)(batch, another), _times(batch)),
+            lambda batch, another: (*images(16, 24, 1)(batch, another), times(batch)),
             False,
         ),
         "VQVAE": medical(
@@ -177,9 +177,3 @@ def monai_networks() -> dict[str, Make]:
         ),
         "DAF3D": medical(lambda n: n.DAF3D(1, 2), tensors(((1, 32, 32, 32), (1, 32, 32, 32))), False),
     }
-
-
-def _times(batch: int) -> Any:
-    import torch
-
-    return torch.arange(1, batch + 1)

@@ -3,6 +3,7 @@
 Shapes and arguments do not tell everything: Python may make a tensor's numbers of a width, or shift by one.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,11 +32,9 @@ def diverging(
     """
     ours, theirs = _Noting(graph, kept, weights=weights), _Noting(again, {})
     for network in (ours, theirs):
-        with torch.no_grad(), graph.way.entered(again.model), undisturbed(again.model):
-            try:
-                network.run(*graph.example)
-            except Exception:  # noqa: BLE001  what it noted until then may be enough
-                continue
+        missing = contextlib.suppress(Exception)  # what was noted until then may be enough
+        with missing, torch.no_grad(), graph.way.entered(again.model), undisturbed(again.model):
+            network.run(*graph.example)
     for old, new in zip(Reader(graph).operations, Reader(again).operations, strict=False):
         wanted, found = ours.noted.get(old.name, []), theirs.noted.get(new.name, [])
         if any(not a.agrees(b) for a, b in zip(wanted, found, strict=False)):

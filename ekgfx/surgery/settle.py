@@ -282,10 +282,9 @@ class _Settling:
         for path, (inline, reason) in self.put.items() if wrong else ():
             module = self.pruned.get_submodule(path)
             forward = forward_of(module)
-            if forward is not None:
+            if forward is not None and (0 in wrong or forward.sizes != "example"):
                 exact = rewrite(path, self.recorded or [], inline, reason, by_size, exactly=True)
-                sizes = "example" if 0 in wrong or forward.sizes == "example" else "batch"
-                put_forward(module, replace(exact, sizes=sizes))
+                put_forward(module, replace(exact, sizes="example" if 0 in wrong else "batch"))
 
     def _wrong(self) -> list[int]:
         """On which of the other sizes the cut model gives other shapes than the uncut one, or fails without having

@@ -6,8 +6,8 @@ from parts import (
     coverage_libraries,
     coverage_list,
     coverage_onnx,
+    coverage_peers,
     coverage_timm,
-    coverage_torch_pruning,
     coverage_transformers,
 )
 
@@ -17,7 +17,7 @@ PARTS = {
     **coverage_libraries.LIBRARIES,
     "onnx": coverage_onnx,
     "int8": coverage_int8,
-    "torch-pruning": coverage_torch_pruning,
+    **coverage_peers.PEERS,
     "list": coverage_list,
 }
 

@@ -160,25 +160,44 @@ def also(name: str) -> list[dict[str, Any]]:
     return [{"bool_masked_pos": torch.ones(2, 16, dtype=torch.bool)}] if ":dinov2" in name else []
 
 
+def perturb(model: Any) -> None:
+    """Draws its weights; what it does not save, but computes anew, stays what is computed."""
+    from ekgfx.surgery.check import perturb as draw
+
+    computed = {key: model.state_dict()[key].clone() for key in getattr(model, "_keys_to_ignore_on_save", None) or ()}
+    draw(model)
+    model.load_state_dict(computed, strict=False)
+
+
+def several(model: Any, inputs: Mapping[str, Any]) -> bool:
+    """Whether the logits are not its only output."""
+    import torch
+
+    with torch.no_grad():
+        output = model(**inputs)
+    return [key for key, value in output.items() if isinstance(value, torch.Tensor)] != ["logits"]
+
+
+def trace(name: str, model: Any, inputs: Mapping[str, Any]) -> Any:
+    """What ekgfx knows of it, traced as its message asks for."""
+    import ekgfx
+
+    return ekgfx.trace(model, inputs, outputs="logits" if several(model, inputs) else None, also=also(name))
+
+
 def measure(name: str) -> dict[str, Any]:
     """The row of one architecture."""
     import torch
 
     import ekgfx
-    from ekgfx.surgery.check import check_pruned, perturb
+    from ekgfx.surgery.check import check_pruned
 
     start = begun()
     model, inputs, others = build(name)
-    computed = {key: model.state_dict()[key].clone() for key in getattr(model, "_keys_to_ignore_on_save", None) or ()}
     perturb(model)
-    model.load_state_dict(computed, strict=False)  # what is not saved, but computed anew, stays what is computed
     row: dict[str, Any] = {"model": name, "params": sum(p.numel() for p in model.parameters())}
-    with torch.no_grad():
-        output = model(**inputs)
-    several = [key for key, value in output.items() if isinstance(value, torch.Tensor)] != ["logits"]
-    calls = also(name)
-    traced = ekgfx.trace(model, inputs, outputs="logits" if several else None, also=calls)
-    row |= {"named": several, "also": sorted(key for call in calls for key in call)}
+    traced, calls = trace(name, model, inputs), also(name)
+    row |= {"named": several(model, inputs), "also": sorted(key for call in calls for key in call)}
     row |= {"groups": len(traced.groups), "share": round(traced.groups.prunable_share, 3)}
     row["unknown"] = traced.unknown_ops
     plan = ekgfx.Plan({n: tuple(range(0, g.size, 2)) for n, g in traced.groups.items()})

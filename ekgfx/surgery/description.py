@@ -3,7 +3,8 @@
 Libraries build their models from a configuration, and load saved weights into a model that is built from the saved
 configuration anew. So a pruned network can be taken back by `from_pretrained` only where some values of the
 configuration build it. Which of its numbers stands for which dimensions is found by trying: the model is built again
-without memory (on the meta device) with one number doubled, and what doubles is what it stands for.
+without memory (on the meta device) with one number doubled, and what doubles is what it stands for. (Tripled, where two
+widths would become equal, and a layer between them be left out.)
 
 A number may also split a dimension without changing it, as the number of heads splits the width into heads; then whole
 heads go with the width, since a head's width is in the scale of its products. A number that changes other values of the
@@ -15,6 +16,7 @@ doubled, another one of the same value may have to be equal to it.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from math import gcd
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,7 +32,19 @@ from ekgfx.surgery.check import relative_error
 from ekgfx.surgery.configurations import configuration
 from ekgfx.surgery.growing import Parts, equal_numbers, grown_by_one, of_several_axes, of_several_numbers
 from ekgfx.surgery.outline import factors_of
-from ekgfx.surgery.rebuilt import Field, Trial, built_anew, get, name_of, numbers_in, put, runs, saved_by, shell
+from ekgfx.surgery.rebuilt import (
+    Dimension,
+    Field,
+    Trial,
+    built_anew,
+    get,
+    name_of,
+    numbers_in,
+    put,
+    runs,
+    saved_by,
+    shell,
+)
 from ekgfx.tracing.traced import TracedModel
 
 
@@ -78,33 +92,50 @@ def _describe(traced: TracedModel) -> Described | None:
     sizes_of = {name: tuple(dim.size for dim in exprs) for name, exprs in dims.items()}
     if built is None or any(built.shapes[name] != sizes_of[name] for name in dims.keys() & built.shapes.keys()):
         return None
-    trial, found = Trial(model, built), Parts()
+    trial = Trial(model, built)
+    found, chosen = _read(traced, config, trial)
+    if found.held and chosen:  # another number than the one that was taken may say a width
+        other, _ = _read(traced, config, trial, chosen)
+        found = min(found, other, key=lambda each: len(each.held))
+    return found
+
+
+def _read(
+    traced: TracedModel, config: Any, trial: Trial, later: frozenset[Field] = frozenset()
+) -> tuple[Described, frozenset[Field]]:
+    """What the numbers stand for, and which of them were taken for a width that others say as well: those of `later`
+    where there is no other."""
+    dims, found = traced.weight_dims(), Parts()
     places = {(p.parameter, p.dim): dims[p.parameter][p.dim] for g in traced.groups.values() for p in g.places}
     sizes = {part.size for expr in places.values() for part in runs(expr)}
     numbers = {number: old for number, old in numbers_in(config) if old in sizes}
     equal = equal_numbers(numbers, trial)
     numbers = {number: old for number, old in numbers.items() if number not in equal.values()}
-    twice = {n: {n: 2 * old} | ({equal[n]: 2 * old} if n in equal else {}) for n, old in numbers.items()}
-    grows = {number: trial.grown(twice[number]) for number in numbers}
-    splitting = {
-        number: old for number, old in numbers.items() if 2 not in grows[number].values() and trial.whole(twice[number])
-    }
-    fixed = frozenset(  # that say more than widths, with whatever number of heads
+    times = {number: trial.times(number, old) for number, old in numbers.items()}
+
+    def more(number: Field, by: int) -> dict[Field, int]:
+        """A number so many times, with the one that has to be equal to it."""
+        return {field: by * get(config, field) for field in (number, equal.get(number)) if field is not None}
+
+    tried = {number: more(number, by) for number, by in times.items()}
+    grows = {number: _powers(trial.grown(tried[number]), by) for number, by in times.items()}
+    splitting = {n: old for n, old in numbers.items() if 1 not in grows[n].values() and trial.splits(tried[n])}
+    fixed = later | frozenset(  # that say more than widths, with whatever number of heads
         number
-        for number in numbers
-        if trial.others(twice[number]) and all(trial.others(twice[number] | twice[heads]) for heads in splitting)
+        for number, by in times.items()
+        if trial.others(tried[number]) and all(trial.others(tried[number] | more(heads, by)) for heads in splitting)
     )
     several = grown_by_one(places, numbers, grows, fixed, found)
-    partners = of_several_axes(several, splitting, found)
+    partners = of_several_axes(several, splitting, times, found)
     for number in numbers:
-        if number in found.parts and number not in splitting and trial.others(twice[number] | partners.get(number, {})):
-            partners |= of_several_numbers(number, twice, trial, found)
+        if number in found.parts and number not in splitting and trial.others(tried[number] | partners.get(number, {})):
+            partners |= of_several_numbers(number, times[number], more, trial, found)
     follow = {*splitting, *(other for others in partners.values() for other in others)}  # with the width they are in
     for number in found.parts.keys() & numbers.keys() - follow:
-        if changed := trial.others(twice[number] | partners.get(number, {})):
+        if changed := trial.others(tried[number] | partners.get(number, {})):
             for part in found.parts[number]:
                 found.hold(axes(part), f"config.{name_of(number)} also says {changed}")
-    saved = saved_by(model)
+    saved = saved_by(traced.model)
     for name, exprs in dims.items():
         if name not in saved:  # the library computes it anew when it builds the model
             found.hold((axis for expr in exprs for axis in axes(expr)), f"{name} is not saved")
@@ -112,7 +143,12 @@ def _describe(traced: TracedModel) -> Described | None:
     held = {named[axis]: why for axis, why in found.held.items() if axis in named}
     parts = found.all()
     parts |= {other: parts[number] for number, other in equal.items() if number in parts}
-    return _checked(traced, Described(parts, held), trial)
+    return _checked(traced, Described(parts, held), trial), frozenset(found.chosen)
+
+
+def _powers(grown: Mapping[Dimension, Fraction], by: int) -> dict[Dimension, int]:
+    """The dimensions that change where a number grows so many times: 1 as it does, -1 as its inverse, 0 otherwise."""
+    return {place: (factor == by) - (factor * by == 1) for place, factor in grown.items()}
 
 
 def _checked(traced: TracedModel, found: Described, trial: Trial) -> Described:

@@ -99,10 +99,18 @@ class Trial:
                 self.known[key] = shell(self.model, config)
         return self.known[key]
 
+    def times(self, number: Field, old: int) -> int:
+        """How many times a number is tried with: so many that the model has the same tensors, if any does."""
+        fitting = (by for by in (2, 3, 5) if (made := self.of({number: by * old})) and self._alike(made))
+        return next(fitting, 2)
+
+    def _alike(self, made: Built) -> bool:
+        return made.shapes.keys() == self.built.shapes.keys()
+
     def grown(self, numbers: Mapping[Field, int]) -> dict[Dimension, Fraction]:
         """The dimensions that change, and by what factor."""
         made = self.of(numbers)
-        if made is None or made.shapes.keys() != self.built.shapes.keys():
+        if made is None or not self._alike(made):
             return {}
         pairs = ((name, zip(self.built.shapes[name], made.shapes[name], strict=False)) for name in made.shapes)
         changed = ((name, d, old, new) for name, both in pairs for d, (old, new) in enumerate(both) if old != new)
@@ -114,6 +122,14 @@ class Trial:
         if made is None:
             return None
         return {place: new for place, old in self.built.whole.items() if (new := made.whole.get(place, old)) != old}
+
+    def splits(self, numbers: Mapping[Field, int]) -> bool:
+        """Whether whole numbers of modules change, other than those of a norm's groups, whose width is in no scale."""
+        changed = self.whole(numbers) or {}
+        return bool(changed) and not any(
+            attribute == "num_groups" and isinstance(self.model.get_submodule(name), nn.GroupNorm)
+            for name, attribute in changed
+        )
 
     def others(self, numbers: Mapping[Field, int]) -> str:
         """A number of a module that changes and is not a whole one; "" where none does."""

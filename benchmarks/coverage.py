@@ -7,6 +7,7 @@ from parts import (
     coverage_list,
     coverage_onnx,
     coverage_peers,
+    coverage_round_trip,
     coverage_timm,
     coverage_transformers,
 )
@@ -18,6 +19,7 @@ PARTS = {
     "onnx": coverage_onnx,
     "int8": coverage_int8,
     **coverage_peers.PEERS,
+    "round-trip": coverage_round_trip,
     "list": coverage_list,
 }
 

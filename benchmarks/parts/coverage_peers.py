@@ -33,7 +33,7 @@ from parts.coverage_peers_cuts import Subject, by_kirigami, by_torch_pruning
 from parts.coverage_tables import begun, sweep, sweep_options, without_folders
 from parts.coverage_timm import export
 
-LIMIT = 60
+LIMIT = 30
 """CPU seconds that a tool may take."""
 STATUSES = {
     "right": "runs, and is right",

@@ -187,7 +187,6 @@ def trace(name: str, model: Any, inputs: Mapping[str, Any]) -> Any:
 
 def measure(name: str) -> dict[str, Any]:
     """The row of one architecture."""
-    import torch
 
     import ekgfx
     from ekgfx.surgery.check import check_pruned

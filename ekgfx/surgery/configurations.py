@@ -1,7 +1,9 @@
 """The configuration that a library builds its models from: read, built from, and held again.
 
 transformers' models hold an object with `to_dict`, which their class takes. diffusers' hold a dictionary of the
-arguments of their class, which `from_config` takes and `register_to_config` replaces; here it is an object as well.
+arguments of their class, which `from_config` takes and `register_to_config` replaces; here it is an object as well. So
+it is with classes of `huggingface_hub.PyTorchModelHubMixin`, as segmentation_models_pytorch's, which keep their
+arguments in `_hub_mixin_config`.
 """
 
 import copy
@@ -13,6 +15,8 @@ from torch import nn
 
 from ekgfx.rewriting.patched import forward_of
 
+HUB = "_hub_mixin_config"
+
 
 def configuration(model: nn.Module) -> Any | None:
     """What builds a model, its values as attributes; None where no configuration does."""
@@ -21,18 +25,28 @@ def configuration(model: nn.Module) -> Any | None:
         return held
     if isinstance(held, Mapping) and callable(getattr(model, "from_config", None)):
         return SimpleNamespace(**{name: value for name, value in held.items() if not name.startswith("_")})
-    return None
+    mixed = getattr(model, HUB, None)
+    return SimpleNamespace(**copy.deepcopy(mixed)) if isinstance(mixed, Mapping) else None
 
 
 def build(model: nn.Module, config: Any) -> nn.Module:
     """A model of the same class from another configuration, with weights as the class initializes them."""
     kind: Any = type(model) if forward_of(model) is None else type(model).__bases__[0]
-    made: nn.Module = kind.from_config(vars(config)) if _of_arguments(config) else kind(copy.deepcopy(config))
+    made: nn.Module
+    if not _of_arguments(config):
+        made = kind(copy.deepcopy(config))
+    elif hasattr(model, HUB):
+        made = kind(**{name: None if name.endswith("weights") else value for name, value in vars(config).items()})
+    else:
+        made = kind.from_config(vars(config))
     return made
 
 
 def hold(model: Any, config: Any) -> None:
     """Let a model, and all modules that hold its configuration or a part of it, hold another one."""
+    if hasattr(model, HUB):
+        setattr(model, HUB, {**getattr(model, HUB), **vars(config)})
+        return
     if _of_arguments(config):
         # diffusers' `from_config` would take defaults for those that it knows as such
         model.register_to_config(**vars(config), _use_default_values=[])

@@ -22,7 +22,7 @@ class Subject:
 
     def outputs(self, network: Any) -> list[Any]:
         """The tensors that come out, in floating point."""
-        return floating(network(*self.args, **self.kwargs))
+        return mattering(network(*self.args, **self.kwargs))
 
     def last_layers(self) -> list[Any]:
         """The layers of the model that give its outputs, and must stay as wide as they are."""
@@ -34,11 +34,12 @@ class Subject:
         return [module for name, module in self.model.named_modules() if name in names]
 
 
-def floating(output: Any) -> list[Any]:
-    """The tensors of an output in floating point."""
+def mattering(output: Any) -> list[Any]:
+    """The tensors of an output in floating point; of transformers' the logits, and neither caches nor hidden states."""
     import torch
     from torch.utils._pytree import tree_leaves
 
+    output = getattr(output, "logits", output)
     return [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
@@ -70,7 +71,7 @@ def by_torch_pruning(given: Subject) -> Callable[[], Any]:
         pruning_ratio=0.5,
         ignored_layers=given.last_layers(),
         num_heads={layer: n for _, layers, heads in attention for layer, n in zip(layers, heads, strict=True)},
-        output_transform=floating,
+        output_transform=mattering,
     )
 
     def apply() -> None:

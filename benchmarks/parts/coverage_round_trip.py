@@ -4,8 +4,8 @@
     python benchmarks/coverage.py round-trip --output benchmarks/results/coverage-round-trip.jsonl --table
 
 Each network of the sweeps over both libraries is cut with `uniform_layers` to 90% of its MACs, saved by
-`save_pretrained`, built and loaded by `from_pretrained`, and both outputs are compared. "no plan": no numbers of its arguments say such a
-cut; why, the line of the file says.
+`save_pretrained`, built and loaded by `from_pretrained`, and both outputs are compared. "no plan": no numbers of its
+arguments say such a cut; why, the line of the file says.
 """
 
 import argparse

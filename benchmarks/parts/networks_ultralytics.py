@@ -56,19 +56,22 @@ def named(file: str) -> Make:
 
 def runs_as(pruned: Any, path: Any) -> None:
     """The file, on another batch and size, is what the network is after fusion."""
-    import numpy as np
     import onnxruntime
     import torch
 
     image = torch.rand(3, 3, 96, 96)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (found, *_) = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: image.numpy()})[0])
     with torch.no_grad():
         wanted = pruned(image)
     while not isinstance(wanted, torch.Tensor):
         wanted = wanted[0]
-    off = np.abs(found - wanted.numpy()).max() / wanted.abs().max().item()
-    assert off < 1e-3, f"off by {off:.1e}"
+    if "RTDETR" in type(pruned).__name__:  # queries come in the order of scores, which are all alike here
+        apart = torch.cdist(found, wanted, p=torch.inf)
+        off = max(float(apart.amin(dim).max()) for dim in (1, 2))
+    else:
+        off = float((found - wanted).abs().max())
+    assert off < 1e-3 * float(wanted.abs().max()), f"off by {off:.1e}"
 
 
 def networks() -> dict[str, Make]:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ekgfx.axes import Axis, count
+from ekgfx.axes import Axis, Dims, Expr, axes, count
 from ekgfx.base.containers import tensors_by_place
 from ekgfx.errors import PruneError
 from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph.axis_graph import AxisGraph
 from ekgfx.graph.nodes import op_name
+from ekgfx.graph.opaque import OPERATOR
 from ekgfx.graph.plan import Plan
 from ekgfx.graph.propagation import Operation
 from ekgfx.graph.ways import Way, undisturbed
@@ -74,12 +75,21 @@ class Mismatch:
         return self.text if self.way == Way() else f"{self.text} ({self.way})"
 
 
-def predicted_shapes(graph: AxisGraph, counts: Mapping[Axis, int]) -> dict[str, tuple[int, ...]]:
-    """Operator node → shape of its (first) output when the axes keep `counts` positions."""
-    shapes = {}
-    for operation in graph.operations:
-        shapes[operation.name] = tuple(count(dim, counts) for dim in operation.effect.outputs[0])
-    return shapes
+def predicted_shapes(graph: AxisGraph, counts: Mapping[Axis, int]) -> dict[str, tuple[int | None, ...]]:
+    """Operator node → shape of its (first) output when the axes keep `counts` positions; None for a size that a leaf
+    makes, which may follow from values, as the number of boxes that it finds does."""
+    made = {
+        axis for op in graph.operations if op.target is OPERATOR for dims in op.effect.outputs for axis in _in(dims)
+    }
+
+    def size(dim: Expr) -> int | None:
+        return None if made and made & {*axes(dim)} else count(dim, counts)
+
+    return {operation.name: tuple(map(size, operation.effect.outputs[0])) for operation in graph.operations}
+
+
+def _in(dims: Dims) -> Iterator[Axis]:
+    return (axis for dim in dims for axis in axes(dim) if not axis.batch)
 
 
 def differences(traced: TracedModel, counts: Mapping[Axis, int], again: TracedModel) -> list[Mismatch]:
@@ -102,7 +112,7 @@ def _differences(traced: AxisGraph, counts: Mapping[Axis, int], again: AxisGraph
         if operator_name(old.target) != operator_name(new.target):
             break
         place = f"{old.name} in {old.module or 'the model'}"
-        if shapes[old.name] != actual[new.name]:
+        if not _same(shapes[old.name], actual[new.name]):
             text = f"{place}: predicted shape {shapes[old.name]}, found {actual[new.name]}"
             found.append(Mismatch(old.module, text))
         else:
@@ -118,6 +128,12 @@ def _differences(traced: AxisGraph, counts: Mapping[Axis, int], again: AxisGraph
     ]
     text = f"the pruned model runs other operators than the original, from {first.name} in {first.module or 'it'} on"
     return [*found, Mismatch(first.module, text, another=True)]
+
+
+def _same(predicted: tuple[int | None, ...], found: tuple[int | None, ...]) -> bool:
+    return len(predicted) == len(found) and all(
+        None in pair or len({*pair}) == 1 for pair in zip(predicted, found, strict=True)
+    )
 
 
 def operator_name(target: Any) -> str:

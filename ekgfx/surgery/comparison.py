@@ -11,6 +11,8 @@ from ekgfx.axes import Axis
 from ekgfx.errors import EkgfxError
 from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph.axis_graph import AxisGraph
+from ekgfx.graph.cost import Cost, cost_of, mac_table
+from ekgfx.graph.opaque import OPERATOR
 from ekgfx.graph.plan import Plan
 from ekgfx.graph.untouched import State, deep_copy
 from ekgfx.graph.ways import Way
@@ -77,9 +79,12 @@ class Comparison:
 
     def _in_numbers(self, again: TracedModel) -> list[Problem]:
         """What is wrong with the cut module's cost and outputs. again: it, traced."""
-        if again.cost() != self.source.cost(self.predicted.plan):
-            cost = self.source.cost(self.predicted.plan)
-            return [Problem(None, f"it costs {again.cost()}, predicted were {cost}")]
+        cost, predicted = (
+            known_cost(again, {}),
+            known_cost(self.source.left_by(self.predicted.plan), self.predicted.counts),
+        )
+        if cost != predicted:
+            return [Problem(None, f"it costs {cost}, predicted were {predicted}")]
         for graph, traced in zip(self.source.graphs, again.graphs, strict=True):
             if graph.way.training and graph.way not in self.predicted.ways:
                 continue
@@ -111,6 +116,14 @@ class Comparison:
             return self._off(graph, deep_copy(pruned).double(), weights, args, kwargs)
         except Exception:  # noqa: BLE001  a forward that makes tensors of a type of its own
             return off
+
+
+def known_cost(graph: AxisGraph, counts: Mapping[Axis, int]) -> Cost:
+    """The cost without that of leaves, which may follow from values: what a detector does with the boxes that it
+    finds."""
+    leaves = {operation.name for operation in graph.operations if operation.target is OPERATOR}
+    table = {name: products for name, products in mac_table(graph).items() if name not in leaves}
+    return cost_of(graph, table, counts)
 
 
 def _held(pruned: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

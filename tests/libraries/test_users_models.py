@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from torch.utils import _pytree as pytree
 
 import ekgfx
+from ekgfx.errors import EkgfxWarning
 from ekgfx.surgery.check import check_pruned, perturb, relative_error
 from ekgfx.surgery.masked import MaskedNetwork
 from tests.support.users.language import Bert, Gpt, Multimodal, TorchEncoder
@@ -172,6 +173,31 @@ def test_a_backbone_with_a_feature_pyramid_goes_back_into_its_detector() -> None
     detector.backbone = pruned
     result = detector.double().eval()(list(images))
     assert set(result[0]) == {"boxes", "scores", "labels"}
+
+
+def test_a_detector_of_two_stages_is_cut_as_a_whole() -> None:
+    """Faster R-CNN: proposals and heads run as they are, on as many boxes as the cut network finds; it still trains."""
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    torch.manual_seed(0)
+    backbone = _resnet_fpn_extractor(ResNet(BasicBlock, [1, 1, 1, 1]), 5)
+    detector = FasterRCNN(backbone, 3, min_size=64, max_size=96, box_detections_per_img=5).double().eval()
+    images = list(randn(2, 3, 64, 64))
+    with pytest.warns(EkgfxWarning, match="training mode was not traced"):
+        traced = ekgfx.trace(detector, (images,), leaf=["rpn", "roi_heads"])
+    assert {f"backbone.{name}" for name in STAGES} <= set(traced.groups)
+    plan = ekgfx.Plan({name: tuple(range(0, group.size, 2)) for name, group in traced.groups.items()})
+    pruned: Any = ekgfx.prune(detector, plan, traced)
+    assert type(pruned) is FasterRCNN and not ekgfx.replaced(pruned)
+    others = [randn(3, 80, 64)]
+    assert check_pruned(traced, plan, pruned, (images,)) < 1e-10
+    assert set(pruned(others)[0]) == {"boxes", "labels", "scores"}
+    target = {"boxes": torch.tensor([[1.0, 1.0, 30.0, 30.0]]).double(), "labels": torch.tensor([1])}
+    losses = pruned.train()(others, [target])
+    sum(losses.values()).backward()
+    assert pruned.backbone.body.conv1.weight.grad.abs().sum() > 0
 
 
 def small_backbone(layers: dict[str, str]) -> nn.Module:

@@ -53,6 +53,29 @@ class Selecting(nn.Module):
         return x * x[x > 0].mean()
 
 
+class Finder(nn.Module):
+    """Scores the positions at which the first feature is above its mean, as a detector does those of objects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.movedim(1, -1).flatten(0, 2)
+        return self.score(rows[rows[:, 0] > rows[:, 0].mean()])
+
+
+class Detector(nn.Module):
+    """A body that is free, and as many rows of scores as are found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.finder = nn.Conv2d(1, 12, 3), nn.Conv2d(12, 8, 1), Finder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.finder(self.b(self.a(x).relu())).sigmoid() * 2
+
+
 def build() -> tuple[nn.Module, tuple[Tensor, ...]]:
     """A factory for the command line."""
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from ekgfx.search import search
 from ekgfx.surgery.check import check_pruned, perturb
 from ekgfx.surgery.masked import check_masked
 from tests.search import nets
-from tests.support.branching import Branching, Careless, Router, Selecting
+from tests.support.branching import Branching, Careless, Detector, Router, Selecting
 
 PLAN = {"a": (0, 3, 4, 8), "c": (1, 2, 5, 11, 15)}
 
@@ -81,6 +81,22 @@ def test_what_is_around_a_leaf_is_pruned_exactly_whatever_way_it_takes(leaf: lis
         assert check_pruned(traced, ekgfx.Plan(PLAN), pruned, (x,)) < 1e-12
         torch.testing.assert_close(traced.subnetwork()(x), model(x))
     assert ways == {True, False}, "the inputs were to take both ways"
+
+
+def test_a_leaf_finds_as_many_as_there_are() -> None:
+    """How many rows it gives, and what it computes for them, follows from values, which a cut changes."""
+    torch.manual_seed(0)
+    model = Detector().double().eval()
+    x = torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    traced = ekgfx.trace(model, x, leaf=["finder"])
+    plan = ekgfx.Plan({"a": (0, 3, 4, 8)})
+    pruned: Any = ekgfx.prune(model, plan, traced)
+    assert type(pruned) is Detector and not ekgfx.replaced(pruned)
+    other = torch.randn(3, 1, 9, 10, dtype=torch.float64)
+    assert {len(pruned(x)), len(pruned(other))}.isdisjoint({len(model(x)), len(model(other))})
+    for images in (x, other):
+        assert check_masked(traced, plan, (images,)) < 1e-12
+        assert check_pruned(traced, plan, pruned, (images,)) < 1e-12
 
 
 def test_a_leaf_counts_with_what_it_computed_on_the_example() -> None:

@@ -5,7 +5,7 @@
         --history benchmarks/results/repair_resnet56.history.jsonl --output benchmarks/results/referee.jsonl
     python benchmarks/peers.py referee resnet50 --images folder:imagenet-sample \
         --weights resnet50-imagenet-keras-fp16.safetensors --history benchmarks/results/imagenet_sample.history.jsonl \
-        --output benchmarks/results/referee.jsonl
+        --accept 4 --output benchmarks/results/referee.jsonl
     python benchmarks/peers.py referee table --output benchmarks/results/referee.jsonl
 
 Every method starts from the same weights and may look at the same images (with labels where it uses gradients). A ratio
@@ -92,6 +92,7 @@ class Contest:
             self.seen,
             flops=self.asked.keep,
             align=EVEN,
+            accept=self.asked.accept,
             seed=self.asked.seed,
             resume_from=read_lines(history),
             on_step=lambda step: append_line(history, step.to_json()),
@@ -312,5 +313,6 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-images", type=int, default=250)
     parser.add_argument("--samples", type=int, default=10_000, help="images to train on")
     parser.add_argument("--epochs", type=int, help="of training  [default: 1 for resnet56, 0 for resnet50]")
+    parser.add_argument("--accept", type=int, default=1, help="groups cut in a step of the search in multiples of 8")
     parser.add_argument("--latency-seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)

@@ -11,7 +11,7 @@ not write in place, as its messages ask for. "Runs": the result has fewer parame
 shapes of the original's. "Right": its outputs equal, to 1e-6 (1e-4 in float32), those of the original with zeros in
 place of what was cut, where norms over channels take their statistics over what is kept. What was cut is read off the
 result, whose parameters are made to hold their own positions before the tool cuts them. "Not decided": a norm without
-weights does not say what it keeps. Seconds: CPU, one thread, until the tool knows which layers are coupled.
+weights does not say what it keeps, and weights that are standardized have statistics of their own. Seconds: CPU, one thread, until the tool knows which layers are coupled.
 """
 
 import argparse
@@ -162,12 +162,13 @@ def judged(given: Subject, twin: Any) -> Row:
 
 
 def over_what_is_kept(masked: Any, twin: Any, kept: Mapping[str, Any]) -> bool:
-    """Lets norms over channels compute as those of the cut network do, on the channels that it keeps; whether all of
-    them could be told which these are."""
+    """Lets norms over channels compute as those of the cut network do, on the channels that it keeps; whether that is
+    all that takes statistics over them."""
     decided = True
     for name, module in masked.named_modules():
         kind = type(module).__name__
-        if "Norm" not in kind or "Batch" in kind:
+        decided &= not any(name in kind for name in ("StdConv", "WeightStandardized"))  # statistics over weights
+        if not any(name in kind for name in ("Norm", "GRN")) or "Batch" in kind:
             continue
         weight = module._parameters.get("weight")
         if weight is None or weight.ndim != 1:

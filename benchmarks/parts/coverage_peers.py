@@ -7,11 +7,12 @@
 One model of each timm module, the architectures of transformers, the networks of the other libraries. Each tool cuts
 half of what it finds, as its documentation says (`parts/coverage_peers_cuts.py`). Torch-Pruning is told which layers
 give the outputs, and the number of heads where the attention is named as usual; torch-kirigami gets activations that do
-not write in place, as its messages ask for. "Runs": the result has fewer parameters, and its outputs the
-shapes of the original's. "Right": its outputs equal, to 1e-6 (1e-4 in float32), those of the original with zeros in
-place of what was cut, where norms over channels take their statistics over what is kept. What was cut is read off the
-result, whose parameters are made to hold their own positions before the tool cuts them. "Not decided": a norm without
-weights does not say what it keeps, and weights that are standardized have statistics of their own. Seconds: CPU, one thread, until the tool knows which layers are coupled.
+not write in place, as its messages ask for. "Runs": the result has fewer parameters, and its outputs the shapes of the
+original's. "Right": its outputs equal, to 1e-6 (1e-4 in float32), those of the original with zeros in place of what was
+cut, where norms over channels take their statistics over what is kept. What was cut is read off the result, whose
+parameters are made to hold their own positions before the tool cuts them. "Not decided": a norm without weights does
+not say what it keeps, and weights that are standardized have statistics of their own. Seconds: CPU, one thread, until
+the tool knows which layers are coupled.
 """
 
 import argparse

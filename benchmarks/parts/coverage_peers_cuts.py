@@ -43,16 +43,27 @@ def mattering(output: Any) -> list[Any]:
     return [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
+NAMES = (
+    ("qkv",),
+    ("query", "key", "value"),
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+)
+
+
 def projections(model: Any) -> Iterator[tuple[Any, tuple[Any, ...], tuple[int, ...]]]:
-    """Attention as timm, BERT and Llama name it: the module, its projections, and the number of heads of each."""
+    """Attention as timm, BERT, Llama and diffusers name it: the module, its projections, and the number of heads of each."""
     for module in model.modules():
-        heads = next((getattr(module, n) for n in ("num_heads", "num_attention_heads") if hasattr(module, n)), None)
+        heads = next(
+            (getattr(module, n) for n in ("num_heads", "num_attention_heads", "heads") if hasattr(module, n)), None
+        )
         if heads is None and hasattr(module, "q_proj"):
             heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
         if not isinstance(heads, int):
             continue
         pairs = getattr(getattr(module, "config", None), "num_key_value_heads", None) or heads
-        for names in (("qkv",), ("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin")):
+        for names in NAMES:
             if all(hasattr(getattr(module, name, None), "weight") for name in names):
                 found = tuple(getattr(module, name) for name in names)
                 yield module, found, (heads, pairs, pairs)[: len(found)]

@@ -53,7 +53,7 @@ NAMES = (
 
 
 def projections(model: Any) -> Iterator[tuple[Any, tuple[Any, ...], tuple[int, ...]]]:
-    """Attention as timm, BERT, Llama and diffusers name it: the module, its projections, and the number of heads of each."""
+    """Attention as it is usually named: the module, its projections, and the number of heads of each."""
     for module in model.modules():
         heads = next(
             (getattr(module, n) for n in ("num_heads", "num_attention_heads", "heads") if hasattr(module, n)), None

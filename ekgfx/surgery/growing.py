@@ -52,23 +52,18 @@ def grown_by_one(
     several: list[tuple[Field, list[Expr]]] = []
     concatenated: list[tuple[str, Expr]] = []
     for place, expr in places.items():
-        factor = {number: grows[number][place] for number in numbers if place in grows[number]}
-        fields = {number: numbers[number] for number, by in factor.items() if by == 1}
-        among = prod(numbers[number] for number, by in factor.items() if by == -1)
-        parted = 0 in factor.values()
-        divided = max(fields, key=lambda number: fields[number]) if among > 1 and fields else None
-        if divided is not None:
-            parted |= fields[divided] % among > 0
-            fields[divided] //= among
+        fields, divided, parted = _growing(numbers, {n: grows[n][place] for n in numbers if place in grows[n]})
         split = None if parted else segments(expr, fields, fixed)
-        if split is None and parted and len(terms(expr)) > 1:
-            concatenated.append((place[0], expr))
-        elif split is None:
+        if split is None:
+            if parted and len(terms(expr)) > 1:
+                concatenated.append((place[0], expr))
+                continue
             told = "several numbers say parts of" if fields or parted else "no number says the width of"
             found.hold(axes(expr), f"config: {told} {place[0]}")
-        if split is not None and {number for number, _ in split} < fields.keys():
+            continue
+        if {number for number, _ in split} < fields.keys():
             found.chosen |= {number for number, _ in split}
-        for number, part in split or ():
+        for number, part in split:
             free = [f for f in factors(part) if any(not axis.frozen for axis in axes(f))]
             if number == divided:
                 found.hold(axes(part), f"config.{name_of(number)} says it for each of several parts")
@@ -81,6 +76,19 @@ def grown_by_one(
     for name, expr in concatenated:
         found.hold(set(axes(expr)) - said, f"config: several numbers say parts of {name}")
     return several
+
+
+def _growing(numbers: Mapping[Field, int], by: Mapping[Field, int]) -> tuple[dict[Field, int], Field | None, bool]:
+    """Of a dimension that changes `by` some numbers: those that it grows with, the one of them whose width is divided
+    by others, which then counts as divided, and whether it grows by a part alone."""
+    fields = {number: numbers[number] for number, power in by.items() if power == 1}
+    among = prod(numbers[number] for number, power in by.items() if power == -1)
+    parted = 0 in by.values()
+    divided = max(fields, key=lambda number: fields[number]) if among > 1 and fields else None
+    if divided is not None:
+        parted |= fields[divided] % among > 0
+        fields[divided] //= among
+    return fields, divided, parted
 
 
 def of_several_axes(

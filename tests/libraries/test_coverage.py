@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.common import Lines, listed
-from benchmarks.parts import coverage_libraries, coverage_transformers
+from benchmarks.parts import coverage_libraries, coverage_peers, coverage_round_trip, coverage_transformers
 from benchmarks.parts.coverage_tables import summary
 from benchmarks.parts.coverage_timm import measure
 from tests.support import ROOT
@@ -63,6 +63,20 @@ def test_the_page_shows_what_was_measured_of_other_libraries() -> None:
         some = [row for row in rows if row["model"].startswith(f"{library}:")]
         assert {row["model"] for row in some} <= {*coverage_libraries.LIBRARIES[library].names()}
         assert coverage_libraries.table(some).strip() in page, library
+
+
+@pytest.mark.parametrize("package", coverage_peers.PEERS)
+def test_the_page_shows_what_was_measured_of_other_tools(package: str) -> None:
+    rows = list(Lines(ROOT / "benchmarks" / "results" / f"coverage-{package}.jsonl"))
+    assert len({row["model"] for row in rows}) == len(rows)
+    assert {row["model"] for row in rows} <= set(coverage_peers.names())
+    assert coverage_peers.table(package, rows).strip() in (ROOT / "docs" / "coverage.md").read_text()
+
+
+def test_the_page_shows_what_comes_back() -> None:
+    rows = list(Lines(ROOT / "benchmarks" / "results" / "coverage-round-trip.jsonl"))
+    assert {row["model"] for row in rows} == set(coverage_round_trip.names())
+    assert coverage_round_trip.table(rows).strip() in (ROOT / "docs" / "coverage.md").read_text()
 
 
 def test_the_readme_counts_other_libraries_as_they_were_measured() -> None:

@@ -23,7 +23,9 @@ def configuration_of(traced: TracedModel, plan: Plan) -> Any | str | None:
     do; None where no configuration builds the model."""
     described = description(traced)
     if described is None:
-        return None
+        kind = type(traced.model)
+        loads = configuration(traced.model) is not None and hasattr(kind, "from_pretrained")
+        return f"{kind.__name__} could not be built from its own" if loads else None
     fault = _broken(traced, described.ties(traced.groups), plan)
     if plan.dropped:
         fault = f"{plan.dropped[0]} would have to stay"

@@ -194,11 +194,8 @@ def terms(expr: Expr) -> Sequence[Expr]:
 
 def shell(model: nn.Module, config: Any) -> Built | None:
     """A model like this one built from a configuration; None where that cannot be."""
-    try:
-        with torch.device("meta"), quiet():
-            getattr(config, "validate", int)()  # as transformers' are looked at when they are saved
-            made = build(model, config)
-    except Exception:  # noqa: BLE001  whatever the library raises of a configuration that it does not take
+    made = _built(model, config, torch.device("meta")) or _built(model, config, parameters_without_memory())
+    if made is None:
         return None
     held = {(name, key): value for name, module in made.named_modules() for key, value in vars(module).items()}
     return Built(
@@ -206,6 +203,31 @@ def shell(model: nn.Module, config: Any) -> Built | None:
         {place: value for place, value in held.items() if type(value) is int},
         {place: value for place, value in held.items() if type(value) is float},
     )
+
+
+def _built(model: nn.Module, config: Any, how: contextlib.AbstractContextManager[Any]) -> nn.Module | None:
+    try:
+        with how, quiet(), torch.random.fork_rng():
+            getattr(config, "validate", int)()  # as transformers' are looked at when they are saved
+            return build(model, config)
+    except Exception:  # noqa: BLE001  whatever the library raises of a configuration that it does not take
+        return None
+
+
+@contextlib.contextmanager
+def parameters_without_memory() -> Iterator[None]:
+    """While this is open, modules hold their parameters on the meta device, and all else as it is: where a class reads
+    values while it is built, as the rates of its dropped paths from `torch.linspace`, all of it cannot be there."""
+    register = nn.Module.register_parameter
+
+    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter if parameter is None else nn.Parameter(parameter.to("meta"), False))
+
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
 
 
 @contextlib.contextmanager

@@ -79,10 +79,7 @@ class Comparison:
 
     def _in_numbers(self, again: TracedModel) -> list[Problem]:
         """What is wrong with the cut module's cost and outputs. again: it, traced."""
-        cost, predicted = (
-            known_cost(again, {}),
-            known_cost(self.source.left_by(self.predicted.plan), self.predicted.counts),
-        )
+        cost, predicted = known_cost(again), known_cost(self.source, self.predicted.plan)
         if cost != predicted:
             return [Problem(None, f"it costs {cost}, predicted were {predicted}")]
         for graph, traced in zip(self.source.graphs, again.graphs, strict=True):
@@ -118,12 +115,13 @@ class Comparison:
             return off
 
 
-def known_cost(graph: AxisGraph, counts: Mapping[Axis, int]) -> Cost:
+def known_cost(traced: TracedModel, plan: Plan | None = None) -> Cost:
     """The cost without that of leaves, which may follow from values: what a detector does with the boxes that it
     finds."""
-    leaves = {operation.name for operation in graph.operations if operation.target is OPERATOR}
-    table = {name: products for name, products in mac_table(graph).items() if name not in leaves}
-    return cost_of(graph, table, counts)
+    left, cost = traced.left_by(plan), traced.cost(plan)
+    leaves = {operation.name for operation in left.operations if operation.target is OPERATOR}
+    table = {name: products for name, products in mac_table(left).items() if name in leaves}
+    return replace(cost, macs=cost.macs - cost_of(left, table, {}).macs)
 
 
 def _held(pruned: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

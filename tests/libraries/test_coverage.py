@@ -73,6 +73,17 @@ def test_the_page_shows_what_was_measured_of_other_tools(package: str) -> None:
     assert coverage_peers.table(package, rows).strip() in (ROOT / "docs" / "coverage.md").read_text()
 
 
+def test_the_readme_counts_torch_pruning_as_it_was_measured() -> None:
+    rows = list(Lines(ROOT / "benchmarks" / "results" / "coverage-torch-pruning.jsonl"))
+    right, wrong, open_ = (sum(row["status"] == status for row in rows) for status in ("right", "wrong", "runs"))
+    said = (
+        f"of {len(rows)}, {right} run and are right, {wrong} compute something else, {open_} are undecided, "
+        f"{len(rows) - right - wrong - open_} do not run or are not cut"
+    )
+    assert said in (ROOT / "README.md").read_text()
+    assert len(rows) == len(coverage_peers.names())
+
+
 def test_the_page_shows_what_comes_back() -> None:
     rows = list(Lines(ROOT / "benchmarks" / "results" / "coverage-round-trip.jsonl"))
     assert {row["model"] for row in rows} == set(coverage_round_trip.names())

@@ -31,7 +31,7 @@ from parts import coverage_transformers
 from parts.coverage_int8 import one_per_module
 from parts.coverage_networks import NETWORKS
 from parts.coverage_peers_cuts import Subject, by_kirigami, by_torch_pruning
-from parts.coverage_tables import begun, sweep, sweep_options, without_folders
+from parts.coverage_tables import begun, spread, sweep, sweep_options, without_folders
 from parts.coverage_timm import export
 
 STATUSES = {
@@ -69,9 +69,9 @@ def subject(name: str) -> Subject:
 
 
 def names() -> list[str]:
-    """All networks, the small ones first."""
-    libraries = [f"{library}:{short}" for library, networks in NETWORKS.items() for short in networks]
-    return [*coverage_transformers.listed(), *libraries, *one_per_module(listed())]
+    """All networks: the small ones of transformers, then those of the other libraries and timm's in turn."""
+    libraries = ([f"{library}:{short}" for short in networks] for library, networks in NETWORKS.items())
+    return [*coverage_transformers.listed(), *spread([one_per_module(listed()), spread(libraries)])]
 
 
 def too_long(*_: Any) -> None:

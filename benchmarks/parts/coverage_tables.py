@@ -5,7 +5,8 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 
 from common import Ended, Lines, Row, apart
 
@@ -28,6 +29,11 @@ def sweep(measure: Callable[[str], Row], names: Sequence[str], found: Lines, tim
         except Ended as ended:
             row = {"model": name, "status": "error", "message": without_folders(str(ended))[:600]}
         found.add(row)
+
+
+def spread(columns: Iterable[Sequence[str]]) -> list[str]:
+    """The names of all columns, one of each in turn, so that a sweep that is stopped has seen some of each."""
+    return [name for names in zip_longest(*columns) for name in names if name is not None]
 
 
 def begun() -> float:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common import Lines, Row
-from parts.coverage_tables import begun, sweep, sweep_options
+from parts.coverage_tables import begun, spread, sweep, sweep_options
 
 TOKENS = ("hidden_size", "d_model", "dim", "n_embd", "embedding_size", "emb_dim", "word_embed_proj_dim", "embed_dim")
 SMALL: Mapping[str, int] = {
@@ -107,9 +107,8 @@ KINDS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 
 
 def listed() -> list[str]:
-    """All of them, as KIND:ARCHITECTURE, kinds in turn, so that a sweep that is stopped has seen some of each."""
-    columns = [[f"{kind}:{name}" for name in names] for kind, names in KINDS.items()]
-    return [column[i] for i in range(max(map(len, columns))) for column in columns if i < len(column)]
+    """All of them, as KIND:ARCHITECTURE, kinds in turn."""
+    return spread([f"{kind}:{name}" for name in names] for kind, names in KINDS.items())
 
 
 def small(config: Any) -> dict[str, Any]:

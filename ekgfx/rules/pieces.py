@@ -54,7 +54,27 @@ def equal_pieces(call: Call) -> Effect:
 @rule("aten.tensor_split.sections", "aten.tensor_split.indices")
 def tensor_split(call: Call) -> Effect:
     """Pieces that differ by one position at most, as `chunk` where they don't; or between given bounds, which stay."""
-    x, dim = call["self"], call["dim"] % len(call["self"])
+    return _split(call, call["dim"] % len(call["self"]))
+
+
+@rule("aten.hsplit.int", "aten.hsplit.array")
+def hsplit(call: Call) -> Effect:
+    """`tensor_split` of the second dimension, or of the only one."""
+    return _split(call, min(1, len(call["self"]) - 1))
+
+
+@rule("aten.vsplit.int", "aten.vsplit.array")
+def vsplit(call: Call) -> Effect:
+    return _split(call, 0)
+
+
+@rule("aten.dsplit.int", "aten.dsplit.array")
+def dsplit(call: Call) -> Effect:
+    return _split(call, 2)
+
+
+def _split(call: Call, dim: int) -> Effect:
+    x = call["self"]
     pieces = call.args.get("sections")
     if pieces is not None and x[dim].size % pieces == 0:
         piece = call.fresh(x[dim].size // pieces)

@@ -23,7 +23,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from common import Lines, Row, listed
@@ -34,6 +34,7 @@ from parts.coverage_peers_cuts import Subject, by_kirigami, by_torch_pruning
 from parts.coverage_tables import begun, spread, sweep, sweep_options, without_folders
 from parts.coverage_timm import export
 
+TEXT = __doc__ or ""
 STATUSES = {
     "right": "runs, and is right",
     "runs": "runs; not decided",
@@ -86,7 +87,7 @@ class Peer:
     package: str
     cut: Callable[[Subject], Callable[[], Any]]
     limit: int
-    __doc__: str = field(default=__doc__ or "")
+    __doc__: str = ""
 
     def measure(self, name: str) -> Row:
         """The row of one network."""
@@ -218,6 +219,6 @@ def table(package: str, rows: list[Row]) -> str:
 
 
 PEERS = {
-    "torch-pruning": Peer("torch-pruning", by_torch_pruning, 30),
-    "torch-kirigami": Peer("torch-kirigami", by_kirigami, 60),
+    "torch-pruning": Peer("torch-pruning", by_torch_pruning, 30, TEXT),
+    "torch-kirigami": Peer("torch-kirigami", by_kirigami, 60, TEXT),
 }

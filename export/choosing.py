@@ -19,7 +19,7 @@ from ekgfx.repair.images import gather
 from ekgfx.repair.judge import Judge, Judgement
 
 from .exporter import write
-from .int8 import METHODS, SCOPES, Quantizer, Recipe, layers, scratch, with_inputs
+from .int8 import METHODS, SCOPES, Quantizer, Recipe, layers, scratch, understood, with_inputs
 from .latency import clock_of, interleave
 from .processor import no_integer_unit
 from .providers import provider
@@ -182,7 +182,9 @@ class _Search:
     def made(self, recipe: Recipe) -> _Made:
         path = self.quantizer.folder / f"{len(self.trials)}.onnx"
         self.quantizer(recipe, path)
-        made = _Made(recipe, path, self.judge(onnx_call(path, self.quantizer.threads, self.output)))
+        with understood(f"the INT8 file of {self.quantizer.file} does not run ({recipe})"):
+            judged = self.judge(onnx_call(path, self.quantizer.threads, self.output))
+        made = _Made(recipe, path, judged)
         trial = Trial(recipe.method, recipe.scope, self.kept(recipe), made.loss, made.judged.error)
         self.trials.append(trial)
         if self.told is not None:

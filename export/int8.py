@@ -105,14 +105,14 @@ class Quantizer:
         self.file, self.images, self.folder, self.threads = file, images, folder, threads
         self.prepared = folder / "prepared.onnx"
         self.ranges = cache(self._ranges)
-        with _understood(f"{file} cannot be prepared for INT8"):
+        with understood(f"{file} cannot be prepared for INT8"):
             # torch's exporter has written all shapes that can be known.
             quant_pre_process(str(file), str(self.prepared), skip_symbolic_shape=True)
             self.model = onnx.load(self.prepared)
 
     def __call__(self, recipe: Recipe, path: Path) -> Path:
         """Writes the network quantized by the recipe; ExportError when onnxruntime cannot."""
-        with _understood(f"{self.file} cannot be quantized ({recipe})"):
+        with understood(f"{self.file} cannot be quantized ({recipe})"):
             quantizer = QDQQuantizer(
                 copy.deepcopy(self.model),
                 True,  # one scale per output channel
@@ -138,14 +138,16 @@ class Quantizer:
         return frozenset(nodes - self.spared(scope))
 
     def spared(self, scope: str) -> frozenset[str]:
-        """Products of activations with each other, which are INT8 only where everything is."""
+        """Products that stay in floating point: of activations with each other, but where everything is INT8, and with
+        several matrices of weights."""
         products = {node.name for node in self.model.graph.node if node.op_type in PRODUCTS}
-        return frozenset() if scope == "all operators" else frozenset(products - set(layers(self.model)))
+        apart = set() if scope == "all operators" else products - set(layers(self.model))
+        return frozenset(apart | set(stacked(self.model)))
 
     def _ranges(self, method: str) -> TensorsData:
         kind, options = METHODS[method]
         augmented = self.folder / f"{method}.onnx"
-        with _understood(f"the ranges of {self.file} cannot be measured ({method})"):
+        with understood(f"the ranges of {self.file} cannot be measured ({method})"):
             calibrator = create_calibrator(
                 self.prepared, sorted(_ALL), str(augmented), kind, extra_options=dict(options)
             )
@@ -159,7 +161,7 @@ class Quantizer:
     def noisiest(self, quantized: Path, images: Sequence[tuple[Tensor, ...]]) -> list[str]:
         """Names of the layers with weights by the noise that each adds, most first: how many decibels more there are
         between signal and noise in what it reads than in what it writes, by onnxruntime's own comparison of values."""
-        with _understood(f"the noise of {quantized} cannot be measured"):
+        with understood(f"the noise of {quantized} cannot be measured"):
             inputs = [feeds(open_session(self.prepared, threads=self.threads), image) for image in images]
             options = ort.SessionOptions()
             options.intra_op_num_threads = self.threads
@@ -184,6 +186,17 @@ def layers(model: onnx.ModelProto) -> list[str]:
         node.name
         for node in model.graph.node
         if node.op_type in PRODUCTS and any(name in constant for name in node.input[:2])
+    ]
+
+
+def stacked(model: onnx.ModelProto) -> list[str]:
+    """Names of the nodes that multiply by several matrices of weights at once: onnxruntime's INT8 kernel takes a scale
+    for each channel of one matrix only, and fails as it runs."""
+    rank = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type == "MatMul" and any(rank.get(name, 0) > 2 for name in node.input)
     ]
 
 
@@ -248,7 +261,7 @@ class _Reader(CalibrationDataReader):
 
 
 @contextmanager
-def _understood(what: str):
+def understood(what: str):
     """onnxruntime's commentary away, and what it raises as one line."""
     root = logging.getLogger()  # which its quantization logs to
     level = root.level

@@ -152,6 +152,40 @@ class OneBadLayer(nn.Module):
         return self.third(torch.relu(self.second(torch.tanh(self.first(x) / 100) * 100)))
 
 
+class Stacked(nn.Module):
+    """Multiplies by several matrices at once, as one of each position or head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.stack = nn.Linear(16, 24), nn.Parameter(torch.randn(3, 24, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.a(x).relu()[:, None] @ self.stack).mean((1, 2))
+
+
+@pytest.mark.parametrize("scope", int8.SCOPES)
+def test_products_with_several_matrices_stay_in_floating_point(scope: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    file = to_onnx(Stacked().eval(), torch.randn(2, 6, 16), tmp_path / "net.onnx")
+    made = to_int8(file, tmp_path / "int8.onnx", torch.randn(32, 6, 16), methods=["min-max"], scopes=[scope])
+    assert made.agreement is not None and made.agreement >= 0.75
+    quantized = onnx.load(tmp_path / "int8.onnx").graph
+    made_by = {name: node.op_type for node in quantized.node for name in node.output}
+    (product,) = (node for node in quantized.node if node.op_type == "MatMul" and "stack" in "".join(node.input))
+    assert made_by.get(product.input[1]) != "DequantizeLinear"
+
+
+def test_a_file_that_does_not_run_is_told_in_one_line(file, images, tmp_path, monkeypatch):
+    def fails(path, *more):
+        if path != file:
+            raise RuntimeError("a kernel fails\nsomewhere")
+        return onnx_call(path, *more)
+
+    monkeypatch.setattr(choosing, "onnx_call", fails)
+    with pytest.raises(ExportError, match=r"does not run \(.*\): .*a kernel fails.*; export without --int8$"):
+        to_int8(file, tmp_path / "int8.onnx", images)
+
+
 def test_the_layer_that_adds_the_noise_stays_in_floating_point(tmp_path):
     torch.manual_seed(0)
     model, inputs = OneBadLayer().eval(), torch.randn(64, 16)

@@ -150,12 +150,8 @@ case("channel shuffle", (4, "a> >b"))(lambda s, x: nn.ChannelShuffle(3)(x))
 case("rotated by a quarter")(lambda s, x: torch.rot90(x, 1, (2, 3)))
 case("equal pieces", (6, "a> >b"))(lambda s, x: torch.cat(x.tensor_split(2, 1)[::-1], 1))
 case("equal pieces of the second dimension", (6, "a> >b"))(lambda s, x: torch.cat(x.hsplit(2)[::-1], 1))
-case("equal rows", (6, "a> >b"))(
-    lambda s, x: torch.cat(x.movedim(1, 0).vsplit(2)[::-1], 0).movedim(0, 1)
-)
-case("equal depths", (6, "a> >b"))(
-    lambda s, x: torch.cat(x.movedim(1, 2).dsplit(2)[::-1], 2).movedim(2, 1)
-)
+case("equal rows", (6, "a> >b"))(lambda s, x: torch.cat(x.movedim(1, 0).vsplit(2)[::-1], 0).movedim(0, 1))
+case("equal depths", (6, "a> >b"))(lambda s, x: torch.cat(x.movedim(1, 2).dsplit(2)[::-1], 2).movedim(2, 1))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -19,7 +19,7 @@ from ekgfx.repair.images import gather
 from ekgfx.repair.judge import Judge, Judgement
 
 from .exporter import write
-from .int8 import METHODS, SCOPES, Quantizer, Recipe, layers, scratch, understood, with_inputs
+from .int8 import METHODS, SCOPES, Quantizer, Recipe, scratch, understood, with_inputs
 from .latency import clock_of, interleave
 from .processor import no_integer_unit
 from .providers import provider
@@ -139,7 +139,7 @@ def to_int8(
         if best.judged.error is None:
             raise ExportError(f"the INT8 file of {file} gives values that are no numbers; export it in fp32")
         write(ir.from_proto(onnx.load(best.path)), path)
-        recipe, judged, kept = best.recipe, best.judged, search.kept(best.recipe)
+        recipe, judged, kept = best.recipe, best.judged, tuple(search.quantizer.kept(best.recipe))
     return Int8(
         recipe.method,
         recipe.scope,
@@ -185,15 +185,11 @@ class _Search:
         with understood(f"the INT8 file of {self.quantizer.file} does not run ({recipe})"):
             judged = self.judge(onnx_call(path, self.quantizer.threads, self.output))
         made = _Made(recipe, path, judged)
-        trial = Trial(recipe.method, recipe.scope, self.kept(recipe), made.loss, made.judged.error)
+        trial = Trial(recipe.method, recipe.scope, tuple(self.quantizer.kept(recipe)), made.loss, made.judged.error)
         self.trials.append(trial)
         if self.told is not None:
             self.told(trial)
         return made
-
-    def kept(self, recipe: Recipe) -> tuple[str, ...]:
-        """The layers with weights that stay in floating point, in order."""
-        return tuple(name for name in layers(self.quantizer.model) if name in recipe.keep)
 
     def scope(self, scopes: Sequence[str]) -> _Made:
         """The fastest of those that are hardly worse than the best one."""

@@ -128,7 +128,7 @@ class Quantizer:
             quantizer.quantize_model()
             quantizer.model.topological_sort()
             model = quantizer.model.model
-        _describe(model, recipe)
+        _describe(model, recipe, self.kept(recipe))
         onnx.save(model, path)
         return path
 
@@ -143,6 +143,10 @@ class Quantizer:
         products = {node.name for node in self.model.graph.node if node.op_type in PRODUCTS}
         apart = set() if scope == "all operators" else products - set(layers(self.model))
         return frozenset(apart | set(stacked(self.model)))
+
+    def kept(self, recipe: Recipe) -> list[str]:
+        """The layers with weights that stay in floating point, in order."""
+        return [name for name in layers(self.model) if name in recipe.keep | self.spared(recipe.scope)]
 
     def _ranges(self, method: str) -> TensorsData:
         kind, options = METHODS[method]
@@ -243,11 +247,11 @@ def _by_noise(model: onnx.ModelProto, ratio: Mapping[str, float]) -> list[str]:
     return sorted(added, key=lambda name: -added[name])
 
 
-def _describe(model: onnx.ModelProto, recipe: Recipe) -> None:
+def _describe(model: onnx.ModelProto, recipe: Recipe, kept: Collection[str]) -> None:
     facts = {prop.key: prop.value for prop in model.metadata_props}
     facts |= {PRECISION: "int8", "ekgfx.int8": str(recipe)}
-    if recipe.keep:
-        facts[WIDE] = ", ".join(sorted(recipe.keep))
+    if wide := recipe.keep.union(kept):
+        facts[WIDE] = ", ".join(sorted(wide))
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, facts)
 

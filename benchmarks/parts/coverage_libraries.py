@@ -28,7 +28,7 @@ from typing import Any
 
 from common import Lines, Row
 from parts.coverage_networks import NETWORKS, Network
-from parts.coverage_tables import begun, sweep, sweep_options, without_folders
+from parts.coverage_tables import begun, sweep, sweep_options, without_folders, works
 
 TOLERANCE, SINGLE = 1e-9, 1e-4
 TEXT = (__doc__ or "").partition("\n\n")[2]
@@ -116,15 +116,6 @@ def behaves(network: Network, traced: Any, plan: Any, pruned: Any, tolerance: fl
         found["training"] = works(lambda: pruned.train()(*network.inputs(3, False)))
     pruned.eval()
     return found
-
-
-def works(call: Callable[[], Any]) -> str:
-    """Why a call fails, "" where it does not."""
-    try:
-        call()
-    except Exception as error:  # noqa: BLE001  every failure is a result
-        return without_folders(f"{type(error).__name__}: {' '.join(str(error).split())}")[:300]
-    return ""
 
 
 def exported(pruned: Any, network: Network) -> None:

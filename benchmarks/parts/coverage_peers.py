@@ -20,10 +20,9 @@ import copy
 import importlib.metadata
 import signal
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common import Lines, Row, listed
@@ -31,7 +30,7 @@ from parts import coverage_transformers
 from parts.coverage_int8 import one_per_module
 from parts.coverage_networks import NETWORKS
 from parts.coverage_peers_cuts import Subject, by_kirigami, by_torch_pruning
-from parts.coverage_tables import begun, spread, sweep, sweep_options, without_folders
+from parts.coverage_tables import begun, spread, sweep, sweep_options, works
 from parts.coverage_timm import export
 
 TEXT = __doc__ or ""
@@ -66,7 +65,8 @@ def subject(name: str) -> Subject:
         return Subject(model, inputs, {}, ekgfx.trace(model, inputs, leaf=network.leaf))
     model, kwargs, _ = coverage_transformers.build(name)
     coverage_transformers.perturb(model)
-    return Subject(model, (), kwargs, coverage_transformers.trace(name, model, kwargs))
+    asked = coverage_transformers.asked_for(name, model, kwargs)
+    return Subject(model, (), kwargs, ekgfx.trace(model, kwargs, **asked))
 
 
 def names() -> list[str]:
@@ -94,26 +94,24 @@ class Peer:
         import torch
 
         begun()
-        warnings.filterwarnings("ignore")
         given = subject(name)
         row: Row = {"model": name, "version": importlib.metadata.version(self.package)}
-        twin = copy.deepcopy(given)
-        start = time.process_time()
-        signal.signal(signal.SIGPROF, too_long)
-        signal.setitimer(signal.ITIMER_PROF, self.limit)
-        try:
+        twin = replace(given, model=copy.deepcopy(given.model))
+
+        def cut() -> None:
             apply = self.cut(twin)
             row["seconds"] = round(time.process_time() - start, 2)
             with torch.no_grad():
                 for tensor in twin.model.state_dict().values():
                     tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape))
             apply()
-        except Exception as error:  # noqa: BLE001  whatever the tool raises
-            message = without_folders(f"{type(error).__name__}: {' '.join(str(error).split())}")
-            return row | {"status": "error", "message": message[:300]}
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-        return row | judged(given, twin.model)
+
+        start = time.process_time()
+        signal.signal(signal.SIGPROF, too_long)
+        signal.setitimer(signal.ITIMER_PROF, self.limit)
+        fault = works(cut)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        return row | ({"status": "error", "message": fault} if fault else judged(given, twin.model))
 
     def main(self, asked: argparse.Namespace) -> None:
         found = Lines(asked.output)
@@ -147,12 +145,9 @@ def judged(given: Subject, twin: Any) -> Row:
             stays[kept[name]] = True
             target.copy_(torch.where(stays.reshape(target.shape), target, torch.zeros_like(target)))
             code.copy_(full[kept[name]].reshape(code.shape))
-        expected = given.outputs(model)
-        try:
-            got = given.outputs(twin.eval())
-        except Exception as error:  # noqa: BLE001  whatever the cut network raises
-            message = without_folders(f"{type(error).__name__}: {' '.join(str(error).split())}")
-            return row | {"status": "does not run", "message": message[:300]}
+        expected, got = given.outputs(model), list[Any]()
+        if fault := works(lambda: got.extend(given.outputs(twin.eval()))):
+            return row | {"status": "does not run", "message": fault}
         if [t.shape for t in got] != [t.shape for t in expected]:
             return row | {"status": "does not run", "message": "the output has another shape"}
         if after == before:

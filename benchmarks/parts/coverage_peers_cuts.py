@@ -15,11 +15,6 @@ class Subject:
     kwargs: Mapping[str, Any]
     traced: Any
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Subject":
-        import copy
-
-        return Subject(copy.deepcopy(self.model, memo), self.args, self.kwargs, self.traced)
-
     def outputs(self, network: Any) -> list[Any]:
         """The tensors that come out, in floating point."""
         return mattering(network(*self.args, **self.kwargs))

@@ -14,9 +14,9 @@ import time
 from typing import Any
 
 from common import Lines, Row
-from parts.coverage_libraries import SINGLE, works
+from parts.coverage_libraries import SINGLE
 from parts.coverage_networks import NETWORKS
-from parts.coverage_tables import begun, sweep, sweep_options, without_folders
+from parts.coverage_tables import begun, sweep, sweep_options, without_folders, works
 
 KEPT = 0.9
 

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
+from typing import Any
 
 from common import Ended, Lines, Row, apart
 
@@ -52,6 +53,15 @@ def sweep_options(parser: argparse.ArgumentParser, models: str) -> None:
     parser.add_argument("models", nargs="*", help=models)
     parser.add_argument("--output", required=True, help="JSON lines")
     parser.add_argument("--table", action="store_true", help="what the output says together; measures nothing")
+
+
+def works(call: Callable[[], Any]) -> str:
+    """Why a call fails, "" where it does not."""
+    try:
+        call()
+    except Exception as error:  # noqa: BLE001  every failure is a result
+        return without_folders(f"{type(error).__name__}: {' '.join(str(error).split())}")[:300]
+    return ""
 
 
 def without_folders(message: str) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common import Lines, Row
-from parts.coverage_tables import begun, spread, sweep, sweep_options
+from parts.coverage_tables import begun, spread, sweep, sweep_options, works
 
 TOKENS = ("hidden_size", "d_model", "dim", "n_embd", "embedding_size", "emb_dim", "word_embed_proj_dim", "embed_dim")
 SMALL: Mapping[str, int] = {
@@ -168,25 +168,18 @@ def perturb(model: Any) -> None:
     model.load_state_dict(computed, strict=False)
 
 
-def several(model: Any, inputs: Mapping[str, Any]) -> bool:
-    """Whether the logits are not its only output."""
+def asked_for(name: str, model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the message of a trace asks for: the logits by name where they are not the only output, further calls."""
     import torch
 
     with torch.no_grad():
         output = model(**inputs)
-    return [key for key, value in output.items() if isinstance(value, torch.Tensor)] != ["logits"]
-
-
-def trace(name: str, model: Any, inputs: Mapping[str, Any]) -> Any:
-    """What ekgfx knows of it, traced as its message asks for."""
-    import ekgfx
-
-    return ekgfx.trace(model, inputs, outputs="logits" if several(model, inputs) else None, also=also(name))
+    several = [key for key, value in output.items() if isinstance(value, torch.Tensor)] != ["logits"]
+    return {"outputs": "logits" if several else None, "also": also(name)}
 
 
 def measure(name: str) -> dict[str, Any]:
     """The row of one architecture."""
-
     import ekgfx
     from ekgfx.surgery.check import check_pruned
 
@@ -194,8 +187,9 @@ def measure(name: str) -> dict[str, Any]:
     model, inputs, others = build(name)
     perturb(model)
     row: dict[str, Any] = {"model": name, "params": sum(p.numel() for p in model.parameters())}
-    traced, calls = trace(name, model, inputs), also(name)
-    row |= {"named": several(model, inputs), "also": sorted(key for call in calls for key in call)}
+    asked = asked_for(name, model, inputs)
+    traced = ekgfx.trace(model, inputs, **asked)
+    row |= {"named": bool(asked["outputs"]), "also": sorted(key for call in asked["also"] for key in call)}
     row |= {"groups": len(traced.groups), "share": round(traced.groups.prunable_share, 3)}
     row["unknown"] = traced.unknown_ops
     plan = ekgfx.Plan({n: tuple(range(0, g.size, 2)) for n, g in traced.groups.items()})
@@ -263,15 +257,6 @@ def exported(pruned: Any, inputs: Mapping[str, Any]) -> None:
         network, path = copy.deepcopy(pruned).float(), f"{folder}/model.onnx"
         to_onnx(network, single, path)
         check_parity(network, path, single)
-
-
-def works(call: Any) -> str:
-    """Why a call fails, "" where it does not."""
-    try:
-        call()
-    except Exception as error:  # noqa: BLE001  every failure is a result
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-    return ""
 
 
 def masked(network: Any, inputs: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ekgfx.axes import Axis, Dims, Expr, axes, count
+from ekgfx.axes import Axis, Expr, axes, count
 from ekgfx.base.containers import tensors_by_place
 from ekgfx.errors import PruneError
 from ekgfx.execution.subnetwork import SubNetwork
@@ -78,18 +78,14 @@ class Mismatch:
 def predicted_shapes(graph: AxisGraph, counts: Mapping[Axis, int]) -> dict[str, tuple[int | None, ...]]:
     """Operator node → shape of its (first) output when the axes keep `counts` positions; None for a size that a leaf
     makes, which may follow from values, as the number of boxes that it finds does."""
-    made = {
-        axis for op in graph.operations if op.target is OPERATOR for dims in op.effect.outputs for axis in _in(dims)
-    }
+    leaves = (operation for operation in graph.operations if operation.target is OPERATOR)
+    dims = (dim for leaf in leaves for output in leaf.effect.outputs for dim in output)
+    made = {axis for dim in dims for axis in axes(dim) if not axis.batch}
 
     def size(dim: Expr) -> int | None:
-        return None if made and made & {*axes(dim)} else count(dim, counts)
+        return count(dim, counts) if made.isdisjoint(axes(dim)) else None
 
     return {operation.name: tuple(map(size, operation.effect.outputs[0])) for operation in graph.operations}
-
-
-def _in(dims: Dims) -> Iterator[Axis]:
-    return (axis for dim in dims for axis in axes(dim) if not axis.batch)
 
 
 def differences(traced: TracedModel, counts: Mapping[Axis, int], again: TracedModel) -> list[Mismatch]:
@@ -131,9 +127,8 @@ def _differences(traced: AxisGraph, counts: Mapping[Axis, int], again: AxisGraph
 
 
 def _same(predicted: tuple[int | None, ...], found: tuple[int | None, ...]) -> bool:
-    return len(predicted) == len(found) and all(
-        None in pair or len({*pair}) == 1 for pair in zip(predicted, found, strict=True)
-    )
+    pairs = zip(predicted, found, strict=False)
+    return len(predicted) == len(found) and all(None in (a, b) or a == b for a, b in pairs)
 
 
 def operator_name(target: Any) -> str:

@@ -11,7 +11,7 @@ from ekgfx.axes import Axis
 from ekgfx.errors import EkgfxError
 from ekgfx.execution.subnetwork import SubNetwork
 from ekgfx.graph.axis_graph import AxisGraph
-from ekgfx.graph.cost import Cost, cost_of, mac_table
+from ekgfx.graph.cost import Cost, mac_products, value_of
 from ekgfx.graph.opaque import OPERATOR
 from ekgfx.graph.plan import Plan
 from ekgfx.graph.untouched import State, deep_copy
@@ -119,9 +119,9 @@ def known_cost(traced: TracedModel, plan: Plan | None = None) -> Cost:
     """The cost without that of leaves, which may follow from values: what a detector does with the boxes that it
     finds."""
     left, cost = traced.left_by(plan), traced.cost(plan)
-    leaves = {operation.name for operation in left.operations if operation.target is OPERATOR}
-    table = {name: products for name, products in mac_table(left).items() if name in leaves}
-    return replace(cost, macs=cost.macs - cost_of(left, table, {}).macs)
+    leaves = (operation for operation in left.operations if operation.target is OPERATOR)
+    macs = sum(value_of(mac_products(left, leaf), {left.batch: 1}) for leaf in leaves)
+    return replace(cost, macs=cost.macs - macs)
 
 
 def _held(pruned: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,36 +18,50 @@ from ekgfx.rewriting.patched import forward_of
 HUB = "_hub_mixin_config"
 
 
+class Arguments(SimpleNamespace):
+    """Arguments of a class of diffusers."""
+
+
+class HubArguments(SimpleNamespace):
+    """Arguments of a class of the hub's mixin."""
+
+
 def configuration(model: nn.Module) -> Any | None:
     """What builds a model, its values as attributes; None where no configuration does."""
     held = getattr(model, "config", None)
     if hasattr(held, "to_dict"):
         return held
     if isinstance(held, Mapping) and callable(getattr(model, "from_config", None)):
-        return SimpleNamespace(**{name: value for name, value in held.items() if not name.startswith("_")})
+        return Arguments(**{name: value for name, value in held.items() if not name.startswith("_")})
     mixed = getattr(model, HUB, None)
-    return SimpleNamespace(**copy.deepcopy(mixed)) if isinstance(mixed, Mapping) else None
+    return HubArguments(**copy.deepcopy(mixed)) if isinstance(mixed, Mapping) else None
 
 
 def build(model: nn.Module, config: Any) -> nn.Module:
     """A model of the same class from another configuration, with weights as the class initializes them."""
     kind: Any = type(model) if forward_of(model) is None else type(model).__bases__[0]
     made: nn.Module
-    if not _of_arguments(config):
-        made = kind(copy.deepcopy(config))
-    elif hasattr(model, HUB):
-        made = kind(**{name: None if name.endswith("weights") else value for name, value in vars(config).items()})
-    else:
-        made = kind.from_config(vars(config))
+    match config:
+        case Arguments():
+            made = kind.from_config(vars(config))
+        case HubArguments():
+            made = kind(**{name: None if _fetches(name, value) else value for name, value in vars(config).items()})
+        case _:
+            made = kind(copy.deepcopy(config))
     return made
+
+
+def _fetches(name: str, value: Any) -> bool:
+    """Whether an argument names weights, which a class fetches as it is built."""
+    return name.endswith("weights") and isinstance(value, str)
 
 
 def hold(model: Any, config: Any) -> None:
     """Let a model, and all modules that hold its configuration or a part of it, hold another one."""
-    if hasattr(model, HUB):
-        setattr(model, HUB, {**getattr(model, HUB), **vars(config)})
+    if isinstance(config, HubArguments):
+        setattr(model, HUB, dict(vars(config)))
         return
-    if _of_arguments(config):
+    if isinstance(config, Arguments):
         # diffusers' `from_config` would take defaults for those that it knows as such
         model.register_to_config(**vars(config), _use_default_values=[])
         return
@@ -56,10 +70,6 @@ def hold(model: Any, config: Any) -> None:
         for name, value in vars(module).items():
             if id(value) in new:
                 vars(module)[name] = new[id(value)]
-
-
-def _of_arguments(config: Any) -> bool:
-    return isinstance(config, SimpleNamespace)
 
 
 def _pairs(old: Any, new: Any) -> Iterator[tuple[int, Any]]:

@@ -5,7 +5,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
@@ -20,6 +20,8 @@ from ekgfx.surgery.configurations import build, configuration
 
 Field = tuple[str | int, ...]
 """The way from a configuration to one of its numbers: attributes, and positions in lists."""
+How = Callable[[], contextlib.AbstractContextManager[Any]]
+"""What lets a model be built without memory for its parameters while it is open."""
 Dimension = tuple[str, int]
 """A parameter, and which of its dimensions."""
 
@@ -72,11 +74,12 @@ def _at(config: Any, way: Sequence[str | int]) -> Any:
 
 @dataclass(frozen=True)
 class Built:
-    """A model without memory: shapes of what it saves, and the numbers that its modules hold."""
+    """A model without memory: shapes of what it saves, the numbers that its modules hold, and how it was built."""
 
     shapes: Mapping[str, tuple[int, ...]]
     whole: Mapping[tuple[str, str], int]
     real: Mapping[tuple[str, str], float]
+    how: How
 
 
 class Trial:
@@ -96,7 +99,7 @@ class Trial:
             except Exception:  # noqa: BLE001  whatever the configuration's own checks raise
                 self.known[key] = None
             else:
-                self.known[key] = shell(self.model, config)
+                self.known[key] = shell(self.model, config, (self.built.how,))
         return self.known[key]
 
     def times(self, number: Field, old: int) -> int:
@@ -192,9 +195,11 @@ def terms(expr: Expr) -> Sequence[Expr]:
     return expr.terms if isinstance(expr, Sum) else (expr,)
 
 
-def shell(model: nn.Module, config: Any) -> Built | None:
-    """A model like this one built from a configuration; None where that cannot be."""
-    made = _built(model, config, torch.device("meta")) or _built(model, config, parameters_without_memory())
+def shell(model: nn.Module, config: Any, ways: Sequence[How] | None = None) -> Built | None:
+    """A model like this one built from a configuration; None where that cannot be. ways: of doing without memory, of
+    which the first that works is taken."""
+    built = ((how, _built(model, config, how)) for how in ways or (all_without_memory, parameters_without_memory))
+    how, made = next(((how, made) for how, made in built if made is not None), (all_without_memory, None))
     if made is None:
         return None
     held = {(name, key): value for name, module in made.named_modules() for key, value in vars(module).items()}
@@ -202,16 +207,22 @@ def shell(model: nn.Module, config: Any) -> Built | None:
         {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()},
         {place: value for place, value in held.items() if type(value) is int},
         {place: value for place, value in held.items() if type(value) is float},
+        how,
     )
 
 
-def _built(model: nn.Module, config: Any, how: contextlib.AbstractContextManager[Any]) -> nn.Module | None:
+def _built(model: nn.Module, config: Any, how: How) -> nn.Module | None:
     try:
-        with how, quiet(), torch.random.fork_rng():
+        with how(), quiet(), torch.random.fork_rng():
             getattr(config, "validate", int)()  # as transformers' are looked at when they are saved
             return build(model, config)
     except Exception:  # noqa: BLE001  whatever the library raises of a configuration that it does not take
         return None
+
+
+def all_without_memory() -> contextlib.AbstractContextManager[Any]:
+    """While this is open, all tensors are made on the meta device."""
+    return torch.device("meta")
 
 
 @contextlib.contextmanager

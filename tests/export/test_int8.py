@@ -173,6 +173,7 @@ def test_products_with_several_matrices_stay_in_floating_point(scope: str, tmp_p
     made_by = {name: node.op_type for node in quantized.node for name in node.output}
     (product,) = (node for node in quantized.node if node.op_type == "MatMul" and "stack" in "".join(node.input))
     assert made_by.get(product.input[1]) != "DequantizeLinear"
+    assert product.name in made.kept and product.name in str(made), "what stays is named"
 
 
 def test_a_file_that_does_not_run_is_told_in_one_line(file, images, tmp_path, monkeypatch):

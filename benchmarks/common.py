@@ -5,7 +5,6 @@ import argparse
 import ctypes
 import multiprocessing
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -14,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from ekgfx.export.environment import processor
 
 import ekgfx
 from ekgfx.base.files import append_line, read_json, read_lines, write_json
@@ -55,7 +55,7 @@ def environment(device: torch.device | None = None) -> Row:
         hardware = torch.cuda.get_device_name(device)
     else:
         threads = torch.get_num_threads()
-        hardware = f"{platform.machine()}, {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)}"
+        hardware = f"{processor()}, {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)}"
     return {
         "hardware": hardware,
         "versions": {"ekgfx": ekgfx.__version__, "torch": torch.__version__},

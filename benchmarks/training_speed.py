@@ -119,6 +119,9 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    # Every way is a compilation of the same forward, of which PyTorch would run the ninth uncompiled.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     sheet = Sheet(Path(asked.output), {"rounds": asked.rounds, "batch": BATCH})
     if "steps" not in sheet:
         sheet.keep(**timed(asked.rounds))

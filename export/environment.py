@@ -20,7 +20,7 @@ def environment(threads: int) -> dict[str, str]:
     Values are text; what is not there (a GPU) is left out.
     """
     facts: dict[str, str] = {
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cpus": str(available_cpus()),
         "threads": str(threads),
         **run.environment(),
@@ -47,7 +47,8 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def _cpu() -> str:
+def processor() -> str:
+    """What the processor calls itself; its architecture where it does not say."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -20,13 +20,13 @@ with --amp bf16 in half precision, with --graphs as CUDA graphs. Minutes of fine
 import argparse
 import hashlib
 import json
-import platform
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from ekgfx.export.environment import processor
 from torch import nn
 
 import ekgfx
@@ -244,7 +244,7 @@ def tuned(asked: argparse.Namespace, search: Searched, tune: Any) -> dict[str, A
             part: round(minutes, 3)
             for part, minutes in {**search.minutes, "bank": banked / 60, "fine-tuning": trained}.items()
         },
-        "hardware": torch.cuda.get_device_name(device) if cuda else f"CPU, {platform.machine()}",
+        "hardware": torch.cuda.get_device_name(device) if cuda else processor(),
         "threads": None if cuda else torch.get_num_threads(),
         "versions": {"ekgfx": ekgfx.__version__, "torch": torch.__version__},
         "date": time.strftime("%Y-%m-%d"),

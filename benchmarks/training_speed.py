@@ -6,9 +6,10 @@ Seconds of the process for a forward and backward pass and an optimizer's step o
 `--rounds`, all ways in turn in every round; what torch.compile takes at first is told apart. Weights and images are
 random, which does not change the time. Networks: unpruned; the published one at 45% of its MACs (any widths); the same
 MACs with all widths multiples of 8, and of 16. Ways: PyTorch's own memory format and channels last, bf16 (autocast),
-torch.compile, BatchNorm with frozen statistics. The images' augmentation and a bank's rows are timed beside them. At
-the end PyTorch's profiler says what a step of the published network consists of. A part that is in the output is not
-measured again.
+torch.compile, BatchNorm with frozen statistics. The images' augmentation and a bank's rows are timed beside them. Then
+PyTorch's profiler says what a step of the published network consists of. At the end timm's networks train on 16 images
+of 96 pixels (ViT: 8 of 224) in PyTorch's own format, in channels last, and so in bf16. A part that is in the output is
+not measured again.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import timm
 import torch
 from common import RESULTS, Row, Sheet, in_turn
 from torch import Tensor, nn
@@ -28,6 +30,25 @@ from ekgfx.models import resnet56_cifar_projection
 
 BATCH = 256
 PUBLISHED = "45% of the MACs, any widths"
+TIMM = (
+    "resnet18",
+    "resnet50",
+    "resnext26ts",
+    "regnety_002",
+    "densenet121",
+    "mobilenetv2_050",
+    "mobilenetv3_small_100",
+    "efficientnet_b0",
+    "convnext_atto",
+    "poolformer_s12",
+    "mobilevit_xxs",
+    "vit_tiny_patch16_224",
+)
+FORMATS = {
+    "own format": {"last": False},
+    "channels last": {"last": True},
+    "channels last, bf16": {"last": True, "bf16": True},
+}
 
 
 def networks() -> dict[str, nn.Module]:
@@ -46,7 +67,15 @@ class Way:
     """One network trained in one way. step: seconds of the process for a step."""
 
     def __init__(
-        self, network: nn.Module, *, last: bool = True, bf16: bool = False, compiled: bool = False, frozen: bool = False
+        self,
+        network: nn.Module,
+        *,
+        last: bool = True,
+        bf16: bool = False,
+        compiled: bool = False,
+        frozen: bool = False,
+        count: int = BATCH,
+        side: int = 32,
     ) -> None:
         layout = torch.channels_last if last else torch.contiguous_format
         self.network = copy.deepcopy(network).to(memory_format=layout).train()  # type: ignore[call-overload]
@@ -57,8 +86,8 @@ class Way:
         self.call: Callable[[Tensor], Tensor] = torch.compile(self.network) if compiled else self.network
         self.bf16 = bf16
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-        self.images = torch.randn(BATCH, 3, 32, 32).to(memory_format=layout)
-        self.labels = torch.randint(0, 10, (BATCH,))
+        self.images = torch.randn(count, 3, side, side).to(memory_format=layout)
+        self.labels = torch.randint(0, 10, (count,))
 
     def step(self) -> float:
         start = time.process_time()
@@ -127,6 +156,23 @@ def main() -> None:
         sheet.keep(**timed(asked.rounds))
     if "shares" not in sheet:
         sheet.keep(shares=shares(networks()[PUBLISHED]))
+    for name in TIMM:
+        if name not in sheet.get("formats", {}):
+            sheet.keep(formats={**sheet.get("formats", {}), name: in_formats(name, asked.rounds)})
+            print(name, sheet["formats"][name], flush=True)
+
+
+def in_formats(name: str, rounds: int) -> dict[str, float]:
+    """Seconds of a step of one of timm's networks, in turn."""
+    network = timm.create_model(name)
+    shown = {"count": 8, "side": 224} if name.startswith("vit") else {"count": 16, "side": 96}
+    ways = {way: Way(network, **options, **shown) for way, options in FORMATS.items()}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for way in ways.values():
+        way.step()
+    for _, way in in_turn(list(ways), rounds):
+        seconds[way].append(ways[way].step())
+    return {way: round(statistics.median(found), 4) for way, found in seconds.items()}
 
 
 def timed(rounds: int) -> Row:

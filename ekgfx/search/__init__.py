@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ekgfx.base.units import budget_of, bytes_of, fraction_of, human
 from ekgfx.errors import BudgetError, DataError, PruneError, RecipeError
+from ekgfx.execution.channels_last import quicker_channels_last
 from ekgfx.execution.subnetwork import has_batch_norm
 from ekgfx.graph.arguments import check_inputs
 from ekgfx.graph.blocks import Block
@@ -22,7 +23,7 @@ from ekgfx.search.details import AUTHORS, PAPER, Details, authors_cost
 from ekgfx.search.ignore import as_patterns, enclosing, ignored_groups
 from ekgfx.search.latency import LayerTable, Price
 from ekgfx.search.own import check_takes, name_of
-from ekgfx.search.problem import DROP, Budget, Computing, Problem, quicker_channels_last, tied_rules
+from ekgfx.search.problem import DROP, Budget, Computing, Problem, tied_rules
 from ekgfx.search.recorder import Recorder
 from ekgfx.search.result import Candidate, Measure, Point, SearchResult, Step, as_steps
 from ekgfx.search.reward import Objective, Reward, assess, label_free, validation_batches
@@ -128,7 +129,7 @@ def search(
         ignore=as_patterns(traced, asked.ignore),
         rescale=has_batch_norm(traced) if asked.rescale is None else asked.rescale,
         early_stop=asked.details == PAPER if asked.early_stop is None else asked.early_stop,
-        channels_last=quicker_channels_last(traced) if asked.channels_last is None else asked.channels_last,
+        channels_last=quicker_channels_last(traced.model) if asked.channels_last is None else asked.channels_last,
     )
     problem = _problem(traced, batches, asked, limit, Objective(loss, finder(logits), asked.details.batch_size, reward))
     with _reproducible(asked.seed):

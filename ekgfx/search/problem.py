@@ -223,12 +223,6 @@ class Problem:
             )
 
 
-def quicker_channels_last(traced: TracedModel) -> bool:
-    """Whether images are faster with their channels last in memory: on the CPU, where there are convolutions."""
-    cpu = all(parameter.device.type == "cpu" for parameter in traced.model.parameters())
-    return cpu and any(operation.target is torch.ops.aten.conv2d.default for operation in traced.operations)
-
-
 def width_rules(traced: TracedModel, ignored: frozenset[str], align: int, min_width: float) -> dict[str, WidthRule]:
     """The widths every group may take, groups in `ignored` left out.
 

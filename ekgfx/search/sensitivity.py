@@ -11,6 +11,7 @@ from torch import Tensor
 from ekgfx.base.markup import html_table
 from ekgfx.base.units import fraction_of, percent
 from ekgfx.errors import DataError, RecipeError
+from ekgfx.execution.channels_last import quicker_channels_last
 from ekgfx.execution.subnetwork import has_batch_norm
 from ekgfx.graph.arguments import check_inputs
 from ekgfx.graph.plan import Plan
@@ -22,7 +23,7 @@ from ekgfx.search.cuts import Key, OnCut, Worth, judged, repaired
 from ekgfx.search.ignore import Ignored, as_patterns, ignored_groups
 from ekgfx.search.importance import Criterion
 from ekgfx.search.own import checked_criterion, name_of
-from ekgfx.search.problem import Computing, Problem, quicker_channels_last, tied_rules
+from ekgfx.search.problem import Computing, Problem, tied_rules
 from ekgfx.search.reward import Objective, ValidationBatch, assess, label_free, validation_batches
 from ekgfx.surgery.tied import ties_of
 from ekgfx.tracing.traced import TracedModel, check_traced
@@ -257,7 +258,7 @@ def _problem(traced: TracedModel, objective: Objective, ignore: Ignored | Sequen
         guided=False,
         ensemble=False,
         rescale=has_batch_norm(traced),
-        computing=Computing(channels_last=quicker_channels_last(traced)),
+        computing=Computing(channels_last=quicker_channels_last(traced.model)),
         seed=seed,
         members=members,
     )

@@ -42,7 +42,7 @@ class Training:
     augment: bool = True
     views: int | None = None
     amp: Literal["bf16", "fp16"] | None = None
-    channels_last: bool = False
+    channels_last: bool | None = None
     workers: int = 0
     val_fraction: float = 0.1
     patience: int | None = None

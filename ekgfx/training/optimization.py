@@ -25,8 +25,9 @@ class Training(recipe.Training):
     "constant". warmup: epochs of linear warm-up. augment: flips, crops and, with two views, colours. views: augmented
     views per image; None takes 2 with a bank and 1 without, or as many as batches of your own hold. amp: None, or the
     half precision to compute in.
-    channels_last: memory format of images and weights. workers: processes that decode images. seed: of shuffle,
-    augmentation and dropout.
+    channels_last: memory format of images and weights. None: while an epoch lasts, on the CPU, where convolutions and
+    norms are faster so, for models with convolutions whose forward, backward and loss take it. workers: processes that
+    decode images. seed: of shuffle, augmentation and dropout.
 
     val_fraction: part of the training images, of each class the same, that is not trained on but tells which epoch was
     the best; 0 trains on all of them and keeps the last epoch, as the paper does. patience: epochs without a better

@@ -1,5 +1,6 @@
 """One network in training: its optimizer, schedule, loss scale and moving average; epochs, and its checkpoint."""
 
+import logging
 import math
 import random
 import time
@@ -19,11 +20,16 @@ from ekgfx.data.batches import Inputs, device_of, half_of, of_view, side_by_side
 from ekgfx.distributed.parallel import SharedNorms, add_gradients
 from ekgfx.distributed.team import ALONE, Team
 from ekgfx.errors import DataError, RecipeError, RunError, TrainingError
+from ekgfx.execution.channels_last import quicker_channels_last
+from ekgfx.graph.untouched import untouched
+from ekgfx.graph.ways import seeded
 from ekgfx.training.keeping import Best, Epoch
 from ekgfx.training.loss import check_classes
 from ekgfx.training.mixup import Mixing, mixed_loss
 from ekgfx.training.optimization import Training
 from ekgfx.training.state import load_state, save_state
+
+log = logging.getLogger("ekgfx")
 
 CHECK_EVERY = 50
 """Batches between two looks at the loss: every look waits for the device."""
@@ -70,7 +76,10 @@ class Trainer:
                 f"amp={training.amp!r} computes in half precision on weights that are not, and these are {half}; train "
                 "model.float() with amp, or leave amp out"
             )
-        if training.channels_last:
+        undecided = training.channels_last is None and quicker_channels_last(model)
+        self.channels_last = None if undecided else bool(training.channels_last)
+        self.plain = all(parameter.is_contiguous() for parameter in model.parameters())
+        if self.channels_last:
             model.to(memory_format=torch.channels_last)
         self.optimizer = training.optimizer_of(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "fp16")
@@ -95,9 +104,12 @@ class Trainer:
         count = 0
         self.model.train()
         shared = SharedNorms() if self.mates.size > 1 else nullcontext()
-        with _random_numbers_of(self.training.seed, number, self.mates.rank), shared:
+        with _random_numbers_of(self.training.seed, number, self.mates.rank), shared, self._laid_out():
             for count, batch in enumerate(batches, 1):
+                failed = self._decide(batch) if self.channels_last is None else ""
                 total += self._update(batch, check=number == 1)
+                if failed:
+                    log.info("training is not in channels last, which is often faster: it fails there (%s)", failed)
                 if count % CHECK_EVERY == 0:
                     self._check(total, number, count)
                 on_batch(Progress(number, self.training.epochs, count, most, time.monotonic() - start))
@@ -105,23 +117,35 @@ class Trainer:
             raise DataError("there is no batch to train on; give more data, or a smaller batch size")
         return self._check(total, number, count) / count
 
+    @contextmanager
+    def _laid_out(self) -> Iterator[None]:
+        """While this is open, weights lie as `_decide` has it; after it as they came: nobody else meets the format."""
+        if self.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        try:
+            yield
+        finally:
+            if self.training.channels_last is None and self.plain:
+                self.model.to(memory_format=torch.contiguous_format)
+
+    def _decide(self, batch: Any) -> str:
+        """Whether to train in channels last: where the forward, the loss and their gradients take a batch so. Some view
+        a tensor as it lies in memory. Returns what failed, or ""."""
+        self.channels_last, failed = True, ""
+        inner = getattr(self.model, "_orig_mod", self.model)  # torch.compile would compile once more for this
+        inner.to(memory_format=torch.channels_last)
+        with untouched(inner), seeded(inner):
+            try:
+                self._loss(batch, inner, check=False).backward()
+            except Exception as error:  # noqa: BLE001  where another reason made it fail, the step itself says so
+                self.channels_last, failed = False, str(error).partition("\n")[0]
+        self.optimizer.zero_grad(set_to_none=True)
+        if failed and self.plain:
+            inner.to(memory_format=torch.contiguous_format)
+        return failed
+
     def _update(self, batch: Any, check: bool) -> Tensor:
-        images, labels, index = unpacked(batch)
-        views = self.views if self.views == 1 else self.views_in(batch)
-        if views == 1:
-            shown, samples = Inputs.of(images).onto(self.model), None
-        else:
-            shown, samples = side_by_side(images, self.model)
-        if self.training.channels_last:
-            shown = shown.channels_last()
-        shown, part = (shown, 1.0) if self.mixing is None else self.mixing(shown)
-        labels = to_device(labels, self.device)
-        with self._precision():
-            output = shown.into(self.model)
-        outputs = [output] if samples is None else [of_view(output, samples, view) for view in range(views)]
-        if check:
-            check_classes(self.logits(outputs[0]), labels)
-        loss = mixed_loss(self.objective, outputs, labels, index, part) * self._share(outputs[0])
+        loss = self._loss(batch, self.model, check)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         if self.mates.size > 1:
@@ -132,6 +156,25 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.model, self.updates)
         return loss.detach()
+
+    def _loss(self, batch: Any, model: nn.Module, check: bool) -> Tensor:
+        """The loss of a batch, with its gradients to come. check: whether to look at the classes of its labels."""
+        images, labels, index = unpacked(batch)
+        views = self.views if self.views == 1 else self.views_in(batch)
+        if views == 1:
+            shown, samples = Inputs.of(images).onto(model), None
+        else:
+            shown, samples = side_by_side(images, model)
+        if self.channels_last:
+            shown = shown.channels_last()
+        shown, part = (shown, 1.0) if self.mixing is None else self.mixing(shown)
+        labels = to_device(labels, self.device)
+        with self._precision():
+            output = shown.into(model)
+        outputs = [output] if samples is None else [of_view(output, samples, view) for view in range(views)]
+        if check:
+            check_classes(self.logits(outputs[0]), labels)
+        return mixed_loss(self.objective, outputs, labels, index, part) * self._share(outputs[0])
 
     def views_in(self, batch: Any) -> int:
         """How many views a batch shows. Raises DataError where the settings name another number."""

@@ -21,3 +21,9 @@ def test_a_row_is_what_was_measured(row: dict) -> None:
 def test_a_share_is_what_was_measured(kind: str) -> None:
     said = " ".join(PAGE.split())
     assert f"{FOUND['shares'][kind]:.0%} {kind}" in said or f"{FOUND['shares'][kind]:.0%} of it are {kind}" in said
+
+
+@pytest.mark.parametrize("name", FOUND["formats"])
+def test_a_network_of_timm_is_as_fast_as_was_measured(name: str) -> None:
+    own, last, half = FOUND["formats"][name].values()
+    assert f"| {name} | {own:.3f} | {own / last:.2f} | {own / half:.2f} |" in PAGE

@@ -142,6 +142,77 @@ def test_other_precision_and_memory_format_train_alike() -> None:
         assert next(model.parameters()).dtype == torch.float32
 
 
+class Viewing(nn.Module):
+    """A classifier as many write it: in channels last its view fails. formats: whether each output was so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.drop = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Dropout(0.2)
+        self.fc = nn.Linear(216, 4)
+        self.formats: list[bool] = []
+
+    def flat(self, y: Tensor) -> Tensor:
+        return y.view(len(y), -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        self.formats.append(not y.is_contiguous())
+        return self.fc(self.flat(self.drop(self.norm(y))))
+
+
+class Flat(Viewing):
+    """The same with what copies where it must."""
+
+    def flat(self, y: Tensor) -> Tensor:
+        return y.flatten(1)
+
+
+def test_a_step_on_the_cpu_is_in_channels_last_and_nothing_else_meets_it() -> None:
+    """What judges the network, and a user after an epoch, see the weights as they came; an average of them, too."""
+    model = Flat()
+    seen: list[bool] = []
+
+    def look(epoch: Epoch) -> None:
+        with torch.no_grad():
+            seen.append(not model.conv(torch.zeros(2, 1, 8, 8)).is_contiguous())
+
+    finetune(model, batches(), val=batches(count=1), epochs=2, ema=0.9, on_epoch=look)
+    assert model.formats == [True] * 6 and seen == [False, False]  # what judges is the average
+    assert model.conv.weight.is_contiguous()
+    asked = Flat()
+    finetune(asked, batches(), val=batches(count=1), epochs=1, channels_last=False)
+    assert asked.formats == [False] * 5
+
+
+def test_a_model_that_cannot_be_trained_in_channels_last_trains_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    """The trial leaves nothing behind: statistics, random numbers, what the model notes."""
+    tried, plain = Viewing(), Viewing()
+    with caplog.at_level("INFO", "ekgfx"):
+        finetune(tried, batches(), epochs=2)
+    finetune(plain, batches(), epochs=2, channels_last=False)
+    (said,) = [record.getMessage() for record in caplog.records if "channels last" in record.getMessage()]
+    assert "view size is not compatible" in said
+    assert tried.formats == plain.formats == [False] * 6
+    for a, b in zip(tried.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+        assert a.is_contiguous()
+
+
+def test_a_loss_may_view_the_output() -> None:
+    def loss(output: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(output.view(len(output), -1), labels)
+
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    assert len(finetune(model, batches(), loss=loss, logits=lambda y: y.flatten(1), epochs=1)) == 1
+
+
+def test_what_fails_in_any_format_is_raised(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "ekgfx"), pytest.raises(RuntimeError, match="mat1 and mat2"):
+        finetune(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(7, 4)), batches(), epochs=1)
+    assert "channels last" not in caplog.text
+
+
 @pytest.mark.sweep
 def test_a_compiled_network_trains_and_resumes_alike(tmp_path: Path) -> None:
     """As the benchmark on a GPU has it, with CUDA graphs there; the module that was compiled holds the weights."""

@@ -3,8 +3,11 @@
 A peer that is not installed fails in the referee's table by its import error.
 """
 
+import argparse
 import copy
+import importlib
 import io
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -18,6 +21,8 @@ from torch import Tensor, nn
 class Contest(Protocol):
     """What a peer is given."""
 
+    @property
+    def asked(self) -> argparse.Namespace: ...
     @property
     def seen(self) -> list[tuple[Tensor, Tensor]]: ...
     @property
@@ -138,6 +143,56 @@ def by_kirigami(metric: str) -> Callable[[Contest], nn.Module]:
     return cut
 
 
+def by_osscar(contest: Contest) -> nn.Module:
+    """OSSCAR as torch-kirigami's workflow does it: of the channels between two convolutions with nothing but norms and
+    activations between them the same share; which ones, and the second's weights, by least squares to
+    the unpruned network's values, layer after layer, on all of the images.
+
+    Its share is that of a number of parameters; here it is the least one that is within the budget.
+    """
+    from torch_kirigami import DependencyGraph
+    from torch_kirigami.pruning import Pruner
+
+    if not contest.asked.workflows:
+        raise ImportError("OSSCAR is in torch-kirigami's source distribution alone: give --workflows")
+    sys.path.append(contest.asked.workflows)
+    osscar = importlib.import_module("osscar_pruning")
+    dense = copy.deepcopy(contest.model).eval()
+    replaced = traceable(dense)
+    example = (contest.example,)
+    pairs, _ = osscar.discover_reconstruction_pairs(DependencyGraph.build(dense, args=example))
+    full = {first: len(dense.get_submodule(first).weight) for first in pairs}
+
+    def slim(ratio: float) -> nn.Module:
+        model = copy.deepcopy(dense)
+        graph = DependencyGraph.build(model, args=example)
+        pruner = Pruner(model, graph=graph)
+        removed = []
+        for first, width in full.items():
+            count = min(int(ratio * width), width - 1)
+            if count:
+                removed.append(graph.parameter(f"{first}.weight").axis(0).select(range(count)))
+        if removed:
+            model, _ = pruner.apply(pruner.plan_remove(removed))
+        as_it_was(model, replaced)
+        return model
+
+    shape = contest.least(slim)
+    traceable(shape)  # the names are of a network without TensorFlow's padding
+    widths = {first: len(shape.get_submodule(first).weight) for first in pairs}
+    model, teacher = copy.deepcopy(dense), dense.requires_grad_(False)
+    for first, second in pairs.items():
+        if widths[first] == full[first]:
+            continue
+        moments = osscar.collect_reconstruction(model, teacher, second, contest.seen, "cpu", 0, 4096)
+        system = moments.system(teacher.get_submodule(second).weight.detach().flatten(1).T, 0.01)
+        solution = osscar.solve_osscar(*system, full[first], widths[first], prune_batch=8, swap_steps=5)
+        graph = DependencyGraph.build(model, args=example)
+        osscar.apply_reconstruction(Pruner(model, graph=graph), first, second, solution)
+    as_it_was(model, replaced)
+    return model
+
+
 def inner(model: nn.Module, name: str) -> set[str]:
     """The convolutions of a residual block whose outputs stay inside it."""
     block = model.get_submodule(".".join(name.split(".")[:2]))
@@ -178,6 +233,7 @@ CUTS: dict[str, Callable[[Any], nn.Module | onnx.ModelProto]] = {
     "Torch-Pruning, Taylor, global": by_torch_pruning(taylor, overall=True),
     "torch-kirigami, L2, uniform": by_kirigami("magnitude"),
     "torch-kirigami, Taylor, uniform": by_kirigami("taylor"),
+    "torch-kirigami, OSSCAR": by_osscar,
     "onnxsim, L2": by_onnxsim("magnitude"),
     "onnxsim, Wanda": by_onnxsim("wanda"),
 }

@@ -1,11 +1,13 @@
 """One network, one budget, one set of images: ekgfx and its peers, each as its own documentation does it.
 
-    pip install --no-deps torch-kirigami==0.2.1 onnxsim==0.8.1
+    pip install --no-deps torch-kirigami==0.2.1 onnxsim==0.8.1 && pip install datasets tqdm
+    pip download --no-deps --no-binary :all: torch-kirigami==0.2.1 && tar xzf torch_kirigami-0.2.1.tar.gz
     python benchmarks/peers.py referee resnet56 --images cifar10:DIR --weights weights_pretrained.npz --keep 0.45 \
-        --history benchmarks/results/repair_resnet56.history.jsonl --output benchmarks/results/referee.jsonl
+        --history benchmarks/results/repair_resnet56.history.jsonl --output benchmarks/results/referee.jsonl \
+        --workflows torch_kirigami-0.2.1/examples/workflows
     python benchmarks/peers.py referee resnet50 --images folder:imagenet-sample \
         --weights resnet50-imagenet-keras-fp16.safetensors --history benchmarks/results/imagenet_sample.history.jsonl \
-        --accept 4 --output benchmarks/results/referee.jsonl
+        --accept 4 --output benchmarks/results/referee.jsonl --workflows torch_kirigami-0.2.1/examples/workflows
     python benchmarks/peers.py referee table --output benchmarks/results/referee.jsonl
 
 Every method starts from the same weights and may look at the same images (with labels where it uses gradients). A ratio
@@ -14,7 +16,8 @@ comes from the steps of a search (`--history`), random channels are drawn at its
 search, in multiples of 8, is made here.
 
 Which channels a peer kept is read off its network: those of BatchNorm's parameters that are still there. Pruned by that
-plan, our own network must compute what the peer's does ("differs by"), and so the same repair can be given to each.
+plan, our own network must compute what the peer's does ("differs by"), and so the same repair can be given to each;
+OSSCAR changes weights besides, and what our repair is given are the channels that it keeps.
 Training: `--epochs` of the same on labels alone, from the network as it came (BatchNorm re-estimated) and from the
 repaired one. Latency: onnxruntime on one CPU thread, all networks in turn. A line that is there is not measured again.
 """
@@ -113,6 +116,9 @@ OURS: dict[str, Callable[[Contest], Plan]] = {
         contest.traced, contest.even, contest.asked.seed
     ),
 }
+_LONG = f"multiples of {EVEN}"
+METHODS = sorted((*OURS, *CUTS), key=lambda name: name in OURS and _LONG in name)
+"""In the order in which they are measured: what takes another search comes last."""
 
 
 def onnx_macs(network: onnx.ModelProto) -> int:
@@ -248,7 +254,7 @@ def main(asked: argparse.Namespace) -> None:
     subject = {"resnet50": repair_gain.resnet50, "resnet56": repair_gain.resnet56}[asked.network](asked)
     contest = Contest(asked, subject)
     same = chosen(asked, "network", "keep", "count", "seed")
-    for name in (*OURS, *CUTS):
+    for name in METHODS:
         if {"method": name, **same} in lines:
             continue
         try:
@@ -305,6 +311,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", help="data SPEC")
     parser.add_argument("--weights")
     parser.add_argument("--history", help="steps of EKG's search, as JSON lines")
+    parser.add_argument("--workflows", help="examples/workflows of torch-kirigami's source distribution, for OSSCAR")
     parser.add_argument("--output", required=True, help="JSON lines")
     parser.add_argument("--work", help="folder for ONNX files  [default: OUTPUT without its ending]")
     parser.add_argument("--keep", type=float, default=0.55)

@@ -16,4 +16,6 @@ def test_a_row_is_what_was_measured(row: str) -> None:
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.get("method"))
 def test_a_network_cut_by_the_plan_read_off_a_peers_is_the_peers(line: dict) -> None:
-    assert line.get("differs_by", 0.0) < 1e-6 and "failed" not in line
+    """But OSSCAR's, which changes weights, too."""
+    assert "failed" not in line
+    assert line.get("differs_by", 0.0) < 1e-6 or line["method"].endswith("OSSCAR")

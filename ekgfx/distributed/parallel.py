@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from ekgfx.distributed.team import team
+from ekgfx.execution.batch_norms import BatchNorms, bring_forward
 
 
 class _Summed(torch.autograd.Function):
@@ -55,27 +54,9 @@ def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
             gradient.copy_(part.view_as(gradient))
 
 
-class SharedNorms(TorchFunctionMode):
-    """While it lasts, batch norms in training take the statistics of what all processes have, whoever calls them: a
-    BatchNorm, a module of timm's that is one and its activation, or a graph."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        names = ARGUMENTS.get(function)
-        if names is not None:
-            given = DEFAULTS | dict(zip(names, args, strict=False)) | (kwargs or {})
-            if given["training"]:
-                return _normalized(*(given[name] for name in ARGUMENTS[functional.batch_norm]))
-        return function(*args, **(kwargs or {}))
-
-
-ARGUMENTS: dict[Any, tuple[str, ...]] = {
-    functional.batch_norm: (
-        "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"
-    ),
-    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps"),
-}  # fmt: skip
-ARGUMENTS[torch.ops.aten.batch_norm.default] = ARGUMENTS[torch.batch_norm]
-DEFAULTS = {"weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5}
+def shared_norms() -> BatchNorms:
+    """While it lasts, batch norms in training take the statistics of what all processes have."""
+    return BatchNorms(_normalized)
 
 
 def _normalized(
@@ -84,7 +65,6 @@ def _normalized(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    training: bool,
     momentum: float,
     eps: float,
 ) -> Tensor:
@@ -100,8 +80,5 @@ def _normalized(
     scale = (var + eps).rsqrt()
     scale = scale if weight is None else scale * weight
     output = centred * scale.view(shape)
-    if running_mean is not None and running_var is not None:
-        unbiased = var.detach() * count / (count - 1)
-        running_mean.lerp_(mean.detach().to(running_mean.dtype), momentum)
-        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    bring_forward(running_mean, running_var, mean, var, count, momentum)
     return (output if bias is None else output + bias.view(shape)).to(x.dtype)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from ekgfx.base.schema import read
 from ekgfx.data.batches import Inputs, device_of, half_of, of_view, side_by_side, to_device, unpacked, views_in
-from ekgfx.distributed.parallel import SharedNorms, add_gradients
+from ekgfx.distributed.parallel import add_gradients, shared_norms
 from ekgfx.distributed.team import ALONE, Team
 from ekgfx.errors import DataError, RecipeError, RunError, TrainingError
-from ekgfx.execution.channels_last import quicker_channels_last
+from ekgfx.execution.batch_norms import BatchNorms
+from ekgfx.execution.channels_last import batch_norm_in_training, quicker_channels_last
 from ekgfx.graph.untouched import untouched
 from ekgfx.graph.ways import seeded
 from ekgfx.training.keeping import Best, Epoch
@@ -103,8 +104,7 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         count = 0
         self.model.train()
-        shared = SharedNorms() if self.mates.size > 1 else nullcontext()
-        with _random_numbers_of(self.training.seed, number, self.mates.rank), shared, self._laid_out():
+        with _random_numbers_of(self.training.seed, number, self.mates.rank), self._norms(), self._laid_out():
             for count, batch in enumerate(batches, 1):
                 failed = self._decide(batch) if self.channels_last is None else ""
                 total += self._update(batch, check=number == 1)
@@ -116,6 +116,13 @@ class Trainer:
         if not count:
             raise DataError("there is no batch to train on; give more data, or a smaller batch size")
         return self._check(total, number, count) / count
+
+    def _norms(self) -> AbstractContextManager[Any]:
+        """How batch norms are computed. A compiled network has kernels of its own."""
+        if self.mates.size > 1:
+            return shared_norms()
+        ours = self.channels_last is not False and self.device.type == "cpu" and not hasattr(self.model, "_orig_mod")
+        return BatchNorms(batch_norm_in_training) if ours else nullcontext()
 
     @contextmanager
     def _laid_out(self) -> Iterator[None]:

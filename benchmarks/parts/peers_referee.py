@@ -18,8 +18,9 @@ search, in multiples of 8, is made here.
 Which channels a peer kept is read off its network: those of BatchNorm's parameters that are still there. Pruned by that
 plan, our own network must compute what the peer's does ("differs by"), and so the same repair can be given to each;
 OSSCAR changes weights besides, and what our repair is given are the channels that it keeps.
-Training: `--epochs` of the same on labels alone, from the network as it came (BatchNorm re-estimated) and from the
-repaired one. Latency: onnxruntime on one CPU thread, all networks in turn. A line that is there is not measured again.
+Training: `--epochs` of the same on labels alone at `--lr`, from the network as it came (BatchNorm re-estimated) and
+from the repaired one. Latency: onnxruntime on one CPU thread, all networks in turn. A line that is there is not
+measured again.
 """
 
 import argparse
@@ -219,7 +220,7 @@ def trained(contest: Contest, network: nn.Module) -> float:
         contest.subject.data,
         subset=range(asked.samples),
         epochs=asked.epochs,
-        lr=0.01,
+        lr=asked.lr,
         channels_last=True,
         seed=asked.seed,
         val_fraction=0,
@@ -270,7 +271,7 @@ def main(asked: argparse.Namespace) -> None:
         lines.add({"method": "dense", **same, **full, **latency(contest, ran, work), **environment()})
     for name in [row["method"] for row in lines if same.items() <= row.items() and "differs_by" in row]:
         for start in ("as it comes", "repaired") if asked.epochs else ():
-            key = {"trained": name, "from": start, **same, **chosen(asked, "epochs", "samples")}
+            key = {"trained": name, "from": start, **same, **chosen(asked, "epochs", "samples", "lr")}
             if key not in lines:
                 network = torch.load(work / f"{name}.pt", weights_only=False)[start]
                 lines.add({**key, "accuracy": trained(contest, network), **environment()})
@@ -283,9 +284,11 @@ def table(lines: Iterable[Row]) -> str:
     for network, keep in dict.fromkeys((line["network"], line["keep"]) for line in lines):
         rows = [line for line in lines if (line["network"], line["keep"]) == (network, keep)]
         dense = next(line for line in rows if line.get("method") == "dense")
-        ends = {(line["trained"], line["from"]): line["accuracy"] for line in rows if "trained" in line}
+        ends = {(line["trained"], line["from"], line["lr"]): line["accuracy"] for line in rows if "trained" in line}
+        rates = list(dict.fromkeys(rate for _, _, rate in ends))
         head = ["", "MACs", "as it comes", "BatchNorm re-estimated", "with our repair"]
-        head += ["trained", "repaired, trained"] if ends else []
+        for rate in rates:
+            head += [f"trained at {rate:g}", f"repaired, trained at {rate:g}"]
         head += [*(f"× faster, batch {batch}" for batch in BATCHES), "CPU s"]
         told.append("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
         for line in rows:
@@ -296,7 +299,7 @@ def table(lines: Iterable[Row]) -> str:
                 told.append(f"| {name} | fails: {line['failed']} |" + " |" * (len(head) - 2))
                 continue
             found = [line.get(column) for column in ("cut", "reestimated", "repaired")]
-            found += [ends.get((name, start)) for start in ("as it comes", "repaired")] if ends else []
+            found += [ends.get((name, start, rate)) for rate in rates for start in ("as it comes", "repaired")]
             faster = dense["faster"].get(name, {})
             cells = [name, f"{line['macs'] / dense['macs']:.1%}"]
             cells += ["–" if share is None else f"{100 * share:.1f}" for share in found]
@@ -320,6 +323,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-images", type=int, default=250)
     parser.add_argument("--samples", type=int, default=10_000, help="images to train on")
     parser.add_argument("--epochs", type=int, help="of training  [default: 1 for resnet56, 0 for resnet50]")
+    parser.add_argument("--lr", type=float, default=0.01, help="of the training")
     parser.add_argument("--accept", type=int, default=1, help="groups cut in a step of the search in multiples of 8")
     parser.add_argument("--latency-seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)

@@ -26,10 +26,11 @@ FOLDERS = {"ekgfx": ROOT / "ekgfx", "ekgfx.export": ROOT / "export", "ekgfx.reci
 # not named here fails the test until it has been given its place.
 PIPE = """
 errors axes
-base distributed
+base
 settings rules
 graph models
 execution
+distributed
 data
 tracing
 rewriting

@@ -8,8 +8,8 @@ random, which does not change the time. Networks: unpruned; the published one at
 MACs with all widths multiples of 8, and of 16. Ways: PyTorch's own memory format and channels last, bf16 (autocast),
 torch.compile, BatchNorm with frozen statistics. The images' augmentation and a bank's rows are timed beside them. Then
 PyTorch's profiler says what a step of the published network consists of. At the end timm's networks train on 16 images
-of 96 pixels (ViT: 8 of 224) in PyTorch's own format, in channels last, and so in bf16. A part that is in the output is
-not measured again.
+of 96 pixels (ViT: 8 of 224) in PyTorch's own format, in channels last, and so in bf16; and batch norm of 256 × 16 × 32
+× 32 is compared to what it is in float64. A part that is in the output is not measured again.
 """
 
 import argparse
@@ -17,7 +17,9 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -26,6 +28,8 @@ from torch import Tensor, nn
 
 import ekgfx
 from ekgfx.data.augment import Augmentation
+from ekgfx.execution.batch_norms import BatchNorms
+from ekgfx.execution.channels_last import batch_norm_in_training
 from ekgfx.models import resnet56_cifar_projection
 
 BATCH = 256
@@ -156,10 +160,38 @@ def main() -> None:
         sheet.keep(**timed(asked.rounds))
     if "shares" not in sheet:
         sheet.keep(shares=shares(networks()[PUBLISHED]))
+    if "norms" not in sheet:
+        sheet.keep(norms=norms())
     for name in TIMM:
         if name not in sheet.get("formats", {}):
             sheet.keep(formats={**sheet.get("formats", {}), name: in_formats(name, asked.rounds)})
             print(name, sheet["formats"][name], flush=True)
+
+
+def norms() -> dict[str, dict[str, float]]:
+    """How far batch norm in float32 is from float64, relative to its size: the variance, the gradient of the bias."""
+    images = torch.randn(BATCH, 16, 32, 32) * 0.3 + 0.1
+
+    def found(images: Tensor, way: AbstractContextManager[Any]) -> tuple[Tensor, Tensor]:
+        norm = nn.BatchNorm2d(16, momentum=1.0, dtype=images.dtype).train()
+        with way:
+            y = norm(images)
+        (y * y.sin()).sum().backward()
+        assert norm.running_var is not None and norm.bias.grad is not None
+        return norm.running_var.double(), norm.bias.grad.double()
+
+    exact, last = found(images.double(), nullcontext()), images.to(memory_format=torch.channels_last)
+    return {
+        name: {
+            part: float(f"{(value - right).norm() / right.norm():.1e}")
+            for part, value, right in zip(("variance", "gradient of the bias"), found(given, way), exact, strict=True)
+        }
+        for name, given, way in (
+            ("PyTorch, own format", images, nullcontext()),
+            ("PyTorch, channels last", last, nullcontext()),
+            ("ekgfx, channels last", last, BatchNorms(batch_norm_in_training)),
+        )
+    }
 
 
 def in_formats(name: str, rounds: int) -> dict[str, float]:

@@ -145,8 +145,8 @@ def by_kirigami(metric: str) -> Callable[[Contest], nn.Module]:
 
 def by_osscar(contest: Contest) -> nn.Module:
     """OSSCAR as torch-kirigami's workflow does it: of the channels between two convolutions with nothing but norms and
-    activations between them the same share; which ones, and the second's weights, by least squares to
-    the unpruned network's values, layer after layer, on all of the images.
+    activations between them the same share; which ones, and the second's weights, by least squares to the unpruned
+    network's values, layer after layer, on all of the images.
 
     Its share is that of a number of parameters; here it is the least one that is within the budget.
     """

@@ -79,7 +79,8 @@ class Trainer:
             )
         undecided = training.channels_last is None and quicker_channels_last(model)
         self.channels_last = None if undecided else bool(training.channels_last)
-        self.plain = all(parameter.is_contiguous() for parameter in model.parameters())
+        self.inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        self.movable = [p for p in model.parameters() if undecided and p.dim() == 4 and p.is_contiguous()]
         if self.channels_last:
             model.to(memory_format=torch.channels_last)
         self.optimizer = training.optimizer_of(model)
@@ -121,34 +122,32 @@ class Trainer:
         """How batch norms are computed. A compiled network has kernels of its own."""
         if self.mates.size > 1:
             return shared_norms()
-        ours = self.channels_last is not False and self.device.type == "cpu" and not hasattr(self.model, "_orig_mod")
+        ours = self.channels_last is not False and self.device.type == "cpu" and self.inner is self.model
         return BatchNorms(batch_norm_in_training) if ours else nullcontext()
 
     @contextmanager
     def _laid_out(self) -> Iterator[None]:
         """While this is open, weights lie as `_decide` has it; after it as they came: nobody else meets the format."""
         if self.channels_last:
-            self.model.to(memory_format=torch.channels_last)
+            lay(self.movable, torch.channels_last)
         try:
             yield
         finally:
-            if self.training.channels_last is None and self.plain:
-                self.model.to(memory_format=torch.contiguous_format)
+            lay(self.movable, torch.contiguous_format)
 
     def _decide(self, batch: Any) -> str:
         """Whether to train in channels last: where the forward, the loss and their gradients take a batch so. Some view
         a tensor as it lies in memory. Returns what failed, or ""."""
         self.channels_last, failed = True, ""
-        inner = getattr(self.model, "_orig_mod", self.model)  # torch.compile would compile once more for this
-        inner.to(memory_format=torch.channels_last)
-        with untouched(inner), seeded(inner):
+        lay(self.movable, torch.channels_last)
+        with untouched(self.inner), seeded(self.inner):  # which torch.compile would compile once more
             try:
-                self._loss(batch, inner, check=False).backward()
+                self._loss(batch, self.inner, check=False).backward()
             except Exception as error:  # noqa: BLE001  where another reason made it fail, the step itself says so
                 self.channels_last, failed = False, str(error).partition("\n")[0]
         self.optimizer.zero_grad(set_to_none=True)
-        if failed and self.plain:
-            inner.to(memory_format=torch.contiguous_format)
+        if failed:
+            lay(self.movable, torch.contiguous_format)
         return failed
 
     def _update(self, batch: Any, check: bool) -> Tensor:
@@ -243,6 +242,12 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What must not change between an interrupted training and the one that goes on with it."""
         return {**asdict(self.training), "views": self.views, "objective": type(self.objective).__name__}
+
+
+def lay(weights: Iterable[nn.Parameter], order: torch.memory_format) -> None:
+    """Puts the values of four-dimensional weights into this order in memory."""
+    for weight in weights:
+        weight.data = weight.data.contiguous(memory_format=order)
 
 
 @contextmanager

@@ -199,6 +199,23 @@ def test_a_model_that_cannot_be_trained_in_channels_last_trains_as_it_is(caplog:
         assert a.is_contiguous()
 
 
+def test_weights_of_five_dimensions_stay_as_they_are() -> None:
+    """PyTorch's own `.to(memory_format=torch.channels_last)` refuses such a model."""
+
+    class Mixed(Flat):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(1, 1, 1, 1, 216))
+
+        def flat(self, y: Tensor) -> Tensor:
+            return y.flatten(1) + self.shift.flatten()
+
+    model = Mixed()
+    model.conv.weight.data = model.conv.weight.data.repeat(1, 3, 1, 1).contiguous(memory_format=torch.channels_last)
+    finetune(model, [(x.repeat(1, 3, 1, 1), y) for x, y, _ in batches()], epochs=1)
+    assert all(model.formats) and not model.conv.weight.is_contiguous(), "a user's own format stays as well"
+
+
 def test_a_loss_may_view_the_output() -> None:
     def loss(output: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(output.view(len(output), -1), labels)

@@ -221,6 +221,7 @@ def trained(contest: Contest, network: nn.Module) -> float:
         subset=range(asked.samples),
         epochs=asked.epochs,
         lr=asked.lr,
+        schedule="constant",
         channels_last=True,
         seed=asked.seed,
         val_fraction=0,
@@ -323,7 +324,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-images", type=int, default=250)
     parser.add_argument("--samples", type=int, default=10_000, help="images to train on")
     parser.add_argument("--epochs", type=int, help="of training  [default: 1 for resnet56, 0 for resnet50]")
-    parser.add_argument("--lr", type=float, default=0.01, help="of the training")
+    parser.add_argument("--lr", type=float, default=0.002, help="of the training, constant")
     parser.add_argument("--accept", type=int, default=1, help="groups cut in a step of the search in multiples of 8")
     parser.add_argument("--latency-seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)

@@ -71,6 +71,6 @@ class Training(recipe.Training):
             return CosineLRScheduler(optimizer, t_initial=self.epochs, **warmup)
         if self.schedule != "multistep":
             raise RecipeError(f"unknown schedule {self.schedule!r}; use multistep, cosine or constant")
-        # timm decays one step before a milestone.
-        milestones = [round(part * self.epochs) + 1 for part in MILESTONES]
+        # timm decays one step before a milestone. The first epoch has the rate asked for, be it the only one.
+        milestones = [max(1, round(part * self.epochs)) + 1 for part in MILESTONES]
         return MultiStepLRScheduler(optimizer, milestones, DECAY, **warmup)

@@ -87,6 +87,12 @@ def test_schedules(schedule: str, expected: list[float]) -> None:
     assert [epoch.lr * 1e3 for epoch in history] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize(("epochs", "expected"), [(1, [1.0]), (2, [1, 0.04]), (3, [1, 0.2, 0.008])])
+def test_the_first_epoch_has_the_rate_that_was_asked_for(epochs: int, expected: list[float]) -> None:
+    history = finetune(small(), batches(count=1), epochs=epochs, lr=1e-3, schedule="multistep")
+    assert [epoch.lr * 1e3 for epoch in history] == pytest.approx(expected)
+
+
 def test_warm_up_rises_to_the_learning_rate() -> None:
     history = finetune(small(), batches(count=1), epochs=5, lr=1e-3, warmup=2, schedule="multistep")
     assert [epoch.lr * 1e3 for epoch in history] == pytest.approx([1 / 3, 2 / 3, 0.2, 0.04, 0.008], abs=1e-4)

@@ -4,17 +4,20 @@
     python benchmarks/gpu/cifar10.py --model mobilenetv2 --data cifar10:DIR --output OUT --graphs
     python benchmarks/gpu/cifar10.py … --device cpu --samples 512 --epochs 1 --keep 0.97 --test-images 500
     python benchmarks/gpu/cifar10.py … --plan "referee/Torch-Pruning, Taylor, global.plan.json"
+    python benchmarks/gpu/cifar10.py … --repair 500
 
-The third is a dry run; the last trains, on labels alone, what another method cuts (benchmarks/peers.py referee writes
-the plans). For resnet56, FILE is one with option-A shortcuts (safetensors), or the EKG authors' (.npz): that takes
-projection shortcuts. mobilenetv2 may do without: no weights of its CIFAR form were published, so that it is first
-trained (`--pretrain` epochs, the rest as in the recipe cifar10-mobilenetv2), once for each seed.
+The third is a dry run; the fourth trains, on labels alone, what another method cuts (benchmarks/peers.py referee
+writes the plans); the last repairs the network on 500 training images before its fine-tuning. For resnet56, FILE is
+one with option-A shortcuts (safetensors), or the EKG authors' (.npz): that takes projection shortcuts. mobilenetv2
+may do without: no weights of its CIFAR form were published, so that it is first trained (`--pretrain` epochs, the
+rest as in the recipe cifar10-mobilenetv2), once for each seed.
 
-Every line of the output is one network: search and fine-tuning knowledge, seed, accuracy before, after the search and
-after fine-tuning, kept MACs, minutes of each part, the history of losses, the environment. A line that is there is not
-measured again, and what was cut short goes on at its last search step or epoch: the same command again, as often as
-need be (`--work` holds what that takes). Data and augmentation lie on the GPU; the network trains in channels-last,
-with --amp bf16 in half precision, with --graphs as CUDA graphs. Minutes of fine-tuning are without evaluations.
+Every line of the output is one network: search and fine-tuning knowledge, seed, accuracy before, after the search,
+the repair and fine-tuning, kept MACs, minutes of each part, the history of losses, the environment. A line that is
+there is not measured again, and what was cut short goes on at its last search step or epoch: the same command again,
+as often as need be (`--work` holds what that takes). Data and augmentation lie on the GPU; the network trains in
+channels-last, with --amp bf16 in half precision, with --graphs as CUDA graphs. Minutes of fine-tuning are without
+evaluations.
 """
 
 import argparse
@@ -78,6 +81,7 @@ def experiment(asked: argparse.Namespace, seed: int, guide: str, tune: str) -> d
         "tuning_knowledge": tune,
         "seed": seed,
         **{key: getattr(asked, key) for key in kept},
+        **({"repair": asked.repair} if asked.repair else {}),
         **({"plan": Path(asked.plan).name.removesuffix(".plan.json")} if asked.plan else {}),
     }
 
@@ -138,6 +142,7 @@ class Searched:
         images = None if asked.test_images is None else range(asked.test_images)
         self.test = self.data.loader("test", EVALUATED, subset=images)
         identity = {**experiment(asked, seed, guide, ""), "epochs": 0, "schedule": "", "lr": 0, "graphs": False}
+        identity.pop("repair", None)
         if asked.weights:  # then the precision of training does not matter before fine-tuning
             identity["amp"] = None
         work = Path(asked.work or Path(asked.output).with_suffix(""))
@@ -194,7 +199,13 @@ def tuned(asked: argparse.Namespace, search: Searched, tune: Any) -> dict[str, A
     traced, plan, data, device = search.traced, search.plan, search.data, search.device
     pruned = ekgfx.prune(traced.model, plan, traced)
     calibrate(pruned, data.loader("train", BANKED, shuffle=True, seed=search.seed), limit=20)
-    after_search = evaluate(pruned, search.test).accuracy
+    accuracy = {**search.accuracy, "searched": evaluate(pruned, search.test).accuracy}
+    minutes = dict(search.minutes)
+    if asked.repair:
+        images = data.loader("train", BANKED, subset=shown(asked))
+        repaired = ekgfx.repair(pruned, traced, plan, images, most=asked.repair, seed=search.seed)
+        minutes["repair"] = repaired.seconds / 60
+        accuracy["repaired"] = evaluate(pruned, search.test).accuracy
     tuning = experiment(asked, search.seed, "", tune)
     place = folder(search.folder, tuning)
     bank, banked = None, 0.0
@@ -231,8 +242,7 @@ def tuned(asked: argparse.Namespace, search: Searched, tune: Any) -> dict[str, A
     cuda = device.type == "cuda"
     return {
         "accuracy": {
-            **search.accuracy,
-            "searched": after_search,
+            **accuracy,
             "finetuned": final,
             "epochs": [epoch.test_accuracy for epoch in epochs],
         },
@@ -242,7 +252,7 @@ def tuned(asked: argparse.Namespace, search: Searched, tune: Any) -> dict[str, A
         "losses": search.losses,
         "minutes": {
             part: round(minutes, 3)
-            for part, minutes in {**search.minutes, "bank": banked / 60, "fine-tuning": trained}.items()
+            for part, minutes in {**minutes, "bank": banked / 60, "fine-tuning": trained}.items()
         },
         "hardware": torch.cuda.get_device_name(device) if cuda else processor(),
         "threads": None if cuda else torch.get_num_threads(),
@@ -268,6 +278,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--plan", help="a plan's JSON file to train instead of searching for one")
     parser.add_argument("--keep", type=float, default=0.45)
+    parser.add_argument("--repair", type=int, help="training images to repair on; none by default, as in the paper")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--schedule", choices=["multistep", "cosine"], default="multistep")
     parser.add_argument("--lr", type=float, default=0.01)

@@ -9,7 +9,7 @@ import functools
 import operator
 import types
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import copy, deepcopy
 from enum import Enum
 from typing import Any
@@ -32,8 +32,8 @@ _MISSING = object()
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Whatever runs in here, afterwards the model holds what it held before.
+def untouched(model: nn.Module | Callable[..., Any]) -> Iterator[None]:
+    """Whatever runs in here, afterwards the model (or a loss) holds what it held before.
 
     Put back are the attributes of every module, tensors by identity and value (parameters: by identity and storage),
     the contents of containers and of objects that modules hold, and of the containers that hooks and methods know by
@@ -114,7 +114,7 @@ def _alike(a: Any, b: Any) -> bool:
     return bool(a == b) if isinstance(a, _NUMBERS) and isinstance(b, _NUMBERS) else not isinstance(a, known)
 
 
-def _reachable(model: nn.Module) -> tuple[list[Any], list[tuple[Tensor, bool]]]:
+def _reachable(model: nn.Module | Callable[..., Any]) -> tuple[list[Any], list[tuple[Tensor, bool]]]:
     """The containers (with the dictionaries of attributes) and tensors that a model can change; of the tensors, whether
     their values count as the model's: those of its modules, and of objects that modules hold themselves."""
     holders: list[Any] = []

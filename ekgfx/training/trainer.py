@@ -25,7 +25,7 @@ from ekgfx.execution.channels_last import batch_norm_in_training, quicker_channe
 from ekgfx.graph.untouched import untouched
 from ekgfx.graph.ways import seeded
 from ekgfx.training.keeping import Best, Epoch
-from ekgfx.training.loss import check_classes
+from ekgfx.training.loss import EKGLoss, LabelLoss, check_classes
 from ekgfx.training.mixup import Mixing, mixed_loss
 from ekgfx.training.optimization import Training
 from ekgfx.training.state import load_state, save_state
@@ -62,7 +62,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        objective: Callable[[Any, Any, Tensor], Tensor],
+        objective: EKGLoss | LabelLoss,
         logits: Callable[[Any], Tensor],
         training: Training,
         views: int,
@@ -140,7 +140,8 @@ class Trainer:
         a tensor as it lies in memory. Returns what failed, or ""."""
         self.channels_last, failed = True, ""
         lay(self.movable, torch.channels_last)
-        with untouched(self.inner), seeded(self.inner):  # which torch.compile would compile once more
+        # torch.compile would compile `inner` once more; a loss may have a state of its own
+        with untouched(self.inner), untouched(self.objective.loss), seeded(self.inner):
             try:
                 self._loss(batch, self.inner, check=False).backward()
             except Exception as error:  # noqa: BLE001  where another reason made it fail, the step itself says so

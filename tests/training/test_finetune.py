@@ -230,6 +230,46 @@ def test_a_loss_may_view_the_output() -> None:
     assert len(finetune(model, batches(), loss=loss, logits=lambda y: y.flatten(1), epochs=1)) == 1
 
 
+class Remembering:
+    """A loss with a state, such as a moving average of the outputs, a queue or a counter."""
+
+    def __init__(self) -> None:
+        self.mean, self.seen, self.calls = torch.zeros(4), list[float](), 0
+
+    def __call__(self, output: Tensor, labels: Tensor) -> Tensor:
+        self.mean.lerp_(output.detach().mean(0), 0.5)
+        self.calls += 1
+        loss = F.cross_entropy(output - self.mean, labels)
+        self.seen.append(loss.item())
+        return loss
+
+
+class RememberingModule(Remembering, nn.Module):
+    """The same as a module with a buffer."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.register_buffer("mean", torch.zeros(4))
+        self.seen, self.calls = [], 0
+
+
+@pytest.mark.parametrize("kind", [Remembering, RememberingModule])
+@pytest.mark.parametrize("taught", [False, True])
+def test_the_trial_leaves_nothing_in_a_loss(kind: type[Remembering], taught: bool) -> None:
+    """Neither where the trial succeeds nor where it fails (Viewing)."""
+    views = 2 if taught else 1
+    for classifier in (Flat, Viewing):
+        tried, plain = kind(), kind()
+        for loss, layout in ((tried, None), (plain, False)):
+            model = classifier()
+            model.drop = nn.Identity()  # which draws its numbers in the order of memory
+            bank = Fixed() if taught else None
+            finetune(model, batches(views=views), loss=loss, bank=bank, epochs=1, channels_last=layout)
+        assert tried.calls == plain.calls == views * len(batches())
+        assert tried.seen == pytest.approx(plain.seen, rel=1e-5)
+        torch.testing.assert_close(tried.mean, plain.mean, rtol=1e-4, atol=1e-6)
+
+
 def test_what_fails_in_any_format_is_raised(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "ekgfx"), pytest.raises(RuntimeError, match="mat1 and mat2"):
         finetune(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(7, 4)), batches(), epochs=1)

@@ -26,7 +26,7 @@ measured again.
 import argparse
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from common import Lines, Row, chosen, environment
 from ekgfx.export import measure_latency, to_onnx
 from parts import repair_gain
 from parts.peers_cuts import CUTS, smallest
+from parts.peers_reading import kept_by, onnx_macs, right_of
 from plans import at_random
 from torch import Tensor, nn
 
@@ -120,57 +121,6 @@ OURS: dict[str, Callable[[Contest], Plan]] = {
 _LONG = f"multiples of {EVEN}"
 METHODS = sorted((*OURS, *CUTS), key=lambda name: _LONG in name)
 """In the order in which they are measured: what takes another search comes last."""
-
-
-def onnx_macs(network: onnx.ModelProto) -> int:
-    """Multiply-accumulates of convolutions and matrix products with constant weights, for one image."""
-    graph = onnx.shape_inference.infer_shapes(network, strict_mode=True).graph
-    values = (*graph.value_info, *graph.output)
-    shapes = {value.name: [side.dim_value for side in value.type.tensor_type.shape.dim] for value in values}
-    sizes = {tensor.name: int(torch.tensor(tensor.dims).prod()) for tensor in graph.initializer}
-    macs = 0
-    for node in graph.node:
-        if node.op_type in ("Conv", "Gemm", "MatMul"):
-            spatial = shapes[node.output[0]][2:] if node.op_type == "Conv" else []
-            macs += int(torch.tensor([1, *spatial]).prod()) * sizes[node.input[1]]
-    return macs
-
-
-def kept_by(traced: TracedModel, network: nn.Module) -> Plan:
-    """The channels that a network cut from the traced one still has, by the 1-D tensors of each group.
-
-    Raises ValueError where they are not found: the values were changed, or the group has no such tensors.
-    """
-    dense, left = traced.model.state_dict(), network.state_dict()
-    kept: dict[str, tuple[int, ...]] = {}
-    for group in traced.groups:
-        names = [place.parameter for place in traced.groups[group].places if dense[place.parameter].ndim == 1]
-        rows = torch.stack([dense[name] for name in names], 1) if names else torch.empty(0, 0)
-        wanted = torch.stack([left[name] for name in names], 1) if names else rows
-        if not names or wanted.shape[0] == rows.shape[0]:
-            if names and not torch.equal(rows, wanted):
-                raise ValueError(f"{group}: values were changed")
-            continue
-        same = (wanted[:, None] == rows[None]).all(2)
-        if not (same.sum(1) == 1).all():
-            raise ValueError(f"{group}: which channels were kept cannot be told")
-        kept[group] = tuple(same.int().argmax(1).tolist())
-    return Plan(kept, traced.groups.digest)
-
-
-def right_of(network: Any, batches: Iterator[Any]) -> float:
-    """The share of images that a network, or an ONNX session, has right."""
-    right = count = 0
-    with torch.no_grad():
-        for images, labels, *_ in batches:
-            if isinstance(network, onnxruntime.InferenceSession):
-                name = network.get_inputs()[0].name
-                found = [network.run(None, {name: image[None].numpy()})[0] for image in images]
-                logits = torch.cat([torch.from_numpy(one) for one in found])
-            else:
-                logits = network(images)
-            right, count = right + int((logits.argmax(1) == labels).sum()), count + len(labels)
-    return right / count
 
 
 def measure(contest: Contest, name: str, work: Path) -> Row:

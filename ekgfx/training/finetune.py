@@ -49,8 +49,12 @@ def finetune(
 
     Of a data set, a part of the training images is held out (`val_fraction`, a tenth; the same every time), and the
     model gets the weights of the epoch that does best on it: of epoch 0, too, which is the model as it came. Where that
-    is the best, a warning says so. The test images play no part. `val_fraction=0` trains on all images and keeps the
-    last epoch, and so do batches without `val`.
+    is the best, a warning says so. `val_fraction=0` trains on all images and keeps the last epoch, and so do batches
+    without `val`.
+
+    A model that was trained on these images before knows them, and later epochs forget. Where it has significantly more
+    of the held-out images right than of those of `test`, these decide between it and the best epoch, and a line says
+    so. Else they play no part.
 
     Args:
         model: trained on the device it is on; left in evaluation mode.
@@ -66,7 +70,7 @@ def finetune(
         logits: where the logits are in a model's output: a function of it, or a key, a field or an index. By default
             they are found, where it is clear (`ekgfx.training.outputs.logits_of`).
         val: batches that tell which epoch is kept; nothing of `data` is held out then.
-        test: batches to evaluate on after every epoch, such as `data.loader("test", 256)`.
+        test: batches to evaluate on before training and after every epoch, such as `data.loader("test", 256)`.
         subset: indices into the data set's training split; all of it if None.
         checkpoint: file to save to after every epoch, and to go on from where it exists: training that was interrupted
             ends as if it had not been.
@@ -114,14 +118,20 @@ def finetune(
             return evaluate(trainer.judged, _asked(val, teaching), logits=logits)
         return evaluate(trainer.judged, val or (), loss=loss, logits=logits)
 
+    def tested() -> Metrics:
+        return evaluate(trainer.judged, test or (), loss=loss, logits=logits)
+
     if bank is not None:
         data, val = numbered(data), numbered(val) if val is not None and not _labelled(val) else val
     batches, most = _batches(data, trainer, subset)
     path, table = (None if file is None or not mates.first else Path(file) for file in (checkpoint, csv))
     resumed = checkpoint is not None and Path(checkpoint).is_file()
     best = None
-    if judging:
-        best = Best(Metrics(0.0, None, 0) if resumed else judged(), trainer.judged)
+    if judging and resumed:
+        best = Best(Metrics(0.0, None, 0), trainer.judged)
+    elif judging:
+        held_out = val is not None and teaching is None and test is not None
+        best = Best(judged(), trainer.judged, tested() if held_out else None)
     history = trainer.restore(None if checkpoint is None else Path(checkpoint), best)
     stopped = mates.broadcast_object(_enough(history, best, training.patience))
     while len(history) < training.epochs and not stopped:
@@ -133,7 +143,7 @@ def finetune(
             best.offer(number, found, trainer.judged)
             epoch = replace(epoch, val_loss=found.loss, val_accuracy=found.accuracy)
         if test is not None and mates.first:
-            found = evaluate(trainer.judged, test, loss=loss, logits=logits)
+            found = tested()
             epoch = replace(epoch, test_loss=found.loss, test_accuracy=found.accuracy)
         history.append(epoch)
         trainer.save(path, history, best)
@@ -142,7 +152,7 @@ def finetune(
         if on_epoch is not None:
             on_epoch(history[-1])
         stopped = training.patience is not None and mates.broadcast_object(_enough(history, best, training.patience))
-    kept = len(history) if best is None else best.number
+    kept = len(history) if best is None else best.settled(history).number
     if best is not None:
         model.load_state_dict(best.weights)
     elif trainer.judged is not model:
@@ -155,6 +165,7 @@ def finetune(
         mates.broadcast_object(kept),
         None if best is None else best.before,
         stopped and len(history) < training.epochs,
+        None if best is None else best.tested,
     )
     if best is not None and history:
         log.log(logging.INFO if made.kept else logging.WARNING, "%s", made)

@@ -37,18 +37,22 @@ class History(tuple[Epoch, ...]):
     Attributes:
         kept: number of the epoch whose weights the model has; 0 is the network before training.
         before: that network on the images that epochs are judged on; None where there are none.
+        tested: that network on the test images, where these decided between it and the best epoch (`knows`).
         stopped: whether training ended early, since no epoch became better any more.
     """
 
     kept: int
     before: Metrics | None
+    tested: Metrics | None
     stopped: bool
 
     @classmethod
-    def of(cls, epochs: list[Epoch], kept: int, before: Metrics | None, stopped: bool) -> "History":
+    def of(
+        cls, epochs: list[Epoch], kept: int, before: Metrics | None, stopped: bool, tested: Metrics | None = None
+    ) -> "History":
         """The epochs with the one marked that is kept."""
         made = cls(replace(epoch, kept=epoch.number == kept) for epoch in epochs)
-        made.kept, made.before, made.stopped = kept, before, stopped
+        made.kept, made.before, made.tested, made.stopped = kept, before, tested, stopped
         return made
 
     def __str__(self) -> str:
@@ -57,13 +61,17 @@ class History(tuple[Epoch, ...]):
         last = f"{count}, stopped early" if self.stopped else count
         if self.before is None:
             return f"kept the last of {last}"
+        best = max(self, key=lambda epoch: rank(_judged(epoch)), default=None)
+        if self.tested is not None and best is not None:
+            return self._by_test(_tested(best), self.tested, last)
         if not self.kept:
-            best = max(map(_judged, self), key=rank, default=None)
-            after = "" if best is None else f"; the best of {last} has {_said(best, self.before)}"
+            judged = None if best is None else _judged(best)
+            after = "" if judged is None else f"; the best of {last} has {_said(judged, self.before)}"
             return (
-                f"kept the network as it was before training: {_said(self.before, best)} on the validation part of the "
-                f"training images{after}. A network that was trained on those images before does better on them than "
-                "on new ones: give images of its own to judge by (val=…), or keep the last epoch (val_fraction 0)"
+                f"kept the network as it was before training: {_said(self.before, judged)} on the validation part of "
+                f"the training images{after}. A network that was trained on those images before does better on them "
+                "than on new ones: give images of its own to judge by (val=…), test images (test=…), or keep the last "
+                "epoch (val_fraction 0)"
             )
         found = _judged(self[self.kept - 1])
         return (
@@ -71,9 +79,28 @@ class History(tuple[Epoch, ...]):
             f"images ({_said(self.before, found)} before training)"
         )
 
+    def _by_test(self, after: Metrics, before: Metrics, last: str) -> str:
+        """What was kept where the test images decided between the best epoch and the network before."""
+        now, then = _said(after, before), _said(before, after)
+        if self.kept:
+            kept = f"kept epoch {self.kept} of {last}: {now} on the test images ({then} before training)"
+        else:
+            kept = (
+                f"kept the network as it was before training: {then} on the test images; the best of {last} has {now}"
+            )
+        known = "" if self.before is None else f": {_said(self.before, None)} of them right"
+        return (
+            f"{kept}. These decided between the two, since the network before knows the validation part of the "
+            f"training images{known}"
+        )
+
 
 def _judged(epoch: Epoch) -> Metrics:
     return Metrics(math.nan if epoch.val_loss is None else epoch.val_loss, epoch.val_accuracy, 0)
+
+
+def _tested(epoch: Epoch) -> Metrics:
+    return Metrics(math.nan if epoch.test_loss is None else epoch.test_loss, epoch.test_accuracy, 0)
 
 
 def _said(metrics: Metrics, beside: Metrics | None) -> str:
@@ -92,30 +119,60 @@ def rank(metrics: Metrics) -> tuple[float, float]:
     return (0.0 if metrics.accuracy is None else metrics.accuracy), -metrics.loss
 
 
+def knows(judging: Metrics, test: Metrics) -> bool:
+    """Whether a network was trained on the images that are to judge it: of them it has more right than of the test
+    images, by over three standard errors of the difference."""
+    if judging.accuracy is None or test.accuracy is None:
+        return False
+    mean = (judging.accuracy * judging.samples + test.accuracy * test.samples) / (judging.samples + test.samples)
+    variance = mean * (1 - mean) * (1 / judging.samples + 1 / test.samples)
+    return judging.accuracy - test.accuracy > 3 * math.sqrt(variance)
+
+
 class Best:
     """The best weights that were offered so far.
 
-    number: of their epoch; metrics: theirs; weights: copies on the CPU, by name; before: metrics of epoch 0.
+    number: of their epoch; metrics: theirs; weights: copies on the CPU, by name; before: metrics of epoch 0. tested: of
+    epoch 0 on the test images, where it `knows` the ones that judge; then the best of the other epochs is looked for,
+    and the test images decide between that and epoch 0, whose weights are `first`.
     """
 
-    def __init__(self, before: Metrics, model: nn.Module) -> None:
+    def __init__(self, before: Metrics, model: nn.Module, test: Metrics | None = None) -> None:
         self.number, self.metrics, self.before = 0, before, before
         self.weights = _copied(model)
+        self.tested = test if test is not None and knows(before, test) else None
+        self.first = None if self.tested is None else self.weights
 
     def offer(self, number: int, metrics: Metrics, model: nn.Module) -> None:
         """Takes the model's weights where they are better than the best so far: more right answers, or as many with a
         lower loss."""
-        if rank(metrics) > rank(self.metrics):
+        unopposed = self.tested is not None and not self.number
+        if unopposed or rank(metrics) > rank(self.metrics):
             self.number, self.metrics, self.weights = number, metrics, _copied(model)
+
+    def settled(self, history: list[Epoch]) -> "Best":
+        """With epoch 0 in the place of the best one, where the test images decide and say so."""
+        if self.first is None or self.tested is None or not self.number:
+            return self
+        if rank(_tested(history[self.number - 1])) < rank(self.tested):
+            self.number, self.metrics, self.weights = 0, self.before, self.first
+        return self
 
     def facts(self) -> dict[str, Any]:
         """All but the weights, as plain values; `restored` takes them."""
-        return {"number": self.number, "metrics": asdict(self.metrics), "before": asdict(self.before)}
+        tested = None if self.tested is None else asdict(self.tested)
+        return {
+            "number": self.number,
+            "metrics": asdict(self.metrics),
+            "before": asdict(self.before),
+            "tested": tested,
+        }
 
-    def restored(self, facts: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    def restored(self, facts: dict[str, Any], weights: dict[str, Tensor], first: dict[str, Tensor] | None) -> None:
         """The best so far of a training that goes on."""
-        self.number, self.weights = facts["number"], weights
+        self.number, self.weights, self.first = facts["number"], weights, first
         self.metrics, self.before = Metrics(**facts["metrics"]), Metrics(**facts["before"])
+        self.tested = None if facts["tested"] is None else Metrics(**facts["tested"])
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:

@@ -222,7 +222,7 @@ class Trainer:
             if self.average is not None:
                 self.average.module.load_state_dict(state.others["average"])
             if best is not None:
-                best.restored(state.facts["best"], state.others["best"])
+                best.restored(state.facts["best"], state.others["best"], state.others.get("first"))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise RunError(f"{path} lacks the best epoch so far, or the average; delete it to start anew") from error
         return [read(Epoch, epoch, str(path), RunError) for epoch in state.history]
@@ -238,6 +238,8 @@ class Trainer:
             others["average"] = self.average.module.state_dict()
         if best is not None:
             facts["best"], others["best"] = best.facts(), best.weights
+            if best.first is not None:
+                others["first"] = best.first
         save_state(path, self.model, self.optimizer, self.scaler, self._identity(), record, facts, others)
 
     def _identity(self) -> dict[str, Any]:

@@ -4,13 +4,13 @@
     python benchmarks/gpu/cifar10.py --model mobilenetv2 --data cifar10:DIR --output OUT --graphs
     python benchmarks/gpu/cifar10.py … --device cpu --samples 512 --epochs 1 --keep 0.97 --test-images 500
     python benchmarks/gpu/cifar10.py … --plan "referee/Torch-Pruning, Taylor, global.plan.json"
-    python benchmarks/gpu/cifar10.py … --repair 500
+    python benchmarks/gpu/cifar10.py … --repair 500 --val-fraction 0.1
 
 The third is a dry run; the fourth trains, on labels alone, what another method cuts (benchmarks/peers.py referee
-writes the plans); the last repairs the network on 500 training images before its fine-tuning. For resnet56, FILE is
-one with option-A shortcuts (safetensors), or the EKG authors' (.npz): that takes projection shortcuts. mobilenetv2
-may do without: no weights of its CIFAR form were published, so that it is first trained (`--pretrain` epochs, the
-rest as in the recipe cifar10-mobilenetv2), once for each seed.
+writes the plans); the last repairs the network on 500 training images before its fine-tuning, holds a tenth out, and
+keeps the best epoch. For resnet56, FILE is one with option-A shortcuts (safetensors), or the EKG authors' (.npz):
+that takes projection shortcuts. mobilenetv2 may do without: no weights of its CIFAR form were published, so that it
+is first trained (`--pretrain` epochs, the rest as in the recipe cifar10-mobilenetv2), once for each seed.
 
 Every line of the output is one network: search and fine-tuning knowledge, seed, accuracy before, after the search,
 the repair and fine-tuning, kept MACs, minutes of each part, the history of losses, the environment. A line that is
@@ -82,6 +82,7 @@ def experiment(asked: argparse.Namespace, seed: int, guide: str, tune: str) -> d
         "seed": seed,
         **{key: getattr(asked, key) for key in kept},
         **({"repair": asked.repair} if asked.repair else {}),
+        **({"val_fraction": asked.val_fraction} if asked.val_fraction else {}),
         **({"plan": Path(asked.plan).name.removesuffix(".plan.json")} if asked.plan else {}),
     }
 
@@ -142,7 +143,8 @@ class Searched:
         images = None if asked.test_images is None else range(asked.test_images)
         self.test = self.data.loader("test", EVALUATED, subset=images)
         identity = {**experiment(asked, seed, guide, ""), "epochs": 0, "schedule": "", "lr": 0, "graphs": False}
-        identity.pop("repair", None)
+        for later in ("repair", "val_fraction"):
+            identity.pop(later, None)
         if asked.weights:  # then the precision of training does not matter before fine-tuning
             identity["amp"] = None
         work = Path(asked.work or Path(asked.output).with_suffix(""))
@@ -235,8 +237,11 @@ def tuned(asked: argparse.Namespace, search: Searched, tune: Any) -> dict[str, A
         amp=asked.amp,
         channels_last=True,
         seed=search.seed,
-        val_fraction=0,
+        val_fraction=asked.val_fraction,
     )
+    if epochs.before is not None:
+        judged = [epoch.val_accuracy for epoch in epochs]
+        accuracy["held out"] = {"before": epochs.before.accuracy, "epochs": judged, "kept": epochs.kept}
     trained = sum(epoch.seconds for epoch in epochs) / 60
     final = evaluate(pruned, search.test).accuracy
     cuda = device.type == "cuda"
@@ -279,6 +284,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--plan", help="a plan's JSON file to train instead of searching for one")
     parser.add_argument("--keep", type=float, default=0.45)
     parser.add_argument("--repair", type=int, help="training images to repair on; none by default, as in the paper")
+    parser.add_argument("--val-fraction", type=float, default=0.0, help="held out; keeps the best epoch  [default: 0]")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--schedule", choices=["multistep", "cosine"], default="multistep")
     parser.add_argument("--lr", type=float, default=0.01)

@@ -256,8 +256,7 @@ def tuned(asked: argparse.Namespace, search: Searched, tune: Any) -> dict[str, A
         "widths": traced.groups.widths(plan),
         "losses": search.losses,
         "minutes": {
-            part: round(minutes, 3)
-            for part, minutes in {**minutes, "bank": banked / 60, "fine-tuning": trained}.items()
+            part: round(taken, 3) for part, taken in {**minutes, "bank": banked / 60, "fine-tuning": trained}.items()
         },
         "hardware": torch.cuda.get_device_name(device) if cuda else processor(),
         "threads": None if cuda else torch.get_num_threads(),

@@ -52,9 +52,9 @@ def finetune(
     is the best, a warning says so. `val_fraction=0` trains on all images and keeps the last epoch, and so do batches
     without `val`.
 
-    A model that was trained on these images before knows them, and later epochs forget. Where it has significantly more
-    of the held-out images right than of those of `test`, these decide between it and the best epoch, and a line says
-    so. Else they play no part.
+    A model that was trained on these images before knows them, and later epochs may forget. Where it has significantly
+    more of the held-out images right than of those of `test`, these decide between it and the best epoch, and a line
+    says so. Else, and with a `val` of your own, they play no part.
 
     Args:
         model: trained on the device it is on; left in evaluation mode.
@@ -70,7 +70,8 @@ def finetune(
         logits: where the logits are in a model's output: a function of it, or a key, a field or an index. By default
             they are found, where it is clear (`ekgfx.training.outputs.logits_of`).
         val: batches that tell which epoch is kept; nothing of `data` is held out then.
-        test: batches to evaluate on before training and after every epoch, such as `data.loader("test", 256)`.
+        test: batches to evaluate on after every epoch, such as `data.loader("test", 256)`, and before the first where
+            images are held out.
         subset: indices into the data set's training split; all of it if None.
         checkpoint: file to save to after every epoch, and to go on from where it exists: training that was interrupted
             ends as if it had not been.
@@ -106,6 +107,7 @@ def finetune(
         views=training.views or (1 if bank is None else 2),
         mates=mates,
     )
+    own = val is not None
     if isinstance(data, Data) and val is None and (bank is not None or data.classes is not None):
         subset, val = _held_out(data, subset, training)
     if training.patience is not None and val is None:
@@ -130,8 +132,8 @@ def finetune(
     if judging and resumed:
         best = Best(Metrics(0.0, None, 0), trainer.judged)
     elif judging:
-        held_out = val is not None and teaching is None and test is not None
-        best = Best(judged(), trainer.judged, tested() if held_out else None)
+        shown = not own and teaching is None and test is not None
+        best = Best(judged(), trainer.judged, tested() if shown else None)
     history = trainer.restore(None if checkpoint is None else Path(checkpoint), best)
     stopped = mates.broadcast_object(_enough(history, best, training.patience))
     while len(history) < training.epochs and not stopped:

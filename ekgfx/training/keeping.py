@@ -63,7 +63,7 @@ class History(tuple[Epoch, ...]):
             return f"kept the last of {last}"
         best = max(self, key=lambda epoch: rank(_judged(epoch)), default=None)
         if self.tested is not None and best is not None:
-            return self._by_test(_tested(best), self.tested, last)
+            return self._by_test(_tested(best), self.tested, self.before, last)
         if not self.kept:
             judged = None if best is None else _judged(best)
             after = "" if judged is None else f"; the best of {last} has {_said(judged, self.before)}"
@@ -79,8 +79,9 @@ class History(tuple[Epoch, ...]):
             f"images ({_said(self.before, found)} before training)"
         )
 
-    def _by_test(self, after: Metrics, before: Metrics, last: str) -> str:
-        """What was kept where the test images decided between the best epoch and the network before."""
+    def _by_test(self, after: Metrics, before: Metrics, known: Metrics, last: str) -> str:
+        """What was kept where the test images decided between the best epoch and the network before. known: the latter
+        on the images that it knows."""
         now, then = _said(after, before), _said(before, after)
         if self.kept:
             kept = f"kept epoch {self.kept} of {last}: {now} on the test images ({then} before training)"
@@ -88,10 +89,9 @@ class History(tuple[Epoch, ...]):
             kept = (
                 f"kept the network as it was before training: {then} on the test images; the best of {last} has {now}"
             )
-        known = "" if self.before is None else f": {_said(self.before, None)} of them right"
         return (
             f"{kept}. These decided between the two, since the network before knows the validation part of the "
-            f"training images{known}"
+            f"training images: {_said(known, None)} of them right"
         )
 
 

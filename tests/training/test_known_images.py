@@ -2,13 +2,17 @@
 
 import csv
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ekgfx import data as datasets
+from ekgfx.data.arrays import ArraySplit
+from ekgfx.data.augment import Augmentation
 from ekgfx.training.evaluation import Metrics, evaluate
 from ekgfx.training.finetune import finetune
 from ekgfx.training.keeping import Epoch, History, knows
@@ -20,6 +24,24 @@ Batches = list[tuple[Tensor, Tensor]]
 TRAINED = batches(count=8)
 LEARNABLE: Batches = [batch[:2] for batch in TRAINED]
 """Training makes a network better on these."""
+
+
+def in_memory() -> datasets.Data:
+    """The same images as a data set, of which finetune itself holds some out."""
+    images, labels = (torch.cat(parts) for parts in zip(*LEARNABLE, strict=True))
+    split = ArraySplit(images, labels, (8, 8), (0.0,), (1.0,), Augmentation())
+    return datasets.Data("noise", "noise", 4, (1, 8, 8), (0.0,), (1.0,), {"train": lambda: split})
+
+
+@pytest.fixture
+def fit(monkeypatch: pytest.MonkeyPatch) -> Callable[..., History]:
+    """finetune that holds the images `known` out."""
+
+    def fit(model: nn.Module, known: Batches, **options: Any) -> History:
+        monkeypatch.setattr("ekgfx.training.finetune._held_out", lambda data, subset, training: (subset, known))
+        return finetune(model, in_memory(), batch_size=8, augment=False, **options)
+
+    return fit
 
 
 def answered(share: float) -> Batches:
@@ -53,11 +75,11 @@ def test_who_knows_the_images_has_significantly_more_of_them_right(
 
 @pytest.mark.parametrize("options", [{}, {"ema": 0.5}])
 def test_a_training_that_forgets_what_was_known_and_learns_is_kept(
-    options: dict[str, Any], caplog: pytest.LogCaptureFixture
+    fit: Callable[..., History], options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     known, model = answered(1.0), small()
     with caplog.at_level(logging.INFO, "ekgfx"):
-        history = finetune(model, TRAINED, val=known, test=LEARNABLE, epochs=6, lr=0.05, **options)
+        history = fit(model, known, test=LEARNABLE, epochs=6, lr=0.05, **options)
     before = evaluate(small(), LEARNABLE)
     assert history.before == Metrics(history.before.loss, 1.0, 64) and history.tested == before
     best = max(history, key=lambda epoch: (epoch.val_accuracy, -epoch.val_loss))
@@ -67,14 +89,16 @@ def test_a_training_that_forgets_what_was_known_and_learns_is_kept(
     line = caplog.records[-1].getMessage()
     assert line.startswith(f"kept epoch {history.kept} of 6 epochs: {best.test_accuracy:.2%} on the test images")
     assert line.endswith("knows the validation part of the training images: 100.00% of them right")
-    without = finetune(small(), TRAINED, val=known, epochs=6, lr=0.05, **options)
+    without = fit(small(), known, epochs=6, lr=0.05, **options)
     assert without.kept == 0 and without.tested is None
+    own = finetune(small(), TRAINED, val=known, test=LEARNABLE, epochs=6, lr=0.05, **options)
+    assert own.kept == 0 and own.tested is None, "what a user gives to judge by judges"
 
 
-def test_a_training_that_harms_is_not_kept(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_training_that_harms_is_not_kept(fit: Callable[..., History], caplog: pytest.LogCaptureFixture) -> None:
     model = small()
     with caplog.at_level(logging.INFO, "ekgfx"):
-        history = finetune(model, TRAINED, val=answered(1.0), test=answered(0.6), epochs=3, lr=0.5)
+        history = fit(model, answered(1.0), test=answered(0.6), epochs=3, lr=0.5)
     assert history.kept == 0 and not any(epoch.kept for epoch in history)
     assert same(model, small())
     (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -83,26 +107,26 @@ def test_a_training_that_harms_is_not_kept(caplog: pytest.LogCaptureFixture) -> 
     )
 
 
-def test_test_images_play_no_part_where_the_others_are_not_known() -> None:
+def test_test_images_play_no_part_where_the_others_are_not_known(fit: Callable[..., History]) -> None:
     val = answered(0.25)  # as many as of the test images
-    shown = finetune(one := small(), TRAINED, val=val, test=LEARNABLE, epochs=4, lr=0.05)
-    hidden = finetune(other := small(), TRAINED, val=val, epochs=4, lr=0.05)
+    shown = fit(one := small(), val, test=LEARNABLE, epochs=4, lr=0.05)
+    hidden = fit(other := small(), val, epochs=4, lr=0.05)
     assert shown.tested is None and shown.kept == hidden.kept and same(one, other)
 
 
 @pytest.mark.parametrize("test", [LEARNABLE, answered(0.6)])
 @pytest.mark.parametrize("after", [1, 3])
-def test_a_killed_training_ends_alike(tmp_path: Path, after: int, test: Batches) -> None:
-    settings: dict[str, Any] = {"epochs": 4, "lr": 0.05, "val": answered(1.0), "test": test}
-    expected = finetune(whole := small(), TRAINED, csv=tmp_path / "whole.csv", **settings)
+def test_a_killed_training_ends_alike(fit: Callable[..., History], tmp_path: Path, after: int, test: Batches) -> None:
+    settings: dict[str, Any] = {"epochs": 4, "lr": 0.05, "known": answered(1.0), "test": test}
+    expected = fit(whole := small(), csv=tmp_path / "whole.csv", **settings)
 
     def stop(epoch: Epoch) -> None:
         if epoch.number == after:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        finetune(small(), TRAINED, on_epoch=stop, checkpoint=tmp_path / "state", **settings)
-    found = finetune(resumed := small(seed=9), TRAINED, checkpoint=tmp_path / "state", **settings)
+        fit(small(), on_epoch=stop, checkpoint=tmp_path / "state", **settings)
+    found = fit(resumed := small(seed=9), checkpoint=tmp_path / "state", **settings)
     assert same(resumed, whole)
     assert (found.kept, found.before, found.tested) == (expected.kept, expected.before, expected.tested)
     assert str(found) == str(expected)
